@@ -1,0 +1,50 @@
+"""``python -m bench <what>``: one sub-command per module; each module owns its flags."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "kernels": "target efficiency of the MoE layer, per launch and for the layer, against peers",
+    "roofline": "this machine's ceilings: read bandwidth, peak operations, cost of a call",
+    "decode": "T_T(B, 1), T_T(B, gamma), T_D, sigma and speedup of the decoder",
+    "generate": "autoregressive tokens per second against transformers' generate and vLLM",
+    "fit": "fit the performance model on measured lines and write a profile",
+    "predict": "predicted against measured speedup for lines that were not fitted",
+    "paper": "the paper's tables in kind: its value, ours, the model's prediction",
+    "plot": "draw pictures from JSON lines",
+    "report": "one HTML page for a folder of results",
+    "tune": "search kernel configurations on this GPU and write the JSON the selector reads",
+    "suite": "everything for one GPU machine, in resumable pieces",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse ``argv`` and run one sub-command; returns the process exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="what")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Only the module that is asked for is imported: `bench plot` must not need torch to start.
+    wanted = [name for name in COMMANDS if name in argv[:1]] or list(COMMANDS)
+    for name in wanted:
+        sub = subparsers.add_parser(name, help=COMMANDS[name], description=COMMANDS[name])
+        if name in argv[:1]:
+            module = importlib.import_module(f"bench.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        print(f"python -m bench {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished lines are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,82 @@
+"""Random MoE layers to measure on: weights, routed inputs, and the floor a perfect kernel would reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.routing import distinct_experts, route
+from bench.shapes import Shape
+from decoder.perf_model.machine import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer in transformers' layout: ``[E, 2I, H]`` and ``[E, H, I]``."""
+
+    shape: Shape
+    w_gate_up: Tensor
+    w_down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Routed tokens entering a layer: hidden ``[T, H]``, ids and weights ``[T, K]``."""
+
+    hidden: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    distinct: int
+
+
+def make_layer(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Layer:
+    """Random weights scaled so that outputs keep the input's magnitude; never zeros."""
+    E, _, H, I = shape
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def weight(rows: int, columns: int) -> Tensor:
+        # Filled expert by expert: a normal_ over gigabytes would hold an fp32 copy of them.
+        out = torch.empty(E, rows, columns, dtype=dtype, device=device)
+        for expert in out:
+            expert.normal_(0.0, columns**-0.5, generator=generator)
+        return out
+
+    return Layer(shape, weight(2 * I, H), weight(H, I))
+
+
+def make_batch(
+    shape: Shape,
+    batch: int,
+    rows: int,
+    routing: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    union_ratio: float,
+) -> Batch:
+    """``batch`` sequences of ``rows`` tokens each, routed as ``routing`` says; weights sum to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = route(routing, batch, rows, shape.E, shape.K, generator, union_ratio)
+    hidden = torch.randn(batch * rows, shape.H, generator=generator)
+    weights = torch.rand(batch * rows, shape.K, generator=generator).add_(0.1)
+    weights /= weights.sum(1, keepdim=True)
+    return Batch(
+        hidden.to(device, dtype), ids.to(device), weights.to(device, dtype), distinct_experts(ids)
+    )
+
+
+def layer_bytes(shape: Shape, tokens: int, distinct: int, itemsize: int) -> int:
+    """Fewest bytes through memory: each distinct expert once, tokens in and out."""
+    return distinct * shape.expert_bytes(itemsize) + 2 * tokens * shape.H * itemsize
+
+
+def floor_seconds(
+    shape: Shape, tokens: int, distinct: int, machine: Machine, dtype: torch.dtype
+) -> float:
+    """Roofline time max(bytes / bandwidth, operations / peak) of one layer call."""
+    itemsize = dtype.itemsize
+    name = str(dtype).removeprefix("torch.")
+    memory = layer_bytes(shape, tokens, distinct, itemsize) / machine.bandwidth
+    return max(memory, shape.operations(tokens) / machine.peak[name])

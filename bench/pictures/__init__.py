@@ -1,0 +1,1 @@
+"""One file per family of pictures; each draws from JSON lines only."""

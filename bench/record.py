@@ -1,0 +1,101 @@
+"""JSON lines with their environment: the only form in which a measurement leaves ``bench``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "triton", "numpy", "scipy")
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """Marketing name of a device: the GPU's, or the CPU's with its thread count."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str:
+    """Short commit of the checkout, with ``+`` when the tree has uncommitted changes."""
+    root = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}{'+' if dirty else ''}" if commit else "unknown"
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a reader needs to repeat a line: device, versions, commit, command."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": device_name(device),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": git_commit(),
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+    }
+
+
+class Recorder:
+    """Appends lines to a file (and nowhere when ``path`` is None), each flushed as it is finished."""
+
+    def __init__(self, path: str | Path | None, device: torch.device | str = "cpu") -> None:
+        self.path = Path(path) if path else None
+        self.environment = environment(device)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Append one line ``{"kind": kind, **fields, "env": …}`` and return it."""
+        line = {"kind": kind, **fields, "env": self.environment}
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+
+def read_lines(paths: Iterable[str | Path], kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """Lines of the files (or of every ``*.jsonl`` below a folder), optionally of one kind.
+
+    Raises:
+        ValueError: a line is not a JSON object; names file and line number.
+    """
+    for path in map(Path, paths):
+        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        for file in files:
+            for number, text in enumerate(file.read_text().splitlines(), start=1):
+                if not text.strip():
+                    continue
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+                if not isinstance(line, dict):
+                    raise ValueError(f"{file}:{number} must be a JSON object, got {text[:40]}")
+                if kind is None or line.get("kind") == kind:
+                    yield line
