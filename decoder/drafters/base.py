@@ -1,0 +1,135 @@
+"""The drafter contract: what the engine hands a drafter each round and what it gets back.
+
+A drafter only ever makes proposals; whether a token is emitted is decided by the sampler from the
+target's own distribution. It therefore cannot make the output wrong as long as two rules hold:
+a token travels with the distribution it was drawn from (one `Draft`), and how many tokens a row
+proposes may depend on its context and on earlier drafts, never on the token at or after the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..runner import ModelRunner
+    from ..sampling import Sampler, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposed tokens together with the distribution each was drawn from.
+
+    Attributes:
+        tokens: ``[B, G]`` int64. Entries at or after ``lengths`` are valid vocabulary ids that
+            nobody may accept (they are still fed to the verify forward to keep shapes static).
+        probs: ``[B, G, V]`` fp32, the distribution that ``tokens`` were drawn from, or ``None``
+            for deterministic proposals (one-hot at the token).
+        lengths: ``[B]`` int64, valid drafts per row, ``0 <= lengths <= G``.
+    """
+
+    tokens: Tensor
+    probs: Tensor | None
+    lengths: Tensor
+
+    @property
+    def gamma(self) -> int:
+        return self.tokens.shape[1]
+
+
+@dataclass(slots=True)
+class StepState:
+    """The live rows at the start of a round. Finished rows have been removed by the engine.
+
+    Attributes:
+        slots: ``[B]`` int64, slot index of each live row (the row of every KV cache).
+        lengths: ``[B]`` int64, committed tokens with KV in the target cache, which is the absolute
+            position of ``current``.
+        current: ``[B]`` int64, the last emitted token; its KV is not in the target cache yet.
+        previous: ``[B]`` int64, the token at position ``lengths - 1``.
+        tokens: ``[max_slots, S]`` int64, every token by absolute position (prompt and output);
+            ``tokens[slot, lengths] == current``. Owned by the engine, read only here.
+        host_lengths: ``lengths`` as Python integers, so that sizing needs no device sync.
+    """
+
+    slots: Tensor
+    lengths: Tensor
+    current: Tensor
+    previous: Tensor
+    tokens: Tensor
+    host_lengths: list[int]
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes up to ``gamma`` tokens per row and round.
+
+    Attributes:
+        name: short name for logs and metrics.
+        hidden_layers: indices into transformers' ``hidden_states`` that it needs from the target
+            (negative allowed), or ``None`` for none.
+    """
+
+    name: str
+    hidden_layers: tuple[int, ...] | None
+
+    def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        """Attach to a target once before use; raises ``ValueError`` when it cannot serve it."""
+
+    def admit(
+        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+    ) -> None:
+        """Take in new prompts.
+
+        Args:
+            slots: ``[R]`` int64, the slots they occupy from now on.
+            token_ids: ``[R, L]`` int64, right padded.
+            lengths: ``[R]`` int64 prompt lengths.
+            hidden: ``[R, L, n * H]`` the target's ``hidden_layers`` at the prompt tokens.
+        """
+
+    def propose(self, state: StepState, gamma: int) -> Draft:
+        """Draft ``gamma >= 1`` tokens for every live row."""
+
+    def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
+        """Learn what was accepted.
+
+        Args:
+            state_before: the state that ``propose`` saw (or, at gamma 0, would have seen).
+            verdict: accepted counts ``[B]`` and emitted tokens ``[B, G + 1]``.
+            hidden: ``[B, G + 1, n * H]`` of the verify forward.
+        """
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget slots whose sequence finished."""
+
+
+class StatelessDrafter:
+    """Base of drafters that keep nothing per slot: every hook but ``propose`` is a no-op."""
+
+    name = "stateless"
+    hidden_layers: tuple[int, ...] | None = None
+
+    def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        pass
+
+    def admit(
+        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+    ) -> None:
+        pass
+
+    def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
+        pass
+
+    def release(self, slots: Sequence[int]) -> None:
+        pass
+
+
+def empty_draft(state: StepState, gamma: int) -> Draft:
+    """A draft of ``gamma`` columns in which no row proposes anything (``lengths`` all 0)."""
+    tokens = state.current[:, None].expand(-1, gamma).contiguous()
+    return Draft(tokens, None, torch.zeros_like(state.lengths))
