@@ -1,0 +1,226 @@
+"""Chooses the draft length of every round: the one that emits most tokens per second.
+
+``goodput(gamma) = E[tokens emitted per row | gamma] / seconds(batch, gamma, context)``, with
+acceptance from a running estimate per position and costs from a profile corrected by the rounds
+actually run. ``gamma = 0`` (plain autoregressive decoding) is one of the choices, so that a bad
+drafter, a bad batch size or a bad machine ends in ordinary decoding, not in a slowdown. Exploration
+is paid from a budget of 0.5 % of the time spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from decoder.perf_model.acceptance import AcceptanceEstimator
+from decoder.perf_model.step_cost import CorrectedCost, RoundCost, guessed_cost, measure_costs
+
+_SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
+_PROBE_SHARE = 0.005  # of the elapsed time may be lost to probing
+_PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
+_PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
+_WARM_UP = 2  # rounds per arm when no costs are known
+
+
+class Controller(Protocol):
+    """What the engine asks each round."""
+
+    def choose(self, live_batch: int, context: int) -> int: ...
+
+    def observe(
+        self,
+        gamma: int,
+        batch: int,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        times: Mapping[str, float],
+    ) -> None: ...
+
+    def explain(self) -> str: ...
+
+
+class FixedGamma:
+    """Always the same draft length."""
+
+    def __init__(self, gamma: int) -> None:
+        if gamma < 0:
+            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        self.gamma = gamma
+        self.max_gamma = gamma
+
+    def choose(self, live_batch: int, context: int) -> int:
+        """Return the fixed gamma."""
+        return self.gamma
+
+    def observe(
+        self,
+        gamma: int,
+        batch: int,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        times: Mapping[str, float],
+    ) -> None:
+        """Ignore the round: nothing depends on it."""
+
+    def explain(self) -> str:
+        """Say that the choice was the user's."""
+        return f"gamma {self.gamma}: fixed by the caller"
+
+
+class AutoGamma:
+    """Goodput-maximising draft length per batch size, gamma 0 included.
+
+    Args:
+        max_gamma: longest draft considered.
+        costs: seconds of a round, ``(batch, gamma, context)``: a start-up profile
+            (``step_cost.MeasuredCost``) or a fitted model (``profile.Profile.round_cost``).
+        measure: ``(batch, gamma) -> seconds`` of one whole round; used by ``profile``.
+        acceptance_prior: acceptance rate assumed before the first round.
+    """
+
+    def __init__(
+        self,
+        max_gamma: int = 8,
+        *,
+        costs: RoundCost | None = None,
+        measure: Callable[[int, int], float] | None = None,
+        acceptance_prior: float = 0.6,
+    ) -> None:
+        if max_gamma < 1:
+            raise ValueError(f"max_gamma must be at least 1, got {max_gamma}")
+        self.max_gamma = max_gamma
+        self.acceptance = AcceptanceEstimator(max_gamma, acceptance_prior)
+        self._measure = measure
+        self._known = costs is not None
+        self._costs = CorrectedCost(costs if costs is not None else guessed_cost)
+        self._current = 0
+        self._goodputs: list[float] = []
+        self._planned_for: tuple[int, int] | None = None
+        self._rounds_since_plan = 0
+        self._context = 0
+        self._last_gamma: int | None = None
+        self._probe_left = 0
+        self._probe_gamma = 0
+        self._elapsed = 0.0
+        self._probe_loss = 0.0
+        self._reason = "no round has run yet"
+
+    def profile(self, max_batch: int, batches: Iterable[int] | None = None) -> None:
+        """Measure round times at a few (batch, gamma) with the ``measure`` given at construction.
+
+        Args:
+            max_batch: largest batch that will run.
+            batches: batch sizes to measure; by default 1, 4, 16, … and ``max_batch``.
+        """
+        if self._measure is None:
+            raise ValueError("profile needs AutoGamma(measure=...), got no measure function")
+        if batches is None:
+            batches = [size for size in (1, 4, 16, 64, 256) if size < max_batch] + [max_batch]
+        gammas = {0, 1, min(3, self.max_gamma), self.max_gamma}
+        self._costs = CorrectedCost(measure_costs(self._measure, batches, gammas))
+        self._known = True
+        self._planned_for = None
+
+    def choose(self, live_batch: int, context: int) -> int:
+        """Draft length of the next round for ``live_batch`` rows of about ``context`` tokens."""
+        self._context = context
+        if live_batch < 1:
+            return 0
+        if not self._known:
+            arm = self._untried_arm(live_batch)
+            if arm is not None:
+                self._reason = f"gamma {arm}: first timings at batch {live_batch}"
+                return arm
+        if self._probe_left > 0:
+            self._probe_left -= 1
+            return self._probe_gamma
+        bucket = (self._costs.bucket(live_batch), live_batch)
+        if bucket != self._planned_for or self._rounds_since_plan >= _PLAN_EVERY:
+            self._plan(live_batch)
+            self._planned_for, self._rounds_since_plan = bucket, 0
+        self._rounds_since_plan += 1
+        return self._probe_gamma if self._start_probe(live_batch) else self._current
+
+    def observe(
+        self,
+        gamma: int,
+        batch: int,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        times: Mapping[str, float],
+    ) -> None:
+        """Learn from one finished round.
+
+        Args:
+            drafted: valid drafts per row; accepted: accepted drafts per row.
+            times: phase -> seconds; their sum is the round, unless ``"total"`` is given.
+        """
+        seconds = times.get("total", 0.0) or sum(times.values())
+        self._elapsed += seconds
+        self.acceptance.update(gamma, drafted, accepted)
+        # After plain rounds the drafter first catches up on the tokens it missed: not this arm's
+        # lasting cost.
+        caught_up = gamma > 0 and self._last_gamma == 0
+        if not caught_up or (not self._known and self._costs.observations(batch, gamma) == 0):
+            self._costs.observe(batch, gamma, self._context, seconds)
+        self._last_gamma = gamma
+
+    def explain(self) -> str:
+        """Why the current draft length was chosen, in one line."""
+        return self._reason
+
+    def goodputs(self, batch: int, context: int) -> list[float]:
+        """Predicted tokens per second of the whole batch for gamma = 0..max_gamma."""
+        return [
+            batch * tokens / self._costs.seconds(batch, gamma, context)
+            for gamma, tokens in enumerate(self.acceptance.expected_tokens())
+        ]
+
+    def _plan(self, batch: int) -> None:
+        goodputs = self._goodputs = self.goodputs(batch, self._context)
+        best = max(range(len(goodputs)), key=goodputs.__getitem__)
+        held = goodputs[self._current]
+        gain = goodputs[best] / held - 1.0
+        # Falling back to plain decoding needs no margin: it is the safe choice.
+        threshold = 0.0 if best == 0 else _SWITCH_GAIN
+        if gain > threshold:
+            self._current = best
+        plain, chosen = goodputs[0], goodputs[self._current]
+        rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance.conditional()[:4])
+        self._reason = (
+            f"gamma {self._current} at batch {batch}: {chosen:.4g} tok/s predicted, "
+            f"{chosen / plain:.2f}x plain decoding; acceptance by position {rates}; "
+            f"best alternative gamma {best} {goodputs[best] / chosen - 1.0:+.1%}; "
+            f"probing lost {self._probe_loss / self._elapsed if self._elapsed else 0.0:.2%}"
+        )
+
+    def _untried_arm(self, batch: int) -> int | None:
+        for gamma in sorted({0, min(2, self.max_gamma), min(4, self.max_gamma)}):
+            if self._costs.observations(batch, gamma) < _WARM_UP:
+                return gamma
+        return None
+
+    def _start_probe(self, batch: int) -> bool:
+        """Try another arm when its expected loss fits what probing may still cost."""
+        goodputs = self._goodputs
+        if not self._elapsed:
+            return False
+        arm = self._arm_to_probe(batch, goodputs)
+        rounds = 1 if self._known and (batch >= 8 or arm == 0) else 2
+        seconds = rounds * self._costs.seconds(batch, arm, self._context)
+        loss = seconds * max(0.0, 1.0 - goodputs[arm] / goodputs[self._current])
+        loss = max(loss, 0.05 * seconds)  # a flat optimum is no reason to probe all the time
+        credit = _PROBE_CREDIT * self._costs.seconds(batch, 0, self._context)
+        if self._probe_loss + loss > credit + _PROBE_SHARE * self._elapsed:
+            return False
+        self._probe_loss += loss
+        self._probe_gamma, self._probe_left = arm, rounds - 1
+        return True
+
+    def _arm_to_probe(self, batch: int, goodputs: list[float]) -> int:
+        """In plain decoding the best speculative arm; otherwise the least known good neighbour."""
+        others = [gamma for gamma in range(len(goodputs)) if gamma != self._current]
+        if self._current == 0:
+            return max(others, key=goodputs.__getitem__)
+        near = [g for g in others if g == 0 or abs(g - self._current) <= 2]
+        return min(near, key=lambda g: (self._costs.observations(batch, g), -goodputs[g]))

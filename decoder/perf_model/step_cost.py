@@ -1,0 +1,144 @@
+"""What one decoding round costs for a (batch, gamma), corrected by the rounds actually run.
+
+A prior gives the shape (a start-up profile, a fitted model, or a plain guess); medians of observed
+over predicted time correct it. Ratios rather than seconds are kept, so that an observation at one
+batch size, gamma or context says something about its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+from typing import Protocol
+
+_WINDOW = 9  # observations kept per arm: enough for a median, short enough to follow context
+_FULL_WEIGHT = 8.0
+_GLOBAL_WEIGHT = 0.5
+
+
+class RoundCost(Protocol):
+    """Seconds of one whole round: drafting, verification and sampling; gamma 0 is plain AR."""
+
+    def __call__(self, batch: int, gamma: int, context: int) -> float: ...
+
+
+def guessed_cost(batch: int, gamma: int, context: int) -> float:
+    """A shape to start from when nothing is known: a cheap draft, verification nearly free."""
+    return 1.0 + 0.12 * gamma + 0.01 * batch * (gamma + 1)
+
+
+class MeasuredCost:
+    """Interpolates measured round times: linear over gamma, log-log over batch.
+
+    Args:
+        seconds: ``(batch, gamma) -> seconds``; every batch needs gamma 0 and one more gamma.
+    """
+
+    def __init__(self, seconds: Mapping[tuple[int, int], float]) -> None:
+        self._rows: dict[int, list[tuple[int, float]]] = {}
+        for (batch, gamma), value in sorted(seconds.items()):
+            if batch < 1 or gamma < 0 or not value > 0 or not math.isfinite(value):
+                raise ValueError(
+                    "a measured cost needs batch >= 1, gamma >= 0 and a positive time, "
+                    f"got ({batch}, {gamma}): {value}"
+                )
+            self._rows.setdefault(batch, []).append((gamma, value))
+        if not self._rows:
+            raise ValueError("seconds must hold at least one measurement, got none")
+        for batch, row in self._rows.items():
+            if len(row) < 2 or row[0][0] != 0:
+                raise ValueError(
+                    f"batch {batch} needs gamma 0 and another gamma, got {[g for g, _ in row]}"
+                )
+        self._batches = sorted(self._rows)
+
+    def __call__(self, batch: int, gamma: int, context: int = 0) -> float:
+        """Seconds of a round; outside the measured batches the nearest slope continues."""
+        if len(self._batches) == 1:
+            return self._along_gamma(self._batches[0], gamma)
+        upper = 1
+        while upper < len(self._batches) - 1 and self._batches[upper] < batch:
+            upper += 1
+        low, high = self._batches[upper - 1], self._batches[upper]
+        low_time, high_time = self._along_gamma(low, gamma), self._along_gamma(high, gamma)
+        slope = math.log(high_time / low_time) / math.log(high / low)
+        if not low <= batch <= high:
+            slope = min(max(slope, 0.0), 1.0)  # time grows with batch, at most in proportion
+            near, time = (low, low_time) if batch < low else (high, high_time)
+            return time * math.exp(slope * math.log(batch / near))
+        return low_time * math.exp(slope * math.log(batch / low))
+
+    def _along_gamma(self, batch: int, gamma: int) -> float:
+        row = self._rows[batch]
+        upper = 1
+        while upper < len(row) - 1 and row[upper][0] < gamma:
+            upper += 1
+        (g0, t0), (g1, t1) = row[upper - 1], row[upper]
+        time = t0 + (t1 - t0) * (gamma - g0) / (g1 - g0)
+        return max(time, 0.5 * min(t0, t1))
+
+
+def measure_costs(
+    measure: Callable[[int, int], float],
+    batches: Iterable[int],
+    gammas: Iterable[int],
+    repeats: int = 3,
+) -> MeasuredCost:
+    """Median round time at each (batch, gamma), measured in interleaved passes.
+
+    Args:
+        measure: ``(batch, gamma) -> seconds`` of one whole round, warmed up or not.
+    """
+    batches, gammas = sorted(set(batches)), sorted({0, *gammas})
+    seen: dict[tuple[int, int], list[float]] = {(b, g): [] for b in batches for g in gammas}
+    for batch, gamma in seen:
+        measure(batch, gamma)  # allocations and compilation of this shape
+    for _ in range(max(1, repeats)):
+        for (batch, gamma), times in seen.items():
+            times.append(measure(batch, gamma))
+    return MeasuredCost({key: median(times) for key, times in seen.items()})
+
+
+class CorrectedCost:
+    """A prior times a correction smoothed over neighbouring arms (batch bucket, gamma)."""
+
+    def __init__(self, prior: RoundCost) -> None:
+        self.prior = prior
+        self._ratios: dict[tuple[int, int], deque[float]] = {}
+        self._medians: dict[tuple[int, int], float] = {}
+
+    @staticmethod
+    def bucket(batch: int) -> int:
+        """Index of the half-octave of a batch size."""
+        return round(2.0 * math.log2(max(batch, 1)))
+
+    def observations(self, batch: int, gamma: int) -> int:
+        """Rounds remembered at this bucket and gamma."""
+        return len(self._ratios.get((self.bucket(batch), gamma), ()))
+
+    def observe(self, batch: int, gamma: int, context: int, seconds: float) -> None:
+        """Record the time of one round."""
+        if not seconds > 0 or not math.isfinite(seconds):
+            return
+        arm = (self.bucket(batch), gamma)
+        window = self._ratios.setdefault(arm, deque(maxlen=_WINDOW))
+        window.append(math.log(seconds / self.prior(batch, gamma, context)))
+        self._medians[arm] = median(window)
+
+    def seconds(self, batch: int, gamma: int, context: int) -> float:
+        """Expected seconds of a round."""
+        bucket = self.bucket(batch)
+        total, weight = 0.0, 0.0
+        if self._medians:
+            total, weight = _GLOBAL_WEIGHT * median(self._medians.values()), _GLOBAL_WEIGHT
+        for (other_bucket, other_gamma), ratio in self._medians.items():
+            distance = 2.0 * abs(other_gamma - gamma) + 1.5 * abs(other_bucket - bucket)
+            if distance > 8.0:
+                continue
+            count = min(len(self._ratios[(other_bucket, other_gamma)]), _FULL_WEIGHT)
+            kernel = count * math.exp(-distance)
+            total, weight = total + kernel * ratio, weight + kernel
+        correction = math.exp(total / weight) if weight else 1.0
+        return self.prior(batch, gamma, context) * correction
