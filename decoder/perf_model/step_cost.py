@@ -15,6 +15,7 @@ from typing import Protocol
 
 _WINDOW = 9  # observations kept per arm: enough for a median, short enough to follow context
 _FULL_WEIGHT = 8.0
+_ENOUGH = 5  # observations from which an arm speaks for itself
 _GLOBAL_WEIGHT = 0.5
 
 
@@ -130,6 +131,9 @@ class CorrectedCost:
     def seconds(self, batch: int, gamma: int, context: int) -> float:
         """Expected seconds of a round."""
         bucket = self.bucket(batch)
+        if self.observations(batch, gamma) >= _ENOUGH:
+            correction = math.exp(self._medians[(bucket, gamma)])
+            return self.prior(batch, gamma, context) * correction
         total, weight = 0.0, 0.0
         if self._medians:
             total, weight = _GLOBAL_WEIGHT * median(self._medians.values()), _GLOBAL_WEIGHT
