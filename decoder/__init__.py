@@ -1,0 +1,28 @@
+"""Batched, lossless speculative decoding on transformers models.
+
+Legend: ``B`` live sequences, ``G`` draft length (``gamma``), ``Q = G + 1`` positions verified per
+row, ``S`` cache slots per row, ``V`` vocabulary, ``H`` hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .params import SamplingParams
+
+if TYPE_CHECKING:
+    from .engine import SpeculativeDecoder
+    from .outputs import Output
+
+__all__ = ["Output", "SamplingParams", "SpeculativeDecoder"]
+
+_HOMES = {"SpeculativeDecoder": "engine", "Output": "outputs"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on demand: `import decoder` stays quick and needs neither transformers nor a kernel.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
