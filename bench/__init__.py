@@ -1,6 +1,6 @@
-"""Measurements: kernels launch by launch, decoding end to end, the model fitted on them, and their pictures.
+"""Measurements: kernels launch by launch, decoding end to end, the fitted model, pictures.
 
-Every measurement is one JSON line that carries its environment; every table and picture is made from
-such lines. Dimension letters: ``B`` sequences, ``T`` tokens entering the MoE layer, ``E`` experts,
+Every measurement is one JSON line that carries its environment; every table and picture is made
+from such lines. Letters: ``B`` sequences, ``T`` tokens entering the MoE layer, ``E`` experts,
 ``K`` experts per token, ``H`` hidden, ``I`` expert intermediate, ``gamma`` draft length.
 """

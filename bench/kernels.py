@@ -1,8 +1,8 @@
 """``bench kernels``: target efficiency of the MoE layer, and what a perfect kernel would have.
 
-For every batch ``B`` and draft length ``gamma`` the layer is timed on ``T = B`` tokens (one decode step) and on
-``T = B * (gamma + 1)`` (one verification). Their ratio is the layer's target efficiency; the
-same ratio of roofline times is the most any kernel could reach with that routing.
+For every batch ``B`` and draft length ``gamma`` the layer is timed on ``T = B`` tokens (one decode
+step) and on ``T = B * (gamma + 1)`` (one verification). Their ratio is the layer's target
+efficiency; the same ratio of roofline times is the most any kernel could reach with that routing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 
 import torch
+from decoder.perf_model.machine import Machine, measure_machine
+from moesd_kernels import fused_experts
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,8 +27,6 @@ from bench.record import Recorder
 from bench.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.shapes import CPU_SHAPES, Shape, parse_shape
 from bench.timer import CacheFlusher, interleaved, summarize
-from decoder.perf_model.machine import Machine, measure_machine
-from moesd_kernels import fused_experts
 
 LayerCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 TRANSFORMERS_PEERS = ("eager", "batched_mm", "grouped_mm")
@@ -205,7 +205,7 @@ class LayerBenchmark:
         """Refuse to time a variant whose output is not ours up to rounding."""
         with torch.inference_mode():
             ours = self.calls["moesd"](batch.hidden, batch.topk_ids, batch.topk_weights).float()
-            # Peers round gate_up, activation and output to the storage type; 4 such roundings bound them.
+            # Peers round gate_up, activation and output to the storage type: 4 roundings at most.
             tolerance = 4 * torch.finfo(self.dtype).eps
             for name, call in self.calls.items():
                 if name == "batched_mm" and self._pair_bytes(len(ours)) > BATCHED_LIMIT_BYTES:

@@ -1,15 +1,15 @@
-"""Random MoE layers to measure on: weights, routed inputs, and the floor a perfect kernel would reach."""
+"""Random MoE layers to measure on: weights, routed inputs, and a perfect kernel's time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from decoder.perf_model.machine import Machine
 from torch import Tensor
 
 from bench.routing import distinct_experts, route
 from bench.shapes import Shape
-from decoder.perf_model.machine import Machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""``bench plot``: pictures from JSON lines; each picture names the kinds of line it is drawn from."""
+"""``bench plot``: pictures from JSON lines; each picture names the kind of line it needs."""
 
 from __future__ import annotations
 

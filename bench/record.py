@@ -62,7 +62,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 class Recorder:
-    """Appends lines to a file (and nowhere when ``path`` is None), each flushed as it is finished."""
+    """Appends lines to a file (nowhere when ``path`` is None), each flushed when finished."""
 
     def __init__(self, path: str | Path | None, device: torch.device | str = "cpu") -> None:
         self.path = Path(path) if path else None

@@ -61,7 +61,7 @@ def _correlated(scores: Tensor, top_k: int, keep: float, generator: torch.Genera
 
 
 def _keep_probability(rows: int, num_experts: int, top_k: int, union_ratio: float) -> float:
-    """Bisect ``keep`` so that the union over ``rows`` tokens is ``union_ratio`` of the uniform one."""
+    """Bisect ``keep`` so that ``rows`` tokens use ``union_ratio`` of the uniform union."""
     if rows == 1:
         return 0.0
     uniform = num_experts * (1 - (1 - top_k / num_experts) ** rows)

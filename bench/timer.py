@@ -1,7 +1,7 @@
-"""One timer for everything: warm-up, interleaved variants, medians with the 20th and 80th percentile.
+"""One timer for everything: warm-up, interleaved variants, medians with p20 and p80.
 
-Machines are shared and drift, so variants are never timed one after the other: round ``r`` times every
-variant once, in an order rotated by ``r``, and ratios are formed round by round.
+Machines are shared and drift, so variants are never timed one after the other: round ``r`` times
+every variant once, in an order rotated by ``r``, and ratios are formed round by round.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -50,18 +51,18 @@ class CacheFlusher:
             torch.cuda.synchronize(self.device)
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of one call; on a GPU, event seconds around it."""
+def seconds_of(call: Callable[[], object], device: torch.device) -> tuple[float, object]:
+    """Wall seconds of one call (on a GPU, event seconds around it), and what it returned."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        returned = call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3, returned
     begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    returned = call()
+    return time.perf_counter() - begin, returned
 
 
 def interleaved(
@@ -75,9 +76,9 @@ def interleaved(
     """Time every variant once per round, order rotated, ``before`` untimed ahead of each call.
 
     Args:
-        variants: name -> call taking the round number (so that it can rotate its inputs). A call that
-            returns a float is taken at its word: it timed itself, as a peer in another process must.
-        rounds: timed rounds after one warm-up round; at least 3 are made whatever ``budget_s`` says.
+        variants: name -> call taking the round number (so that it can rotate its inputs). A call
+            that returns a float timed itself, as a peer in another process must.
+        rounds: timed rounds after one warm-up round; at least 3 are made, whatever ``budget_s``.
         before: untimed preparation of each call, e.g. a cache flush.
         budget_s: stop after this many seconds of rounds.
 
@@ -95,10 +96,7 @@ def interleaved(
         for name in names[shift:] + names[:shift]:
             if before:
                 before()
-            result: list[object] = []
-            elapsed = seconds_of(lambda n=name, r=result: r.append(variants[n](round_)), device)
-            if isinstance(result[0], float):
-                elapsed = result[0]
+            elapsed, returned = seconds_of(partial(variants[name], round_), device)
             if round_ >= 0:
-                samples[name].append(elapsed)
+                samples[name].append(returned if isinstance(returned, float) else elapsed)
     return samples

@@ -1,1 +1,1 @@
-"""Other implementations measured beside ours; each optional, none of them a dependency of the packages."""
+"""Other implementations measured beside ours; each optional, none a dependency."""

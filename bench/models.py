@@ -1,0 +1,127 @@
+"""Random models in real architectures, for measurements that need no trained weights.
+
+A random model's forward costs exactly what a trained one's does; only its text is meaningless, so
+acceptance is set by the replay drafter instead of a real draft's skill.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+INIT_STD = 0.05
+# Queries and keys three times as large as a normalised input's: sharp attention. With flat attention a
+# random model's greedy text falls into a one-token loop, and a loop routes to few experts.
+ATTENTION_GAIN = 3.0
+
+
+def moe_310m(num_experts_per_tok: int = 4, **overrides: Any) -> Qwen3MoeConfig:
+    """310M-parameter Qwen3-MoE (14 % active) that two CPU cores decode in milliseconds."""
+    fields: dict[str, Any] = {
+        "num_hidden_layers": 6,
+        "num_experts": 64,
+        "num_experts_per_tok": num_experts_per_tok,
+        "hidden_size": 512,
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    return Qwen3MoeConfig(**fields | overrides)
+
+
+def dense_like(moe: Qwen3MoeConfig) -> Qwen3Config:
+    """The dense model of equal active size: one MLP as wide as the K experts a token uses."""
+    shared = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "head_dim",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+    )
+    width = moe.num_experts_per_tok * moe.moe_intermediate_size
+    return Qwen3Config(intermediate_size=width, **{name: getattr(moe, name) for name in shared})
+
+
+def draft_like(target: PreTrainedConfig, hidden_size: int = 256) -> Qwen3Config:
+    """A one-layer dense draft with the target's vocabulary; run for its cost, not its proposals."""
+    return Qwen3Config(
+        num_hidden_layers=1,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 128),
+        head_dim=64,
+        vocab_size=target.vocab_size,
+        max_position_embeddings=target.max_position_embeddings,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def random_model(
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Build ``config``'s architecture with seeded random weights directly on ``device``.
+
+    Matrices are N(0, 0.05²), norms one, biases zero, queries and keys enlarged by
+    ``ATTENTION_GAIN``; drawn tensor by tensor in ``dtype``, so the peak memory is the model itself
+    even when it fills the device.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(_vector_fill(name))
+                continue
+            std = INIT_STD
+            if "q_proj" in name or "k_proj" in name:
+                std = ATTENTION_GAIN * parameter.shape[-1] ** -0.5
+            for part in parameter if parameter.dim() == 3 else (parameter,):
+                part.normal_(0.0, std, generator=generator)
+        _restore_buffers(model, config)
+    model.tie_weights()
+    return model.eval()
+
+
+def _vector_fill(name: str) -> float:
+    if name.endswith("bias"):
+        return 0.0
+    return ATTENTION_GAIN if "q_norm" in name or "k_norm" in name else 1.0
+
+
+def _restore_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Rotary tables are computed, not loaded: `to_empty` left them uninitialised."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq") and hasattr(module, "config"):
+            fresh = type(module)(module.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                getattr(module, name).copy_(buffer)
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
