@@ -1,0 +1,141 @@
+"""``python -m training <stage>``: data, target, teacher, draft, eagle, evaluate, install; or all.
+
+Stages pass their results on through ``--run-dir``; a stage that was interrupted is simply run
+again. ``--minutes`` is the wall-clock budget of the stage (of everything with ``all``);
+``--tokens`` instead of it makes a stage's schedule independent of the machine's speed.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from training.data import build_corpus
+from training.optim import Budget
+from training.tokenizer import encode, train_tokenizer
+
+# Shares of the minutes of `all`.
+SHARES = {"target": 0.60, "teacher": 0.10, "draft": 0.17, "eagle": 0.13}
+STAGES = ["data", *SHARES, "evaluate", "install"]
+
+
+def load_tokens(run_dir: Path):
+    """Build (or read back) tokenizer and encoded corpus."""
+    from transformers import AutoTokenizer
+
+    cached = run_dir / "tokens.pt"
+    if not cached.exists():
+        corpus = build_corpus()
+        train_tokenizer(corpus, run_dir / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+        tokens = encode(tokenizer, corpus)
+        counts = {f"{p}_{k}_tokens": sum(map(len, tokens[p][k])) for p in tokens for k in tokens[p]}
+        (run_dir / "corpus.json").write_text(json.dumps({**corpus.summary(), **counts}, indent=1))
+        torch.save(tokens, cached)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    return tokenizer, torch.load(cached)
+
+
+def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:
+    """Run one stage with its budget."""
+    from training.draft import train_draft
+    from training.eagle import save_eagle, train_eagle
+    from training.target import save_bf16, train_target
+    from training.teacher import build_rows, load_teacher
+
+    run_dir = args.run_dir
+    if stage == "evaluate":
+        print(json.dumps(evaluate_directory(args.assets or run_dir, tokenizer, tokens), indent=1))
+        return
+    if stage == "install":
+        install(run_dir, Path("decoder/embedded/assets"))
+        return
+    if stage == "data":
+        return
+    minutes = args.minutes if args.stage != "all" else args.minutes * SHARES[stage]
+    budget = Budget(None if args.tokens else minutes, args.tokens)
+    if stage == "target":
+        model = train_target(tokens, tokenizer, run_dir, budget, args.device, args.preview)
+        save_bf16(model.cpu(), tokenizer, run_dir / "target")
+    else:
+        teacher = load_teacher(run_dir / "target", args.device)
+        if stage == "teacher":
+            build_rows(teacher, tokens, tokenizer, run_dir, budget, args.device)
+        elif stage == "draft":
+            model = train_draft(teacher, tokenizer, run_dir, budget, args.device)
+            save_bf16(model.cpu(), tokenizer, run_dir / "draft")
+        else:
+            save_eagle(
+                train_eagle(teacher, tokenizer, run_dir, budget, args.device), run_dir / "eagle"
+            )
+    record = {
+        "tokens": budget.tokens_done,
+        "minutes": round(budget.seconds / 60, 1),
+        "device": args.device,
+    }
+    (run_dir / f"{stage}.json").write_text(json.dumps(record))
+
+
+def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
+    """Evaluate the pair saved under ``path`` (its bf16 weights, computed in fp32)."""
+    from transformers import AutoModelForCausalLM
+
+    from training.eagle import load_eagle
+    from training.evaluate import evaluate
+    from training.teacher import load_teacher
+
+    draft = None
+    if (path / "draft").exists():
+        draft = AutoModelForCausalLM.from_pretrained(path / "draft", dtype=torch.float32).eval()
+    head = load_eagle(path / "eagle") if (path / "eagle").exists() else None
+    return evaluate(load_teacher(path / "target"), draft, head, tokens, tokenizer)
+
+
+def install(run_dir: Path, assets: Path) -> None:
+    """Copy the finished pair into the package."""
+    for part in ("target", "draft", "eagle", "tokenizer"):
+        shutil.copytree(run_dir / part, assets / part, dirs_exist_ok=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage or all; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", choices=["all", *STAGES])
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("outputs/training"),
+        help="intermediate and final results",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="wall-clock budget (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, help="token budget of one stage, instead of minutes")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--preview", type=Path, help="also write the target here at every checkpoint"
+    )
+    parser.add_argument(
+        "--assets",
+        type=Path,
+        help="evaluate: directory with target, draft, eagle (default: run dir)",
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer, tokens = load_tokens(args.run_dir)
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        run_stage(stage, args, tokenizer, tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

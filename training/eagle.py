@@ -1,0 +1,252 @@
+"""The EAGLE head: definition in plain PyTorch, training, EAGLE-1's published format.
+
+At position t the head sees the target's feature_t and the token that follows it, and predicts
+feature_{t+1}; the target's own lm_head turns that into logits for token_{t+2}. When drafting
+deeper, predicted features stand in for true ones.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from training.data import SEED
+from training.optim import Budget, Optimizers
+from training.teacher import TeacherBatches, soft_targets
+
+BATCH_ROWS = 16
+DEPTHS = 3
+ARGMAX_WEIGHT = 0.3
+CONFIG = {
+    "architectures": ["LlamaForCausalLMEagle"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "bias": True,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+    "eagle": {
+        "version": 1,
+        "feature": "target's last_hidden_state, after its final norm (hidden_states[-1])",
+        "fc_input": "concat(embed_tokens(token[t+1]), feature[t]); the embedding comes first",
+        "rope_position": "t, the feature's position",
+        "input_layernorm": False,
+        "output": "feature[t+1] before lm_head; no norm is applied to it",
+        "embed_tokens": "target's",
+        "lm_head": "target's",
+    },
+}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., H]."""
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Llama attention; deeper draft steps see true keys up to where they branched off."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        hidden, self.size = config["hidden_size"], config["head_dim"]
+        self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.theta = config["rope_theta"]
+        self.q_proj = nn.Linear(hidden, self.heads * self.size, bias=False)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.size, hidden, bias=False)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding (half-split, as transformers) of [B, heads, L, D] from 0."""
+        half = self.size // 2
+        rates = self.theta ** (-torch.arange(half, device=x.device) / half)
+        angles = torch.arange(x.shape[2], device=x.device)[:, None] * rates
+        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+    def forward(
+        self, x: torch.Tensor, past: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """One more draft depth for every position at once: x [B, L, H] -> [B, L, H].
+
+        ``past`` holds the keys and values of the shallower depths, first the one over true
+        features; this depth's are appended. The query at position t of depth d sees true keys up to
+        t - d and, of each later depth m, the one key at t - (d - m).
+        """
+        rows, length, _ = x.shape
+        q, k, v = (
+            p(x).view(rows, length, -1, self.size).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k, v = (
+            t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (self.rotate(k), v)
+        )
+        q = self.rotate(q) / self.size**0.5
+        past.append((k, v))
+        depth = len(past) - 1
+        true_k, true_v = past[0]
+        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-depth)
+        scores = [(q @ true_k.mT).masked_fill(~seen, -torch.inf)]
+        own = [
+            (shifted(km, depth - m), shifted(vm, depth - m))
+            for m, (km, vm) in enumerate(past)
+            if m > 0
+        ]
+        scores += [(q * km).sum(-1, keepdim=True) for km, _ in own]
+        weights = torch.cat(scores, dim=-1).softmax(-1)
+        out = weights[..., :length] @ true_v
+        for i, (_, vm) in enumerate(own):
+            out = out + weights[..., length + i, None] * vm
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    """[B, heads, L, D] moved right along L: index t holds what was at t - by, zeros before."""
+    return F.pad(x, (0, 0, by, 0))[:, :, : x.shape[2]] if by else x
+
+
+class MLP(nn.Module):
+    """Gated feed-forward of Llama."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        hidden, inner = config["hidden_size"], config["intermediate_size"]
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., H]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Llama decoder layer without a norm before attention, as EAGLE-1 has it."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.post_attention_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+
+    def forward(self, x: torch.Tensor, past: list) -> torch.Tensor:
+        """[B, L, H] -> [B, L, H]."""
+        x = x + self.self_attn(x, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Eagle(nn.Module):
+    """fc, one layer; embedding and lm_head are the target's."""
+
+    def __init__(self, config: dict = CONFIG):
+        super().__init__()
+        self.fc = nn.Linear(2 * config["hidden_size"], config["hidden_size"], bias=True)
+        self.layers = nn.ModuleList([Layer(config)])
+
+    def forward(self, embeds: torch.Tensor, features: torch.Tensor, past: list) -> torch.Tensor:
+        """One depth: embeds of token[t+1], features[t] -> features[t+1], all [B, L, H]."""
+        return self.layers[0](self.fc(torch.cat([embeds, features], dim=-1)), past)
+
+    def depths(
+        self, embeds: torch.Tensor, features: torch.Tensor, count: int
+    ) -> list[torch.Tensor]:
+        """Predictions of depths 0..count-1; depth d+1 reads depth d's output one place on.
+
+        The first d positions of depth d have no predecessor and are not meaningful.
+        """
+        past: list = []
+        predicted = []
+        for _ in range(count):
+            features = self(embeds, features, past)
+            predicted.append(features)
+            features = F.pad(features, (0, 0, 1, 0))[:, :-1]
+        return predicted
+
+
+def train_eagle(teacher, tokenizer, run_dir: Path, budget: Budget, device: str = "cpu") -> Eagle:
+    """Smooth L1 on features plus cross entropy against the target, over DEPTHS depths."""
+    torch.manual_seed(SEED)
+    model = Eagle().to(device).train()
+    optimizers = Optimizers(model)
+    batches = TeacherBatches(run_dir)
+    lm_head = teacher.get_output_embeddings().weight
+    log = (run_dir / "eagle.log").open("w")
+    with tqdm(
+        total=100.0, desc="eagle", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
+    ) as bar:
+        while budget.progress < 1.0:
+            ids, features = batches.batch(BATCH_ROWS, device)
+            # Shallow first: deeper depths only make sense once the first one predicts something.
+            depths = 1 if budget.progress < 0.3 else 2 if budget.progress < 0.65 else DEPTHS
+            loss, agree = eagle_loss(model, ids, features, lm_head, depths, tokenizer.pad_token_id)
+            loss.backward()
+            optimizers.step(budget.lr_factor(decay_from=0.3))
+            budget.tokens_done += ids.numel()
+            agreed = " ".join(map(str, agree))
+            log.write(f"{budget.tokens_done} {budget.seconds:.0f} {loss.item():.4f} {agreed}\n")
+            log.flush()
+            bar.n = 100 * budget.progress
+            bar.set_postfix_str(
+                f"loss {loss.item():.3f} agree {agree} tokens {budget.tokens_done / 1e6:.2f}M"
+            )
+    return model
+
+
+def eagle_loss(
+    model: Eagle, ids, features, lm_head, depths: int, pad: int
+) -> tuple[torch.Tensor, list[float]]:
+    """Mean loss over depths, and the arg-max agreement of each depth."""
+    embeds = F.embedding(ids[:, 1:], lm_head)
+    following = features[:, 1:]
+    targets = soft_targets(following, lm_head, ARGMAX_WEIGHT)
+    total, agree = features.new_zeros(()), []
+    for depth, predicted in enumerate(model.depths(embeds, features[:, :-1], depths)):
+        real = (ids[:, 1:] != pad).clone()
+        real[:, :depth] = False
+        logits = predicted[real] @ lm_head.T
+        ce = F.cross_entropy(logits, targets[real])
+        total = total + ce + F.smooth_l1_loss(predicted[real], following[real])
+        agree.append(
+            round((logits.argmax(-1) == targets[real].argmax(-1)).float().mean().item(), 4)
+        )
+    return total / depths, agree
+
+
+def save_eagle(model: Eagle, out: Path) -> None:
+    """Write config.json and bf16 model.safetensors with EAGLE-1's tensor names."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+
+
+def load_eagle(path: Path) -> Eagle:
+    """Read what ``save_eagle`` wrote, widened to fp32."""
+    from safetensors.torch import load_file
+
+    model = Eagle(json.loads((path / "config.json").read_text()))
+    model.load_state_dict({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
+    return model.eval()

@@ -1,0 +1,146 @@
+"""Train the sparse-MoE target (Qwen3-MoE architecture, fine-grained experts) on the corpus."""
+
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from training import experts
+from training.data import SEED, TokenStream
+from training.optim import Budget, Optimizers
+
+CODE_SHARE = 0.8
+BATCH_TOKENS = 4096
+SHORT, LONG = 256, 512  # row lengths: short while most is learnt, then long
+LONG_FROM = 0.65  # progress at which rows become long
+CHECKPOINT_SECONDS = 300
+
+
+def target_config(vocab_size: int, eos: int, pad: int):
+    """32 experts of width 48 per layer, 4 per token: 9.3 M parameters, 3.2 M active."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        router_aux_loss_coef=0.01,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+
+
+def new_target(tokenizer):
+    """A freshly initialised target in fp32 with the training expert layer."""
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(SEED)
+    config = target_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    config._experts_implementation = experts.register()
+    model = Qwen3MoeForCausalLM(config).float()
+    with (
+        torch.no_grad()
+    ):  # residual branches start at zero: deep and shallow layers learn from the first step
+        for name, p in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                p.zero_()
+    return model
+
+
+def save_bf16(model, tokenizer, out: Path) -> None:
+    """Write a ``from_pretrained`` directory: bf16 weights, greedy defaults, tokenizer."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = type(model.config).from_dict(model.config.to_dict())
+    copy = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    copy.load_state_dict({k: v.to(torch.bfloat16) for k, v in model.state_dict().items()})
+    copy.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    copy.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def train_target(
+    tokens,
+    tokenizer,
+    run_dir: Path,
+    budget: Budget,
+    device: str = "cpu",
+    preview: Path | None = None,
+):
+    """Train until the budget is spent, resuming from ``run_dir/target.pt``; return the model."""
+    model = new_target(tokenizer).to(device).train()
+    optimizers = Optimizers(model)
+    stream = TokenStream(tokens["train"], tokenizer.eos_token_id, CODE_SHARE)
+    checkpoint = run_dir / "target.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(state["model"])
+        optimizers.load_state_dict(state["optimizers"])
+        stream = state["stream"]
+        budget.tokens_done, budget.seconds_before = state["tokens"], state["seconds"]
+    log = (run_dir / "target.log").open("a")
+    saved = time.monotonic()
+    with tqdm(
+        total=100.0,
+        desc="target",
+        unit="%",
+        mininterval=5,
+        bar_format="{l_bar}{bar}| {elapsed} {postfix}",
+    ) as bar:
+        while budget.progress < 1.0:
+            loss, aux, norm = training_step(model, stream, optimizers, budget, device)
+            bar.n = 100 * budget.progress
+            bar.set_postfix_str(
+                f"loss {loss:.3f} aux {aux:.2f} tokens {budget.tokens_done / 1e6:.2f}M"
+            )
+            log.write(
+                f"{budget.tokens_done} {budget.seconds:.0f} {loss:.4f} {aux:.4f} {norm:.3f}\n"
+            )
+            log.flush()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS or budget.progress >= 1.0:
+                saved = time.monotonic()
+                state = {
+                    "model": model.state_dict(),
+                    "optimizers": optimizers.state_dict(),
+                    "stream": stream,
+                }
+                torch.save(
+                    {**state, "tokens": budget.tokens_done, "seconds": budget.seconds}, checkpoint
+                )
+                if preview is not None:
+                    save_bf16(model, tokenizer, preview)
+    return model
+
+
+def training_step(model, stream: TokenStream, optimizers: Optimizers, budget: Budget, device: str):
+    """One batch, one update; returns (cross entropy, load-balancing loss, gradient norm)."""
+    length = LONG if budget.progress >= LONG_FROM else SHORT
+    batch = stream.batch(BATCH_TOKENS // length, length).to(device)
+    with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        out = model(input_ids=batch[:, :-1], use_cache=False, output_router_logits=True)
+        loss = torch.nn.functional.cross_entropy(
+            out.logits.float().flatten(0, 1), batch[:, 1:].flatten()
+        )
+        (loss + model.config.router_aux_loss_coef * out.aux_loss).backward()
+    norm = optimizers.step(budget.lr_factor())
+    budget.tokens_done += batch.shape[0] * length
+    return loss.item(), out.aux_loss.item(), norm
