@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from decoder.perf_model.machine import Machine, measure_machine
-from moesd_kernels import fused_experts
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.launches import launch_seconds
 from bench.layer import Layer, floor_seconds, layer_bytes, make_batch, make_layer
 from bench.peers.experts_transformers import transformers_experts
@@ -27,6 +26,7 @@ from bench.record import Recorder
 from bench.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.shapes import CPU_SHAPES, Shape, parse_shape
 from bench.timer import CacheFlusher, interleaved, summarize
+from moesd_kernels import fused_experts
 
 LayerCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 TRANSFORMERS_PEERS = ("eager", "batched_mm", "grouped_mm")
@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     shapes = [parse_shape(text) for text in args.shape or CPU_SHAPES]
-    machine = measure_machine(device)
+    ceilings = measure_ceilings(device)
     recorder = Recorder(args.out, device)
     vllm = VllmExperts(args.vllm_python, torch.get_num_threads()) if args.vllm_python else None
     try:
         for shape in shapes:
-            LayerBenchmark(shape, args, device, machine, recorder, vllm).run()
+            LayerBenchmark(shape, args, device, ceilings, recorder, vllm).run()
     finally:
         if vllm:
             vllm.close()
@@ -83,11 +83,11 @@ class LayerBenchmark:
         shape: Shape,
         args: argparse.Namespace,
         device: torch.device,
-        machine: Machine,
+        ceilings: Ceilings,
         recorder: Recorder,
         vllm: VllmExperts | None,
     ) -> None:
-        self.shape, self.args, self.device, self.machine = shape, args, device, machine
+        self.shape, self.args, self.device, self.ceilings = shape, args, device, ceilings
         self.recorder, self.vllm = recorder, vllm
         self.dtype = getattr(torch, args.dtype)
         self.layer = make_layer(shape, self.dtype, device, seed=0)
@@ -153,9 +153,9 @@ class LayerBenchmark:
         }
         if self.vllm:
             worker = self.vllm
-            variants["vllm"] = lambda r: worker.seconds(
+            variants["vllm"] = lambda r: worker.call(
                 batch, rows, args.routing, ROUND_SEED + r, args.union_ratio
-            )
+            )["seconds"]
         with torch.inference_mode():
             samples = interleaved(
                 variants,
@@ -169,7 +169,7 @@ class LayerBenchmark:
             )
         used = [batches[r] for r in range(len(samples["moesd"]))]
         distinct = sum(b.distinct for b in used) / len(used)
-        floor = floor_seconds(self.shape, tokens, round(distinct), self.machine, self.dtype)
+        floor = floor_seconds(self.shape, tokens, round(distinct), self.ceilings, self.dtype)
         ours = summarize(samples["moesd"]).median
         moved = layer_bytes(self.shape, tokens, round(distinct), self.dtype.itemsize)
         return self.recorder.write(
@@ -187,8 +187,8 @@ class LayerBenchmark:
             floor_s=floor,
             of_roof=floor / ours,
             gb_per_s=moved / ours / 1e9,
-            bandwidth=self.machine.bandwidth,
-            peak=self.machine.peak[args.dtype],
+            bandwidth=self.ceilings.read,
+            peak=self.ceilings.peak[args.dtype],
             seconds={name: summarize(s).as_dict() for name, s in samples.items()},
             launches_s=launches,
             ratio={
@@ -215,9 +215,9 @@ class LayerBenchmark:
                 if not error <= tolerance:
                     raise RuntimeError(f"{name} differs from moesd by {error:.2e} at T={len(ours)}")
         if self.vllm:
-            norm = self.vllm.output_norm(
-                batch_size, rows, self.args.routing, 0, self.args.union_ratio
-            )
+            norm = self.vllm.call(batch_size, rows, self.args.routing, 0, self.args.union_ratio)[
+                "norm"
+            ]
             if not abs(norm / ours.norm().item() - 1) <= tolerance:
                 raise RuntimeError(f"vllm's output norm is {norm}, ours {ours.norm().item()}")
 

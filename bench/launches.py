@@ -1,7 +1,7 @@
 """Time per kernel launch of one layer call, read from the profiler.
 
-On a GPU the profiler sees each kernel; on a CPU the C++ op marks its phases (plan, gate_up, down,
-combine) with profiler scopes. Profiled calls are extra calls: they never enter the layer's own timing.
+On a GPU the profiler sees each kernel; on a CPU the C++ op marks its phases (plan, gate_up,
+down, combine) with profiler scopes. Profiled calls are extra calls: they never enter the timing.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from decoder.perf_model.machine import Machine
 from torch import Tensor
 
+from bench.ceilings import Ceilings
 from bench.routing import distinct_experts, route
 from bench.shapes import Shape
 
@@ -73,10 +73,10 @@ def layer_bytes(shape: Shape, tokens: int, distinct: int, itemsize: int) -> int:
 
 
 def floor_seconds(
-    shape: Shape, tokens: int, distinct: int, machine: Machine, dtype: torch.dtype
+    shape: Shape, tokens: int, distinct: int, ceilings: Ceilings, dtype: torch.dtype
 ) -> float:
-    """Roofline time max(bytes / bandwidth, operations / peak) of one layer call."""
+    """Roofline time max(bytes / read bandwidth, operations / peak) of one layer call."""
     itemsize = dtype.itemsize
     name = str(dtype).removeprefix("torch.")
-    memory = layer_bytes(shape, tokens, distinct, itemsize) / machine.bandwidth
-    return max(memory, shape.operations(tokens) / machine.peak[name])
+    memory = layer_bytes(shape, tokens, distinct, itemsize) / ceilings.read
+    return max(memory, shape.operations(tokens) / ceilings.peak[name])

@@ -9,12 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 INIT_STD = 0.05
-# Queries and keys three times as large as a normalised input's: sharp attention. With flat attention a
-# random model's greedy text falls into a one-token loop, and a loop routes to few experts.
+# Queries and keys three times as large as a normalised input's make attention sharp. With flat
+# attention a random model's greedy text falls into a one-token loop, which routes to few experts.
 ATTENTION_GAIN = 3.0
 
 
