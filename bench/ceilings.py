@@ -29,8 +29,8 @@ class Ceilings:
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Best of ``ROUNDS`` for each operation; about 3 s on two CPU cores.
 
-    On a CPU the peak of a 16-bit type is the best of its own matrix product and of fp32's: where there
-    are no 16-bit instructions, widening to fp32 is what a perfect kernel would do.
+    On a CPU the peak of a 16-bit type is the best of its own matrix product and of fp32's: where
+    there are no 16-bit instructions, widening to fp32 is what a perfect kernel would do.
     """
     size = READ_BYTES[device.type]
     words = torch.ones(size // 4, dtype=torch.float32, device=device)
@@ -38,7 +38,6 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     reads = [lambda: words.sum(), lambda: words.amax(), lambda: torch.dot(halves[0], halves[1])]
     read = max(size / _fastest(call, device) for call in reads)
     copy = size / _fastest(lambda: halves[0].copy_(halves[1]), device)
-    del words, halves
     peak = {name: _matmul_peak(name, device) for name in ("float32", "float16", "bfloat16")}
     if device.type == "cpu":
         peak = {name: max(rate, peak["float32"]) for name, rate in peak.items()}

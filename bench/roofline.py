@@ -1,4 +1,4 @@
-"""``bench roofline``: this machine's ceilings, and the machine description the planner predicts from."""
+"""``bench roofline``: this machine's ceilings, and the description the planner predicts from."""
 
 from __future__ import annotations
 
