@@ -133,3 +133,13 @@ def empty_draft(state: StepState, gamma: int) -> Draft:
     """A draft of ``gamma`` columns in which no row proposes anything (``lengths`` all 0)."""
     tokens = state.current[:, None].expand(-1, gamma).contiguous()
     return Draft(tokens, None, torch.zeros_like(state.lengths))
+
+
+def chain_draft(tokens: list[Tensor], probs: list[Tensor | None], state: StepState) -> Draft:
+    """Assemble a chain of draft steps, each ``[B]`` tokens and ``[B, 1, V]`` fp32 or ``None``."""
+    dense = [step for step in probs if step is not None]
+    return Draft(
+        torch.stack(tokens, dim=1),
+        torch.cat(dense, dim=1) if dense else None,
+        torch.full_like(state.lengths, len(tokens)),
+    )

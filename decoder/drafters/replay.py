@@ -1,0 +1,158 @@
+"""Replay drafter: acceptance as a controlled variable, for measurements.
+
+It proposes a recorded continuation of the target itself and corrupts each token independently with
+probability ``1 - alpha``. Under greedy decoding a clean token is always accepted and a corrupted
+one always rejected, so the measured acceptance rate is ``alpha`` while every verification is the
+real one. After a rejection the target emits the recorded token anyway, so recordings are indexed
+by absolute position and the row continues along them.
+
+It is a measuring instrument: it needs to have seen the answer, and never speeds up real work.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import Draft, Drafter, StepState
+
+if TYPE_CHECKING:
+    from ..runner import ModelRunner
+    from ..sampling import Sampler, Verdict
+
+Prompt = tuple[int, ...]
+
+
+def position_noise(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Uniform noise in [0, 1) as a pure function of seed ``[B]`` and position ``[B, G]``, fp64.
+
+    Two rounds of a 32-bit xor-multiply hash in int64 arithmetic. Independent of the sampler's own
+    streams, so corruption never correlates with what the verifier draws.
+    """
+    mask = 0xFFFFFFFF
+    x = (seeds[:, None] * 0x9E3779B1 + positions * 0x85EBCA6B) & mask
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        x = ((x ^ (x >> 16)) * multiplier) & mask
+    return (x ^ (x >> 16)).double() / 2**32
+
+
+class ReplayDrafter:
+    """Propose recorded continuations, corrupted to a chosen acceptance rate.
+
+    A prompt without a recording is recorded instead: its row proposes nothing and its output is
+    remembered at release, so one autoregressive pass over the prompts arms the next one.
+
+    Args:
+        alpha: probability that a proposed token is left intact.
+        recordings: prompt token ids to the target's continuation.
+        seed: of the corruption; the same seed corrupts the same positions of the same prompt
+            whatever batch it runs in.
+        cost: optional drafter that really runs each round for its cost; its proposals are dropped.
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        recordings: Mapping[Sequence[int], Sequence[int]] | None = None,
+        *,
+        seed: int = 0,
+        cost: Drafter | None = None,
+    ) -> None:
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        self.alpha = alpha
+        self.seed = seed
+        self.cost = cost
+        self.name = "replay" if cost is None else f"replay+{cost.name}"
+        self.hidden_layers = None if cost is None else cost.hidden_layers
+        self.recordings: dict[Prompt, list[int]] = {
+            tuple(prompt): list(output) for prompt, output in (recordings or {}).items()
+        }
+        self._recording: dict[int, Prompt] = {}  # slot -> prompt being recorded
+
+    def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        if self.cost is not None:
+            self.cost.bind(runner, sampler, max_gamma)
+        slots, device = runner.max_batch_size, runner.device
+        self._vocab_size = sampler.vocab_size
+        self._tokens = torch.zeros(slots, 0, dtype=torch.int64, device=device)
+        self._end = torch.zeros(slots, dtype=torch.int64, device=device)  # recorded up to here
+        self._seeds = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._last = [0] * slots  # last position written while recording
+
+    def admit(
+        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+    ) -> None:
+        if self.cost is not None:
+            self.cost.admit(slots, token_ids, lengths, hidden)
+        rows = zip(slots.tolist(), token_ids.tolist(), lengths.tolist(), strict=True)
+        for slot, padded, length in rows:
+            prompt = tuple(padded[:length])
+            recorded = self.recordings.get(prompt)
+            if recorded is None:
+                self._recording[slot] = prompt
+            sequence = [*prompt, *(recorded or ())]
+            self._reserve(len(sequence))
+            self._tokens[slot, : len(sequence)] = torch.tensor(sequence, device=slots.device)
+            self._end[slot] = 0 if recorded is None else len(sequence)
+            self._seeds[slot] = zlib.crc32(array("q", prompt).tobytes(), self.seed & 0xFFFFFFFF)
+            self._last[slot] = length - 1
+
+    def propose(self, state: StepState, gamma: int) -> Draft:
+        if self.cost is not None:
+            self.cost.propose(state, gamma)
+        self._reserve(max(state.host_lengths) + 1 + gamma)
+        step = torch.arange(1, gamma + 1, device=state.slots.device)
+        positions = state.lengths[:, None] + step  # [B, G]
+        recorded = self._tokens[state.slots[:, None], positions]
+        noise = position_noise(self._seeds[state.slots], positions)
+        # The noise below alpha decides; above it, it also picks which wrong token to propose.
+        spread = ((noise - self.alpha) / max(1.0 - self.alpha, 1e-12)).clamp(0.0, 1.0 - 1e-9)
+        shift = 1 + (spread * (self._vocab_size - 1)).long()
+        corrupted = (recorded + shift) % self._vocab_size
+        remaining = (self._end[state.slots] - state.lengths - 1).clamp(0, gamma)
+        return Draft(torch.where(noise < self.alpha, recorded, corrupted), None, remaining)
+
+    def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
+        if self.cost is not None:
+            self.cost.commit(state_before, verdict, hidden)
+        slots = [s for s in state_before.slots.tolist() if s in self._recording]
+        if not slots:
+            return
+        width = verdict.tokens.shape[1]
+        self._reserve(max(state_before.host_lengths) + 1 + width)
+        # Rows being recorded draft nothing, so exactly one token is emitted; later columns of
+        # the write are -1 and get overwritten next round.
+        rows, start = state_before.slots, state_before.lengths
+        unrecorded = self._end[rows] == 0
+        emitted = torch.where(unrecorded, verdict.tokens[:, 0], self._tokens[rows, start + 1])
+        self._tokens[rows, start + 1] = emitted
+        self._tokens[rows, start] = torch.where(
+            unrecorded, state_before.current, self._tokens[rows, start]
+        )
+        for slot, length in zip(
+            state_before.slots.tolist(), state_before.host_lengths, strict=True
+        ):
+            if slot in self._recording:
+                self._last[slot] = length + 1
+
+    def release(self, slots: Sequence[int]) -> None:
+        if self.cost is not None:
+            self.cost.release(slots)
+        for slot in slots:
+            prompt = self._recording.pop(int(slot), None)
+            if prompt is not None:
+                end = self._last[int(slot)] + 1
+                self.recordings[prompt] = self._tokens[int(slot), len(prompt) : end].tolist()
+
+    def _reserve(self, width: int) -> None:
+        have = self._tokens.shape[1]
+        if width > have:
+            grown = self._tokens.new_zeros(self._tokens.shape[0], max(width, 2 * have, 256))
+            grown[:, :have] = self._tokens
+            self._tokens = grown

@@ -1,0 +1,143 @@
+"""The target drafts for itself with fewer experts per token.
+
+No extra weights and no extra cache: draft steps run the target's own layers, write their keys and
+values into the target's own slab at the positions they draft, and the verify forward overwrites
+exactly those positions. What is saved is expert bandwidth only; attention, shared experts,
+embeddings and the output projection are paid in full.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .base import Draft, StatelessDrafter, StepState, chain_draft
+
+if TYPE_CHECKING:
+    from ..runner import ModelRunner
+    from ..sampling import Sampler
+
+
+def reduce_top_k(index: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Keep each token's ``top_k`` heaviest experts and give them the whole routing weight.
+
+    Args:
+        index: ``[T, K]`` expert ids. Routers that select by biased or grouped scores return them
+            unsorted, so the heaviest are looked up again rather than sliced off the front.
+        weights: ``[T, K]`` routing weights; their sum per token is preserved.
+        top_k: experts kept, ``1 <= top_k <= K``.
+    """
+    kept, order = weights.topk(top_k, dim=-1)
+    # Sigmoid routers can underflow to an all-zero row; 0 / 0 would poison the token.
+    scale = weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1e-20)
+    return index.gather(-1, order), kept * scale
+
+
+def find_experts(model: nn.Module) -> list[nn.Module]:
+    """Modules that take ``(hidden_states, expert ids [T, K], routing weights [T, K])``.
+
+    Transformers marks them with ``use_experts_implementation``, which leaves ``has_gate`` and
+    ``is_transposed`` on every instance; the parameter count guards against look-alikes.
+    """
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "has_gate")
+        and hasattr(module, "is_transposed")
+        and len(inspect.signature(type(module).forward).parameters) >= 2
+    ]
+
+
+class ReducedRouting:
+    """Forward pre-hooks on a model's experts that shrink the routing while active."""
+
+    def __init__(self, experts: list[nn.Module], top_k: int) -> None:
+        self.top_k = top_k
+        self.calls = 0
+        self._active = False
+        for module in experts:
+            module.register_forward_pre_hook(self._hook, with_kwargs=True)
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._active:
+            return None
+        self.calls += 1
+        hidden, index, weights = (*args, *kwargs.values())[:3]
+        if index.shape[-1] <= self.top_k:
+            return None
+        return (hidden, *reduce_top_k(index, weights, self.top_k)), {}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+
+
+def experts_per_token(model: nn.Module) -> int | None:
+    """The router's K from the model configuration, under whichever name the family uses."""
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+class SelfDrafter(StatelessDrafter):
+    """Draft with the target itself at ``top_k`` experts per token.
+
+    Args:
+        top_k: experts per token while drafting; ``None`` takes half of the target's own.
+    """
+
+    name = "self"
+
+    def __init__(self, top_k: int | None = None) -> None:
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"self-draft top_k must be >= 1, got {top_k}")
+        self.top_k = top_k
+
+    def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        experts = find_experts(runner.model)
+        if not experts:
+            raise ValueError(
+                f"self-drafting needs a target with routed experts behind transformers' experts "
+                f"interface, got {type(runner.model).__name__}"
+            )
+        full = experts_per_token(runner.model)
+        if self.top_k is None:
+            self.top_k = max(1, (full or 2) // 2)
+        if full is not None and self.top_k >= full:
+            raise ValueError(
+                f"self-draft top_k must be below the target's {full} experts per token, "
+                f"got {self.top_k}"
+            )
+        self._runner = runner
+        self._sampler = sampler
+        self._reduced = ReducedRouting(experts, self.top_k)
+
+    def propose(self, state: StepState, gamma: int) -> Draft:
+        tokens: list[Tensor] = []
+        probs: list[Tensor | None] = []
+        current, calls = state.current, self._reduced.calls
+        with self._reduced():
+            for step in range(gamma):
+                position = (state.lengths + step)[:, None]
+                out = self._runner.forward(current[:, None], state.slots, position)
+                dist = self._sampler.distribution(out.logits, state.slots, position + 1, None)
+                current = self._sampler.draw_draft(dist, state.slots, position[:, 0] + 1)
+                tokens.append(current)
+                probs.append(dist.probs)
+        if self._reduced.calls == calls:
+            raise RuntimeError(
+                "the target's experts were never called through their module, so their routing "
+                "could not be reduced; self-drafting cannot run with this kernel path"
+            )
+        return chain_draft(tokens, probs, state)
