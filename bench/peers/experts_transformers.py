@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from bench.layer import Layer
+
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+
+
+class TransformersExperts:
+    """``call(layer, hidden, topk_ids, topk_weights)`` in one of transformers' implementations."""
+
+    def __init__(self, implementation: str) -> None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"peers are {', '.join(IMPLEMENTATIONS)} or none; got {implementation!r}"
+            )
+        self.implementation = implementation
+        self.modules: dict[int, nn.Module] = {}
+
+    def __call__(self, layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        key = layer.w_gate_up.data_ptr()
+        if key not in self.modules:
+            self.modules[key] = experts_module(layer, self.implementation)
+        return self.modules[key](hidden, ids, weights)
 
 
 def experts_module(layer: Layer, implementation: str) -> nn.Module:
@@ -28,11 +46,3 @@ def experts_module(layer: Layer, implementation: str) -> nn.Module:
     module.gate_up_proj = nn.Parameter(layer.w_gate_up, requires_grad=False)
     module.down_proj = nn.Parameter(layer.w_down, requires_grad=False)
     return module.eval()
-
-
-def transformers_experts(
-    layer: Layer, implementation: str
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``call(hidden, topk_ids, topk_weights)`` for ``eager``, ``batched_mm`` or ``grouped_mm``."""
-    module = experts_module(layer, implementation)
-    return lambda hidden, ids, weights: module(hidden, ids, weights)

@@ -1,0 +1,218 @@
+"""One MoE layer timed at many (B, gamma): ours, peers and the roofline on the same batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.ceilings import Ceilings
+from bench.graph import CapturedStack, LayerCall, stack_size
+from bench.launches import launch_seconds
+from bench.layer import Batch, Layer, floor_seconds, layer_bytes, make_batch, make_layer
+from bench.peers.experts_transformers import TransformersExperts
+from bench.peers.vllm_experts import VllmExperts
+from bench.record import Recorder
+from bench.shapes import Shape
+from bench.timer import CacheFlusher, interleaved, summarize
+from moesd_kernels import fused_experts
+
+BATCHED_LIMIT_BYTES = 4 * 2**30  # batched_mm copies the weights of every (token, expert) pair
+ROUND_SEED = 1_000
+PROFILED_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What stays the same over all points of a run."""
+
+    dtype: torch.dtype
+    device: torch.device
+    routing: str
+    union_ratio: float
+    rounds: int
+    budget_s: float
+    backend: str
+    batch_invariant: bool
+    graph: bool
+    peers: Sequence[str]
+
+
+class LayerBenchmark:
+    """Holds the weights of one shape and measures points on them."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        settings: Settings,
+        ceilings: Ceilings,
+        recorder: Recorder,
+        vllm: VllmExperts | None,
+    ) -> None:
+        self.shape, self.settings, self.ceilings = shape, settings, ceilings
+        self.recorder, self.vllm = recorder, vllm
+        weights = shape.E * shape.expert_bytes(settings.dtype.itemsize)
+        count = stack_size(weights) if settings.graph else 1
+        self.layers = [
+            make_layer(shape, settings.dtype, settings.device, seed) for seed in range(count)
+        ]
+        self.flush = CacheFlusher(settings.device)
+        self.calls: dict[str, LayerCall] = {"moesd": self._ours}
+        self.calls |= {name: TransformersExperts(name) for name in settings.peers}
+        if vllm:
+            vllm.prepare(shape, seed=0)
+
+    def _ours(self, layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return fused_experts(
+            hidden,
+            layer.w_gate_up,
+            layer.w_down,
+            ids,
+            weights,
+            backend=self.settings.backend,
+            batch_invariant=self.settings.batch_invariant,
+        )
+
+    def measure(self, batch: int, rows: int) -> dict[str, Any]:
+        """One point: correctness gate, interleaved rounds with new routing each, one JSON line."""
+        settings, tokens = self.settings, batch * rows
+        self._gate(batch, rows)
+        batches = [self._draw(batch, rows, ROUND_SEED + r) for r in range(settings.rounds)]
+        fits = lambda name: name != "batched_mm" or self._pair_bytes(tokens) <= BATCHED_LIMIT_BYTES
+        variants, eager = {}, []
+        for name in filter(fits, self.calls):
+            variants[name], captured = self._variant(self.calls[name], batches)
+            if settings.graph and not captured:
+                eager.append(name)
+        if self.vllm:
+            worker = self.vllm
+            variants["vllm"] = lambda r: worker.call(
+                batch, rows, settings.routing, ROUND_SEED + r, settings.union_ratio
+            )["seconds"]
+        with torch.inference_mode():
+            samples = interleaved(
+                variants,
+                rounds=settings.rounds,
+                device=settings.device,
+                before=self.flush,
+                budget_s=settings.budget_s,
+            )
+            launches = launch_seconds(
+                self._eager(self.calls["moesd"], batches),
+                min(PROFILED_ROUNDS, settings.rounds),
+                self.flush,
+                settings.device,
+            )
+        used = batches[: len(samples["moesd"])]
+        distinct = sum(b.distinct for b in used) / len(used)
+        return self._record(batch, rows, distinct, samples, launches, eager)
+
+    def _draw(self, batch: int, rows: int, seed: int) -> Batch:
+        s = self.settings
+        return make_batch(
+            self.shape, batch, rows, s.routing, s.dtype, s.device, seed, s.union_ratio
+        )
+
+    def _eager(self, call: LayerCall, batches: Sequence[Batch]) -> Callable[[int], object]:
+        def one(round_: int) -> None:
+            b = batches[round_]
+            call(self.layers[0], b.hidden, b.topk_ids, b.topk_weights)
+
+        return one
+
+    def _variant(
+        self, call: LayerCall, batches: Sequence[Batch]
+    ) -> tuple[Callable[[int], object], bool]:
+        """The timed callable, and whether it replays a graph."""
+        if not self.settings.graph:
+            return self._eager(call, batches), False
+        try:
+            stack = CapturedStack(call, self.layers, batches[0])
+        except RuntimeError:  # a peer that synchronises cannot be captured; it is timed eagerly
+            torch.cuda.synchronize()
+            return self._eager(call, batches), False
+        return lambda round_: stack.seconds(batches[round_:] + batches[:round_]), True
+
+    def _pair_bytes(self, tokens: int) -> int:
+        return tokens * self.shape.K * self.shape.expert_bytes(self.settings.dtype.itemsize)
+
+    def _gate(self, batch_size: int, rows: int) -> None:
+        """Refuse to time a variant whose output is not ours up to rounding.
+
+        Raises:
+            RuntimeError: names the variant and its relative error.
+        """
+        settings = self.settings
+        # Peers round gate_up, activation and output to the storage type: 4 roundings at most.
+        tolerance = 4 * torch.finfo(settings.dtype).eps
+        batch = self._draw(batch_size, rows, seed=0)
+        inputs = (self.layers[0], batch.hidden, batch.topk_ids, batch.topk_weights)
+        with torch.inference_mode():
+            ours = self._ours(*inputs).float()
+            for name, call in self.calls.items():
+                if name == "batched_mm" and self._pair_bytes(len(ours)) > BATCHED_LIMIT_BYTES:
+                    continue
+                theirs = call(*inputs).float()
+                error = ((ours - theirs).norm() / theirs.norm()).item()
+                if not error <= tolerance:
+                    raise RuntimeError(f"{name} differs from moesd by {error:.2e} at T={len(ours)}")
+        if self.vllm:
+            answer = self.vllm.call(batch_size, rows, settings.routing, 0, settings.union_ratio)
+            error = abs(answer["norm"] / ours.norm().item() - 1)
+            if not error <= tolerance:
+                raise RuntimeError(f"vllm's output norm differs by {error:.2e} at T={len(ours)}")
+
+    def _record(
+        self,
+        batch: int,
+        rows: int,
+        distinct: float,
+        samples: dict[str, list[float]],
+        launches: dict[str, float],
+        eager: list[str],
+    ) -> dict[str, Any]:
+        settings, tokens = self.settings, batch * rows
+        floor = floor_seconds(self.shape, tokens, distinct, self.ceilings, settings.dtype)
+        moved = layer_bytes(self.shape, tokens, distinct, settings.dtype.itemsize)
+        ours = samples["moesd"]
+        median = summarize(ours).median
+        dtype = str(settings.dtype).removeprefix("torch.")
+        correlated = settings.routing == "correlated"
+        return self.recorder.write(
+            "kernel",
+            shape=list(self.shape),
+            dtype=dtype,
+            routing=settings.routing,
+            union_ratio=settings.union_ratio if correlated else None,
+            backend=settings.backend,
+            batch_invariant=settings.batch_invariant,
+            graph=settings.graph,
+            not_captured=eager,
+            B=batch,
+            gamma=rows - 1,
+            T=tokens,
+            distinct=distinct,
+            bytes=moved,
+            floor_s=floor,
+            of_roof=floor / median,
+            gb_per_s=moved / median / 1e9,
+            read_bandwidth=self.ceilings.read,
+            peak=self.ceilings.peak[dtype],
+            seconds={name: summarize(s).as_dict() for name, s in samples.items()},
+            launches_s=launches,
+            ratio={
+                name: summarize([a / b for a, b in zip(s, ours, strict=True)]).median
+                for name, s in samples.items()
+                if name != "moesd"
+            },
+        )
+
+
+def efficiency(times: dict[tuple[int, int], float], batch: int, rows: int) -> float:
+    """Target efficiency T(B, 1) / T(B, rows); NaN when T(B, 1) was not measured."""
+    base = times.get((batch, 1))
+    return base / times[batch, rows] if base else math.nan
