@@ -1,0 +1,96 @@
+"""Pieces shared by the Triton kernels: dot, epilogue, tile order, programmatic dependent launch."""
+
+import triton
+import triton.language as tl
+
+try:  # Triton builds without these run the same kernels without the overlap.
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    HAS_PDL = True
+except ImportError:
+    HAS_PDL = False
+
+# The keys of `moesd_kernels.activations.FUNCTIONS`; the kernels compare against the number.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "relu": 4}
+
+# Where a kernel finds its block's rows.
+ROUTING_PLANNED = 0  # in the tables a former launch wrote
+ROUTING_INLINE = 1  # computed here from topk_ids, and written for the launches that follow
+ROUTING_SINGLE = 2  # one token: block k is pair k
+
+
+@triton.jit
+def pdl_wait(PDL: tl.constexpr):
+    """Wait for the former launch, then let the next one start its prologue.
+
+    Triggering at once is safe because every dependent waits for this launch to *complete*.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def tile_order(pid, num_blocks, num_tiles, GROUP_M: tl.constexpr):
+    """Program number -> (block, tile): tiles of one expert together, GROUP_M of its blocks adjacent."""
+    if GROUP_M == 1:
+        return pid // num_tiles, pid % num_tiles
+    group = pid // (GROUP_M * num_tiles)
+    first = group * GROUP_M
+    size = tl.minimum(num_blocks - first, GROUP_M)
+    within = pid - group * GROUP_M * num_tiles
+    return first + within % size, within // size
+
+
+@triton.jit
+def dot(x, w, acc, SWAP_AB: tl.constexpr):
+    """``acc += x @ w.T`` for x [M, K], w [N, K]; acc is [N, M] when SWAP_AB, else [M, N].
+
+    Swapped, the weights are the matrix instruction's M operand: Hopper's 64-row instruction is
+    then full however few tokens there are. "ieee" keeps fp32 from being rounded to tf32.
+    """
+    if SWAP_AB:
+        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    """tanh by one exponential, exact at both ends."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation function on fp32 values; numbers as in ``ACTIVATIONS``."""
+    if ACTIVATION == 0:
+        return x / (1.0 + tl.exp(-x))
+    if ACTIVATION == 1:
+        return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    if ACTIVATION == 2:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    x = tl.maximum(x, 0.0)
+    if ACTIVATION == 3:
+        return x * x
+    return x
+
+
+@triton.jit
+def glu(
+    gate,
+    up,
+    limit,
+    alpha,
+    ACTIVATION: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+):
+    """``act(gate) * up``; with alpha ``gate * sigmoid(alpha * gate) * (up + 1)``; clamped by limit."""
+    if HAS_LIMIT:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    if HAS_ALPHA:
+        return gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    return activate(gate, ACTIVATION) * up

@@ -1,0 +1,53 @@
+"""Layouts, gates and tilings other than the default, interpreted."""
+
+import pytest
+import torch
+from moe_cases import check, make_case
+
+from moesd_kernels.triton import fused_experts_triton
+from moesd_kernels.triton.config import GemmConfig, MoEConfig
+
+SMALL = GemmConfig(block_m=16, block_n=32, block_k=32)
+CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single=SMALL)
+
+VARIANTS = {
+    "transposed": {"transposed": True},
+    "interleaved": {"interleaved": True},
+    "bias": {"bias": True},
+    "gpt-oss": {
+        "transposed": True,
+        "interleaved": True,
+        "bias": True,
+        "activation_limit": 0.7,
+        "activation_alpha": 1.702,
+    },
+    "clamped silu": {"activation_limit": 0.5},
+    "no gate, relu2": {"gated": False, "activation": "relu2", "bias": True},
+    "no gate, transposed": {"gated": False, "activation": "relu", "transposed": True},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "gelu": {"activation": "gelu"},
+}
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant(name, T):
+    case = make_case(3, 2, 40, 24, T, **VARIANTS[name])
+    check(case, case.run(fused_experts_triton, config=CONFIG))
+
+
+TILINGS = {
+    "swap_ab": GemmConfig(block_m=16, block_n=64, block_k=16, swap_ab=True),
+    "split_k": GemmConfig(block_m=16, block_n=32, block_k=16, split_k=3),
+    "more splits than steps": GemmConfig(block_m=16, block_n=32, block_k=32, split_k=4),
+    "tile wider than I": GemmConfig(block_m=32, block_n=128, block_k=64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TILINGS)
+def test_tiling(name, dtype):
+    tiling = TILINGS[name]
+    case = make_case(3, 2, 48, 80, 7, dtype, bias=True)
+    config = MoEConfig(gate_up=tiling, down=tiling, single=SMALL)
+    check(case, case.run(fused_experts_triton, config=config))
