@@ -67,13 +67,13 @@ def make_batch(
     )
 
 
-def layer_bytes(shape: Shape, tokens: int, distinct: int, itemsize: int) -> int:
+def layer_bytes(shape: Shape, tokens: int, distinct: float, itemsize: int) -> float:
     """Fewest bytes through memory: each distinct expert once, tokens in and out."""
     return distinct * shape.expert_bytes(itemsize) + 2 * tokens * shape.H * itemsize
 
 
 def floor_seconds(
-    shape: Shape, tokens: int, distinct: int, ceilings: Ceilings, dtype: torch.dtype
+    shape: Shape, tokens: int, distinct: float, ceilings: Ceilings, dtype: torch.dtype
 ) -> float:
     """Roofline time max(bytes / read bandwidth, operations / peak) of one layer call."""
     itemsize = dtype.itemsize

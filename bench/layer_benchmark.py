@@ -135,7 +135,7 @@ class LayerBenchmark:
         except RuntimeError:  # a peer that synchronises cannot be captured; it is timed eagerly
             torch.cuda.synchronize()
             return self._eager(call, batches), False
-        return lambda round_: stack.seconds(batches[round_:] + batches[:round_]), True
+        return lambda round_: stack.seconds([*batches[round_:], *batches[:round_]]), True
 
     def _pair_bytes(self, tokens: int) -> int:
         return tokens * self.shape.K * self.shape.expert_bytes(self.settings.dtype.itemsize)

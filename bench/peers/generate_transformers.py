@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ class TransformersGenerate:
     """Batched greedy ``model.generate`` on left-padded prompts."""
 
     def __init__(self, model: PreTrainedModel, experts: str = "grouped_mm") -> None:
-        self.model = model
+        self.model: Any = model
         if hasattr(model.config, "num_experts") or hasattr(model.config, "num_local_experts"):
             model.set_experts_implementation(experts)
 

@@ -64,7 +64,8 @@ def _serve(threads: int) -> None:
         state["shape"] = shape
 
     def run(draw: list[Any], seed: int, union_ratio: float) -> dict[str, float]:
-        batch = make_batch(state["shape"], *draw, torch.bfloat16, cpu, seed, union_ratio)
+        B, rows, routing = draw
+        batch = make_batch(state["shape"], B, rows, routing, torch.bfloat16, cpu, seed, union_ratio)
         ids, weights = batch.topk_ids.int(), batch.topk_weights.float()
         out = torch.empty_like(batch.hidden)
         flush()
