@@ -50,7 +50,9 @@ def measure_machine(
         bandwidth = _read_bandwidth(device, max(4 * cache, 64e6))
         launch = _call_overhead(device, dtype)
         curve = _row_curve(device, dtype, linear, width, cache, started + budget)
-    best = max(2.0 * rows / seconds for rows, seconds in zip(curve.rows, curve.seconds, strict=True))
+    best = max(
+        2.0 * rows / seconds for rows, seconds in zip(curve.rows, curve.seconds, strict=True)
+    )
     return Machine(
         name=_device_name(device),
         bandwidth=bandwidth,

@@ -8,8 +8,10 @@ masking, so the decoder does not run them either.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 _UNGATED = {"opt", "gpt2", "gpt_neox", "gpt_neo", "phi", "starcoder2", "falcon", "nemotron"}
@@ -55,7 +57,7 @@ class LayerSpec:
         return 18 if self.num_experts else 14
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSpec:
     """A causal language model, component by component.
 
@@ -87,6 +89,11 @@ class ModelSpec:
         """Parameters used by one token, embeddings included (the usual "A" in a model's name)."""
         outer = self.embedding + (0 if self.tied else self.head)
         return outer + sum(layer.active for layer in self.layers)
+
+    @cached_property
+    def layer_groups(self) -> tuple[tuple[LayerSpec, int], ...]:
+        """Distinct layers and how often each occurs."""
+        return tuple(Counter(self.layers).items())
 
     @property
     def moe(self) -> LayerSpec | None:
@@ -127,9 +134,31 @@ class ModelSpec:
 
     def with_weight_bytes(self, dense: float, expert: float | None = None) -> ModelSpec:
         """The same model stored with other bytes per parameter (4 fp32, 2 bf16, 1 fp8)."""
-        return replace(
-            self, dense_bytes=dense, expert_bytes=dense if expert is None else expert
-        )
+        return replace(self, dense_bytes=dense, expert_bytes=dense if expert is None else expert)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict; equal layers are stored once with their count."""
+        data = asdict(replace(self, layers=()))
+        data["layers"] = [{**asdict(layer), "count": n} for layer, n in self.layer_groups]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """The inverse of ``to_json``; layers come back grouped.
+
+        Raises:
+            ValueError: missing or unknown fields.
+        """
+        try:
+            layers: list[LayerSpec] = []
+            for entry in data["layers"]:
+                fields = dict(entry)
+                layers += [LayerSpec(**{k: v for k, v in fields.items() if k != "count"})] * int(
+                    fields["count"]
+                )
+            return cls(**{**data, "layers": tuple(layers)})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a model spec: {error!r}") from error
 
 
 def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
