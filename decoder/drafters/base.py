@@ -9,7 +9,7 @@ proposes may depend on its context and on earlier drafts, never on the token at 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -54,6 +54,7 @@ class StepState:
         tokens: ``[max_slots, S]`` int64, every token by absolute position (prompt and output);
             ``tokens[slot, lengths] == current``. Owned by the engine, read only here.
         host_lengths: ``lengths`` as Python integers, so that sizing needs no device sync.
+        host_slots: ``slots`` as Python integers; read back from the device when not given.
     """
 
     slots: Tensor
@@ -62,6 +63,15 @@ class StepState:
     previous: Tensor
     tokens: Tensor
     host_lengths: list[int]
+    host_slots: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.host_slots:
+            self.host_slots = self.slots.tolist()
+
+    def host_rows(self) -> list[tuple[int, int]]:
+        """``(slot, length)`` of every live row."""
+        return list(zip(self.host_slots, self.host_lengths, strict=True))
 
 
 @runtime_checkable

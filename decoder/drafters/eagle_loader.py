@@ -40,6 +40,7 @@ class EagleConfig:
             EAGLE-3's default of the inputs of layers 2, n // 2 and n - 3 to the drafter.
         norm_before_residual: EAGLE-3's first layer takes the normed hidden state as its residual.
         norm_output: the hidden state handed to the next draft step is the one after ``norm``.
+        windows: per layer, how many latest positions it sees; 0 is all.
         rope: configuration keys that transformers' rotary embedding reads.
     """
 
@@ -51,6 +52,7 @@ class EagleConfig:
     num_layers: int
     rms_norm_eps: float
     hidden_act: str
+    windows: tuple[int, ...]
     rope: dict[str, Any]
     feature_layers: tuple[int, ...] | None
     norm_before_residual: bool = False
@@ -206,11 +208,18 @@ def _parse_config(
         num_layers=len(layers),
         rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
         hidden_act=layer.get("hidden_act", "silu"),
+        windows=_windows(layer, len(layers)),
         rope={key: layer[key] for key in rope_keys if layer.get(key) is not None},
         feature_layers=(-1,) if kind == "eagle1" else _feature_layers(raw),
         norm_before_residual=bool(raw.get("norm_before_residual", False)),
         norm_output=bool(raw.get("norm_output", False)),
     )
+
+
+def _windows(layer: dict[str, Any], count: int) -> tuple[int, ...]:
+    types = layer.get("layer_types") or ["full_attention"] * count
+    window = layer.get("sliding_window") or 0
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types[:count])
 
 
 def _feature_layers(raw: dict[str, Any]) -> tuple[int, ...] | None:

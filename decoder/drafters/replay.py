@@ -121,13 +121,10 @@ class ReplayDrafter:
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         if self.cost is not None:
             self.cost.commit(state_before, verdict, hidden)
-        slots = [s for s in state_before.slots.tolist() if s in self._recording]
-        if not slots:
+        if self._recording.keys().isdisjoint(state_before.host_slots):
             return
-        width = verdict.tokens.shape[1]
-        self._reserve(max(state_before.host_lengths) + 1 + width)
-        # Rows being recorded draft nothing, so exactly one token is emitted; later columns of
-        # the write are -1 and get overwritten next round.
+        self._reserve(max(state_before.host_lengths) + 2)
+        # Rows being recorded draft nothing, so exactly one token is emitted per round.
         rows, start = state_before.slots, state_before.lengths
         unrecorded = self._end[rows] == 0
         emitted = torch.where(unrecorded, verdict.tokens[:, 0], self._tokens[rows, start + 1])

@@ -1,0 +1,168 @@
+"""EAGLE drafting: a small head that reads the target's features and extends them by itself.
+
+Each round the accepted tokens run through the head once more, now beside the target's true
+features, which replaces the keys and values it had computed from its own guesses; then it takes
+``gamma - 1`` steps on its own output. True features arrive with every verify forward and wait in a
+ring per row until the head needs them, so rounds at gamma 0 cost it nothing but the copy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention import Placement
+from ..cache import RaggedCache
+from .base import Draft, StepState, chain_draft
+from .eagle_head import EagleHead
+from .eagle_loader import EagleCheckpoint, load_eagle
+
+if TYPE_CHECKING:
+    from ..runner import ModelRunner
+    from ..sampling import Sampler, Verdict
+
+logger = logging.getLogger(__name__)
+
+_PREFILL_CHUNK = 256
+
+
+class EagleDrafter:
+    """Chain drafting with an EAGLE-1 or EAGLE-3 head.
+
+    Args:
+        checkpoint: a loaded head or the directory of one.
+    """
+
+    def __init__(self, checkpoint: EagleCheckpoint | str | Path) -> None:
+        if not isinstance(checkpoint, EagleCheckpoint):
+            checkpoint = load_eagle(checkpoint)
+        self.checkpoint = checkpoint
+        self.name = checkpoint.config.kind
+        self.hidden_layers = checkpoint.config.feature_layers
+
+    def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        model = runner.model
+        depth = model.config.get_text_config().num_hidden_layers
+        self.hidden_layers = self.hidden_layers or (2, depth // 2, depth - 3)
+        if any(not -depth - 1 <= layer <= depth for layer in self.hidden_layers):
+            raise ValueError(
+                f"the EAGLE head reads hidden states {self.hidden_layers} of a target with "
+                f"{depth} layers"
+            )
+        embedding = model.get_input_embeddings().weight
+        self.head = EagleHead(self.checkpoint, embedding, model.get_output_embeddings()).eval()
+        width = len(self.hidden_layers) * model.config.get_text_config().hidden_size
+        if self.head.feature_size != width:
+            raise ValueError(
+                f"the EAGLE head expects features of width {self.head.feature_size}, the target's "
+                f"hidden states {self.hidden_layers} make {width}"
+            )
+        mapping = self.checkpoint.draft_to_target
+        if mapping is not None and int(mapping.max()) >= sampler.vocab_size:
+            raise ValueError(
+                f"the EAGLE head's d2t reaches token {int(mapping.max())}, the target has "
+                f"{sampler.vocab_size}"
+            )
+        self._runner, self._sampler = runner, sampler
+        self.cache = RaggedCache(runner.max_batch_size, runner.max_length)
+        # Twice the longest round: the backlog of gamma-0 rounds is flushed before it wraps.
+        self._ring_size = max(16, 2 * (max_gamma + 1))
+        self._ring = embedding.new_zeros(runner.max_batch_size, self._ring_size, width)
+        # Positions below `synced` have keys and values computed from true features.
+        self._synced = torch.zeros(
+            runner.max_batch_size, dtype=torch.int64, device=embedding.device
+        )
+        self._host_synced = [0] * runner.max_batch_size
+
+    @torch.inference_mode()
+    def admit(
+        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+    ) -> None:
+        """Pairs ``(token_{t+1}, feature_t)`` inside the prompt; the last feature has to wait."""
+        features = _present(hidden)
+        width = token_ids.shape[1]
+        column = torch.arange(width, device=slots.device)
+        positions = torch.where(column < lengths[:, None] - 1, column, -1)[:, :-1]
+        for start in range(0, width - 1, _PREFILL_CHUNK):
+            chunk = slice(start, min(start + _PREFILL_CHUNK, width - 1))
+            following = token_ids[:, chunk.start + 1 : chunk.stop + 1]
+            fused = self.head.fuse(features[:, chunk])
+            self._forward(following, fused, slots, positions[:, chunk], chunk.stop)
+        last = lengths - 1
+        rows = torch.arange(slots.numel(), device=slots.device)
+        self._ring[slots, last % self._ring_size] = features[rows, last]
+        self._synced[slots] = last
+        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+            self._host_synced[slot] = length - 1
+
+    @torch.inference_mode()
+    def propose(self, state: StepState, gamma: int) -> Draft:
+        slots, vocab_size = state.slots, self._sampler.vocab_size
+        hidden = self._refresh(state)[:, -1:]  # [B, 1, H], the prediction for `lengths`
+        drafted: list[Tensor] = []
+        probs: list[Tensor | None] = []
+        for step in range(gamma):
+            if step:
+                position = state.lengths[:, None] + (step - 1)
+                extent = max(state.host_lengths) + step
+                hidden = self._forward(drafted[-1][:, None], hidden, slots, position, extent)
+            target_position = state.lengths + 1 + step
+            logits = self.head.logits(hidden, vocab_size)
+            dist = self._sampler.distribution(logits, slots, target_position[:, None], None)
+            drafted.append(self._sampler.draw_draft(dist, slots, target_position))
+            probs.append(dist.probs)
+        return chain_draft(drafted, probs, state)
+
+    @torch.inference_mode()
+    def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
+        """Store the verify forward's features; those of rejected tokens are overwritten unread."""
+        features = _present(hidden)
+        Q = features.shape[1]
+        behind = max(
+            length + Q - self._host_synced[slot] for slot, length in state_before.host_rows()
+        )
+        if behind > self._ring_size:
+            self._refresh(state_before)
+        positions = state_before.lengths[:, None] + torch.arange(Q, device=features.device)
+        self._ring[state_before.slots[:, None], positions % self._ring_size] = features
+
+    def release(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._host_synced[int(slot)] = 0
+
+    def _refresh(self, state: StepState) -> Tensor:
+        """Run the pairs whose true features have arrived since last time; ``[B, W, H]``.
+
+        Right-aligned, so the last column is position ``lengths - 1`` of every row.
+        """
+        rows = state.host_rows()
+        W = max(length - self._host_synced[slot] for slot, length in rows)
+        positions = state.lengths[:, None] - W + torch.arange(W, device=state.slots.device)
+        slots = state.slots[:, None]
+        tokens = state.tokens[slots, (positions + 1).clamp(min=0)]
+        fused = self.head.fuse(self._ring[slots, positions % self._ring_size])
+        live = torch.where(positions >= self._synced[slots], positions, -1)
+        hidden = self._forward(tokens, fused, state.slots, live, max(state.host_lengths))
+        self._synced[state.slots] = state.lengths
+        for slot, length in rows:
+            self._host_synced[slot] = length
+        return hidden
+
+    def _forward(
+        self, tokens: Tensor, hidden: Tensor, slots: Tensor, positions: Tensor, extent: int
+    ) -> Tensor:
+        """One head pass; ``extent`` is at least the largest position + 1."""
+        self.cache.reserve(extent)
+        self.cache.select(slots, positions)
+        return self.head(tokens, hidden, self.cache, Placement(slots, positions, extent))
+
+
+def _present(hidden: Tensor | None) -> Tensor:
+    if hidden is None:
+        raise ValueError("the EAGLE drafter needs the target's hidden states, got None")
+    return hidden

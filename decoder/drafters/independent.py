@@ -1,0 +1,170 @@
+"""An independent draft model with a ragged cache of its own.
+
+Every round starts by feeding the last two tokens, not one: after a round in which all drafts were
+accepted the draft model has never seen its own last proposal, and rewriting the slot before it
+otherwise is harmless. The shape is the same either way, so there is no branch and no sync.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import Draft, StepState, chain_draft
+from .vocab import fit_vocab, require_same_vocabulary
+
+if TYPE_CHECKING:
+    from ..runner import ModelRunner
+    from ..sampling import Sampler, Verdict
+
+logger = logging.getLogger(__name__)
+
+_INLINE_LAG = 8  # missing tokens fed along with the first step instead of before it
+_CHUNK = 256  # positions per catch-up forward
+
+
+class IndependentDrafter:
+    """Chain drafting with a smaller language model.
+
+    Args:
+        model: a transformers causal LM in evaluation mode.
+        tokenizer: of the draft model, to compare vocabularies; optional when sizes are equal.
+        target_tokenizer: of the target.
+    """
+
+    name = "independent"
+    hidden_layers: tuple[int, ...] | None = None
+
+    def __init__(
+        self, model: Any, tokenizer: Any | None = None, target_tokenizer: Any | None = None
+    ) -> None:
+        self.model = model
+        self._tokenizers = (target_tokenizer, tokenizer)
+
+    def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        from ..runner import ModelRunner
+
+        draft_size = self.model.get_output_embeddings().weight.shape[0]
+        require_same_vocabulary(sampler.vocab_size, draft_size, *self._tokenizers)
+        _check_context(self.model, runner.max_length)
+        self.runner = ModelRunner(self.model, runner.max_batch_size, runner.max_length)
+        self._sampler = sampler
+        self._last_id = draft_size - 1
+        self._clamp = draft_size < sampler.vocab_size
+        # Slots below it hold keys and values of committed tokens, or of drafts that the next
+        # state will show to have been committed.
+        self._synced = [0] * runner.max_batch_size
+
+    def admit(
+        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+    ) -> None:
+        self.runner.prefill(slots, self._known(token_ids), lengths)
+        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+            self._synced[slot] = length
+
+    def propose(self, state: StepState, gamma: int) -> Draft:
+        tokens, positions = self._opening(state)
+        last = torch.full_like(state.slots, tokens.shape[1] - 1)[:, None]
+        longest = max(state.host_lengths)
+        drafted: list[Tensor] = []
+        probs: list[Tensor | None] = []
+        for step in range(gamma):
+            out = self.runner.forward(
+                self._known(tokens),
+                state.slots,
+                positions,
+                logits_positions=None if step else last,
+                max_position=longest + step,
+            )
+            positions = state.lengths[:, None] + (step + 1)
+            logits = fit_vocab(out.logits, self._sampler.vocab_size)
+            dist = self._sampler.distribution(logits, state.slots, positions, None)
+            drafted.append(self._sampler.draw_draft(dist, state.slots, positions[:, 0]))
+            probs.append(dist.probs)
+            tokens = drafted[-1][:, None]
+        for slot, length in state.host_rows():
+            self._synced[slot] = length + gamma
+        return chain_draft(drafted, probs, state)
+
+    def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
+        if verdict.tokens.shape[1] > 1:
+            return
+        # A round without drafts: what an earlier round drafted beyond this state was rejected.
+        for slot, length in state_before.host_rows():
+            self._synced[slot] = min(self._synced[slot], length)
+
+    def forget_drafts(self, state: StepState) -> None:
+        """The last ``propose`` at ``state`` was overridden: trust only the tokens it was given."""
+        for slot, length in state.host_rows():
+            self._synced[slot] = length + 1
+
+    def release(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._synced[int(slot)] = 0
+
+    def _opening(self, state: StepState) -> tuple[Tensor, Tensor]:
+        """Tokens and positions ``[B, W]`` of the first step, the last column being ``current``.
+
+        W is 2 plus whatever earlier rounds at gamma 0 left unseen; a long backlog is run on its
+        own first, for the rows that have one.
+        """
+        rows = state.host_rows()
+        lag = max(length - 1 - self._synced[slot] for slot, length in rows)
+        if lag > _INLINE_LAG:
+            self._catch_up(state, rows)
+            lag = 0
+        if lag <= 0:
+            positions = torch.stack([state.lengths - 1, state.lengths], dim=1)
+            return torch.stack([state.previous, state.current], dim=1), positions
+        back = torch.arange(-1 - lag, 1, device=state.slots.device)
+        positions = state.lengths[:, None] + back
+        tokens = state.tokens[state.slots[:, None], positions.clamp(min=0)]
+        # A row shorter than the backlog of another has nothing before slot 0.
+        return tokens, torch.where(positions >= 0, positions, -1)
+
+    def _catch_up(self, state: StepState, rows: list[tuple[int, int]]) -> None:
+        """Run every token before ``previous`` that the draft model has not seen."""
+        device = state.slots.device
+        behind = [(slot, self._synced[slot], length - 1) for slot, length in rows]
+        behind = [row for row in behind if row[1] < row[2]]
+        slots, start, stop = torch.tensor(behind, device=device).unbind(1)
+        no_logits = torch.zeros(len(behind), 0, dtype=torch.int64, device=device)
+        backlog = max(stop - start for _, start, stop in behind)
+        for first in range(0, backlog, _CHUNK):
+            step = torch.arange(first, min(first + _CHUNK, backlog), device=device)
+            positions = start[:, None] + step
+            tokens = state.tokens[slots[:, None], positions.clamp(max=state.tokens.shape[1] - 1)]
+            self.runner.forward(
+                self._known(tokens),
+                slots,
+                torch.where(positions < stop[:, None], positions, -1),
+                logits_positions=no_logits,
+                max_position=max(stop for _, _, stop in behind) - 1,
+            )
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """Ids past the draft's embedding table, which only the target knows, become its last."""
+        return tokens.clamp(max=self._last_id) if self._clamp else tokens
+
+
+def _check_context(model: Any, max_length: int) -> None:
+    """A draft context shorter than the target's costs acceptance, or has no positions to give."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit >= max_length:
+        return
+    if getattr(config, "rope_parameters", None) is None:
+        raise ValueError(
+            f"the draft model has {limit} position embeddings, fewer than the {max_length} tokens "
+            "a row may hold"
+        )
+    logger.warning(
+        "the draft model was made for %d positions and rows may hold %d: expect fewer accepted "
+        "drafts beyond that",
+        limit,
+        max_length,
+    )
