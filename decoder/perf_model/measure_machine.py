@@ -120,7 +120,8 @@ def _row_curve(
         x = torch.randn(size, width, dtype=dtype, device=device)
         linear(x, weights[0])
         share = (deadline - time.perf_counter()) / (len(_ROWS) - done)
-        stop, times = time.perf_counter() + share, []
+        stop = time.perf_counter() + share
+        times: list[float] = []
         while len(times) < 3 or (time.perf_counter() < stop and len(times) < 2 * count):
             group = groups[len(times) % len(groups)]
             started = _clock(device)

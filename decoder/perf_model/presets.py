@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
-from .model_spec import MXFP4_BYTES, ModelSpec, eagle_spec, spec_from_config
+from .config_spec import MXFP4_BYTES, spec_from_config
+from .model_spec import ModelSpec, eagle_spec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

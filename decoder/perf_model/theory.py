@@ -23,7 +23,7 @@ CONVENTIONS: tuple[Convention, ...] = ("paper", "engine")
 def _as_array(name: str, value: Values, low: float, high: float = math.inf) -> Array:
     array = np.asarray(value, dtype=np.float64)
     if not np.all((array >= low) & (array <= high)):
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")
     return array
 
 
