@@ -1,0 +1,228 @@
+"""Attention over ragged cache rows, as a function transformers models can call.
+
+Registered as ``"moesd_ragged"``. During a forward of ``ModelRunner`` it reads the cache slabs
+directly and derives what a query may see from its position alone, so no mask is passed through the
+model. Outside such a forward it is transformers' ``sdpa``.
+
+Three forms, one meaning (query at position p sees slots max(0, p - window + 1) .. p):
+
+* the op of ``moesd_kernels`` when there is one (no copy, no mask),
+* ``packed``: SDPA with the query heads of a group folded into the query axis, so that grouped keys
+  are not copied per head,
+* ``reference``: plain fp32 arithmetic, also for sinks and score caps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+NAME = "moesd_ragged"
+
+RaggedOp = Callable[..., Tensor]
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where the queries of one forward stand.
+
+    Attributes:
+        slots: ``[B]`` int64 cache rows; ``None`` when row b is cache row b for all b.
+        positions: ``[B, Q]`` int64 absolute positions; -1 marks a padding query, whose output is
+            unspecified but finite.
+        view_length: slots that the portable forms look at; at least the largest position + 1.
+        op: the kernel, or ``None`` for the portable forms.
+        windows: sliding window of each attention module, by ``id``, as its model's own mask says;
+            0 is none. Modules not listed pass theirs with the call.
+        probing: whether this forward fills ``windows``.
+    """
+
+    slots: Tensor | None
+    positions: Tensor
+    view_length: int
+    op: RaggedOp | None = None
+    windows: dict[int, int] = field(default_factory=dict)
+    probing: bool = False
+    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def visible(self, window: int, group: int = 1) -> Tensor:
+        """``[B, 1, group * Q, view_length]`` bool: may query q see slot s. Built once per forward."""
+        key = (window, group)
+        if key not in self._masks:
+            if group > 1:
+                self._masks[key] = self.visible(window).repeat(1, 1, group, 1)
+                return self._masks[key]
+            slot = torch.arange(self.view_length, device=self.positions.device)
+            # A padding query sees slot 0: a row with nothing visible would be NaN.
+            position = self.positions.clamp(min=0)[:, None, :, None]
+            mask = slot <= position
+            if window > 0:
+                mask &= slot > position - window
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+_active = threading.local()
+
+
+@contextmanager
+def placed(placement: Placement) -> Iterator[None]:
+    """Make ``placement`` the one that attention calls of this thread use."""
+    previous = getattr(_active, "placement", None)
+    _active.placement = placement
+    try:
+        yield
+    finally:
+        _active.placement = previous
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    placement: Placement,
+    *,
+    scale: float,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention of each query over the visible slots of its cache row.
+
+    Args:
+        query: ``[B, Q, Hq, D]``.
+        keys: ``[rows, S, Hkv, D]`` slab; values: ``[rows, S, Hkv, Dv]``.
+        placement: rows and positions of the queries.
+        scale: factor on the scores.
+        window: how many latest slots a query sees; 0 is all.
+        sinks: ``[Hq]`` logits of a virtual slot that takes probability and gives nothing.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+
+    Returns:
+        ``[B, Q, Hq, Dv]`` in ``query.dtype``.
+    """
+    if placement.op is not None and softcap is None:
+        return placement.op(
+            query, keys, values, placement.positions, scale, window, sinks, placement.slots
+        )
+    keys, values = _selected(keys, placement), _selected(values, placement)
+    if sinks is not None or softcap is not None:
+        return reference_attention(
+            query, keys, values, placement.visible(window), scale, sinks, softcap
+        )
+    B, Q, Hq, _ = query.shape
+    group = Hq // keys.shape[2]
+    mask = placement.visible(window, group)
+    # [B, Q, Hkv, g, D] -> [B, Hkv, g * Q, D]; the mask repeats Q rows g times to match.
+    packed = query.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        packed, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale
+    )  # [B, Hkv, g * Q, Dv]
+    return out.unflatten(2, (group, Q)).permute(0, 3, 1, 2, 4).reshape(B, Q, Hq, -1)
+
+
+def reference_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """``ragged_attention`` in plain fp32 (fp64 stays fp64); keys and values ``[B, S, Hkv, D]``."""
+    group = query.shape[2] // keys.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    expanded = keys.to(dtype).repeat_interleave(group, dim=2)
+    scores = torch.einsum("bqhd,bshd->bhqs", query.to(dtype), expanded) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    probs = scores.softmax(-1)[..., : keys.shape[1]]
+    out = torch.einsum("bhqs,bshd->bqhd", probs, values.to(dtype).repeat_interleave(group, dim=2))
+    return out.to(query.dtype)
+
+
+def _selected(slab: Tensor, placement: Placement) -> Tensor:
+    """``[B, view_length, heads, D]`` of the rows in use; a view when they are the first B rows."""
+    view = slab[:, : placement.view_length]
+    if placement.slots is None:
+        return view[: placement.positions.shape[0]]
+    return view.index_select(0, placement.slots)
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: ``[B, Hq, Q, D]`` query, ``[slots, Hkv, S, D]`` slabs.
+
+    Returns:
+        ``([B, Q, Hq, Dv], None)``.
+    """
+    placement: Placement | None = getattr(_active, "placement", None)
+    if placement is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError(
+            f"expected attention without a position bias, got one in {type(module).__name__}"
+        )
+    if placement.probing:
+        mask_window = 0 if attention_mask is None else int(attention_mask)
+        placement.windows[id(module)] = mask_window
+    out = ragged_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        placement,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=placement.windows.get(id(module), sliding_window or 0),
+        sinks=s_aux,
+        softcap=softcap,
+    )
+    return out, None
+
+
+def mask_function(*args: object, **kwargs: object) -> Tensor | None:
+    """transformers' mask interface: while probing, a stand-in that carries the window's length.
+
+    The window reaches the attention function through the same path as a real mask would, so
+    whatever a model does to choose a layer's mask is obeyed.
+    """
+    placement: Placement | None = getattr(_active, "placement", None)
+    if placement is None:
+        from transformers.masking_utils import sdpa_mask
+
+        return sdpa_mask(*args, **kwargs)
+    window = kwargs.get("local_size") or 0
+    return torch.full((1, 1, 1, 1), int(window))  # type: ignore[call-overload]
+
+
+def register() -> str:
+    """Make ``"moesd_ragged"`` known to transformers; idempotent. Returns the name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_function)
+    return NAME

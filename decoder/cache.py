@@ -1,0 +1,143 @@
+"""The ragged KV cache: every row at its own length, rollback without copying.
+
+Invariant: slot index == absolute position == RoPE position, per row, and a query at position p sees
+exactly slots <= p. Rolling back rejected tokens is therefore a smaller length and nothing else:
+their slots lie beyond every later query until they are written again.
+
+This file stores keys and values. It does not mask (``attention.py``) and does not know lengths
+(``engine.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_BUCKET = 256  # slots are added in multiples of it, doubling
+
+
+class RaggedCache(Cache):
+    """Key/value slabs ``[slots, S, kv_heads, D]``, one per layer, for transformers models.
+
+    The last slot of every row is the bin: a padding query (position -1) writes there, and no
+    query's position ever reaches it.
+
+    Args:
+        max_batch_size: number of rows.
+        max_length: most tokens a row may hold.
+        initial_length: tokens a row can hold before the first growth; ``None`` picks a small one.
+            Growing moves the slabs, so CUDA graphs need ``initial_length=max_length``.
+    """
+
+    def __init__(
+        self, max_batch_size: int, max_length: int, initial_length: int | None = None
+    ) -> None:
+        super().__init__(layer_class_to_replicate=lambda: RaggedLayer(self))  # type: ignore[arg-type]
+        self.max_batch_size = max_batch_size
+        self.max_length = max_length
+        self.slots_per_row = min(initial_length or _BUCKET - 1, max_length) + 1
+        self.write_index: Tensor | None = None  # [B * Q] into the flattened (row, slot) axis
+
+    def select(self, rows: Tensor, positions: Tensor) -> None:
+        """Choose where the next forward writes.
+
+        Args:
+            rows: ``[B]`` int64 cache rows.
+            positions: ``[B, Q]`` int64 absolute positions, -1 for padding queries. The caller has
+                called ``reserve`` for the largest one.
+        """
+        slots = self.slots_per_row
+        # remainder sends position -1 to the last slot, the bin.
+        self.write_index = torch.add(positions.remainder(slots), rows[:, None], alpha=slots).view(
+            -1
+        )
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of ``length`` tokens.
+
+        Raises:
+            ValueError: ``length`` exceeds ``max_length``.
+        """
+        if length < self.slots_per_row:
+            return
+        if length > self.max_length:
+            raise ValueError(f"a row must hold at most {self.max_length} tokens, got {length}")
+        slots = self.slots_per_row
+        while slots <= length:
+            slots = 2 * slots if slots > _BUCKET else slots + _BUCKET
+        self.slots_per_row = min(slots, self.max_length + 1)
+        for layer in self.layers:
+            layer.grow(self.slots_per_row)
+
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(t.nbytes for layer in self.layers if layer.is_initialized
+                   for t in (layer.keys, layer.values))  # fmt: skip
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's slabs; created by the model's first forward, which tells heads, widths, dtype."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, owner: RaggedCache) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate slabs for ``[B, kv_heads, Q, D]`` states."""
+        shape = (self._owner.max_batch_size, self._owner.slots_per_row)
+        # Zeros, never empty: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
+        heads, width = key_states.shape[1], key_states.shape[3]
+        self.keys = key_states.new_zeros(*shape, heads, width)
+        self.values = value_states.new_zeros(*shape, value_states.shape[1], value_states.shape[3])
+        self._flatten()
+        self.is_initialized = True
+
+    def _flatten(self) -> None:
+        self._flat_keys = self.keys.flatten(2).flatten(0, 1)  # [slots * S, kv_heads * D]
+        self._flat_values = self.values.flatten(2).flatten(0, 1)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write ``[B, kv_heads, Q, D]`` states and return views of the whole slabs.
+
+        Returns:
+            ``[slots, kv_heads, S, D]`` views; the ragged attention function reads the selected
+            rows from them.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        index = self._owner.write_index
+        assert index is not None, "RaggedCache.select must precede the forward"
+        width, value_width = self._flat_keys.shape[1], self._flat_values.shape[1]
+        self._flat_keys.index_copy_(0, index, key_states.transpose(1, 2).reshape(-1, width))
+        self._flat_values.index_copy_(
+            0, index, value_states.transpose(1, 2).reshape(-1, value_width)
+        )
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+
+    def grow(self, slots: int) -> None:
+        """Move to slabs of ``slots`` slots per row."""
+        if not self.is_initialized:
+            return
+        self.keys, self.values = (_grown(slab, slots) for slab in (self.keys, self.values))
+        self._flatten()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._owner.slots_per_row, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are always passed to the model, so nothing may be derived from this
+
+    def get_max_length(self) -> int:
+        return self._owner.max_length
+
+
+def _grown(slab: Tensor, slots: int) -> Tensor:
+    grown = slab.new_zeros(slab.shape[0], slots, *slab.shape[2:])
+    grown[:, : slab.shape[1]] = slab  # the old bin holds garbage but lies beyond every length
+    return grown

@@ -1,0 +1,51 @@
+"""The one place where the decoder meets ``moesd_kernels``. Everything works without it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from .attention import RaggedOp
+
+logger = logging.getLogger(__name__)
+
+
+def accelerate(model: torch.nn.Module) -> bool:
+    """Let ``moesd_kernels`` take over the model's experts and dense layers.
+
+    Returns:
+        Whether it did; when it could not, one log line says why and the model is unchanged.
+    """
+    try:
+        import moesd_kernels
+
+        moesd_kernels.accelerate(model)
+    except (ImportError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        logger.warning(
+            "moesd_kernels not used for %s (%s: %s)",
+            type(model).__name__,
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
+
+
+def ragged_attention_op(device: torch.device, dtype: torch.dtype) -> RaggedOp | None:
+    """The attention kernel for this device and dtype, or ``None``: portable forms then."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return _op("ragged_attention")
+
+
+def _op(name: str) -> Any:
+    try:
+        from moesd_kernels import cpu_ops
+
+        if not cpu_ops.is_available():
+            return None
+        return getattr(torch.ops.moesd, name)
+    except (ImportError, AttributeError, RuntimeError):
+        return None
