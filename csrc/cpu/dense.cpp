@@ -1,0 +1,92 @@
+// moesd::linear, moesd::rms_norm and moesd::softmax_topk_router: the dense ops around the experts.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace moesd {
+namespace {
+
+using at::Tensor;
+
+void check_matrix(const Tensor& x, const Tensor& w, const char* shape) {
+    TORCH_CHECK_VALUE(x.dim() == 2, "x must be [T, K], got ", x.sizes());
+    TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) == x.size(1), "w must be [", shape, ", ", x.size(1), "], got ",
+                      w.sizes());
+    TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "w must be ", x.scalar_type(), " like x, got ",
+                     w.scalar_type());
+    TORCH_CHECK_VALUE(w.is_contiguous(), "w must be contiguous, got strides ", w.strides());
+}
+
+Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+    check_matrix(x, w, "N");
+    const Tensor rows = x.contiguous();
+    LinearArgs args{};
+    args.dtype = storage_dtype(x, "x");
+    args.tokens = x.size(0), args.depth = x.size(1), args.features = w.size(0);
+    if (bias) {
+        TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == args.features, "bias must be [", args.features,
+                          "], got ", bias->sizes());
+        TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "bias must be ", x.scalar_type(), " like x, got ",
+                         bias->scalar_type());
+    }
+    const Tensor offset = bias ? bias->contiguous() : Tensor();
+    Tensor out = at::empty({args.tokens, args.features}, x.options());
+    if (out.numel() == 0) return out;
+    args.x = rows.const_data_ptr(), args.w = w.const_data_ptr();
+    args.bias = bias ? offset.const_data_ptr() : nullptr;
+    args.packed_x = static_cast<float*>(scratch(args.tokens * align_depth(args.depth) * sizeof(float)));
+    args.out = out.mutable_data_ptr();
+    args.threads = team_size(args.tokens * args.depth * args.features);
+    args.run = run_team;
+    kernels().linear(args);
+    return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& w, double eps) {
+    TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [..., H], got ", x.sizes());
+    TORCH_CHECK_VALUE(w.dim() == 1 && w.size(0) == x.size(-1), "w must be [", x.size(-1), "], got ", w.sizes());
+    TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "w must be ", x.scalar_type(), " like x, got ",
+                     w.scalar_type());
+    const Tensor rows = x.contiguous(), scale = w.contiguous();
+    Tensor out = at::empty(x.sizes(), x.options());
+    if (out.numel() == 0) return out;
+    NormArgs args{};
+    args.dtype = storage_dtype(x, "x");
+    args.width = x.size(-1), args.rows = x.numel() / args.width;
+    args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(), args.eps = static_cast<float>(eps);
+    args.out = out.mutable_data_ptr();
+    args.threads = team_size(x.numel());
+    args.run = run_team;
+    kernels().rms_norm(args);
+    return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Tensor& w, int64_t top_k,
+                                                       bool renormalize) {
+    constexpr int64_t kMaxExperts = 1024;
+    check_matrix(x, w, "E");
+    TORCH_CHECK_VALUE(w.size(0) <= kMaxExperts, "w must have at most ", kMaxExperts, " experts, got ", w.size(0));
+    TORCH_CHECK_VALUE(top_k >= 1 && top_k <= w.size(0), "top_k must be in [1, ", w.size(0), "], got ", top_k);
+    Tensor logits = linear(x, w, std::nullopt);
+    Tensor weights = at::empty({x.size(0), top_k}, x.options().dtype(at::kFloat));
+    Tensor ids = at::empty({x.size(0), top_k}, x.options().dtype(at::kLong));
+    RouterArgs args{};
+    args.dtype = storage_dtype(x, "x");
+    args.tokens = x.size(0), args.experts = w.size(0), args.top_k = top_k, args.renormalize = renormalize;
+    args.logits = logits.const_data_ptr();
+    args.weights = weights.mutable_data_ptr<float>(), args.ids = ids.mutable_data_ptr<int64_t>();
+    kernels().router(args);
+    return {logits, weights, ids};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moesd, CPU, m) {
+    m.impl("linear", &linear);
+    m.impl("rms_norm", &rms_norm);
+    m.impl("softmax_topk_router", &softmax_topk_router);
+}
+
+}  // namespace moesd

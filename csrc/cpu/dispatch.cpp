@@ -1,0 +1,98 @@
+// Chooses the instruction set at run time and runs kernels on torch's threads.
+#include "ops.h"
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+namespace moesd {
+
+extern const KernelTable kPortableTable;
+#ifdef MOESD_X86_KERNELS
+extern const KernelTable kAvx2Table, kAvx512Table, kAvx512Bf16Table;
+#endif
+
+namespace {
+
+struct Candidate {
+    const KernelTable* table;
+    bool supported;
+};
+
+const KernelTable& choose() {
+    Candidate candidates[] = {  // best first
+#ifdef MOESD_X86_KERNELS
+        {&kAvx512Bf16Table, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+                                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")},
+        {&kAvx512Table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")},
+        {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c")},
+#endif
+        {&kPortableTable, true},
+    };
+    const char* forced = std::getenv("MOESD_CPU_ISA");
+    if (!forced || !*forced) {
+        for (const Candidate& c : candidates) {
+            if (c.supported) return *c.table;
+        }
+    }
+    std::string known;
+    for (const Candidate& c : candidates) {
+        if (std::string(forced) == c.table->name) {
+            TORCH_CHECK(c.supported, "MOESD_CPU_ISA=", forced, " is not supported by this processor");
+            return *c.table;
+        }
+        known = c.table->name + (known.empty() ? "" : ", " + known);
+    }
+    TORCH_CHECK(false, "MOESD_CPU_ISA must be one of ", known, ", got ", forced);
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+    static const KernelTable& table = choose();
+    return table;
+}
+
+DType storage_dtype(const at::Tensor& t, const char* what) {
+    switch (t.scalar_type()) {
+        case at::kFloat: return DType::kFloat32;
+        case at::kBFloat16: return DType::kBFloat16;
+        case at::kHalf: return DType::kFloat16;
+        default: TORCH_CHECK_TYPE(false, what, " must be float32, bfloat16 or float16, got ", t.scalar_type());
+    }
+}
+
+void* scratch(size_t bytes) {
+    thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
+    thread_local size_t capacity = 0;
+    if (bytes > capacity) {
+        memory.reset();
+        capacity = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+        memory.reset(std::aligned_alloc(4096, capacity));
+        TORCH_CHECK(memory, "out of memory: could not allocate ", capacity, " bytes of scratch");
+    }
+    return memory.get();
+}
+
+int team_size(int64_t multiply_adds) {
+    constexpr int64_t kWorthAThread = 100'000;  // a few microseconds of work, about what waking a thread costs
+    if (at::in_parallel_region()) return 1;
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(),
+                                                                   multiply_adds / kWorthAThread)));
+}
+
+void run_team(int threads, void (*body)(void*), void* ctx) {
+    if (threads <= 1) return body(ctx);
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(ctx); });
+}
+
+TORCH_LIBRARY_IMPL(moesd, CompositeExplicitAutograd, m) {
+    m.impl("cpu_isa", [] { return std::string(kernels().name); });
+}
+
+}  // namespace moesd

@@ -1,0 +1,227 @@
+// Register-tiled dot products of packed activation rows with weight rows as they lie in memory.
+//
+// Invariance: lane l of a dot product accumulates elements l, l + kLanes, ... of the packed order with one fused
+// multiply-add each, in ascending order, whatever the tile's shape; sum4 then adds the lanes in one fixed tree. So a
+// (row, output) pair has the same bits at every batch size, place and thread count.
+#pragma once
+
+#include <cstring>
+
+#include "types.h"
+
+namespace moesd::MOESD_ISA {
+
+// fp32 activations in pack order against weights widened to fp32.
+template <class W>
+struct Dot {
+    using Act = float;
+    static constexpr int kStep = 2 * kLanes;
+
+    template <int M, int N>
+    static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N], const Act* const (&x)[M],
+                                                           const W* const (&w)[N], int64_t k) {
+        Vec low[N], high[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) load_pair(w[n] + k, low[n], high[n]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            Vec v = load(x[m] + k);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[m][n] = fma(v, low[n], acc[m][n]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            Vec v = load(x[m] + k + kLanes);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[m][n] = fma(v, high[n], acc[m][n]);
+        }
+    }
+
+    // Packs one step of fp32 values in memory order.
+    static void pack_step(const float* src, Act* dst) {
+        Vec a = load(src), b = load(src + kLanes);
+        to_pack_order(static_cast<const W*>(nullptr), a, b);
+        store(dst, a), store(dst + kLanes, b);
+    }
+    static float unpack(const Act* row, int64_t k) {
+        int64_t base = k / kStep * kStep, i = k - base;
+        return row[base + (kSplitsEvenOdd<W> ? (i & 1) * kLanes + i / 2 : i)];
+    }
+};
+
+#ifdef MOESD_AVX512_BF16
+// bf16 pairs against bf16 pairs, one vdpbf16ps per 32 elements.
+template <>
+struct Dot<bf16> {
+    using Act = bf16;
+    static constexpr int kStep = 2 * kLanes;
+
+    template <int M, int N>
+    static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N], const Act* const (&x)[M],
+                                                           const bf16* const (&w)[N], int64_t k) {
+        __m512bh wide[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) wide[n] = load_bf16_pairs(w[n] + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            __m512bh v = load_bf16_pairs(x[m] + k);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], v, wide[n]);
+        }
+    }
+    static void pack_step(const float* src, Act* dst) {
+        store(dst, load(src)), store(dst + kLanes, load(src + kLanes));
+    }
+    static float unpack(const Act* row, int64_t k) {
+        uint32_t bits = static_cast<uint32_t>(row[k].bits) << 16;
+        float f;
+        std::memcpy(&f, &bits, 4);
+        return f;
+    }
+};
+#endif
+
+// Prefetches `bytes` bytes from `from`, spread evenly over the steps of the tiles that ask for it.
+struct Prefetch {
+    const char* at = nullptr;
+    int64_t stride = 0;
+};
+
+template <class W, int M>
+void dot_tile(const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int64_t depth, Prefetch ahead, float* out,
+              int64_t ld) {
+    using D = Dot<W>;
+    Vec acc[M][4];
+    const typename D::Act* x[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        x[m] = xs[m];
+#pragma GCC unroll 8
+        for (int n = 0; n < 4; ++n) acc[m][n] = splat(0.0f);
+    }
+    int64_t k = 0;
+    for (; k + D::kStep <= depth; k += D::kStep) {
+        __builtin_prefetch(ahead.at);
+        ahead.at += ahead.stride;
+        D::step(acc, x, w, k);
+    }
+    if (k < depth) {
+        alignas(64) W tail[4][D::kStep] = {};
+        const W* wt[4];
+        for (int n = 0; n < 4; ++n) {
+            std::memcpy(tail[n], w[n] + k, (depth - k) * sizeof(W));
+            wt[n] = tail[n] - k;
+        }
+        D::step(acc, x, wt, k);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out + m * ld);
+}
+
+template <class W, int M>
+inline void dot_rest(int count, const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int64_t depth,
+                     Prefetch ahead, float* out, int64_t ld) {
+    if constexpr (M > 1) {
+        if (count < M) return dot_rest<W, M - 1>(count, xs, w, depth, ahead, out, ld);
+    }
+    dot_tile<W, M>(xs, w, depth, ahead, out, ld);
+}
+
+// out[m * ld + j] = xs[m] . w[j] for m < count, j < rows (columns up to the next multiple of 4 are overwritten).
+// `next` is what will be read after these rows; it is prefetched during the last group.
+template <class W>
+void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t rows,
+              int64_t depth, const W* next, float* out, int64_t ld) {
+    const int tiles = (count + kTileTokens - 1) / kTileTokens;
+    const int64_t steps = (depth + Dot<W>::kStep - 1) / Dot<W>::kStep;
+    // One prefetch a step: a single tile of a short group cannot cover more than a cache line each time.
+    const int spread = tiles < 4 ? tiles : 4;
+    const int64_t share = 4 * depth * static_cast<int64_t>(sizeof(W)) / spread;
+    for (int64_t j = 0; j < rows; j += 4) {
+        const W* group[4];
+        for (int n = 0; n < 4; ++n) group[n] = w + (j + n < rows ? j + n : rows - 1) * stride;
+        const W* ahead = j + 4 < rows ? w + (j + 4) * stride : next;
+        for (int m = 0, t = 0; m < count; m += kTileTokens, ++t) {
+            Prefetch pf{reinterpret_cast<const char*>(group[0]), 0};
+            if (t < spread && ahead) pf = {reinterpret_cast<const char*>(ahead) + t * share, share / steps};
+            if (m + kTileTokens <= count) {
+                dot_tile<W, kTileTokens>(xs + m, group, depth, pf, out + m * ld + j, ld);
+            } else {
+                dot_rest<W, kTileTokens - 1>(count - m, xs + m, group, depth, pf, out + m * ld + j, ld);
+            }
+        }
+    }
+}
+
+// The same for weights stored [K, columns]: out[m * ld + j] = sum_k xs[m][k] * w[k * stride + j], ascending k. A strided
+// reader for the rare transposed checkpoints; two vectors of columns at a time.
+template <class W>
+void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t columns,
+                 int64_t depth, float* out, int64_t ld) {
+    constexpr int kWide = 2 * kLanes;
+    for (int64_t j = 0; j < columns; j += kWide) {
+        const int64_t width = columns - j < kWide ? columns - j : kWide;
+        for (int m = 0; m < count; ++m) {
+            Vec a = splat(0.0f), b = splat(0.0f);
+            for (int64_t k = 0; k < depth; ++k) {
+                alignas(64) W tail[kWide] = {};
+                const W* row = w + k * stride + j;
+                if (width < kWide) row = static_cast<const W*>(std::memcpy(tail, row, width * sizeof(W)));
+                Vec low, high, v = splat(Dot<W>::unpack(xs[m], k));
+                load_pair(row, low, high);
+                a = fma(v, low, a), b = fma(v, high, b);
+            }
+            from_pack_order(w, a, b);
+            alignas(64) float sums[kWide];
+            store(sums, a), store(sums + kLanes, b);
+            std::memcpy(out + m * ld + j, sums, width * sizeof(float));
+        }
+    }
+}
+
+// Packs n elements into a row of align_depth(n), zero-padded.
+template <class W>
+void pack_row(const W* src, int64_t n, typename Dot<W>::Act* dst) {
+    constexpr int kStep = Dot<W>::kStep;
+    for (int64_t k = 0; k < align_depth(n); k += kStep) {
+        alignas(64) float step[kStep];
+        if (k + kStep <= n) {
+            store(step, load(src + k)), store(step + kLanes, load(src + k + kLanes));
+        } else {
+            alignas(64) W tail[kStep] = {};
+            if (k < n) std::memcpy(tail, src + k, (n - k) * sizeof(W));
+            store(step, load(tail)), store(step + kLanes, load(tail + kLanes));
+        }
+        Dot<W>::pack_step(step, dst + k);
+    }
+}
+
+// Rounds n fp32 values to W.
+template <class W>
+inline void store_row(W* dst, const float* src, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+    if (i < n) {
+        alignas(64) float in[kLanes] = {};
+        alignas(64) W tail[kLanes];
+        std::memcpy(in, src + i, (n - i) * sizeof(float));
+        store(tail, load(in));
+        std::memcpy(dst + i, tail, (n - i) * sizeof(W));
+    }
+}
+
+// Widens n values to fp32.
+template <class W>
+inline void load_row(float* dst, const W* src, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+    if (i < n) {
+        alignas(64) W tail[kLanes] = {};
+        alignas(64) float wide[kLanes];
+        std::memcpy(tail, src + i, (n - i) * sizeof(W));
+        store(wide, load(tail));
+        std::memcpy(dst + i, wide, (n - i) * sizeof(float));
+    }
+}
+
+}  // namespace moesd::MOESD_ISA

@@ -1,0 +1,152 @@
+// moesd::experts: checks, the routing plan (a stable counting sort of the routed rows by expert), scratch.
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace moesd {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+Activation parse_activation(c10::string_view name) {
+    if (name == "silu" || name == "swish") return Activation::kSilu;
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_tanh" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+    if (name == "relu") return Activation::kRelu;
+    if (name == "relu2") return Activation::kRelu2;
+    TORCH_CHECK_VALUE(false, "activation must be silu, gelu, gelu_tanh, relu or relu2, got ", name);
+}
+
+void check_weight(const Tensor& w, const char* name, at::IntArrayRef expected, at::ScalarType dtype) {
+    TORCH_CHECK_VALUE(w.sizes() == expected, name, " must be ", expected, ", got ", w.sizes());
+    TORCH_CHECK_TYPE(w.scalar_type() == dtype, name, " must be ", dtype, " like hidden, got ", w.scalar_type());
+    TORCH_CHECK_VALUE(w.is_contiguous(), name, " must be contiguous, got strides ", w.strides());
+}
+
+void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const OptTensor& gate_up_bias,
+                  const OptTensor& down_bias, bool gated, bool transposed, const Tensor& out) {
+    TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [T, H], got ", hidden.sizes());
+    TORCH_CHECK_VALUE(w_down.dim() == 3, "w_down must be [E, H, I], got ", w_down.sizes());
+    const int64_t hidden_size = hidden.size(1), experts = w_down.size(0), inter = w_down.size(transposed ? 1 : 2);
+    const int64_t up_rows = gated ? 2 * inter : inter;
+    const auto dtype = hidden.scalar_type();
+    if (transposed) {
+        check_weight(w_gate_up, "w_gate_up", {experts, hidden_size, up_rows}, dtype);
+        check_weight(w_down, "w_down", {experts, inter, hidden_size}, dtype);
+    } else {
+        check_weight(w_gate_up, "w_gate_up", {experts, up_rows, hidden_size}, dtype);
+        check_weight(w_down, "w_down", {experts, hidden_size, inter}, dtype);
+    }
+    if (gate_up_bias) check_weight(*gate_up_bias, "gate_up_bias", {experts, up_rows}, dtype);
+    if (down_bias) check_weight(*down_bias, "down_bias", {experts, hidden_size}, dtype);
+    check_weight(out, "out", hidden.sizes(), dtype);
+}
+
+// The plan's arrays, filled from topk_ids and topk_weights.
+struct Plan {
+    int64_t *active, *offsets, *sorted_token;
+    float* sorted_weight;
+    int64_t num_active = 0;
+
+    static size_t bytes(int64_t experts, int64_t rows) { return (2 * experts + 1 + rows) * 8 + rows * 4 + 64; }
+
+    Plan(void* memory, int64_t experts, int64_t rows) {
+        active = static_cast<int64_t*>(memory);
+        offsets = active + experts;
+        sorted_token = offsets + experts + 1;
+        sorted_weight = reinterpret_cast<float*>(sorted_token + rows);
+    }
+
+    template <class Id, class Weight>
+    void fill(const Tensor& ids, const Tensor& weights, int64_t experts, int64_t* cursor) {
+        const auto id = ids.accessor<Id, 2>();
+        const auto weight = weights.accessor<Weight, 2>();
+        std::fill(cursor, cursor + experts, 0);
+        for (int64_t t = 0; t < id.size(0); ++t) {
+            for (int64_t k = 0; k < id.size(1); ++k) {
+                if (id[t][k] >= 0 && id[t][k] < experts) ++cursor[id[t][k]];
+            }
+        }
+        int64_t rows = 0;
+        for (int64_t e = 0; e < experts; ++e) {
+            const int64_t count = cursor[e];
+            cursor[e] = rows;
+            if (count == 0) continue;
+            active[num_active] = e, offsets[num_active] = rows;
+            ++num_active, rows += count;
+        }
+        offsets[num_active] = rows;
+        for (int64_t t = 0; t < id.size(0); ++t) {
+            for (int64_t k = 0; k < id.size(1); ++k) {
+                if (id[t][k] < 0 || id[t][k] >= experts) continue;
+                const int64_t row = cursor[id[t][k]]++;
+                sorted_token[row] = t, sorted_weight[row] = static_cast<float>(weight[t][k]);
+            }
+        }
+    }
+
+    template <class Id>
+    void fill(const Tensor& ids, const Tensor& weights, int64_t experts, int64_t* cursor) {
+        switch (weights.scalar_type()) {
+            case at::kFloat: return fill<Id, float>(ids, weights, experts, cursor);
+            case at::kDouble: return fill<Id, double>(ids, weights, experts, cursor);
+            case at::kBFloat16: return fill<Id, at::BFloat16>(ids, weights, experts, cursor);
+            case at::kHalf: return fill<Id, at::Half>(ids, weights, experts, cursor);
+            default: TORCH_CHECK_TYPE(false, "topk_weights must be floating, got ", weights.scalar_type());
+        }
+    }
+};
+
+void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_ids,
+             const Tensor& topk_weights, const OptTensor& gate_up_bias, const OptTensor& down_bias,
+             c10::string_view activation, bool gated, bool interleaved, bool transposed, std::optional<double> limit,
+             std::optional<double> alpha, Tensor& out) {
+    check_shapes(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed, out);
+    const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1), experts = w_down.size(0);
+    const int64_t inter = w_down.size(transposed ? 1 : 2);
+    TORCH_CHECK_VALUE(topk_ids.dim() == 2 && topk_ids.size(0) == tokens, "topk_ids must be [", tokens, ", K], got ",
+                      topk_ids.sizes());
+    TORCH_CHECK_VALUE(topk_weights.sizes() == topk_ids.sizes(), "topk_weights must be ", topk_ids.sizes(), ", got ",
+                      topk_weights.sizes());
+    TORCH_CHECK_VALUE(gated || !(interleaved || alpha), "interleaved and activation_alpha need gated=True");
+    TORCH_CHECK_TYPE(topk_ids.scalar_type() == at::kLong || topk_ids.scalar_type() == at::kInt,
+                     "topk_ids must be int32 or int64, got ", topk_ids.scalar_type());
+
+    const Tensor x = hidden.contiguous();
+    const int64_t rows = topk_ids.numel(), depth_x = align_depth(hidden_size), depth_act = align_depth(inter);
+    const size_t floats = tokens * depth_x + rows * depth_act + tokens * hidden_size;
+    auto* memory = static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8 + 64));
+    auto* cursor = reinterpret_cast<int64_t*>(memory + (floats + 15) / 16 * 16);
+    Plan plan(cursor + experts, experts, rows);
+    if (topk_ids.scalar_type() == at::kLong) {
+        plan.fill<int64_t>(topk_ids, topk_weights, experts, cursor);
+    } else {
+        plan.fill<int32_t>(topk_ids, topk_weights, experts, cursor);
+    }
+
+    ExpertsArgs args{};
+    args.dtype = storage_dtype(hidden, "hidden");
+    args.activation = parse_activation(activation);
+    args.gated = gated, args.interleaved = interleaved, args.transposed = transposed;
+    args.has_limit = limit.has_value(), args.limit = static_cast<float>(limit.value_or(0));
+    args.has_alpha = alpha.has_value(), args.alpha = static_cast<float>(alpha.value_or(0));
+    args.tokens = tokens, args.hidden = hidden_size, args.inter = inter, args.num_active = plan.num_active;
+    args.x = x.const_data_ptr(), args.w_gate_up = w_gate_up.const_data_ptr(), args.w_down = w_down.const_data_ptr();
+    args.gate_up_bias = gate_up_bias ? gate_up_bias->const_data_ptr() : nullptr;
+    args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;
+    args.active = plan.active, args.offsets = plan.offsets;
+    args.sorted_token = plan.sorted_token, args.sorted_weight = plan.sorted_weight;
+    args.packed_x = memory, args.packed_act = memory + tokens * depth_x;
+    args.acc = args.packed_act + rows * depth_act;
+    args.out = out.mutable_data_ptr();
+    args.threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
+    args.run = run_team;
+    if (tokens > 0) kernels().experts(args);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moesd, CPU, m) { m.impl("experts", &experts); }
+
+}  // namespace moesd

@@ -1,0 +1,234 @@
+// The experts layer in two passes over work items taken from counters: gate/up + activation by (expert, block of
+// intermediate rows), then down + combine by blocks of output rows, each of which one thread accumulates over all experts
+// in ascending order. Neither pass stores anything of size T * K * H, and no pass needs a reduction between threads.
+#pragma once
+
+#include <atomic>
+#include <cstring>
+
+#include "dot.h"
+#include "activation.h"
+
+namespace moesd::MOESD_ISA {
+
+constexpr int kBlock = 64;      // rows of a weight matrix per block of sums
+constexpr int kMaxChunk = 48;   // tokens per block of sums
+constexpr int64_t kChunkBytes = 192 * 1024;  // activations that stay in a core's own cache while a block's rows pass
+
+inline int chunk_tokens(int64_t row_bytes) {
+    int64_t fit = kChunkBytes / row_bytes / kTileTokens * kTileTokens;
+    return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens : fit < kMaxChunk ? fit : kMaxChunk);
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Work taken item by item; `wait` returns when every item taken by anyone is finished.
+struct Counter {
+    std::atomic<int64_t> taken{0}, finished{0};
+    int64_t total;
+    explicit Counter(int64_t n) : total(n) {}
+    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+    void finish(int64_t n) { finished.fetch_add(n, std::memory_order_release); }
+    void wait() const {
+        while (finished.load(std::memory_order_acquire) < total) pause();
+    }
+};
+
+template <class W>
+class ExpertsKernel {
+    using D = Dot<W>;
+    using Act = typename D::Act;
+
+public:
+    explicit ExpertsKernel(const ExpertsArgs& a)
+        : a_(a),
+          depth_x_(align_depth(a.hidden)),
+          depth_act_(align_depth(a.inter)),
+          up_rows_(a.gated ? 2 * a.inter : a.inter),
+          block_(a.inter <= kBlock && a.threads > 1 ? kDepthAlign : kBlock),
+          blocks_((a.inter + block_ - 1) / block_),
+          slice_(slice_rows(a)),
+          pack_((a.tokens + kPackTokens - 1) / kPackTokens),
+          up_(a.num_active * blocks_),
+          down_((a.hidden + slice_ - 1) / slice_) {}
+
+    void run() {
+        a_.run(a_.threads, [](void* self) { static_cast<ExpertsKernel*>(self)->work(); }, this);
+    }
+
+private:
+    static constexpr int64_t kPackTokens = 4;
+
+    // Slices of the output: a few per thread, so that activations are re-read seldom and threads end together.
+    static int64_t slice_rows(const ExpertsArgs& a) {
+        int64_t rows = a.hidden / (4 * a.threads) / 16 * 16;
+        return rows < 16 ? 16 : rows > 256 ? 256 : rows;
+    }
+
+    void work() {
+        int64_t done = 0;
+        for (int64_t i; (i = pack_.take()) < pack_.total; ++done) pack_tokens(i);
+        pack_.finish(done), pack_.wait();
+        done = 0;
+        int64_t i = up_.take();
+        while (i < up_.total) {
+            int64_t following = up_.take();
+            gate_up(i, following);
+            i = following, ++done;
+        }
+        up_.finish(done), up_.wait();
+        while ((i = down_.take()) < down_.total) down(i);
+    }
+
+    const Act* packed_x(int64_t t) const { return reinterpret_cast<const Act*>(a_.packed_x) + t * depth_x_; }
+    const Act* packed_act(int64_t n) const { return reinterpret_cast<const Act*>(a_.packed_act) + n * depth_act_; }
+    const W* gate_up_of(int64_t i) const {
+        return static_cast<const W*>(a_.w_gate_up) + a_.active[i] * up_rows_ * a_.hidden;
+    }
+    const W* down_of(int64_t i) const {
+        return static_cast<const W*>(a_.w_down) + a_.active[i] * a_.hidden * a_.inter;
+    }
+
+    void pack_tokens(int64_t i) {
+        for (int64_t t = i * kPackTokens; t < a_.tokens && t < (i + 1) * kPackTokens; ++t) {
+            pack_row(static_cast<const W*>(a_.x) + t * a_.hidden, a_.hidden, const_cast<Act*>(packed_x(t)));
+        }
+    }
+
+    // First weights of a gate/up item, or of the down projection after the last one.
+    const W* first_row(int64_t item) const {
+        if (item >= up_.total) return down_of(0);
+        return gate_up_of(item / blocks_) + item % blocks_ * block_ * (a_.transposed ? 1 : a_.hidden);
+    }
+
+    void gate_up(int64_t item, int64_t following) {
+        const int64_t e = item / blocks_, j = item % blocks_ * block_;
+        const int64_t rows = a_.inter - j < block_ ? a_.inter - j : block_;
+        const int limit = chunk_tokens(depth_x_ * sizeof(Act));
+        const Act* xs[kMaxChunk];
+        alignas(64) float gate[kMaxChunk * kBlock], up[kMaxChunk * kBlock];
+        for (int64_t n = a_.offsets[e]; n < a_.offsets[e + 1]; n += limit) {
+            const int count = static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
+            for (int m = 0; m < count; ++m) xs[m] = packed_x(a_.sorted_token[n + m]);
+            project_gate_up(xs, count, e, j, rows, first_row(following), gate, up);
+            for (int m = 0; m < count; ++m) {
+                finish_row(e, j, rows, gate + m * kBlock, up + m * kBlock);
+                Act* act = const_cast<Act*>(packed_act(n + m)) + j;
+                for (int64_t k = 0; k < rows; k += D::kStep) D::pack_step(gate + m * kBlock + k, act + k);
+                // A row's padding up to align_depth belongs to its last block.
+                if (j + rows == a_.inter) {
+                    int64_t end = (rows + D::kStep - 1) / D::kStep * D::kStep;
+                    std::memset(act + end, 0, (depth_act_ - j - end) * sizeof(Act));
+                }
+            }
+        }
+    }
+
+    void project_gate_up(const Act* const* xs, int count, int64_t e, int64_t j, int64_t rows, const W* next,
+                         float* gate, float* up) const {
+        const W* w = gate_up_of(e);
+        const int64_t depth = a_.hidden, step = a_.interleaved ? 2 : 1;
+        const int64_t first = j * step, second = a_.interleaved ? j * 2 + 1 : a_.inter + j;
+        if (!a_.transposed) {
+            const W* then = a_.gated ? w + second * depth : next;
+            dot_rows(xs, count, w + first * depth, step * depth, rows, depth, then, gate, kBlock);
+            if (a_.gated) dot_rows(xs, count, w + second * depth, step * depth, rows, depth, next, up, kBlock);
+        } else if (!a_.interleaved) {
+            dot_columns(xs, count, w + first, up_rows_, rows, depth, gate, kBlock);
+            if (a_.gated) dot_columns(xs, count, w + second, up_rows_, rows, depth, up, kBlock);
+        } else {
+            for (int m = 0; m < count; ++m) {
+                float both[2 * kBlock];
+                dot_columns(xs + m, 1, w + first, up_rows_, 2 * rows, depth, both, 2 * kBlock);
+                for (int64_t i = 0; i < rows; ++i) {
+                    gate[m * kBlock + i] = both[2 * i], up[m * kBlock + i] = both[2 * i + 1];
+                }
+            }
+        }
+    }
+
+    // gate[0:rows] = activation(gate) * up after biases and clamps; lanes past rows become zero.
+    void finish_row(int64_t e, int64_t j, int64_t rows, float* gate, float* up) const {
+        const int64_t padded = (rows + D::kStep - 1) / D::kStep * D::kStep;
+        if (a_.gate_up_bias) {
+            const W* bias = static_cast<const W*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
+            for (int64_t i = 0; i < rows; ++i) {
+                gate[i] += load_one(bias + (a_.interleaved ? 2 * (j + i) : j + i));
+                if (a_.gated) up[i] += load_one(bias + (a_.interleaved ? 2 * (j + i) + 1 : a_.inter + j + i));
+            }
+        }
+        for (int64_t i = rows; i < padded; ++i) gate[i] = up[i] = 0.0f;
+        for (int64_t i = 0; i < padded; i += kLanes) {
+            Vec g = load(gate + i), u = a_.gated ? load(up + i) : splat(1.0f);
+            if (a_.has_limit) {
+                g = min(splat(a_.limit), g);
+                if (a_.gated) u = min(splat(a_.limit), max(splat(-a_.limit), u));
+            }
+            if (a_.has_alpha) {
+                Vec glu = mul(g, sigmoid(mul(splat(a_.alpha), g)));
+                store(gate + i, mul(add(u, splat(1.0f)), glu));
+            } else {
+                Vec v = activate(a_.activation, g);
+                store(gate + i, a_.gated ? mul(v, u) : v);
+            }
+        }
+        for (int64_t i = rows; i < padded; ++i) gate[i] = 0.0f;
+    }
+
+    static float load_one(const W* p) {
+        float wide[kLanes];
+        load_row(wide, p, 1);
+        return wide[0];
+    }
+
+    void down(int64_t item) {
+        const int64_t h0 = item * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
+        for (int64_t t = 0; t < a_.tokens; ++t) {
+            std::memset(a_.acc + t * a_.hidden + h0, 0, (h1 - h0) * sizeof(float));
+        }
+        for (int64_t e = 0; e < a_.num_active; ++e) {
+            const W* after = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
+            for (int64_t h = h0; h < h1; h += kBlock) {
+                const int64_t rows = h1 - h < kBlock ? h1 - h : kBlock;
+                down_block(e, h, rows, h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : after);
+            }
+        }
+        for (int64_t t = 0; t < a_.tokens; ++t) {
+            store_row(static_cast<W*>(a_.out) + t * a_.hidden + h0, a_.acc + t * a_.hidden + h0, h1 - h0);
+        }
+    }
+
+    void down_block(int64_t e, int64_t h, int64_t rows, const W* next) {
+        const int limit = chunk_tokens(depth_act_ * sizeof(Act));
+        const Act* xs[kMaxChunk];
+        alignas(64) float sums[kMaxChunk * kBlock];
+        float bias[kBlock] = {};
+        if (a_.down_bias) {
+            load_row(bias, static_cast<const W*>(a_.down_bias) + a_.active[e] * a_.hidden + h, rows);
+        }
+        for (int64_t n = a_.offsets[e]; n < a_.offsets[e + 1]; n += limit) {
+            const int count = static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
+            for (int m = 0; m < count; ++m) xs[m] = packed_act(n + m);
+            if (a_.transposed) {
+                dot_columns(xs, count, down_of(e) + h, a_.hidden, rows, a_.inter, sums, kBlock);
+            } else {
+                dot_rows(xs, count, down_of(e) + h * a_.inter, a_.inter, rows, a_.inter, next, sums, kBlock);
+            }
+            for (int m = 0; m < count; ++m) {
+                float* acc = a_.acc + a_.sorted_token[n + m] * a_.hidden + h;
+                const float weight = a_.sorted_weight[n + m];
+                for (int64_t i = 0; i < rows; ++i) acc[i] += weight * (sums[m * kBlock + i] + bias[i]);
+            }
+        }
+    }
+
+    const ExpertsArgs& a_;
+    const int64_t depth_x_, depth_act_, up_rows_, block_, blocks_, slice_;
+    Counter pack_, up_, down_;
+};
+
+}  // namespace moesd::MOESD_ISA

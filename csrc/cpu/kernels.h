@@ -1,0 +1,27 @@
+// Builds one instruction set's KernelTable. Included once by each isa_*.cpp after its vector header.
+#pragma once
+
+#include "attention_kernel.h"
+#include "experts_kernel.h"
+#include "linear_kernel.h"
+#include "row_kernels.h"
+
+namespace moesd::MOESD_ISA {
+
+template <template <class> class Kernel, class Args>
+void run_for_dtype(const Args& args) {
+    switch (args.dtype) {
+        case DType::kFloat32: return Kernel<float>(args).run();
+        case DType::kBFloat16: return Kernel<bf16>(args).run();
+        case DType::kFloat16: return Kernel<half>(args).run();
+    }
+}
+
+// constexpr: nothing compiled for a wider instruction set may run while the library loads.
+constexpr KernelTable make_table(const char* name) {
+    return {name, run_for_dtype<ExpertsKernel, ExpertsArgs>, run_for_dtype<LinearKernel, LinearArgs>,
+            run_for_dtype<AttentionKernel, AttentionArgs>, run_for_dtype<NormKernel, NormArgs>,
+            run_for_dtype<RouterKernel, RouterArgs>};
+}
+
+}  // namespace moesd::MOESD_ISA

@@ -1,0 +1,69 @@
+// y = x w^T + bias for few rows x: items are blocks of 64 weight rows, all tokens pass over each.
+#pragma once
+
+#include "dot.h"
+#include "experts_kernel.h"
+
+namespace moesd::MOESD_ISA {
+
+template <class W>
+class LinearKernel {
+    using Act = typename Dot<W>::Act;
+
+public:
+    explicit LinearKernel(const LinearArgs& a)
+        : a_(a),
+          depth_(align_depth(a.depth)),
+          block_(a.features < 2 * kBlock * a.threads ? 16 : kBlock),
+          pack_(a.tokens),
+          rows_((a.features + block_ - 1) / block_) {}
+
+    void run() {
+        a_.run(a_.threads, [](void* self) { static_cast<LinearKernel*>(self)->work(); }, this);
+    }
+
+private:
+    void work() {
+        int64_t done = 0;
+        for (int64_t t; (t = pack_.take()) < pack_.total; ++done) {
+            pack_row(static_cast<const W*>(a_.x) + t * a_.depth, a_.depth, packed(t));
+        }
+        pack_.finish(done), pack_.wait();
+        int64_t i = rows_.take();
+        while (i < rows_.total) {
+            int64_t following = rows_.take();
+            project(i * block_, following);
+            i = following;
+        }
+    }
+
+    Act* packed(int64_t t) const { return reinterpret_cast<Act*>(a_.packed_x) + t * depth_; }
+
+    void project(int64_t j, int64_t following) const {
+        const W* w = static_cast<const W*>(a_.w);
+        const W* next = following < rows_.total ? w + following * block_ * a_.depth : nullptr;
+        const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
+        const int limit = chunk_tokens(depth_ * sizeof(Act));
+        const Act* xs[kMaxChunk];
+        alignas(64) float sums[kMaxChunk * kBlock];
+        float bias[kBlock];
+        if (a_.bias) load_row(bias, static_cast<const W*>(a_.bias) + j, rows);
+        for (int64_t t = 0; t < a_.tokens; t += limit) {
+            const int count = static_cast<int>(a_.tokens - t < limit ? a_.tokens - t : limit);
+            for (int m = 0; m < count; ++m) xs[m] = packed(t + m);
+            dot_rows(xs, count, w + j * a_.depth, a_.depth, rows, a_.depth, next, sums, kBlock);
+            for (int m = 0; m < count; ++m) {
+                if (a_.bias) {
+                    for (int64_t i = 0; i < rows; ++i) sums[m * kBlock + i] += bias[i];
+                }
+                store_row(static_cast<W*>(a_.out) + (t + m) * a_.features + j, sums + m * kBlock, rows);
+            }
+        }
+    }
+
+    const LinearArgs& a_;
+    const int64_t depth_, block_;
+    Counter pack_, rows_;
+};
+
+}  // namespace moesd::MOESD_ISA

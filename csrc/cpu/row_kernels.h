@@ -1,0 +1,109 @@
+// Ops on single rows: RMS norm and the softmax top-k router.
+#pragma once
+
+#include "dot.h"
+#include "experts_kernel.h"
+
+namespace moesd::MOESD_ISA {
+
+inline float sum_lanes(Vec v) {
+    float out[4];
+    const Vec zero = splat(0.0f);
+    sum4(v, zero, zero, zero, out);
+    return out[0];
+}
+
+// w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as transformers does.
+template <class W>
+class NormKernel {
+public:
+    explicit NormKernel(const NormArgs& a) : a_(a), rows_((a.rows + kRows - 1) / kRows) {}
+
+    void run() {
+        a_.run(a_.threads, [](void* self) { static_cast<NormKernel*>(self)->work(); }, this);
+    }
+
+private:
+    static constexpr int64_t kRows = 4;
+
+    void work() {
+        for (int64_t i; (i = rows_.take()) < rows_.total;) {
+            for (int64_t r = i * kRows; r < a_.rows && r < (i + 1) * kRows; ++r) normalise(r);
+        }
+    }
+
+    void normalise(int64_t r) const {
+        const W* x = static_cast<const W*>(a_.x) + r * a_.width;
+        const W* w = static_cast<const W*>(a_.w);
+        W* out = static_cast<W*>(a_.out) + r * a_.width;
+        const int64_t whole = a_.width / kLanes * kLanes;
+        alignas(64) W tail[3][kLanes] = {};
+        if (whole < a_.width) {
+            std::memcpy(tail[0], x + whole, (a_.width - whole) * sizeof(W));
+            std::memcpy(tail[1], w + whole, (a_.width - whole) * sizeof(W));
+        }
+        Vec squares = splat(0.0f);
+        for (int64_t i = 0; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+        if (whole < a_.width) squares = fma(load(tail[0]), load(tail[0]), squares);
+        const Vec scale = splat(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(a_.width) + a_.eps));
+        for (int64_t i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
+        if (whole < a_.width) {
+            scale_step(tail[0], tail[1], scale, tail[2]);
+            std::memcpy(out + whole, tail[2], (a_.width - whole) * sizeof(W));
+        }
+    }
+
+    static void scale_step(const W* x, const W* w, Vec scale, W* out) {
+        alignas(64) W rounded[kLanes];
+        store(rounded, mul(load(x), scale));
+        store(out, mul(load(w), load(rounded)));
+    }
+
+    const NormArgs& a_;
+    Counter rows_;
+};
+
+// softmax over a token's logits in fp32, its K largest in descending order (the lower id first among equals).
+template <class W>
+class RouterKernel {
+public:
+    explicit RouterKernel(const RouterArgs& a) : a_(a) {}
+
+    void run() {
+        for (int64_t t = 0; t < a_.tokens; ++t) route(t);
+    }
+
+private:
+    static constexpr int64_t kMaxExperts = 1024;
+
+    void route(int64_t t) const {
+        alignas(64) float probs[kMaxExperts + kLanes] = {};
+        const int64_t n = a_.experts;
+        load_row(probs, static_cast<const W*>(a_.logits) + t * n, n);
+        float top = probs[0];
+        for (int64_t e = 1; e < n; ++e) top = probs[e] > top ? probs[e] : top;
+        for (int64_t e = n; e < n + kLanes; ++e) probs[e] = top - 200.0f;
+        Vec sums = splat(0.0f);
+        for (int64_t e = 0; e < n; e += kLanes) {
+            store(probs + e, exp(sub(load(probs + e), splat(top))));
+            // Lanes past the last expert add exp(-87), which is below half an ulp of the sum (at least 1).
+            sums = add(sums, load(probs + e));
+        }
+        const float total = sum_lanes(sums);
+        for (int64_t e = 0; e < n; ++e) probs[e] /= total;
+        float* weights = a_.weights + t * a_.top_k;
+        int64_t* ids = a_.ids + t * a_.top_k;
+        float kept = 0.0f;
+        for (int64_t k = 0; k < a_.top_k; ++k) {
+            int64_t best = 0;
+            for (int64_t e = 1; e < n; ++e) best = probs[e] > probs[best] ? e : best;
+            weights[k] = probs[best], ids[k] = best, kept += probs[best];
+            probs[best] = -1.0f;
+        }
+        for (int64_t k = 0; a_.renormalize && k < a_.top_k; ++k) weights[k] /= kept;
+    }
+
+    const RouterArgs& a_;
+};
+
+}  // namespace moesd::MOESD_ISA

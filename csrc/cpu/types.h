@@ -1,0 +1,110 @@
+// Plain types shared by the op boundary (which sees torch) and the kernels (which must not: code compiled with wider
+// instruction sets may not share inline functions with the rest of the program).
+#pragma once
+
+#include <cstdint>
+
+namespace moesd {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct half {
+    uint16_t bits;
+};
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
+
+// Every packed activation row is padded with zeros to a multiple of this, the longest K step of any instruction set.
+constexpr int64_t kDepthAlign = 32;
+static constexpr int64_t align_depth(int64_t k) { return (k + kDepthAlign - 1) / kDepthAlign * kDepthAlign; }
+
+// Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their work from counters.
+using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
+
+struct ExpertsArgs {
+    DType dtype;
+    Activation activation;
+    bool gated, interleaved, transposed;
+    bool has_limit, has_alpha;
+    float limit, alpha;
+    int64_t tokens, hidden, inter, num_active;
+    const void* x;                  // [T, H]
+    const void* w_gate_up;          // [E, 2I, H] (or [E, H, 2I] when transposed)
+    const void* w_down;             // [E, H, I] (or [E, I, H])
+    const void* gate_up_bias;       // [E, 2I] or null
+    const void* down_bias;          // [E, H] or null
+    const int64_t* active;          // [num_active] expert ids, ascending
+    const int64_t* offsets;         // [num_active + 1] into the sorted rows
+    const int64_t* sorted_token;    // [N]
+    const float* sorted_weight;     // [N]
+    float* packed_x;                // [T, align_depth(H)] scratch
+    float* packed_act;              // [N, align_depth(I)] scratch
+    float* acc;                     // [T, H] scratch
+    void* out;                      // [T, H]
+    int threads;
+    RunTeam run;
+};
+
+struct LinearArgs {
+    DType dtype;
+    int64_t tokens, depth, features;
+    const void* x;     // [T, K]
+    const void* w;     // [N, K]
+    const void* bias;  // [N] or null
+    float* packed_x;   // [T, align_depth(K)] scratch
+    void* out;         // [T, N]
+    int threads;
+    RunTeam run;
+};
+
+struct AttentionArgs {
+    DType dtype;
+    int64_t batch, queries, q_heads, kv_heads, head_dim, value_dim, slots;
+    const void* q;                       // [B, Q, Hq, D], element strides below
+    int64_t q_batch, q_query, q_head;
+    const void* k;                       // [rows, S, Hkv, D]
+    int64_t k_row, k_slot, k_head;
+    const void* v;                       // [rows, S, Hkv, Dv]
+    int64_t v_row, v_slot, v_head;
+    const int64_t* positions;            // [B, Q]
+    const int64_t* rows;                 // [B] or null for the identity
+    const float* sinks;                  // [Hq] or null
+    float scale;
+    int64_t window;
+    void* out;                           // [B, Q, Hq, Dv] contiguous
+    int threads;
+    RunTeam run;
+};
+
+struct NormArgs {
+    DType dtype;
+    int64_t rows, width;
+    const void* x;
+    const void* w;
+    float eps;
+    void* out;
+    int threads;
+    RunTeam run;
+};
+
+struct RouterArgs {
+    DType dtype;
+    int64_t tokens, experts, top_k;
+    bool renormalize;
+    const void* logits;  // [T, E]
+    float* weights;      // [T, K]
+    int64_t* ids;        // [T, K]
+};
+
+struct KernelTable {
+    const char* name;
+    void (*experts)(const ExpertsArgs&);
+    void (*linear)(const LinearArgs&);
+    void (*attention)(const AttentionArgs&);
+    void (*rms_norm)(const NormArgs&);
+    void (*router)(const RouterArgs&);
+};
+
+}  // namespace moesd

@@ -1,0 +1,89 @@
+// AVX2 + FMA + F16C: eight fp32 lanes.
+#pragma once
+
+#ifndef MOESD_INTRINSICS
+#define MOESD_INTRINSICS <immintrin.h>
+#endif
+#include MOESD_INTRINSICS
+
+#include "types.h"
+
+namespace moesd::MOESD_ISA {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+// Twelve accumulators, three activations and one weight fill the sixteen registers.
+constexpr int kTileTokens = 3;
+
+inline Vec splat(float x) { return _mm256_set1_ps(x); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+// min and max return the second operand when either is NaN.
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+
+// 2^n for integral n in [-126, 127].
+inline Vec exp2_int(Vec n) {
+    __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+}
+
+// kLanes elements in memory order.
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const bf16* p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline void store(half* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(bf16* p, Vec v) {
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+// 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.
+inline void load_pair(const float* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
+inline void load_pair(const half* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
+inline void load_pair(const bf16* p, Vec& a, Vec& b) {
+    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void to_pack_order(const float*, Vec&, Vec&) {}
+inline void to_pack_order(const half*, Vec&, Vec&) {}
+inline void to_pack_order(const bf16*, Vec& a, Vec& b) {
+    __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    a = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+    b = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+}
+inline void from_pack_order(const float*, Vec&, Vec&) {}
+inline void from_pack_order(const half*, Vec&, Vec&) {}
+inline void from_pack_order(const bf16*, Vec& a, Vec& b) {
+    Vec low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+template <class W>
+constexpr bool kSplitsEvenOdd = false;
+template <>
+inline constexpr bool kSplitsEvenOdd<bf16> = true;
+
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    Vec s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+}  // namespace moesd::MOESD_ISA

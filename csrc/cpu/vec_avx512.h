@@ -1,0 +1,96 @@
+// AVX-512 F/BW/VL/DQ: sixteen fp32 lanes. With MOESD_AVX512_BF16 the dot products of bf16 weights use vdpbf16ps.
+#pragma once
+
+#ifndef MOESD_INTRINSICS
+#define MOESD_INTRINSICS <immintrin.h>
+#endif
+#include MOESD_INTRINSICS
+
+#include "types.h"
+
+namespace moesd::MOESD_ISA {
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+// Twenty-four accumulators leave eight of the thirty-two registers for activations and weights.
+constexpr int kTileTokens = 6;
+
+inline Vec splat(float x) { return _mm512_set1_ps(x); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// min and max return the second operand when either is NaN.
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+
+// 2^n for integral n in [-126, 127].
+inline Vec exp2_int(Vec n) {
+    __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+}
+
+// kLanes elements in memory order.
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load(const bf16* p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline void store(half* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(bf16* p, Vec v) {
+    __m512i bits = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, _mm512_set1_epi32(0x7fc00000)), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+
+// 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.
+inline void load_pair(const float* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
+inline void load_pair(const half* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
+inline void load_pair(const bf16* p, Vec& a, Vec& b) {
+    __m512i raw = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void to_pack_order(const float*, Vec&, Vec&) {}
+inline void to_pack_order(const half*, Vec&, Vec&) {}
+inline void to_pack_order(const bf16*, Vec& a, Vec& b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    Vec e = _mm512_permutex2var_ps(a, even, b);
+    b = _mm512_permutex2var_ps(a, odd, b), a = e;
+}
+inline void from_pack_order(const float*, Vec&, Vec&) {}
+inline void from_pack_order(const half*, Vec&, Vec&) {}
+inline void from_pack_order(const bf16*, Vec& a, Vec& b) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    Vec l = _mm512_permutex2var_ps(a, low, b);
+    b = _mm512_permutex2var_ps(a, high, b), a = l;
+}
+
+template <class W>
+constexpr bool kSplitsEvenOdd = false;
+template <>
+inline constexpr bool kSplitsEvenOdd<bf16> = true;
+
+#ifdef MOESD_AVX512_BF16
+inline __m512bh load_bf16_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+#endif
+
+inline __m256 fold(Vec v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+}  // namespace moesd::MOESD_ISA

@@ -1,0 +1,97 @@
+// GCC/Clang vector extensions, four fp32 lanes: any processor, no special compiler flags.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "types.h"
+
+namespace moesd::MOESD_ISA {
+
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t IntVec __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+constexpr int kTileTokens = 2;
+
+inline Vec splat(float x) { return Vec{x, x, x, x}; }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+// min and max return the second operand when either is NaN.
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// 2^n for integral n in [-126, 127].
+inline Vec exp2_int(Vec n) {
+    IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    return (Vec)bits;  // a vector cast keeps the bits
+}
+
+inline float widen(bf16 x) {
+    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline float widen(half x) {
+    int exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
+    float magnitude = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
+                      : exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                       : std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
+    return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+inline bf16 narrow(float x, const bf16*) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {0x7fc0};
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline half narrow(float x, const half*) {
+    uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    float magnitude = std::fabs(x);
+    if (x != x) return {0x7e00};
+    if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+    int exponent;
+    std::frexp(magnitude, &exponent);
+    int shift = magnitude == 0 || exponent < -13 ? 24 : 11 - exponent;
+    int mantissa = static_cast<int>(std::nearbyint(std::ldexp(magnitude, shift)));
+    // A mantissa that rounds up to 2048 carries into the exponent by itself.
+    int biased = shift == 24 ? 0 : (exponent + 13) << 10;
+    return {static_cast<uint16_t>(sign | (biased + mantissa))};
+}
+
+// kLanes elements in memory order.
+inline Vec load(const float* p) { return Vec{p[0], p[1], p[2], p[3]}; }
+inline Vec load(const bf16* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline Vec load(const half* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(bf16* p, Vec v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i], p);
+}
+inline void store(half* p, Vec v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i], p);
+}
+
+// 2 * kLanes elements in pack order, which here is memory order.
+template <class W>
+inline void load_pair(const W* p, Vec& a, Vec& b) {
+    a = load(p), b = load(p + kLanes);
+}
+template <class W>
+inline void to_pack_order(const W*, Vec&, Vec&) {}
+template <class W>
+inline void from_pack_order(const W*, Vec&, Vec&) {}
+
+template <class W>
+constexpr bool kSplitsEvenOdd = false;
+
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    out[0] = (a[0] + a[1]) + (a[2] + a[3]);
+    out[1] = (b[0] + b[1]) + (b[2] + b[3]);
+    out[2] = (c[0] + c[1]) + (c[2] + c[3]);
+    out[3] = (d[0] + d[1]) + (d[2] + d[3]);
+}
+
+}  // namespace moesd::MOESD_ISA

@@ -1,0 +1,25 @@
+// The only place where op schemas are written. (a!) marks what an op mutates.
+#include <Python.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(moesd, m) {
+    m.def(
+        "experts(Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "
+        "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
+        "float? activation_limit, float? activation_alpha, Tensor(a!) out) -> ()");
+    m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
+    m.def(
+        "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, int window, "
+        "Tensor? sinks, Tensor? rows) -> Tensor");
+    m.def("rms_norm(Tensor x, Tensor w, float eps) -> Tensor");
+    m.def(
+        "softmax_topk_router(Tensor x, Tensor w, int top_k, bool renormalize) "
+        "-> (Tensor logits, Tensor weights, Tensor ids)");
+    m.def("cpu_isa() -> str");
+}
+
+// The module has no Python content: importing it loads the library, which registers the ops.
+PyMODINIT_FUNC PyInit__C() {
+    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,182 @@
+"""The C++ CPU operators `torch.ops.moesd.*` as typed Python functions.
+
+Every function computes a row from that row alone, bit for bit: whatever else is in the batch, in
+which order, and on how many threads. `unavailable()` says why they cannot be called, if so. Shapes
+and dtypes are checked in C++ (`csrc/cpu`); gradients are not supported.
+
+`B` sequences, `T` tokens, `E` experts, `K` experts per token, `H` hidden, `I` intermediate.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+
+class Routed(NamedTuple):
+    """A router's result: `logits` [T, E], `weights` [T, K] fp32, `ids` [T, K] int64."""
+
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None when the operators are loaded (building them if needed), otherwise the reason."""
+    reason = extension.load()
+    if reason is None:
+        _register_fakes()
+    return reason
+
+
+def isa() -> str:
+    """The instruction set in use: avx512_bf16, avx512, avx2 or portable.
+
+    Raises:
+        RuntimeError: the operators are unavailable, or MOESD_CPU_ISA names an unknown or
+            unsupported set.
+    """
+    _require()
+    return torch.ops.moesd.cpu_isa()
+
+
+def experts(
+    hidden: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    activation_limit: float | None = None,
+    activation_alpha: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sum over k of weight[t, k] * down(act(gate(x)) * up(x)) of expert ids[t, k].
+
+    Args:
+        hidden: [T, H] bf16, fp16 or fp32.
+        w_gate_up: [E, 2I, H] contiguous, gate rows first (g0, u0, g1, ... when `interleaved`;
+            [E, I, H] when not `gated`; the last two dimensions swapped when `transposed`).
+        w_down: [E, H, I] contiguous ([E, I, H] when `transposed`).
+        topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
+        topk_weights: [T, K] floating point.
+        gate_up_bias: [E, 2I] in the order of the rows of `w_gate_up`.
+        down_bias: [E, H].
+        activation: silu, gelu, gelu_tanh, relu or relu2.
+        gated: whether there is an up projection to multiply with.
+        interleaved: gate and up rows alternate.
+        transposed: weights are stored [in, out]; a slower path.
+        activation_limit: clamps the gate from above and the up projection on both sides.
+        activation_alpha: gpt-oss' gate, `(up + 1) * gate * sigmoid(alpha * gate)`.
+        out: [T, H] contiguous, overwritten; allocated when None.
+
+    Returns:
+        `out`, in hidden's dtype. Intermediates and the sum over k (in ascending order of expert id)
+        are fp32; avx512_bf16 rounds the activation to bf16.
+    """
+    _require()
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if out is None else out
+    torch.ops.moesd.experts(
+        *(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias),
+        *(activation, gated, interleaved, transposed, activation_limit, activation_alpha, out),
+    )
+    return out
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times w [N, K] transposed, plus bias [N]: fp32 sums, the result in x.dtype."""
+    _require()
+    return torch.ops.moesd.linear(x, w, bias)
+
+
+def ragged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scale: float,
+    *,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of Q queries per sequence over a KV cache whose slot is the position.
+
+    Args:
+        q: [B, Q, Hq, D].
+        k_cache: [rows, S, Hkv, D], contiguous in the last dimension; Hkv divides Hq.
+        v_cache: [rows, S, Hkv, Dv], likewise.
+        positions: [B, Q] int64. A query at p sees slots max(0, p - window + 1)..p; one at a
+            negative position returns zeros.
+        scale: multiplies the scores.
+        window: sliding window; <= 0 for full attention.
+        sinks: [Hq] logits that take part in the softmax's sum (gpt-oss).
+        rows: [B] int64 cache row of each sequence; None for row b.
+
+    Returns:
+        [B, Q, Hq, Dv] contiguous, in q.dtype; scores and sums in fp32.
+    """
+    _require()
+    return torch.ops.moesd.ragged_attention(
+        q, k_cache, v_cache, positions, scale, window, sinks, rows
+    )
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in fp32, rounded to x.dtype, times w: transformers' RMSNorm."""
+    _require()
+    return torch.ops.moesd.rms_norm(x, w, eps)
+
+
+def softmax_topk_router(x: Tensor, w: Tensor, top_k: int, renormalize: bool) -> Routed:
+    """Softmax over x [T, H] times w [E, H] and its top_k, as transformers' TopKRouter classes.
+
+    The logits are rounded to x.dtype before the fp32 softmax; among equal probabilities the lower
+    id comes first. Weights stay fp32, also where a model rounds them to x.dtype afterwards.
+    """
+    _require()
+    return Routed(*torch.ops.moesd.softmax_topk_router(x, w, top_k, renormalize))
+
+
+def _require() -> None:
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(reason)
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+
+    @fake("moesd::experts")
+    def _(hidden, w_gate_up, w_down, topk_ids, topk_weights, *rest):  # type: ignore[no-untyped-def]
+        return None
+
+    @fake("moesd::linear")
+    def _(x, w, bias):  # type: ignore[no-untyped-def]
+        return x.new_empty(x.shape[0], w.shape[0])
+
+    @fake("moesd::ragged_attention")
+    def _(q, k, v, positions, scale, window, sinks, rows):  # type: ignore[no-untyped-def]
+        return q.new_empty(*q.shape[:3], v.shape[3])
+
+    @fake("moesd::rms_norm")
+    def _(x, w, eps):  # type: ignore[no-untyped-def]
+        return x.new_empty(x.shape)
+
+    @fake("moesd::softmax_topk_router")
+    def _(x, w, top_k, renormalize):  # type: ignore[no-untyped-def]
+        logits = x.new_empty(x.shape[0], w.shape[0])
+        weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
+        return logits, weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64)
