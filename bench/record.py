@@ -44,7 +44,7 @@ def git_commit() -> str:
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a reader needs to repeat a line: device, versions, commit, command."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.ceilings import measure_ceilings
 from bench.record import Recorder
-from decoder.perf_model.machine import measure_machine
+from decoder.perf_model.measure_machine import measure_machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

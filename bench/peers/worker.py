@@ -23,6 +23,7 @@ class Worker:
     """The parent's side."""
 
     def __init__(self, command: list[str], threads: int) -> None:
+        self.name = " ".join(command)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             command,
@@ -47,12 +48,12 @@ class Worker:
                 if line.startswith('{"answer"'):  # the peer may log to stdout, too
                     answer = json.loads(line)["answer"]
                     if "error" in answer:
-                        raise RuntimeError(f"{self.process.args}: {answer['error']}")
+                        raise RuntimeError(f"{self.name}: {answer['error']}")
                     time.sleep(SETTLE_S)
                     return answer
         except BrokenPipeError:
             pass
-        raise RuntimeError(f"{self.process.args} ended with exit code {self.process.wait()}")
+        raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
 
     def close(self) -> None:
         """End the worker by closing its input."""
