@@ -51,7 +51,7 @@ class Placement:
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def visible(self, window: int, group: int = 1) -> Tensor:
-        """``[B, 1, group * Q, view_length]`` bool: may query q see slot s. Built once per forward."""
+        """``[B, 1, group * Q, view_length]`` bool: may a query see a slot. Built once a forward."""
         key = (window, group)
         if key not in self._masks:
             if group > 1:

@@ -33,11 +33,17 @@ class RaggedCache(Cache):
     def __init__(
         self, max_batch_size: int, max_length: int, initial_length: int | None = None
     ) -> None:
-        super().__init__(layer_class_to_replicate=lambda: RaggedLayer(self))  # type: ignore[arg-type]
+        # Layers appear as the model first writes to them; the list keeps their precise type.
+        self.ragged_layers: list[RaggedLayer] = []
+        super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
         self.max_batch_size = max_batch_size
         self.max_length = max_length
         self.slots_per_row = min(initial_length or _BUCKET - 1, max_length) + 1
         self.write_index: Tensor | None = None  # [B * Q] into the flattened (row, slot) axis
+
+    def _new_layer(self) -> RaggedLayer:
+        self.ragged_layers.append(RaggedLayer(self))
+        return self.ragged_layers[-1]
 
     def select(self, rows: Tensor, positions: Tensor) -> None:
         """Choose where the next forward writes.
@@ -67,13 +73,13 @@ class RaggedCache(Cache):
         while slots <= length:
             slots = 2 * slots if slots > _BUCKET else slots + _BUCKET
         self.slots_per_row = min(slots, self.max_length + 1)
-        for layer in self.layers:
+        for layer in self.ragged_layers:
             layer.grow(self.slots_per_row)
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(t.nbytes for layer in self.layers if layer.is_initialized
-                   for t in (layer.keys, layer.values))  # fmt: skip
+        slabs = [slab for layer in self.ragged_layers for slab in (layer.keys, layer.values)]
+        return sum(slab.nbytes for slab in slabs if slab is not None)
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -91,14 +97,17 @@ class RaggedLayer(CacheLayerMixin):
         shape = (self._owner.max_batch_size, self._owner.slots_per_row)
         # Zeros, never empty: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
         heads, width = key_states.shape[1], key_states.shape[3]
-        self.keys = key_states.new_zeros(*shape, heads, width)
-        self.values = value_states.new_zeros(*shape, value_states.shape[1], value_states.shape[3])
-        self._flatten()
+        self._hold(
+            key_states.new_zeros(*shape, heads, width),
+            value_states.new_zeros(*shape, value_states.shape[1], value_states.shape[3]),
+        )
         self.is_initialized = True
 
-    def _flatten(self) -> None:
-        self._flat_keys = self.keys.flatten(2).flatten(0, 1)  # [slots * S, kv_heads * D]
-        self._flat_values = self.values.flatten(2).flatten(0, 1)
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._flat_keys = keys.flatten(2).flatten(0, 1)  # [slots * S, kv_heads * D]
+        self._flat_values = values.flatten(2).flatten(0, 1)
+        self._views = keys.transpose(1, 2), values.transpose(1, 2)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -118,14 +127,12 @@ class RaggedLayer(CacheLayerMixin):
         self._flat_values.index_copy_(
             0, index, value_states.transpose(1, 2).reshape(-1, value_width)
         )
-        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        return self._views
 
     def grow(self, slots: int) -> None:
         """Move to slabs of ``slots`` slots per row."""
-        if not self.is_initialized:
-            return
-        self.keys, self.values = (_grown(slab, slots) for slab in (self.keys, self.values))
-        self._flatten()
+        if self.keys is not None and self.values is not None:
+            self._hold(_grown(self.keys, slots), _grown(self.values, slots))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._owner.slots_per_row, 0

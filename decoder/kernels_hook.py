@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def accelerate(model: torch.nn.Module) -> bool:
-    """Let ``moesd_kernels`` take over the model's experts and dense layers.
+    """Let ``moesd_kernels`` run the model's experts, linears, norms and routers.
 
     Returns:
         Whether it did; when it could not, one log line says why and the model is unchanged.
@@ -22,7 +22,7 @@ def accelerate(model: torch.nn.Module) -> bool:
         import moesd_kernels
 
         moesd_kernels.accelerate(model)
-    except (ImportError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (ImportError, NotImplementedError, RuntimeError) as error:
         logger.warning(
             "moesd_kernels not used for %s (%s: %s)",
             type(model).__name__,
@@ -43,9 +43,6 @@ def ragged_attention_op(device: torch.device, dtype: torch.dtype) -> RaggedOp | 
 def _op(name: str) -> Any:
     try:
         from moesd_kernels import cpu_ops
-
-        if not cpu_ops.is_available():
-            return None
-        return getattr(torch.ops.moesd, name)
-    except (ImportError, AttributeError, RuntimeError):
+    except ImportError:
         return None
+    return getattr(torch.ops.moesd, name) if cpu_ops.unavailable() is None else None

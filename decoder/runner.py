@@ -46,15 +46,15 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         max_batch_size: int,
         max_length: int,
         attention: str = "auto",
     ) -> None:
         if attention not in ("auto", "portable"):
             raise ValueError(f"attention must be 'auto' or 'portable', got {attention!r}")
-        self.model: Any = model
-        self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
         check_supported(self.model)
         self._head = self.model.get_output_embeddings()
         self._base = self.model.base_model
@@ -239,7 +239,7 @@ class ModelRunner:
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 first_line = str(error).partition("\n")[0]
                 raise UserError(f"{refusal}{type(error).__name__}: {first_line}") from error
-            written = sum(layer.is_initialized for layer in self.cache.layers)
+            written = len(self.cache.ragged_layers)
             if not placement.windows or len(placement.windows) != written:
                 calls = len(placement.windows)
                 raise UserError(f"{refusal}{calls} attention calls for {written} cached layers")
