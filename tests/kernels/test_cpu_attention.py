@@ -1,0 +1,142 @@
+"""moesd::ragged_attention on the CPU: against fp64 row by row, invariance, unread slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels.cpu_oracle import assert_twice_as_good
+
+from moesd_kernels import cpu_ops
+
+pytestmark = pytest.mark.skipif(
+    cpu_ops.unavailable() is not None, reason=str(cpu_ops.unavailable())
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make(B, Q, heads, kv_heads, D, Dv, S, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, Q, heads, D, generator=g).to(dtype)
+    # [rows, Hkv, S, D] in memory, handed over as [rows, S, Hkv, D].
+    k = torch.randn(B, kv_heads, S, D, generator=g).to(dtype).transpose(1, 2)
+    v = torch.randn(B, kv_heads, S, Dv, generator=g).to(dtype).transpose(1, 2)
+    start = torch.randint(0, S - Q + 1, (B, 1), generator=g)
+    return q, k, v, start + torch.arange(Q)
+
+
+def reference(q, k, v, positions, scale, dtype, window=0, sinks=None, rows=None):
+    B, Q, heads, _ = q.shape
+    out = torch.zeros(B, Q, heads, v.shape[3], dtype=dtype)
+    group = heads // k.shape[2]
+    for b in range(B):
+        row = b if rows is None else int(rows[b])
+        for j in range(Q):
+            p = int(positions[b, j])
+            if p < 0:
+                continue
+            lo = max(0, p - window + 1) if window > 0 else 0
+            keys = k[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
+            values = v[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
+            scores = torch.einsum("hd,shd->hs", q[b, j].to(dtype), keys) * scale
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            weights = scores.softmax(-1, dtype=wide).to(dtype)[:, : p + 1 - lo]
+            out[b, j] = torch.einsum("hs,shd->hd", weights, values)
+    return out
+
+
+# Multi-head, grouped, many heads per key, odd dimensions, different value dimension, long rows.
+SHAPES = {
+    "one query": (1, 1, 2, 2, 16, 16, 8),
+    "grouped": (3, 4, 8, 2, 64, 64, 40),
+    "sixteen heads on one key": (2, 3, 16, 1, 32, 32, 20),
+    "odd dimensions": (2, 2, 6, 2, 21, 37, 30),
+    "several blocks of slots": (2, 2, 4, 2, 64, 128, 300),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"sinks": True}], ids=str)
+def test_matches_fp64(shape, options, dtype):
+    q, k, v, positions = make(*shape, dtype)
+    if options.get("sinks"):
+        options = {"sinks": torch.randn(shape[2], generator=torch.Generator().manual_seed(3))}
+    scale = shape[4] ** -0.5
+    actual = cpu_ops.ragged_attention(q, k, v, positions, scale, **options)
+    baseline = reference(q, k, v, positions, scale, dtype, **options)
+    exact = reference(q, k, v, positions, scale, torch.float64, **options)
+    assert_twice_as_good("attention", actual, baseline, exact)
+
+
+def test_rows_pick_cache_rows_and_dead_queries_are_zero():
+    q, k, v, positions = make(4, 2, 4, 2, 32, 32, 20, torch.bfloat16)
+    rows = torch.tensor([3, 0, 3, 1])
+    positions[1, 1] = -1
+    actual = cpu_ops.ragged_attention(q, k, v, positions, 0.2, rows=rows)
+    exact = reference(q, k, v, positions, 0.2, torch.float64, rows=rows)
+    baseline = reference(q, k, v, positions, 0.2, torch.bfloat16, rows=rows)
+    assert_twice_as_good("rows", actual, baseline, exact)
+    assert bool((actual[1, 1] == 0).all())
+
+
+def test_slots_after_the_position_are_not_read():
+    q, k, v, positions = make(3, 2, 4, 2, 32, 32, 20, torch.bfloat16)
+    clean = cpu_ops.ragged_attention(q, k, v, positions, 0.2, window=4)
+    for b in range(3):
+        for cache in (k, v):
+            cache[b, int(positions[b, -1]) + 1 :] = float("nan")
+            cache[b, : max(0, int(positions[b, 0]) - 3)] = float("nan")
+    assert torch.equal(cpu_ops.ragged_attention(q, k, v, positions, 0.2, window=4), clean)
+
+
+@DTYPES
+def test_a_query_does_not_depend_on_the_batch(dtype, threads):
+    q, k, v, positions = make(5, 4, 6, 2, 48, 48, 200, dtype)
+    whole = cpu_ops.ragged_attention(q, k, v, positions, 0.1)
+    for count in (1, 2):
+        threads(count)
+        for b in range(5):
+            for j in range(4):
+                alone = cpu_ops.ragged_attention(
+                    *(q[b : b + 1, j : j + 1], k, v, positions[b : b + 1, j : j + 1], 0.1),
+                    rows=torch.tensor([b]),
+                )
+                assert torch.equal(alone[0, 0], whole[b, j]), (b, j, count)
+        order = torch.tensor([4, 2, 0, 1, 3])
+        mixed = cpu_ops.ragged_attention(q[order], k, v, positions[order], 0.1, rows=order)
+        assert torch.equal(mixed, whole[order])
+
+
+def test_schema_and_fake():
+    q, k, v, positions = make(2, 2, 4, 2, 16, 24, 10, torch.bfloat16)
+    torch.library.opcheck(
+        torch.ops.moesd.ragged_attention.default, (q, k, v, positions, 0.2, 0, None, None)
+    )
+
+
+def test_errors():
+    q, k, v, positions = make(2, 2, 4, 2, 16, 16, 10, torch.float32)
+    call = cpu_ops.ragged_attention
+    with pytest.raises(ValueError, match=r"q must be \[B, Q, Hq, D\], got \[2, 4, 16\]"):
+        call(q[:, 0], k, v, positions, 1.0)
+    with pytest.raises(IndexError, match="positions must be below 10, got 10"):
+        call(q, k, v, torch.full((2, 2), 10), 1.0)
+    with pytest.raises(IndexError, match="rows must be below 2, got 2"):
+        call(q, k, v, positions, 1.0, rows=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"positions must be \[2, 2\], got \[2, 1\]"):
+        call(q, k, v, positions[:, :1], 1.0)
+    with pytest.raises(ValueError, match="contiguous last dimension"):
+        call(q, k.transpose(1, 3), v, positions, 1.0)
+    with pytest.raises(TypeError, match="v_cache must be Float like q, got BFloat16"):
+        call(q, k, v.bfloat16(), positions, 1.0)
+    with pytest.raises(ValueError, match="multiple of the key heads 2, got 3"):
+        call(q[:, :, :3], k, v, positions, 1.0)

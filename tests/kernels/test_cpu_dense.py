@@ -1,0 +1,134 @@
+"""moesd::linear, rms_norm and softmax_topk_router on the CPU: fp64 oracle and row invariance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels.cpu_oracle import assert_twice_as_good
+
+from moesd_kernels import cpu_ops
+
+pytestmark = pytest.mark.skipif(
+    cpu_ops.unavailable() is not None, reason=str(cpu_ops.unavailable())
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def randn(*shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def transformers_norm(x, w, eps):
+    wide = x.float() if x.dtype != torch.float64 else x
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return w * wide.to(x.dtype)
+
+
+# One row and column; a depth below a vector; rows not a multiple of the tile; several token chunks.
+LINEAR_SHAPES = [(1, 1, 1), (3, 7, 5), (4, 64, 130), (70, 1040, 67), (13, 256, 1024), (0, 8, 8)]
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_linear(shape, bias, dtype):
+    T, K, N = shape
+    x, w = randn(T, K, dtype=dtype), randn(N, K, dtype=dtype, seed=1)
+    b = randn(N, dtype=dtype, seed=2) if bias else None
+    exact = F.linear(x.double(), w.double(), None if b is None else b.double())
+    assert_twice_as_good("linear", cpu_ops.linear(x, w, b), F.linear(x, w, b), exact)
+
+
+@DTYPES
+def test_linear_rows_do_not_depend_on_the_batch(dtype, threads):
+    x, w = randn(64, 328, dtype=dtype), randn(150, 328, dtype=dtype, seed=1)
+    whole = cpu_ops.linear(x, w)
+    for count in (1, 2):
+        threads(count)
+        for T in range(1, 65):
+            assert torch.equal(cpu_ops.linear(x[64 - T :], w), whole[64 - T :]), (T, count)
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(cpu_ops.linear(x[order], w), whole[order])
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 64), (5, 37), (0, 16)], ids=str)
+def test_rms_norm(shape, dtype):
+    x, w = randn(*shape, dtype=dtype) * 3, randn(shape[-1], dtype=dtype, seed=1)
+    exact = transformers_norm(x.double(), w.double(), 1e-6)
+    actual = cpu_ops.rms_norm(x, w, 1e-6)
+    assert_twice_as_good("rms_norm", actual, transformers_norm(x, w, 1e-6), exact)
+
+
+def test_rms_norm_rows_do_not_depend_on_the_batch():
+    x, w = randn(33, 104, dtype=torch.bfloat16), randn(104, dtype=torch.bfloat16, seed=1)
+    whole = cpu_ops.rms_norm(x, w, 1e-5)
+    for t in range(33):
+        assert torch.equal(cpu_ops.rms_norm(x[t], w, 1e-5), whole[t])
+
+
+@DTYPES
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (9, 4, 64, 60), (5, 2, 33, 7), (4, 8, 16, 8)])
+def test_router(shape, renormalize, dtype):
+    T, K, H, E = shape
+    x, w = randn(T, H, dtype=dtype), randn(E, H, dtype=dtype, seed=1) / H**0.5
+    logits, weights, ids = cpu_ops.softmax_topk_router(x, w, K, renormalize)
+    exact = x.double() @ w.double().T
+    assert_twice_as_good("logits", logits, F.linear(x, w), exact)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int64
+    probabilities = logits.float().softmax(-1)
+    expected = probabilities.gather(1, ids)
+    if renormalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights, expected, rtol=2e-6, atol=1e-7)
+    kept = probabilities.topk(K, dim=-1).values
+    torch.testing.assert_close(probabilities.gather(1, ids), kept, rtol=0, atol=0)
+    assert all(len(set(row)) == K for row in ids.tolist())
+
+
+def test_router_breaks_ties_by_the_lower_id():
+    x, w = torch.ones(1, 4), torch.ones(6, 4)
+    w[4] = 2
+    assert cpu_ops.softmax_topk_router(x, w, 3, True).ids.tolist() == [[4, 0, 1]]
+
+
+def test_router_rows_do_not_depend_on_the_batch():
+    x, w = randn(40, 64, dtype=torch.bfloat16), randn(33, 64, dtype=torch.bfloat16, seed=1)
+    whole = cpu_ops.softmax_topk_router(x, w, 4, True)
+    for t in range(40):
+        alone = cpu_ops.softmax_topk_router(x[t : t + 1], w, 4, True)
+        assert all(torch.equal(a[0], b[t]) for a, b in zip(alone, whole, strict=True))
+
+
+def test_schemas_and_fakes():
+    x, w = randn(3, 8, dtype=torch.bfloat16), randn(5, 8, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.moesd.linear.default, (x, w, None))
+    torch.library.opcheck(torch.ops.moesd.rms_norm.default, (x, w[0], 1e-6))
+    torch.library.opcheck(torch.ops.moesd.softmax_topk_router.default, (x, w, 2, True))
+
+
+def test_errors():
+    x, w = torch.zeros(3, 8), torch.zeros(5, 8)
+    with pytest.raises(ValueError, match=r"w must be \[N, 8\], got \[5, 7\]"):
+        cpu_ops.linear(x, w[:, :7])
+    with pytest.raises(TypeError, match="w must be Float like x, got BFloat16"):
+        cpu_ops.linear(x, w.bfloat16())
+    with pytest.raises(ValueError, match="w must be contiguous"):
+        cpu_ops.linear(x, torch.zeros(8, 5).T)
+    with pytest.raises(ValueError, match=r"bias must be \[5\], got \[4\]"):
+        cpu_ops.linear(x, w, torch.zeros(4))
+    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got Double"):
+        cpu_ops.linear(x.double(), w.double())
+    with pytest.raises(ValueError, match=r"w must be \[8\], got \[5\]"):
+        cpu_ops.rms_norm(x, torch.ones(5), 1e-6)
+    with pytest.raises(ValueError, match=r"top_k must be in \[1, 5\], got 6"):
+        cpu_ops.softmax_topk_router(x, w, 6, True)
