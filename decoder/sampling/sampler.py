@@ -1,0 +1,232 @@
+"""The sampler: per-slot parameters, processed distributions, draws, verification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..params import SamplingParams
+from . import rng
+from .accept import accept_standard, verify_greedy
+from .block import accept_block
+from .coupled import race, verify_coupled
+from .distribution import Probs, most_probable, one_hot_where, truncated
+from .logprobs import TokenLogprobs, token_logprobs
+from .penalties import Adjustments
+from .rng import Stream
+from .slots import SlotTable
+from .verdict import Verdict, assemble, residual
+
+if TYPE_CHECKING:
+    from ..drafters.base import Draft
+
+VerifierName = Literal["standard", "block", "coupled"]
+VERIFIERS: tuple[str, ...] = get_args(VerifierName)
+
+
+class Sampler:
+    """Decides tokens for the slots of a batch, exactly as the target alone would.
+
+    All methods taking ``slots`` work on any subset of the admitted slots. No method waits for an
+    accelerator; numeric failures found there are kept until `check`.
+
+    Args:
+        max_batch_size: number of slots.
+        vocab_size: V, of the logits.
+        device: of the logits.
+        verifier: ``"standard"`` rejection sampling, ``"block"`` (accepts more, same law) or
+            ``"coupled"`` (output equals the target's own sampled output for the seed). Greedy
+            requests are verified by argmax under each of them.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int,
+        vocab_size: int,
+        device: torch.device | str,
+        verifier: VerifierName = "standard",
+    ) -> None:
+        if verifier not in VERIFIERS:
+            raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self.verifier = verifier
+        self._table = SlotTable(max_batch_size, vocab_size, self.device)
+        self._adjustments = Adjustments(max_batch_size, vocab_size, self.device)
+        self._failed = torch.zeros(max_batch_size, dtype=torch.bool, device=self.device)
+
+    def admit(
+        self, slot: int, params: SamplingParams, prompt_ids: Sequence[int], stop_ids: Iterable[int]
+    ) -> None:
+        """Start a request.
+
+        Args:
+            slot: a free slot.
+            params: how its tokens are chosen.
+            prompt_ids: its prompt, counted for the repetition penalty; the next token's absolute
+                position is its length.
+            stop_ids: ids that end it, banned before ``min_new_tokens``.
+
+        Raises:
+            ValueError: an id outside the vocabulary, or more log-probabilities than it has.
+        """
+        stop_ids = set(stop_ids)
+        for name, ids in (
+            ("prompt ids", prompt_ids),
+            ("logit_bias ids", params.logit_bias or ()),
+            ("stop ids", stop_ids),
+        ):
+            outside = [i for i in ids if not 0 <= i < self.vocab_size]
+            if outside:
+                raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {outside[0]}")
+        if (params.logprobs or 0) > self.vocab_size:
+            raise ValueError(f"logprobs must be <= {self.vocab_size}, got {params.logprobs}")
+        self._table.admit(slot, params)
+        self._adjustments.admit(slot, params, prompt_ids, stop_ids)
+        self._failed[slot] = False
+
+    def release(self, slot: int) -> None:
+        """End the request in ``slot``, if there is one."""
+        self._table.release(slot)
+        self._adjustments.release(slot)
+
+    def all_greedy(self, slots: Iterable[int] | Tensor) -> bool:
+        """Whether an argmax decides every row. Known on the host without waiting for the device."""
+        return self._table.all_greedy(slots)
+
+    def distribution(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, prefix: Tensor | None = None
+    ) -> Probs:
+        """What the tokens at ``positions`` are drawn from; the same for drafts and the target.
+
+        Args:
+            logits: ``[B, Q, V]`` floating, not modified.
+            slots: ``[B]`` int64.
+            positions: ``[B, Q]`` int64 absolute positions of the tokens to be chosen; negative
+                ones are padding.
+            prefix: ``[B, n]`` int64 drafted tokens that are not committed yet, ``n >= Q - 1``: the
+                last ``Q - 1`` stand between the positions, earlier ones before all of them. They
+                count for penalties.
+
+        Raises:
+            FloatingPointError: on the CPU, when a position's logits define no distribution.
+        """
+        if logits.shape[-1] != self.vocab_size:
+            raise ValueError(f"logits must be [B, Q, {self.vocab_size}], got {list(logits.shape)}")
+        adjusted = self._adjustments.active
+        greedy_only = self.all_greedy(slots)
+        if adjusted or not greedy_only:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            overwritten = adjusted or self._table.features.scales_logits
+            logits = logits.to(dtype, copy=overwritten)
+        if adjusted:
+            logits = self._adjustments.apply(logits, slots, positions, prefix)
+        if greedy_only:
+            best, undefined = most_probable(logits)
+            self._record(undefined, slots, positions)
+            return Probs(None, best)
+        any_greedy = self._table.features.any_greedy
+        choice = most_probable(logits)[0] if any_greedy else None
+        probs, undefined = truncated(logits, slots, self._table)
+        self._record(undefined, slots, positions)
+        if choice is not None:
+            probs = one_hot_where(self._table.greedy[slots], choice, probs)
+        return Probs(probs, None)
+
+    def draw(self, probs: Probs, slots: Tensor, positions: Tensor) -> Tensor:
+        """Tokens ``[B]`` of the target itself at ``positions`` ``[B]``, from ``probs`` (Q = 1)."""
+        return self._draw(probs, self._table.seeds[slots], positions, Stream.TARGET)
+
+    def draw_draft(self, probs: Probs, slots: Tensor, positions: Tensor) -> Tensor:
+        """Proposals ``[B]`` from the draft's distribution ``probs`` (Q = 1).
+
+        Coupled: the noise that will decide the target's token. Otherwise noise of this round's own.
+        """
+        if self.verifier == "coupled":
+            return self.draw(probs, slots, positions)
+        return self._draw(probs, self._round_seeds(slots), positions, Stream.DRAFT)
+
+    def verify(self, target: Probs, draft: Draft, slots: Tensor, positions: Tensor) -> Verdict:
+        """Keep the drafts that the target would have produced, and choose the token after them.
+
+        Args:
+            target: distributions ``[B, G + 1]`` from `distribution`.
+            draft: proposals; ``G`` may be 0.
+            slots: ``[B]`` int64.
+            positions: ``[B, G + 1]`` int64.
+
+        Returns:
+            Accepted counts and emitted tokens.
+        """
+        if target.argmax is not None:
+            return verify_greedy(target.argmax, draft)
+        assert target.probs is not None
+        seeds = self._table.seeds[slots]
+        if self.verifier == "coupled":
+            return verify_coupled(target.probs, draft, rng.key(seeds, positions, Stream.TARGET))
+        accepted, weight = self._accept(target.probs, draft, slots, positions)
+        left = residual(target.probs, draft, accepted, weight)
+        at = positions.gather(1, accepted[:, None])[:, 0]
+        # A row whose drafts were all kept takes the token it would take without speculation.
+        keys = torch.where(
+            accepted == draft.lengths,
+            rng.key(seeds, at, Stream.TARGET),
+            rng.key(seeds, at, Stream.RESIDUAL),
+        )
+        self._table.rounds[slots] += 1
+        return assemble(accepted, race(left, keys), draft.tokens)
+
+    def commit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Count emitted tokens for penalties: the first ``counts`` ``[B]`` of ``[B, n]``."""
+        self._adjustments.commit(slots, tokens, counts)
+
+    def logprobs(self, logits: Tensor, target: Probs, tokens: Tensor, top: int) -> TokenLogprobs:
+        """Log-probabilities of a round's emitted ``tokens``; see `token_logprobs`."""
+        return token_logprobs(logits, target, tokens, top)
+
+    def check(self) -> None:
+        """Raise if an accelerator met logits that define no distribution. Waits for the device."""
+        if bool(self._failed.any()):
+            self._raise(self._failed.nonzero()[:, 0].tolist())
+
+    def _accept(
+        self, target_probs: Tensor, draft: Draft, slots: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if draft.gamma == 0:
+            return torch.zeros_like(slots), None
+        seeds = self._round_seeds(slots)
+        uniforms = rng.uniform(seeds, positions[:, : draft.gamma], Stream.ACCEPT)
+        if self.verifier == "block":
+            return accept_block(target_probs, draft, uniforms)
+        return accept_standard(target_probs, draft, uniforms), None
+
+    def _round_seeds(self, slots: Tensor) -> Tensor:
+        """Seeds of this round's drafts and accept tests.
+
+        A position can be drafted in several rounds. Block verification, and any choice of draft
+        length made from an earlier round's drafts, depend on tokens that were then thrown away;
+        drawing the position again with the same noise would be conditional on that, and biased.
+        """
+        return rng.fold(self._table.seeds[slots], self._table.rounds[slots])
+
+    def _draw(self, probs: Probs, seeds: Tensor, positions: Tensor, stream: Stream) -> Tensor:
+        if probs.argmax is not None:
+            return probs.argmax[:, 0]
+        assert probs.probs is not None
+        return race(probs.probs[:, 0], rng.key(seeds, positions, stream))
+
+    def _record(self, undefined: Tensor, slots: Tensor, positions: Tensor) -> None:
+        rows = (undefined & (positions >= 0)).any(dim=1)
+        if self.device.type != "cpu":
+            self._failed[slots] |= rows
+        elif bool(rows.any()):
+            self._raise(slots[rows].tolist())
+
+    def _raise(self, slots: list[int]) -> None:
+        raise FloatingPointError(
+            "logits must define a distribution at every position, got NaN, +inf or every token "
+            f"banned in slots {slots}"
+        )

@@ -1,0 +1,116 @@
+"""Sampling parameters of every slot, as device vectors, and what the host needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Which processing steps any admitted request needs; the others are skipped for the batch.
+
+    A step that does run leaves the rows that did not ask for it bit-identical, so a row never
+    depends on its neighbours.
+    """
+
+    any_greedy: bool = False
+    any_sampled: bool = False
+    temperature: bool = False
+    top_k: int = 0  # the largest asked for
+    top_p: bool = False
+    top_p_without_top_k: bool = False
+    min_p: bool = False
+
+    @property
+    def scales_logits(self) -> bool:
+        """Whether logits themselves are changed before the softmax."""
+        return self.temperature or self.top_k > 0
+
+
+class SlotTable:
+    """Truncation parameters and seeds by slot, on the sampler's device.
+
+    Attributes:
+        seeds: ``[max_slots]`` int64.
+        rounds: ``[max_slots]`` int64, verifications since admission.
+        greedy: ``[max_slots]`` bool.
+        temperature, top_p, min_p: ``[max_slots]`` fp32; neutral (1, 2, 0) where not asked for.
+        top_k: ``[max_slots]`` int64; V where not asked for.
+    """
+
+    def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.seeds = torch.zeros(max_slots, dtype=torch.int64, device=device)
+        self.rounds = torch.zeros(max_slots, dtype=torch.int64, device=device)
+        self.greedy = torch.ones(max_slots, dtype=torch.bool, device=device)
+        self.temperature = torch.ones(max_slots, device=device)
+        self.top_k = torch.full((max_slots,), vocab_size, dtype=torch.int64, device=device)
+        self.top_p = torch.full((max_slots,), 2.0, device=device)
+        self.min_p = torch.zeros(max_slots, device=device)
+        self.admitted: dict[int, SamplingParams] = {}
+        self._features: Features | None = None
+
+    def admit(self, slot: int, params: SamplingParams) -> None:
+        sampled = not params.greedy
+        self.seeds[slot] = params.seed
+        self.rounds[slot] = 0
+        self.greedy[slot] = params.greedy
+        # Truncation cannot change an argmax: greedy rows keep the neutral values.
+        self.temperature[slot] = params.temperature if sampled else 1.0
+        self.top_k[slot] = _top_k(params, self.vocab_size) or self.vocab_size
+        # 2 rather than 1: rounding can bring a cumulative sum to 1 before the last token.
+        self.top_p[slot] = params.top_p if sampled and params.top_p < 1 else 2.0
+        self.min_p[slot] = params.min_p if sampled else 0.0
+        self.admitted[slot] = params
+        self._features = None
+
+    def release(self, slot: int) -> None:
+        self.admitted.pop(slot, None)
+        self._features = None
+
+    @property
+    def features(self) -> Features:
+        """What the admitted requests need, worked out once after each change."""
+        if self._features is None:
+            self._features = self._find_features()
+        return self._features
+
+    def all_greedy(self, slots: Iterable[int] | Tensor) -> bool:
+        """Whether every row decodes greedily; on an accelerator, where looking at a tensor would
+        wait for it, whether every admitted request does."""
+        if not self.features.any_sampled:
+            return True
+        if not self.features.any_greedy:
+            return False
+        if isinstance(slots, Tensor):
+            if slots.device.type != "cpu":
+                return False
+            slots = slots.tolist()
+        return all(slot in self.admitted and self.admitted[slot].greedy for slot in slots)
+
+    def _find_features(self) -> Features:
+        every = self.admitted.values()
+        sampled = [p for p in every if not p.greedy]
+        return Features(
+            any_greedy=len(sampled) < len(self.admitted),
+            any_sampled=bool(sampled),
+            temperature=any(p.temperature != 1 for p in sampled),
+            top_k=max((_top_k(p, self.vocab_size) for p in sampled), default=0),
+            top_p=any(p.top_p < 1 for p in sampled),
+            top_p_without_top_k=any(
+                p.top_p < 1 and not _top_k(p, self.vocab_size) for p in sampled
+            ),
+            min_p=any(p.min_p > 0 for p in sampled),
+        )
+
+
+def _top_k(params: SamplingParams, vocab_size: int) -> int:
+    """The number of tokens that top-k keeps, 0 where it keeps all."""
+    restricts = not params.greedy and 0 < params.top_k < vocab_size
+    return params.top_k if restricts else 0
