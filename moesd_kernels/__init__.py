@@ -1,0 +1,24 @@
+"""The sparse-MoE expert layer: one op, its PyTorch reference, fast back-ends, transformers hooks.
+
+Letters used throughout: `T` tokens entering the layer, `E` experts, `K` experts per token, `H`
+hidden size, `I` expert intermediate size, `N` = T * K routed pairs. Public signatures use words.
+
+Importing this package needs torch and nothing else: no Triton, no compiler, no CUDA, and no
+transformers.
+"""
+
+from .api import fused_experts
+from .backends import available_backends
+
+from .routing import Routing, plan_routing
+from .transformers_hook import accelerate, decelerate, register
+
+__all__ = [
+    "Routing",
+    "accelerate",
+    "available_backends",
+    "decelerate",
+    "fused_experts",
+    "plan_routing",
+    "register",
+]

@@ -1,0 +1,204 @@
+"""Back-ends of ``fused_experts``: which exist, which can run here, which one is chosen.
+
+A back-end is a function with the signature of :func:`moesd_kernels.reference.fused_experts_torch`.
+Nothing is imported or compiled before a back-end is first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import fused_experts_reference, fused_experts_torch
+
+logger = logging.getLogger(__name__)
+
+HALF = frozenset({torch.bfloat16, torch.float16})
+SINGLE = HALF | {torch.float32}
+ANY = SINGLE | {torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a back-end can do.
+
+    Attributes:
+        name: Its public name.
+        devices: Device types it runs on; None for all.
+        dtypes: Dtypes of ``hidden_states`` it takes.
+        unavailable_reason: Why it cannot run in this process at all, or None.
+        load: Imports it and returns its function.
+        automatic: Whether "auto" may choose it.
+        compiled: Whether it is a compiled kernel: no gradients, weights contiguous.
+        invariant: Whether it honours ``batch_invariant``.
+    """
+
+    name: str
+    devices: frozenset[str] | None
+    dtypes: frozenset[torch.dtype]
+    unavailable_reason: Callable[[], str | None]
+    load: Callable[[], Callable[..., Tensor]]
+    automatic: bool = True
+    compiled: bool = True
+    invariant: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The properties of a call that decide which back-ends can serve it."""
+
+    device: str
+    dtype: torch.dtype
+    needs_grad: bool = False
+    contiguous: bool = True
+    batch_invariant: bool = False
+
+
+def _cpu_reason() -> str | None:
+    from . import cpu_ops
+
+    return cpu_ops.unavailable()
+
+
+def _load_cpu() -> Callable[..., Tensor]:
+    from .cpu_ops import experts
+
+    def fused_experts_cpu(
+        hidden_states: Tensor,
+        *tensors: Tensor,
+        batch_invariant: bool = False,  # always true of these kernels
+        out: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if out is None or out.is_contiguous():
+            return experts(hidden_states, *tensors, out=out, **options)
+        return out.copy_(experts(hidden_states, *tensors, **options))
+
+    return fused_experts_cpu
+
+
+def _triton_reason() -> str | None:
+    from .triton import unavailable_reason
+
+    return unavailable_reason()
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    from .triton.launch import fused_experts_triton
+
+    return fused_experts_triton
+
+
+def _cuda_reason() -> str | None:
+    from . import cuda_ops
+
+    return cuda_ops.unavailable_reason()
+
+
+def _load_cuda() -> Callable[..., Tensor]:
+    from .cuda_ops import fused_experts_cuda
+
+    return fused_experts_cuda
+
+
+# In order of preference.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", frozenset({"cuda"}), SINGLE, _triton_reason, _load_triton),
+        Backend("cpu", frozenset({"cpu"}), SINGLE, _cpu_reason, _load_cpu),
+        # Not automatic until it has been measured on a GPU.
+        Backend(
+            "cuda",
+            frozenset({"cuda"}),
+            frozenset({torch.bfloat16}),
+            _cuda_reason,
+            _load_cuda,
+            automatic=False,
+        ),
+        Backend("torch", None, ANY, lambda: None, lambda: fused_experts_torch, compiled=False),
+        Backend(
+            "reference",
+            None,
+            ANY,
+            lambda: None,
+            lambda: fused_experts_reference,
+            automatic=False,
+            compiled=False,
+            invariant=False,
+        ),
+    )
+}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every back-end of ``fused_experts``: its name, and None or why it cannot run here."""
+    return {name: _unavailable(backend) for name, backend in BACKENDS.items()}
+
+
+def _unavailable(backend: Backend) -> str | None:
+    try:
+        return backend.unavailable_reason()
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+
+
+def _refusal(backend: Backend, request: Request) -> str | None:
+    """Why `backend` cannot serve `request`, or None. Cheap reasons come first."""
+    if backend.devices is not None and request.device not in backend.devices:
+        return f"it runs on {'/'.join(sorted(backend.devices))} tensors, got {request.device}"
+    if request.dtype not in backend.dtypes:
+        supported = ", ".join(sorted(str(dtype) for dtype in backend.dtypes))
+        return f"it takes {supported}, got {request.dtype}"
+    if backend.compiled and request.needs_grad:
+        return "it has no backward pass, and an input requires gradients"
+    if backend.compiled and not request.contiguous:
+        return "it reads contiguous weights, and these are not"
+    if request.batch_invariant and not backend.invariant:
+        return "it does not support batch_invariant=True"
+    return _unavailable(backend)
+
+
+@functools.lru_cache(maxsize=256)
+def choose_backend(name: str, request: Request) -> Callable[..., Tensor]:
+    """The function of the named back-end, or of the fastest that can serve `request`.
+
+    The answer is remembered: what a process can run does not change, and the choice is logged once.
+
+    Raises:
+        ValueError: Unknown name.
+        RuntimeError: The named back-end cannot serve `request`; the message says why.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+        refusal = _refusal(BACKENDS[name], request)
+        if refusal is not None:
+            raise RuntimeError(f"backend {name!r} cannot run this call: {refusal}")
+        return BACKENDS[name].load()
+    refusals: list[str] = []
+    for backend in BACKENDS.values():
+        if not backend.automatic:
+            continue
+        refusal = _refusal(backend, request)
+        if refusal is None:
+            _log_choice(backend.name, request, refusals)
+            return backend.load()
+        if backend.devices is None or request.device in backend.devices:
+            refusals.append(f"{backend.name}: {refusal}")
+    raise RuntimeError(f"no backend can run this call: {'; '.join(refusals)}")
+
+
+def _log_choice(name: str, request: Request, refusals: list[str]) -> None:
+    because = f" ({'; '.join(refusals)})" if refusals else ""
+    # Falling back from a compiled kernel costs much speed, so it is said louder.
+    level = logging.WARNING if refusals and not request.needs_grad else logging.INFO
+    logger.log(
+        level, "experts on %s in %s use backend %r%s", request.device, request.dtype, name, because
+    )

@@ -1,0 +1,182 @@
+"""The rest of the layer on the CPU kernels: linear layers, RMS norms and routers.
+
+Two reasons. torch's bf16 matrix product is slow on processors without bf16 instructions; and each
+of our kernels computes a row from that row alone, so a model made only of them gives a token the
+same logits, bit for bit, whether it is verified among γ drafts or decoded alone.
+
+A module keeps its class, parameters and buffers; only its bound ``forward`` is shadowed on the
+instance. A replacement is made only when it reproduces the module's own result on a probe, and
+steps aside, running the class's forward, for gradients, autocast, other devices and compiled
+graphs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .routers import RouterRule, recognise_router, router_logits
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_EXPERTS = 1024  # of the fused softmax router
+
+
+def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
+    """Shadow the forwards that our CPU kernels can compute; returns how many.
+
+    Args:
+        model: Only modules whose parameters are plain CPU tensors are touched.
+        required: Raise instead of doing nothing when the kernels cannot run.
+
+    Raises:
+        RuntimeError: `required`, and the kernels cannot run here; the message says why.
+    """
+    if not required and not any(p.device.type == "cpu" for p in model.parameters()):
+        return 0
+    from . import cpu_ops
+
+    reason = cpu_ops.unavailable()
+    if reason is not None:
+        if required:
+            raise RuntimeError(f"dense=True needs the CPU kernels: {reason}")
+        return 0
+    count = 0
+    for module in model.modules():
+        forward = _replacement(module)
+        if forward is not None:
+            module.forward = types.MethodType(forward, module)
+            count += 1
+    logger.info("%d dense modules run the CPU kernels (%s)", count, cpu_ops.isa())
+    return count
+
+
+def decelerate_dense(model: nn.Module) -> None:
+    """Give every module of `model` that :func:`accelerate_dense` touched its own forward back."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if getattr(getattr(forward, "__func__", None), "__module__", None) == __name__:
+            del module.forward
+
+
+def _replacement(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward for `module`, or None when it must keep its own."""
+    weight = getattr(module, "weight", None)
+    if (
+        "forward" in module.__dict__  # somebody else's hook, or already ours
+        or type(weight) is not nn.Parameter
+        or weight.dtype not in _DTYPES
+        or weight.device.type != "cpu"
+        or not weight.is_contiguous()
+    ):
+        return None
+    if type(module) is nn.Linear:
+        return _linear_forward
+    name = type(module).__name__
+    if name.endswith("RMSNorm") and weight.dim() == 1:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if isinstance(eps, float) and _norm_agrees(module, eps):
+            return _norm_forward(eps)
+    if name.lower().endswith(("topkrouter", "moegate")):
+        rule = recognise_router(module)
+        if rule is not None:
+            return _router_forward(rule, _fusable(rule, module))
+    return None
+
+
+def _fusable(rule: RouterRule, router: nn.Module) -> bool:
+    """Whether the one-op softmax router computes `rule`."""
+    weight = router.weight
+    assert isinstance(weight, Tensor)
+    return (
+        rule.kind == "softmax"
+        and rule.precision == "own"
+        and rule.scale == 1.0
+        and getattr(router, "bias", None) is None
+        and weight.shape[0] <= _MAX_EXPERTS
+    )
+
+
+def _norm_agrees(module: nn.Module, eps: float) -> bool:
+    """Whether ``w * (x / rms(x))`` is what the module computes (gemma's has 1 + w)."""
+    from .cpu_ops import rms_norm
+
+    probe = copy.deepcopy(module).float()
+    generator = torch.Generator().manual_seed(0)
+    weight = probe.weight
+    assert isinstance(weight, Tensor)
+    # Small rows, so that eps in the wrong place shows.
+    x = torch.randn(4, weight.shape[0], generator=generator) * eps**0.5
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+        try:
+            expected = type(module).forward(probe, x)
+        except (RuntimeError, TypeError):
+            return False
+        actual = rms_norm(x, weight, eps)
+    return expected.shape == x.shape and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether this call can take the CPU kernels."""
+    return (
+        x.dtype == weight.dtype
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    weight = self.weight
+    if not _fits(input, weight):
+        return nn.Linear.forward(self, input)
+    if input.dim() == 2:
+        return torch.ops.moesd.linear(input, weight, self.bias)
+    rows = input.reshape(-1, input.shape[-1])
+    return torch.ops.moesd.linear(rows, weight, self.bias).view(*input.shape[:-1], -1)
+
+
+@functools.cache
+def _norm_forward(eps: float) -> Callable[..., Tensor]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        weight = self.weight
+        if not _fits(hidden_states, weight):
+            return type(self).forward(self, hidden_states)
+        return torch.ops.moesd.rms_norm(hidden_states, weight, eps)
+
+    return forward
+
+
+@functools.cache
+def _router_forward(rule: RouterRule, fuse: bool) -> Callable[..., Any]:
+    def fused(self: Any, hidden_states: Tensor) -> Any:
+        weight = self.weight
+        if not _fits(hidden_states, weight):
+            return type(self).forward(self, hidden_states)
+        rows = hidden_states.reshape(-1, weight.shape[1])
+        logits, weights, ids = torch.ops.moesd.softmax_topk_router(
+            rows, weight, rule.top_k, rule.renormalize
+        )
+        return logits, weights.to(logits.dtype) if rule.cast else weights, ids
+
+    def composed(self: Any, hidden_states: Tensor) -> Any:
+        weight = self.weight
+        if not _fits(hidden_states, weight):
+            return type(self).forward(self, hidden_states)
+        rows, bias = hidden_states.reshape(-1, weight.shape[1]), getattr(self, "bias", None)
+        logits = router_logits(rows, weight, bias, rule, linear=torch.ops.moesd.linear)
+        correction = getattr(self, "e_score_correction_bias", None)
+        return tuple(rule.select(logits, correction, dtype=hidden_states.dtype))
+
+    return fused if fuse else composed

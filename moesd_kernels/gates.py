@@ -1,0 +1,86 @@
+"""Recognises what an experts module's gate computes, by asking it.
+
+Model code writes the same few gates in many ways: a default method, a custom ``_apply_gate``, an
+activation object from a table. Names and attributes only propose a candidate; it is taken when it
+gives the module's own numbers on a probe that reaches into every clamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import FUNCTIONS, apply_activation
+
+_LIMIT_NAMES = ("limit", "swiglu_limit")
+_ALPHA_NAMES = ("alpha", "swiglu_alpha")
+
+
+class Gate(NamedTuple):
+    """A gate in the terms of ``fused_experts``."""
+
+    activation: str
+    limit: float | None
+    alpha: float | None
+
+
+def recognise_gate(experts: torch.nn.Module, gated: bool, interleaved: bool) -> Gate | None:
+    """The gate of a transformers experts module, or None when it is none of ours.
+
+    Args:
+        experts: Has ``_apply_gate(gate_up)`` when gated, otherwise ``act_fn``.
+        gated: Whether there is an up projection.
+        interleaved: Whether gate and up columns alternate.
+    """
+    probe = _probe(experts)
+    own: Callable[[Tensor], Tensor] | None = (
+        getattr(experts, "_apply_gate", None) if gated else getattr(experts, "act_fn", None)
+    )
+    if own is None:
+        return None
+    try:
+        with torch.no_grad():
+            expected = own(probe)
+    except (RuntimeError, TypeError, AttributeError, ValueError):
+        return None  # it needs more than the projection: none of ours
+    for gate in _candidates(experts, gated):
+        actual = apply_activation(
+            probe,
+            activation=gate.activation,
+            gated=gated,
+            interleaved=interleaved,
+            limit=gate.limit,
+            alpha=gate.alpha,
+        )
+        if actual.shape == expected.shape and torch.allclose(
+            actual, expected.to(actual.dtype), rtol=1e-5, atol=1e-6
+        ):
+            return gate
+    return None
+
+
+def _probe(experts: torch.nn.Module) -> Tensor:
+    """[64, 64] fp32 values from -30 to 30, dense around 0, on the module's device."""
+    device = next((p.device for p in experts.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.rand(64, 64, generator=generator) * 2 - 1
+    return (30 * wide**3).to("cpu" if device.type == "meta" else device)
+
+
+def _candidates(experts: torch.nn.Module, gated: bool) -> list[Gate]:
+    limits: list[float | None] = [None]
+    alphas: list[float | None] = [None]
+    if gated:
+        limits += _numbers(experts, _LIMIT_NAMES)
+        alphas += _numbers(experts, _ALPHA_NAMES)
+    gates = [Gate(name, limit, None) for limit in limits for name in FUNCTIONS]
+    gates += [Gate("silu", limit, alpha) for limit in limits for alpha in alphas if alpha]
+    return gates
+
+
+def _numbers(experts: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
+    values: list[Any] = [getattr(experts, name, None) for name in names]
+    return [float(value) for value in values if isinstance(value, (int, float))]

@@ -1,0 +1,256 @@
+"""Our expert layer inside transformers models, through their experts interface.
+
+``register()`` adds the name, ``accelerate(model)`` switches a loaded model to it. What the fast
+path does not cover runs transformers' own ``grouped_mm`` on the same weights, and is said once per
+reason. Nothing is written onto the model's modules: decisions live in a weak table beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .api import fused_experts, needs_grad
+from .backends import Request, choose_backend
+from .gates import recognise_gate
+
+logger = logging.getLogger(__name__)
+
+# Above this many tokens per expert a GPU is compute-bound and large-tile GEMMs win.
+LARGE_TOKENS_PER_EXPERT = 512
+
+_PLAIN = (nn.Parameter, Tensor)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cpu", "cuda")
+
+
+class Plan(NamedTuple):
+    """What one experts module computes, in the terms of ``fused_experts``.
+
+    ``refusal`` says why it cannot be run by us at all. Plain values only: ``torch.compile`` folds
+    a plan into the graph.
+    """
+
+    refusal: str | None
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    transposed: bool = False
+    has_bias: bool = False
+    limit: float | None = None
+    alpha: float | None = None
+
+
+class Settings(NamedTuple):
+    """Choices of the caller of :func:`accelerate`."""
+
+    backend: str = "auto"
+    batch_invariant: bool = False
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
+_settings: weakref.WeakKeyDictionary[nn.Module, Settings] = weakref.WeakKeyDictionary()
+_DEFAULTS = Settings()
+_said: set[str] = set()
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def register(name: str = "moesd") -> None:
+    """Make ``experts_implementation=name`` valid in transformers; calling it again is harmless.
+
+    Raises:
+        ImportError: transformers is not installed, or has no experts interface.
+    """
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(name, experts_forward)
+    try:
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+    except ImportError:  # before FP8 experts had a registry of their own
+        return
+    FP8ExpertsInterface.register(name, _refuse_fp8)
+
+
+def accelerate(
+    model: Model,
+    *,
+    dense: str | bool = "auto",
+    backend: str = "auto",
+    batch_invariant: bool = False,
+) -> Model:
+    """Run the experts of a transformers model on our kernels; returns `model`.
+
+    Weights stay where they are, in their own layout, so ``save_pretrained`` is unaffected. A model
+    without experts is left as it is, except for `dense`.
+
+    Args:
+        model: A transformers model.
+        dense: Also run linear layers, RMS norms and softmax routers on our CPU kernels, whose rows
+            do not depend on each other: True, False, or "auto" for where those kernels can run.
+        backend: Back-end of the experts; see :func:`moesd_kernels.fused_experts`.
+        batch_invariant: Make experts rows independent of the rest of the batch on every device.
+
+    Raises:
+        ValueError: `dense` is not "auto", True or False.
+        RuntimeError: `dense` is True and the CPU kernels cannot run; the message says why.
+    """
+    from .dense_hook import accelerate_dense
+
+    if dense not in ("auto", True, False):
+        raise ValueError(f"dense must be 'auto', True or False, got {dense!r}")
+    register()
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("moesd")  # type: ignore[operator]
+        for module in model.modules():
+            if hasattr(module, "_apply_gate") or hasattr(module, "is_concatenated"):
+                _settings[module] = Settings(backend, batch_invariant)
+                _plans[module] = make_plan(module)
+    if dense is not False:
+        accelerate_dense(model, required=dense is True)
+    return model
+
+
+def decelerate(model: Model) -> Model:
+    """Undo :func:`accelerate`: transformers' default experts and the modules' own forwards."""
+    from .dense_hook import decelerate_dense
+
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+    decelerate_dense(model)
+    return model
+
+
+def make_plan(experts: nn.Module) -> Plan:
+    """Read an experts module's flags and recognise its gate."""
+    if getattr(experts, "has_post_expert_norm", False):
+        return Plan("experts have a norm after the down projection")
+    gated = getattr(experts, "has_gate", True)
+    interleaved = not getattr(experts, "is_concatenated", True)
+    gate = recognise_gate(experts, gated, interleaved)
+    if gate is None:
+        return Plan(f"the gate of {type(experts).__name__} is not one of the fused ones")
+    return Plan(
+        None,
+        gate.activation,
+        gated,
+        interleaved,
+        getattr(experts, "is_transposed", False),
+        getattr(experts, "has_bias", False),
+        gate.limit,
+        gate.alpha,
+    )
+
+
+def plan_of(experts: nn.Module) -> Plan:
+    """The module's plan, made at its first use."""
+    plan = _plans.get(experts)
+    if plan is None:
+        plan = _plans[experts] = make_plan(experts)
+    return plan
+
+
+def _settings_of(experts: nn.Module) -> Settings:
+    return _settings.get(experts, _DEFAULTS)
+
+
+# Dynamo runs these once while tracing and inlines what they return.
+_constant_plan_of = torch._dynamo.assume_constant_result(plan_of)
+_constant_settings_of = torch._dynamo.assume_constant_result(_settings_of)
+
+
+def experts_forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The function behind ``experts_implementation="moesd"``.
+
+    Args:
+        self: An experts module of transformers.
+        hidden_states: [T, H].
+        top_k_index: [T, K]; an id outside the module's experts contributes nothing.
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`.
+    """
+    compiling = torch.compiler.is_compiling()
+    plan = _constant_plan_of(self) if compiling else plan_of(self)
+    w_gate_up = self.gate_up_proj if plan.gated else self.up_proj
+    w_down = self.down_proj
+    reason = plan.refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
+    if reason is not None:
+        return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)
+    gate_up_bias = down_bias = None
+    if plan.has_bias:
+        gate_up_bias = self.gate_up_proj_bias if plan.gated else self.up_proj_bias
+        down_bias = self.down_proj_bias
+    settings = _constant_settings_of(self) if compiling else _settings_of(self)
+    options: dict[str, Any] = {
+        "activation": plan.activation,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+        "gated": plan.gated,
+        "interleaved": plan.interleaved,
+        "transposed": plan.transposed,
+        "activation_limit": plan.limit,
+        "activation_alpha": plan.alpha,
+        "batch_invariant": settings.batch_invariant,
+    }
+    if compiling:
+        options["backend"] = settings.backend
+        return fused_experts(
+            hidden_states, w_gate_up, w_down, top_k_index, top_k_weights, **options
+        )
+    # Straight to the back-end: transformers' shapes are right by construction.
+    request = Request(
+        hidden_states.device.type,
+        hidden_states.dtype,
+        False,
+        w_gate_up.is_contiguous() and w_down.is_contiguous(),
+        settings.batch_invariant,
+    )
+    function = choose_backend(settings.backend, request)
+    return function(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights, **options)
+
+
+def _call_refusal(
+    hidden_states: Tensor, w_gate_up: Tensor, w_down: Tensor, top_k_weights: Tensor
+) -> str | None:
+    """Why this call cannot take the fast path, or None."""
+    if type(w_gate_up) not in _PLAIN or type(w_down) not in _PLAIN:
+        return f"expert weights are {type(w_gate_up).__name__}, not plain tensors"
+    dtype = hidden_states.dtype
+    if w_gate_up.dtype != dtype or w_down.dtype != dtype or dtype not in _DTYPES:
+        return f"expert weights are {w_gate_up.dtype} and hidden states {dtype}"
+    if needs_grad(hidden_states, w_gate_up, w_down, top_k_weights):
+        return "gradients are needed (run under torch.inference_mode() or torch.no_grad())"
+    device = hidden_states.device.type
+    if device not in _DEVICES:
+        return f"no kernels for device {device!r}"
+    if device == "cuda" and hidden_states.shape[0] > LARGE_TOKENS_PER_EXPERT * w_down.shape[0]:
+        return f"more than {LARGE_TOKENS_PER_EXPERT} tokens per expert"
+    return None
+
+
+def _hand_over(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, reason: str
+) -> Tensor:
+    """transformers' ``grouped_mm`` on the same module."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if not torch.compiler.is_compiling() and reason not in _said:
+        _said.add(reason)
+        logger.warning("experts run transformers' grouped_mm: %s", reason)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+
+
+def _refuse_fp8(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What transformers' separate registry for FP8 experts finds under our name."""
+    raise NotImplementedError(
+        "moesd has kernels for bfloat16, float16 and float32 experts, got FP8 experts "
+        f"({type(self).__name__}); load the model with experts_implementation='grouped_mm'"
+    )
