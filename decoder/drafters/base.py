@@ -145,11 +145,36 @@ def empty_draft(state: StepState, gamma: int) -> Draft:
     return Draft(tokens, None, torch.zeros_like(state.lengths))
 
 
-def chain_draft(tokens: list[Tensor], probs: list[Tensor | None], state: StepState) -> Draft:
-    """Assemble a chain of draft steps, each ``[B]`` tokens and ``[B, 1, V]`` fp32 or ``None``."""
-    dense = [step for step in probs if step is not None]
-    return Draft(
-        torch.stack(tokens, dim=1),
-        torch.cat(dense, dim=1) if dense else None,
-        torch.full_like(state.lengths, len(tokens)),
-    )
+class DraftChain:
+    """Draws one drafted token per step and keeps it with the distribution it came from.
+
+    Args:
+        sampler: the target's; it processes draft logits exactly as it does the target's.
+        state: the round's rows.
+        gamma: steps to come.
+    """
+
+    def __init__(self, sampler: Sampler, state: StepState, gamma: int) -> None:
+        self._sampler = sampler
+        self._slots = state.slots
+        self._positions = state.lengths[:, None] + 1  # [B, 1], of the token to be drawn
+        self._tokens = state.current.new_empty(len(state.host_lengths), gamma)
+        self._probs: list[Tensor] = []
+        self._step = 0
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Next drafted token ``[B, 1]`` from ``[B, 1, V]`` logits of the target's vocabulary."""
+        # Penalties count the tokens drafted so far, as they will when the target verifies.
+        prefix = self._tokens[:, : self._step] if self._step else None
+        dist = self._sampler.distribution(logits, self._slots, self._positions, prefix)
+        token = self._sampler.draw_draft(dist, self._slots, self._positions[:, 0])
+        if dist.probs is not None:
+            self._probs.append(dist.probs)
+        self._tokens[:, self._step] = token
+        self._step += 1
+        self._positions = self._positions + 1
+        return token[:, None]
+
+    def finish(self) -> Draft:
+        lengths = torch.full_like(self._slots, self._tokens.shape[1])
+        return Draft(self._tokens, torch.cat(self._probs, dim=1) if self._probs else None, lengths)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..attention import Placement
 from ..cache import RaggedCache
-from .base import Draft, StepState, chain_draft
+from ..errors import UserError
+from .base import Draft, DraftChain, StepState
 from .eagle_head import EagleHead
 from .eagle_loader import EagleCheckpoint, load_eagle
 
@@ -42,15 +43,15 @@ class EagleDrafter:
         if not isinstance(checkpoint, EagleCheckpoint):
             checkpoint = load_eagle(checkpoint)
         self.checkpoint = checkpoint
-        self.name = checkpoint.config.kind
-        self.hidden_layers = checkpoint.config.feature_layers
+        self.name: str = checkpoint.config.kind
+        self.hidden_layers: tuple[int, ...] | None = checkpoint.config.feature_layers
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         model = runner.model
         depth = model.config.get_text_config().num_hidden_layers
         self.hidden_layers = self.hidden_layers or (2, depth // 2, depth - 3)
         if any(not -depth - 1 <= layer <= depth for layer in self.hidden_layers):
-            raise ValueError(
+            raise UserError(
                 f"the EAGLE head reads hidden states {self.hidden_layers} of a target with "
                 f"{depth} layers"
             )
@@ -58,13 +59,13 @@ class EagleDrafter:
         self.head = EagleHead(self.checkpoint, embedding, model.get_output_embeddings()).eval()
         width = len(self.hidden_layers) * model.config.get_text_config().hidden_size
         if self.head.feature_size != width:
-            raise ValueError(
+            raise UserError(
                 f"the EAGLE head expects features of width {self.head.feature_size}, the target's "
                 f"hidden states {self.hidden_layers} make {width}"
             )
         mapping = self.checkpoint.draft_to_target
         if mapping is not None and int(mapping.max()) >= sampler.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the EAGLE head's d2t reaches token {int(mapping.max())}, the target has "
                 f"{sampler.vocab_size}"
             )
@@ -104,19 +105,14 @@ class EagleDrafter:
     def propose(self, state: StepState, gamma: int) -> Draft:
         slots, vocab_size = state.slots, self._sampler.vocab_size
         hidden = self._refresh(state)[:, -1:]  # [B, 1, H], the prediction for `lengths`
-        drafted: list[Tensor] = []
-        probs: list[Tensor | None] = []
+        chain = DraftChain(self._sampler, state, gamma)
+        longest = max(state.host_lengths)
         for step in range(gamma):
-            if step:
-                position = state.lengths[:, None] + (step - 1)
-                extent = max(state.host_lengths) + step
-                hidden = self._forward(drafted[-1][:, None], hidden, slots, position, extent)
-            target_position = state.lengths + 1 + step
-            logits = self.head.logits(hidden, vocab_size)
-            dist = self._sampler.distribution(logits, slots, target_position[:, None], None)
-            drafted.append(self._sampler.draw_draft(dist, slots, target_position))
-            probs.append(dist.probs)
-        return chain_draft(drafted, probs, state)
+            token = chain.draw(self.head.logits(hidden, vocab_size))
+            if step + 1 < gamma:
+                position = state.lengths[:, None] + step
+                hidden = self._forward(token, hidden, slots, position, longest + step + 1)
+        return chain.finish()
 
     @torch.inference_mode()
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
@@ -164,5 +160,5 @@ class EagleDrafter:
 
 def _present(hidden: Tensor | None) -> Tensor:
     if hidden is None:
-        raise ValueError("the EAGLE drafter needs the target's hidden states, got None")
+        raise UserError("the EAGLE drafter needs the target's hidden states, got None")
     return hidden

@@ -1,9 +1,9 @@
 """The EAGLE head as a compact module on the decoder's own ragged cache and attention.
 
-Definitions (``t`` is the position of the feature, which is also the RoPE position and cache slot):
+``t`` is the position of the feature, which is also the RoPE position and the cache slot.
 
-* EAGLE-1: ``x_t = fc([embed(token_{t+1}), feature_t])``, then Llama layers of which the first has no
-  input norm. The output stands for ``feature_{t+1}``; the target's ``lm_head`` reads it.
+* EAGLE-1: ``x_t = fc([embed(token_{t+1}), feature_t])``, then Llama layers of which the first has
+  no input norm. The output stands for ``feature_{t+1}``; the target's ``lm_head`` reads it.
 * EAGLE-3: ``h_t = fc(features_t)``; the first layer attends over ``[norm(embed(token_{t+1})),
   norm(h_t)]`` with ``h_t`` as residual. ``lm_head(norm(output))`` speaks the draft vocabulary and
   the output before the norm is ``h_{t+1}``.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..attention import Placement, ragged_attention
 from ..cache import RaggedCache
+from ..errors import UserError
 from .eagle_loader import EagleCheckpoint, EagleConfig
 from .vocab import fit_vocab
 
@@ -43,6 +44,20 @@ def _part(weights: dict[str, Tensor], name: str, eps: float) -> nn.Module | None
 
 class HeadLayer(nn.Module):
     """One decoder layer; every norm that the checkpoint has is applied, no other."""
+
+    # Parts exist when the checkpoint has their tensors and are None otherwise.
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    q_norm: Any
+    k_norm: Any
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    input_layernorm: Any
+    hidden_norm: Any
+    post_attention_layernorm: Any
 
     def __init__(self, config: EagleConfig, weights: dict[str, Tensor], index: int) -> None:
         super().__init__()
@@ -69,7 +84,7 @@ class HeadLayer(nn.Module):
         cache: RaggedCache,
         placement: Placement,
     ) -> Tensor:
-        """``[B, Q, H]`` -> ``[B, Q, H]``; ``embeds`` enters only where there is a ``hidden_norm``."""
+        """``[B, Q, H]`` -> ``[B, Q, H]``; ``embeds`` enters only beside a ``hidden_norm``."""
         residual, x = hidden, hidden
         if self.hidden_norm is not None:
             x = self.hidden_norm(hidden)
@@ -127,7 +142,7 @@ class EagleHead(nn.Module):
         lm_head: the target's output projection, used unless the head brings its own.
 
     Raises:
-        ValueError: the head was trained for a target of another width.
+        UserError: the head was trained for a target of another width.
     """
 
     def __init__(self, checkpoint: EagleCheckpoint, embedding: Tensor, lm_head: nn.Module) -> None:
@@ -139,7 +154,7 @@ class EagleHead(nn.Module):
         # A plain attribute: registering the target's own parameter here would own it twice.
         self._shared = (embedding if own_embedding is None else own_embedding, lm_head)
         if self._shared[0].shape[1] != config.hidden_size:
-            raise ValueError(
+            raise UserError(
                 f"the EAGLE head needs embeddings of width {config.hidden_size}, the target's have "
                 f"{embedding.shape[1]} and the head brings none"
             )
@@ -226,4 +241,4 @@ def _rotary(config: EagleConfig, device: torch.device) -> nn.Module:
         "head_dim": config.head_dim,
         **config.rope,
     }
-    return LlamaRotaryEmbedding(LlamaConfig(**settings), device=device)
+    return LlamaRotaryEmbedding(LlamaConfig(**settings)).to(device)

@@ -23,6 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 Kind = Literal["eagle1", "eagle3"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _RENAMES = (("midlayer.", "layers.0."), ("fusion_fc.", "fc."), ("transformer.", "layers.0."))
@@ -60,12 +62,12 @@ class EagleConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"EAGLE config: num_attention_heads must be a multiple of num_key_value_heads, "
                 f"got {self.num_heads} and {self.num_kv_heads}"
             )
         if self.feature_layers is not None and not self.feature_layers:
-            raise ValueError("EAGLE config: the list of feature layers is empty")
+            raise UserError("EAGLE config: the list of feature layers is empty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,8 @@ def load_eagle(path: str | Path) -> EagleCheckpoint:
     """Load a head from a directory with ``config.json`` and one weight file.
 
     Raises:
-        FileNotFoundError: configuration or weights are missing.
-        ValueError: not an EAGLE-1 or EAGLE-3 head, or tensors and configuration disagree.
+        UserError: a file is missing, it is not an EAGLE-1 or EAGLE-3 head, or its tensors and
+            configuration disagree.
     """
     path = Path(path)
     raw = _read_config(path)
@@ -127,7 +129,7 @@ def load_eagle(path: str | Path) -> EagleCheckpoint:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"an EAGLE head needs {file.name}, none in {path}")
+        raise UserError(f"an EAGLE head needs {file.name}, none in {path}")
     return json.loads(file.read_text())
 
 
@@ -135,7 +137,7 @@ def _weight_file(path: Path) -> Path:
     for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"an EAGLE head needs one of {', '.join(WEIGHT_FILES)}, none in {path}")
+    raise UserError(f"an EAGLE head needs one of {', '.join(WEIGHT_FILES)}, none in {path}")
 
 
 def _tensor_names(path: Path) -> set[str]:
@@ -182,11 +184,11 @@ def _canonical(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _kind(raw: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Kind:
     declared = raw.get("speculators_model_type")
     if declared not in (None, "eagle", "eagle3"):
-        raise ValueError(
+        raise UserError(
             f"speculators_model_type must be 'eagle' or 'eagle3', got {declared!r} in {path}"
         )
     if "fc.weight" not in weights:
-        raise ValueError(f"{path} holds no EAGLE head: no tensor named fc.weight")
+        raise UserError(f"{path} holds no EAGLE head: no tensor named fc.weight")
     return "eagle3" if "layers.0.hidden_norm.weight" in weights else "eagle1"
 
 
@@ -195,7 +197,7 @@ def _parse_config(
 ) -> EagleConfig:
     missing = [key for key in ("hidden_size", "num_attention_heads") if key not in layer]
     if missing:
-        raise ValueError(f"EAGLE config lacks {', '.join(missing)}")
+        raise UserError(f"EAGLE config lacks {', '.join(missing)}")
     heads = layer["num_attention_heads"]
     layers = {int(name.split(".")[1]) for name in weights if name.startswith("layers.")}
     rope_keys = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
@@ -247,27 +249,27 @@ def _check(checkpoint: EagleCheckpoint, raw: dict[str, Any], path: Path) -> None
         expected["layers.0.input_layernorm.weight"] = (H,)
     for name, shape in expected.items():
         if name not in weights:
-            raise ValueError(f"EAGLE head in {path} lacks tensor {name}")
+            raise UserError(f"EAGLE head in {path} lacks tensor {name}")
         if tuple(weights[name].shape) != shape:
-            raise ValueError(
+            raise UserError(
                 f"EAGLE head in {path}: {name} must be {shape} by its config, "
                 f"got {tuple(weights[name].shape)}"
             )
     if weights["fc.weight"].shape[0] != H:
-        raise ValueError(
+        raise UserError(
             f"EAGLE head in {path}: fc must produce hidden_size {H}, "
             f"got {weights['fc.weight'].shape[0]}"
         )
     mapped, head = checkpoint.draft_to_target, weights.get("lm_head.weight")
     if head is None and mapped is not None:
-        raise ValueError(f"EAGLE head in {path} has d2t but no lm_head of its own")
+        raise UserError(f"EAGLE head in {path} has d2t but no lm_head of its own")
     if head is not None and mapped is not None and head.shape[0] != mapped.numel():
-        raise ValueError(
+        raise UserError(
             f"EAGLE head in {path}: lm_head and d2t must agree on the draft vocabulary, "
             f"got {head.shape[0]} and {mapped.numel()}"
         )
     if head is not None and mapped is None and _draft_vocab_is_smaller(raw, head):
-        raise ValueError(
+        raise UserError(
             f"EAGLE head in {path}: lm_head covers {head.shape[0]} tokens but there is no d2t "
             "that says which"
         )

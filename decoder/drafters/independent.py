@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Draft, StepState, chain_draft
+from ..errors import UserError
+from .base import Draft, DraftChain, StepState
 from .vocab import fit_vocab, require_same_vocabulary
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ class IndependentDrafter:
         tokens, positions = self._opening(state)
         last = torch.full_like(state.slots, tokens.shape[1] - 1)[:, None]
         longest = max(state.host_lengths)
-        drafted: list[Tensor] = []
-        probs: list[Tensor | None] = []
+        chain = DraftChain(self._sampler, state, gamma)
         for step in range(gamma):
+            if step:
+                positions = state.lengths[:, None] + step
             out = self.runner.forward(
                 self._known(tokens),
                 state.slots,
@@ -80,15 +82,10 @@ class IndependentDrafter:
                 logits_positions=None if step else last,
                 max_position=longest + step,
             )
-            positions = state.lengths[:, None] + (step + 1)
-            logits = fit_vocab(out.logits, self._sampler.vocab_size)
-            dist = self._sampler.distribution(logits, state.slots, positions, None)
-            drafted.append(self._sampler.draw_draft(dist, state.slots, positions[:, 0]))
-            probs.append(dist.probs)
-            tokens = drafted[-1][:, None]
+            tokens = chain.draw(fit_vocab(out.logits, self._sampler.vocab_size))
         for slot, length in state.host_rows():
             self._synced[slot] = length + gamma
-        return chain_draft(drafted, probs, state)
+        return chain.finish()
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         if verdict.tokens.shape[1] > 1:
@@ -158,7 +155,7 @@ def _check_context(model: Any, max_length: int) -> None:
     if limit is None or limit >= max_length:
         return
     if getattr(config, "rope_parameters", None) is None:
-        raise ValueError(
+        raise UserError(
             f"the draft model has {limit} position embeddings, fewer than the {max_length} tokens "
             "a row may hold"
         )

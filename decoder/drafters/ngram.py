@@ -62,9 +62,10 @@ def continue_from(tokens: Tensor, lengths: Tensor, end: Tensor, gamma: int) -> T
     A match that ends ``d`` tokens back has only ``d`` tokens after it; reading on cyclically turns
     repeated text (``d`` smaller than ``gamma``) into a full-length draft.
     """
-    distance = (lengths - end).clamp(min=1)
+    distance = (lengths - end).clamp(min=1)[:, None]
     step = torch.arange(gamma, device=tokens.device)
-    return tokens.gather(1, end[:, None] + 1 + step % distance[:, None])
+    # The minimum only matters for a row of one token, which has nothing to copy.
+    return tokens.gather(1, torch.minimum(end[:, None] + 1 + step % distance, lengths[:, None]))
 
 
 class NgramDrafter(StatelessDrafter):

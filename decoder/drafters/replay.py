@@ -69,7 +69,7 @@ class ReplayDrafter:
         self.seed = seed
         self.cost = cost
         self.name = "replay" if cost is None else f"replay+{cost.name}"
-        self.hidden_layers = None if cost is None else cost.hidden_layers
+        self.hidden_layers: tuple[int, ...] | None = None if cost is None else cost.hidden_layers
         self.recordings: dict[Prompt, list[int]] = {
             tuple(prompt): list(output) for prompt, output in (recordings or {}).items()
         }

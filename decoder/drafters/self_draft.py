@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .base import Draft, StatelessDrafter, StepState, chain_draft
+from ..errors import UserError
+from .base import Draft, DraftChain, StatelessDrafter, StepState
 
 if TYPE_CHECKING:
     from ..runner import ModelRunner
@@ -80,7 +81,7 @@ class ReducedRouting:
             self._active = False
 
 
-def experts_per_token(model: nn.Module) -> int | None:
+def experts_per_token(model: Any) -> int | None:
     """The router's K from the model configuration, under whichever name the family uses."""
     config = model.config.get_text_config() if hasattr(model, "config") else None
     for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
@@ -107,7 +108,7 @@ class SelfDrafter(StatelessDrafter):
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         experts = find_experts(runner.model)
         if not experts:
-            raise ValueError(
+            raise UserError(
                 f"self-drafting needs a target with routed experts behind transformers' experts "
                 f"interface, got {type(runner.model).__name__}"
             )
@@ -115,7 +116,7 @@ class SelfDrafter(StatelessDrafter):
         if self.top_k is None:
             self.top_k = max(1, (full or 2) // 2)
         if full is not None and self.top_k >= full:
-            raise ValueError(
+            raise UserError(
                 f"self-draft top_k must be below the target's {full} experts per token, "
                 f"got {self.top_k}"
             )
@@ -124,20 +125,20 @@ class SelfDrafter(StatelessDrafter):
         self._reduced = ReducedRouting(experts, self.top_k)
 
     def propose(self, state: StepState, gamma: int) -> Draft:
-        tokens: list[Tensor] = []
-        probs: list[Tensor | None] = []
-        current, calls = state.current, self._reduced.calls
+        chain, calls = DraftChain(self._sampler, state, gamma), self._reduced.calls
+        token, longest = state.current[:, None], max(state.host_lengths)
         with self._reduced():
             for step in range(gamma):
-                position = (state.lengths + step)[:, None]
-                out = self._runner.forward(current[:, None], state.slots, position)
-                dist = self._sampler.distribution(out.logits, state.slots, position + 1, None)
-                current = self._sampler.draw_draft(dist, state.slots, position[:, 0] + 1)
-                tokens.append(current)
-                probs.append(dist.probs)
+                out = self._runner.forward(
+                    token,
+                    state.slots,
+                    state.lengths[:, None] + step,
+                    max_position=longest + step,
+                )
+                token = chain.draw(out.logits)
         if self._reduced.calls == calls:
             raise RuntimeError(
                 "the target's experts were never called through their module, so their routing "
                 "could not be reduced; self-drafting cannot run with this kernel path"
             )
-        return chain_draft(tokens, probs, state)
+        return chain.finish()

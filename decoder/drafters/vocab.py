@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 
 def fit_vocab(logits: Tensor, vocab_size: int) -> Tensor:
     """Cut or pad the last axis to ``vocab_size``; padded ids are impossible (-inf)."""
@@ -41,16 +43,16 @@ def require_same_vocabulary(
     """Check that draft token ids can be handed to the target.
 
     Raises:
-        ValueError: the tokenizers disagree, or sizes differ and there are no tokenizers to ask.
+        UserError: the tokenizers disagree, or sizes differ and there are no tokenizers to ask.
     """
     if target_tokenizer is not None and draft_tokenizer is not None:
         if (reason := vocabulary_mismatch(target_tokenizer, draft_tokenizer)) is not None:
-            raise ValueError(
+            raise UserError(
                 f"the draft model's vocabulary must be the target's, but {reason}; "
                 "an n-gram, self or EAGLE drafter needs no second vocabulary"
             )
     elif target_size != draft_size:
-        raise ValueError(
+        raise UserError(
             f"target and draft have {target_size} and {draft_size} tokens; pass both tokenizers so "
             "that the common ids can be compared"
         )

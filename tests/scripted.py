@@ -1,0 +1,107 @@
+"""Drive a drafter through rounds whose outcome is decided by a script instead of a target.
+
+Every row's full token sequence is fixed in advance and acceptance counts are given, so a drafter's
+proposals can be compared with what it should propose after that prefix, whatever happened before.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoder.drafters.base import Draft, StepState
+
+
+class GreedySampler:
+    """The smallest thing that draws draft tokens: arg-max, no probabilities."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def distribution(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, prefix: Tensor | None
+    ) -> Any:
+        assert logits.shape[1] == 1 and positions.shape == logits.shape[:2]
+        return SimpleNamespace(probs=None, argmax=logits.float().argmax(-1))
+
+    def draw_draft(self, probs: Any, slots: Tensor, positions: Tensor) -> Tensor:
+        return probs.argmax[:, 0]
+
+
+class Script:
+    """Rows walking along fixed sequences.
+
+    Args:
+        drafter: already bound.
+        sequences: per row, all of its tokens.
+        slots: per row, its slot.
+        features: per row ``[len, n * H]`` target features, for drafters that want them.
+        follow: accepted drafts replace the sequence's own tokens, as real acceptance would;
+            otherwise what is accepted may differ from what was drafted.
+    """
+
+    def __init__(
+        self,
+        drafter: Any,
+        sequences: list[list[int]],
+        slots: list[int],
+        features: list[Tensor] | None = None,
+        follow: bool = False,
+    ) -> None:
+        self.follow = follow
+        self.drafter, self.sequences, self.slots, self.features = (
+            drafter, sequences, slots, features,
+        )  # fmt: skip
+        self.lengths = [0] * len(slots)
+        self.history = torch.full((max(slots) + 1, 600), 7)
+
+    def admit(self, prompt_lengths: list[int]) -> None:
+        """Prefill every row with the start of its sequence."""
+        self.lengths = list(prompt_lengths)
+        width = max(prompt_lengths)
+        ids = torch.zeros(len(self.slots), width, dtype=torch.long)
+        hidden = None
+        if self.features is not None:
+            hidden = torch.zeros(len(self.slots), width, self.features[0].shape[1],
+                                 dtype=self.features[0].dtype)  # fmt: skip
+        for row, (sequence, length) in enumerate(zip(self.sequences, prompt_lengths, strict=True)):
+            ids[row, :length] = torch.tensor(sequence[:length])
+            if hidden is not None and self.features is not None:
+                hidden[row, :length] = self.features[row][:length]
+        self.drafter.admit(torch.tensor(self.slots), ids, torch.tensor(prompt_lengths), hidden)
+
+    def state(self) -> StepState:
+        for slot, sequence, length in zip(self.slots, self.sequences, self.lengths, strict=True):
+            self.history[slot, : length + 1] = torch.tensor(sequence[: length + 1])
+        slots, lengths = torch.tensor(self.slots), torch.tensor(self.lengths)
+        return StepState(
+            slots, lengths, self.history[slots, lengths], self.history[slots, lengths - 1],
+            self.history, list(self.lengths),
+        )  # fmt: skip
+
+    def round(self, gamma: int, accepted: list[int]) -> Draft | None:
+        """Propose (unless gamma is 0), then move each row ``accepted + 1`` tokens on."""
+        before = self.state()
+        draft = self.drafter.propose(before, gamma) if gamma else None
+        tokens = torch.full((len(self.slots), gamma + 1), -1)
+        hidden = None
+        if self.features is not None:
+            # Rejected positions carry features of tokens that never were: poison.
+            shape = (len(self.slots), gamma + 1, self.features[0].shape[1])
+            hidden = torch.full(shape, 1e4, dtype=self.features[0].dtype)
+        for row, count in enumerate(accepted):
+            start = self.lengths[row]
+            if draft is not None and self.follow:
+                drafted = draft.tokens[row, :count].tolist()
+                self.sequences[row][start + 1 : start + count + 1] = drafted
+            emitted = self.sequences[row][start + 1 : start + count + 2]
+            tokens[row, : count + 1] = torch.tensor(emitted)
+            if hidden is not None and self.features is not None:
+                hidden[row, : count + 1] = self.features[row][start : start + count + 1]
+            self.lengths[row] += count + 1
+        verdict = SimpleNamespace(accepted=torch.tensor(accepted), tokens=tokens)
+        self.drafter.commit(before, verdict, hidden)
+        return draft
