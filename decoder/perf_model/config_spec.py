@@ -15,6 +15,7 @@ from typing import Any
 from .model_spec import LayerSpec, ModelSpec
 
 _UNGATED = {"opt", "gpt2", "gpt_neox", "gpt_neo", "phi", "starcoder2", "falcon", "nemotron"}
+_UNGROUPED = {"opt", "gpt2", "gpt_neox", "gpt_neo"}  # ignore num_key_value_heads
 _QKV_BIAS = {"qwen2", "qwen2_moe", "qwen1_5_moe"}
 MXFP4_BYTES = 17 / 32  # 4 bits and one shared 8-bit exponent per 32 values
 
@@ -151,7 +152,8 @@ def _attention(fields: Mapping[str, Any], kind: str, hidden: int) -> tuple[int, 
     heads = _need(fields, "num_attention_heads", "n_head")
     if fields.get("kv_lora_rank"):
         return _latent_attention(fields, hidden, heads)
-    kv_heads = int(fields.get("num_key_value_heads") or heads)
+    grouped = kind not in _UNGROUPED and fields.get("num_key_value_heads")
+    kv_heads = int(grouped or heads)
     head_dim = int(fields.get("head_dim") or hidden // heads)
     params = 2 * hidden * head_dim * (heads + kv_heads)
     if fields.get("attention_bias") or kind in _QKV_BIAS:

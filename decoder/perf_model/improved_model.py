@@ -70,7 +70,7 @@ class RoundTimes:
 
     Args:
         ar, verify: target forwards over 1 and gamma + 1 tokens per row.
-        draft: ONE draft forward.
+        draft: ONE draft forward and its sampling.
         reject: acceptance and sampling of a round; ``sample`` the same of a plain step.
     """
 
@@ -114,6 +114,7 @@ class ForwardModel:
         draft = 0.0
         if self.draft is not None and gamma > 0:
             base = self.forward_time(self.draft, batch, 1, context)
+            base += self._logits_time(self.draft.vocab, batch, 6)
             draft = self.adjust.draft * base
             draft += (self.adjust.draft_token - 1.0) * self._token_time(self.draft, batch)
         return RoundTimes(
@@ -154,10 +155,13 @@ class ForwardModel:
 
     def sample_time(self, batch: int, gamma: int) -> float:
         """Seconds to turn logits into tokens: two passes over fp32 logits and a few launches."""
-        logits = 2 * 4.0 * self.target.vocab * batch * (gamma + 1)
         launches = 6 if gamma == 0 else 20
-        base = logits / self.machine.bandwidth + launches * self.machine.launch
-        return self.adjust.reject * base
+        return self.adjust.reject * self._logits_time(
+            self.target.vocab, batch * (gamma + 1), launches
+        )
+
+    def _logits_time(self, vocab: int, rows: int, launches: int) -> float:
+        return 2 * 4.0 * vocab * rows / self.machine.bandwidth + launches * self.machine.launch
 
     def _layer_time(
         self, spec: ModelSpec, layer: LayerSpec, sequences: int, per_sequence: int, context: int

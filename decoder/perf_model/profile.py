@@ -124,9 +124,9 @@ def _parse(data: Any) -> Profile:
     return Profile(
         model=model_from_json(model, data["improved"]),
         points=int(data["points"]),
-        held_out=ErrorSummary(**held_out) if held_out else None,
+        held_out=ErrorSummary(**held_out) if held_out is not None else None,
         context=int(data.get("context", 0)),
-        paper=PaperModel.from_json(paper) if paper else None,
+        paper=PaperModel.from_json(paper) if paper is not None else None,
         warnings=tuple(data.get("warnings", ())),
         environment=data.get("environment", {}),
     )

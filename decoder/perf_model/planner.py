@@ -1,0 +1,212 @@
+"""Where speculation pays: predicted times over (batch, gamma) turned into an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import theory
+from .improved_model import ForwardModel
+from .profile import Profile
+
+# Checked by tests/decoder/perf_model/test_planner.py: zero-measurement predictions against the 60
+# peaks of the paper's Tables 1-2. Its engine spent more on drafting than a machine must.
+ZERO_MEASUREMENT_MEDIAN = 0.48
+_MARGIN = 1.02  # speculation "pays" from 2 % on: less is noise in any run
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One (batch, gamma): what the model predicts."""
+
+    batch: int
+    gamma: int
+    target_efficiency: float
+    speedup: float
+    tokens_per_second: float
+    break_even_alpha: float | None  # None: no acceptance rate is enough
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """The cells of one batch size and the best of them (gamma 0 is plain decoding)."""
+
+    batch: int
+    ar_seconds: float
+    active_share: float | None  # of experts, in a plain step; None for a dense model
+    cells: tuple[Cell, ...]
+
+    @property
+    def best(self) -> Cell:
+        """The fastest gamma."""
+        return max(self.cells, key=lambda cell: cell.speedup)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Predictions over a grid, with what stands behind them.
+
+    Args:
+        pays: runs of batch sizes (first, last) among those asked in which some gamma gains 2 %.
+        error: relative error of speedup to expect, or None where nothing was measured.
+        basis: one sentence on where the numbers come from.
+    """
+
+    target: str
+    draft: str
+    machine: str
+    alpha: float
+    context: int
+    batches: tuple[BatchPlan, ...]
+    pays: tuple[tuple[int, int], ...]
+    error: float | None
+    basis: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict, the best gamma of each batch included."""
+        data = asdict(self)
+        for entry, plan in zip(data["batches"], self.batches, strict=True):
+            entry["best_gamma"] = plan.best.gamma
+            entry["best_speedup"] = plan.best.speedup
+        return data
+
+
+def make_plan(
+    model: ForwardModel,
+    *,
+    alpha: float,
+    batches: Sequence[int],
+    gammas: Sequence[int],
+    context: int,
+    profile: Profile | None = None,
+) -> Plan:
+    """Predict every (batch, gamma) at a given acceptance rate.
+
+    Args:
+        gammas: draft lengths; 0 (plain decoding) is always included.
+        profile: the fit behind ``model``, for its error.
+
+    Raises:
+        ValueError: an empty grid, a batch below 1 or a gamma below 0.
+    """
+    if not batches or min(batches) < 1:
+        raise ValueError(f"batch sizes must be at least 1, got {list(batches)}")
+    if not gammas or min(gammas) < 0:
+        raise ValueError(f"gammas must be at least 0, got {list(gammas)}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    ordered = sorted({0, *gammas})
+    plans = tuple(
+        _plan_batch(model, batch, ordered, alpha, context) for batch in sorted(set(batches))
+    )
+    return Plan(
+        target=model.target.name,
+        draft=model.draft.name if model.draft else "none (drafting costs nothing)",
+        machine=model.machine.name,
+        alpha=alpha,
+        context=context,
+        batches=plans,
+        pays=_paying_ranges(plans),
+        error=_error(profile),
+        basis=_basis(model, profile),
+        notes=tuple(_notes(model, plans, context, profile)),
+    )
+
+
+def _plan_batch(
+    model: ForwardModel, batch: int, gammas: Sequence[int], alpha: float, context: int
+) -> BatchPlan:
+    step = model.round_cost(batch, 0, context)
+    cells = [Cell(batch, 0, 1.0, 1.0, batch / step, 0.0)]
+    for gamma in gammas:
+        if gamma == 0:
+            continue
+        times = model.round_times(batch, gamma, context)
+        needed = times.round(gamma) / step
+        speedup = float(theory.expected_tokens(alpha, gamma)) / needed
+        threshold = float(theory.break_even_alpha(gamma, max(needed, 1.0)))
+        cells.append(
+            Cell(
+                batch=batch,
+                gamma=gamma,
+                target_efficiency=times.ar / times.verify,
+                speedup=speedup,
+                tokens_per_second=speedup * batch / step,
+                break_even_alpha=None if threshold != threshold else threshold,
+            )
+        )
+    moe = model.target.moe
+    share = None
+    if moe is not None:
+        active = model.activation(batch, 1, moe.num_experts, moe.top_k)
+        share = float(active) / moe.num_experts
+    return BatchPlan(batch, step, share, tuple(cells))
+
+
+def _paying_ranges(plans: Sequence[BatchPlan]) -> tuple[tuple[int, int], ...]:
+    ranges: list[tuple[int, int]] = []
+    inside = False
+    for plan in plans:
+        if plan.best.speedup < _MARGIN:
+            inside = False
+        elif inside:
+            ranges[-1] = (ranges[-1][0], plan.batch)
+        else:
+            ranges.append((plan.batch, plan.batch))
+            inside = True
+    return tuple(ranges)
+
+
+def _error(profile: Profile | None) -> float | None:
+    return profile.held_out.p90 if profile is not None and profile.held_out else None
+
+
+def _basis(model: ForwardModel, profile: Profile | None) -> str:
+    if profile is None:
+        return (
+            f"zero-measurement: machine rates alone ({model.machine.source or 'given'}); no run of "
+            f"this model stands behind it. It assumes an engine without overhead: against the 60 "
+            f"peaks of the MoESD paper such predictions are {ZERO_MEASUREMENT_MEDIAN:.0%} too high "
+            "in the median"
+        )
+    if profile.held_out is None:
+        return f"fitted to {profile.points} measured points; no held-out points, error unknown"
+    held = profile.held_out
+    return (
+        f"fitted to {profile.points} measured points; on {held.count} held-out points the error of "
+        f"the speedup was {held.median:.1%} in the median, {held.p90:.1%} at the 90th percentile"
+    )
+
+
+def _notes(
+    model: ForwardModel, plans: Sequence[BatchPlan], context: int, profile: Profile | None
+) -> list[str]:
+    notes = []
+    moe = model.target.moe
+    if moe is not None:
+        threshold = theory.full_activation_threshold(moe.num_experts, moe.top_k)
+        notes.append(
+            f"{moe.num_experts} experts, {moe.top_k} per token: {threshold} independent tokens "
+            "activate 95 % of them; below that, verification loads more experts than a plain step"
+        )
+    weights = model.target.weight_bytes + (model.draft.weight_bytes if model.draft else 0.0)
+    memory = model.machine.memory_bytes
+    cache = model.target.kv_cache_bytes(context)
+    if memory and weights > memory:
+        notes.append(
+            f"weights of {weights / 1e9:.0f} GB do not fit the {memory / 1e9:.0f} GB of "
+            f"{model.machine.name}: the numbers are for one with its rates and enough memory"
+        )
+    elif memory and cache and (memory - weights) / cache < plans[-1].batch:
+        fits = int((memory - weights) / cache)
+        notes.append(f"caches of {context} tokens fit for about {fits} sequences")
+    largest = plans[-1].batch
+    if profile is not None:
+        notes.extend(profile.warnings)
+        if abs(context - profile.context) > max(256, profile.context):
+            notes.append(f"fitted at a context of {profile.context}, asked for {context}")
+    if moe is not None and plans[0].active_share is not None and largest == plans[0].batch:
+        notes.append("one batch size only: the inverted U over B cannot show")
+    return notes

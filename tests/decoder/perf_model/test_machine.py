@@ -1,0 +1,69 @@
+"""Named machines, row curves, and the measurement of this one."""
+
+import pytest
+import torch
+
+from decoder.perf_model.machine import MACHINES, Machine, RowCurve, named_machine
+from decoder.perf_model.measure_machine import measure_machine
+
+
+def test_h200_is_the_measured_one() -> None:
+    h200 = named_machine("H200")
+    assert h200.bandwidth == pytest.approx(4.3e12)
+    assert h200.peak("bf16") == pytest.approx(790e12)
+    assert h200.ridge_point() == pytest.approx(184, abs=1)  # rows per expert, paper.md section 1
+    assert h200.peak("fp8") == pytest.approx(2 * 790e12)
+    assert h200.peak("int4") == h200.peak("bf16")
+
+
+@pytest.mark.parametrize("name", sorted(MACHINES))
+def test_every_machine_says_where_its_numbers_come_from(name: str) -> None:
+    assert "datasheet" in MACHINES[name].source and "assumed" in MACHINES[name].source
+    assert Machine.from_json(MACHINES[name].to_json()) == MACHINES[name]
+
+
+def test_tensor_parallel_group() -> None:
+    one, two = named_machine("a800"), named_machine("2xa800")
+    assert two.bandwidth == 2 * one.bandwidth and two.sync > 0
+    assert two.ridge_point() == pytest.approx(one.ridge_point())
+    assert one.parallel(1) is one
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"machine must be one of .* got 'h300'"):
+        named_machine("h300")
+    with pytest.raises(ValueError, match="bandwidth of machine 'x' must be positive, got 0"):
+        Machine("x", 0.0, {"bf16": 1.0}, 1e-6)
+    with pytest.raises(ValueError, match="needs flops of at least one dtype"):
+        Machine("x", 1.0, {}, 1e-6)
+    with pytest.raises(ValueError, match="two or more increasing rows"):
+        RowCurve((1.0, 1.0), (1e-9, 1e-9))
+    with pytest.raises(ValueError, match="must be positive"):
+        RowCurve((1.0, 2.0), (1e-9, 0.0))
+    with pytest.raises(ValueError, match="not a machine description"):
+        Machine.from_json({"name": "x"})
+    with pytest.raises(ValueError, match="devices must be at least 1, got 0"):
+        named_machine("h200").parallel(0)
+
+
+def test_measures_this_machine_within_its_budget() -> None:
+    """Plausibility only: a shared test machine gives no exact numbers."""
+    calls = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return torch.nn.functional.linear(x, weight)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        machine = measure_machine(dtype=torch.float32, linear=linear, width=256, budget=0.5)
+    finally:
+        torch.set_num_threads(threads)
+    assert machine.dense_curve is not None and machine.dense_curve.rows[0] == 1.0
+    assert set(calls) >= {1, 64, 512}  # the given operation was the one timed
+    assert 1e9 < machine.bandwidth < 1e12
+    assert 1e8 < machine.peak("fp32") < 1e14
+    assert 1e-8 < machine.launch < 1e-3
+    assert machine.dense_curve.seconds[-1] > 4 * machine.dense_curve.seconds[0]
+    assert Machine.from_json(machine.to_json()) == machine
