@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ def attention_function(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: ``[B, Hq, Q, D]`` query, ``[slots, Hkv, S, D]`` slabs.
 
@@ -204,7 +205,7 @@ def attention_function(
     return out, None
 
 
-def mask_function(*args: object, **kwargs: object) -> Tensor | None:
+def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' mask interface: while probing, a stand-in that carries the window's length.
 
     The window reaches the attention function through the same path as a real mask would, so
@@ -216,7 +217,7 @@ def mask_function(*args: object, **kwargs: object) -> Tensor | None:
 
         return sdpa_mask(*args, **kwargs)
     window = kwargs.get("local_size") or 0
-    return torch.full((1, 1, 1, 1), int(window))  # type: ignore[call-overload]
+    return torch.full((1, 1, 1, 1), int(window))
 
 
 def register() -> str:
