@@ -24,7 +24,8 @@ from bench.prompts import load_prompts, random_prompts
 from bench.record import Recorder
 from bench.timer import interleaved, summarize
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.drafters import IndependentDrafter, ReplayDrafter
+from decoder.drafters import ReplayDrafter
+from decoder.drafters.independent import IndependentDrafter
 
 Run = Callable[[list[list[int]], int], tuple[float, list[list[int]]]]
 

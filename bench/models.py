@@ -127,6 +127,32 @@ def _restore_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
                 getattr(module, name).copy_(buffer)
 
 
+def load_subject(
+    target: str,
+    draft: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    top_k: int | None = None,
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A target and a draft by name (``moe-310m``, ``dense-310m``) or by path.
+
+    Args:
+        draft: path; by default a random one-layer draft that fits the target's vocabulary.
+        top_k: overrides the target's experts per token, without retraining, as the paper does.
+    """
+    if target in ("moe-310m", "dense-310m"):
+        config = moe_310m(**({"num_experts_per_tok": top_k} if top_k else {}))
+        wanted = config if target == "moe-310m" else dense_like(config)
+        model = random_model(wanted, dtype, device)
+    else:
+        override = {"num_experts_per_tok": top_k} if top_k else {}
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, **override)
+        model = model.to(device).eval()
+    if draft is None:
+        return model, random_model(draft_like(model.config), dtype, device, seed=1)
+    return model, AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).to(device).eval()
+
+
 def parameter_count(model: PreTrainedModel) -> int:
     """Parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ceilings import measure_ceilings
+from bench.machine import machine_with_kernels
 from bench.record import Recorder
-from decoder.perf_model.measure_machine import measure_machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     ceilings = measure_ceilings(device)
-    machine = measure_machine(device)
+    machine = machine_with_kernels(device, torch.bfloat16)
     table = Table(title=machine.name)
     table.add_column("ceiling")
     table.add_column("measured", justify="right")
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
         table.add_row(f"{name} matrix product", f"{rate / 1e9:.0f} GFLOP/s")
     table.add_row("one operator call", f"{machine.launch * 1e6:.1f} µs")
     Console().print(table)
-    Recorder(args.out, device).write("roofline", ceilings=asdict(ceilings), machine=asdict(machine))
+    Recorder(args.out, device).write(
+        "roofline", ceilings=asdict(ceilings), machine=machine.to_json()
+    )
     if args.machine:
-        args.machine.write_text(json.dumps(asdict(machine), indent=1) + "\n")
+        args.machine.write_text(json.dumps(machine.to_json(), indent=1) + "\n")

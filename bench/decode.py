@@ -1,0 +1,121 @@
+"""``bench decode``: T_T(B, 1), T_T(B, gamma), T_D, T_reject, sigma and speedup, in one engine.
+
+For every batch the target decodes autoregressively, then speculatively with each gamma, round-robin
+over the repetitions; the same prompts, the same kernels, the same loop. Only rounds in which every
+slot was live are counted, so neither admission nor a shrinking tail blurs a cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from bench.cells import setup_fields
+from bench.decode_run import Pair, Subject, measure_batch
+from bench.kernels import numbers
+from bench.machine import machine_with_kernels
+from bench.models import load_subject
+from bench.record import Recorder
+from decoder.perf_model.config_spec import spec_from_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench decode``."""
+    parser.add_argument("--target", default="moe-310m", help="moe-310m, dense-310m, or a path")
+    parser.add_argument("--draft", help="draft model path; default a one-layer draft, for its cost")
+    parser.add_argument(
+        "--alpha", type=float, default=0.947, help="acceptance of the replay drafter"
+    )
+    parser.add_argument("--no-replay", action="store_true", help="use the draft's own proposals")
+    parser.add_argument("--batch-sizes", default="1,2,4,8,16,24,32,48,64")
+    parser.add_argument("--gammas", default="2,4")
+    parser.add_argument("--num-experts-per-token", "--top-k", default="", help="K override, list")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument("--out", help="append JSON lines to this file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every (K, B, gamma), print a table, append lines to ``--out``."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    recorder = Recorder(args.out, args.device)
+    table = Table(title=f"{args.target} {args.dtype}, alpha {args.alpha}")
+    heads = ("K", "B", "gamma", "T_T(B,1) ms", "T_T(B,γ) ms", "T_D ms", "T_reject ms", "sigma")
+    for head in (*heads, "efficiency", "speedup"):
+        table.add_column(head, justify="right")
+    for top_k in numbers(args.num_experts_per_token) if args.num_experts_per_token else [None]:
+        target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
+        subject = Subject(target, draft, None if args.no_replay else args.alpha)
+        setup = setup_for(subject, args.device)
+        for batch in tqdm(numbers(args.batch_sizes), desc=f"K={subject.top_k}", disable=None):
+            for pair in measure_batch(
+                subject,
+                batch,
+                numbers(args.gammas),
+                prompt_tokens=args.prompt_tokens,
+                new_tokens=args.new_tokens,
+                repetitions=args.rounds,
+            ):
+                line = recorder.write("decode", **fields(args.target, subject, pair), **setup)
+                table.add_row(*_row(line))
+    Console(width=120).print(table)
+
+
+def setup_for(subject: Subject, device: str) -> dict[str, Any]:
+    """Machine and specs of a subject, measured with the operations it runs."""
+    dtype = subject.target.dtype
+    machine = machine_with_kernels(device, dtype)
+    target = spec_from_config(subject.target.config)
+    draft = spec_from_config(subject.draft.config) if subject.draft is not None else None
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return setup_fields(target, draft, machine, names[dtype])
+
+
+def fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
+    """One cell in the words of ``Observation``, and what else was seen."""
+    return {
+        "target": name,
+        "top_k": subject.top_k,
+        "batch": pair.batch,
+        "gamma": pair.gamma,
+        "alpha": subject.alpha,
+        "context": pair.context,
+        "sigma": pair.sigma,
+        "ar_time": pair.ar.verify,
+        "verify_time": pair.spec.verify,
+        "draft_time": pair.spec.draft / pair.gamma,
+        "reject_time": pair.spec.sample,
+        "host_time": pair.spec.host,
+        "ar_step": pair.ar.total,
+        "target_efficiency": pair.ar.verify / pair.spec.verify,
+        "speedup": pair.speedup,
+        "speedup_p20_p80": pair.speedup_range,
+        "ar_tokens_per_s": pair.batch / pair.ar.total,
+        "identical": pair.identical,
+        "experts_ar": pair.experts_ar,
+        "experts_verify": pair.experts_verify,
+    }
+
+
+def _row(line: dict[str, Any]) -> list[str]:
+    milliseconds = ("ar_time", "verify_time", "draft_time", "reject_time")
+    return [
+        str(line["top_k"] or "-"),
+        str(line["batch"]),
+        str(line["gamma"]),
+        *(f"{1e3 * line[name]:.2f}" for name in milliseconds),
+        f"{line['sigma']:.3f}",
+        f"{line['target_efficiency']:.3f}",
+        f"{line['speedup']:.2f}",
+    ]

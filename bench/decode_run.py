@@ -1,0 +1,207 @@
+"""One batch of the decode measurement: autoregressive and speculative runs, round by round."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.prompts import random_prompts
+from bench.telemetry import count_experts
+from bench.timer import summarize
+from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import ReplayDrafter
+from decoder.drafters.independent import IndependentDrafter
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a target, a draft (None: no draft cost), and the acceptance imposed on it.
+
+    ``alpha`` None uses the draft's own proposals.
+    """
+
+    target: Any
+    draft: Any | None
+    alpha: float | None
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts per token, None for a dense target."""
+        return getattr(self.target.config, "num_experts_per_tok", None)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTimes:
+    """Median seconds of a full-batch round by phase."""
+
+    draft: float
+    verify: float
+    sample: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole round."""
+        return self.draft + self.verify + self.sample + self.host
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One (B, gamma): both modes, measured in the same repetitions."""
+
+    batch: int
+    gamma: int
+    context: int
+    ar: RoundTimes
+    spec: RoundTimes
+    sigma: float
+    speedup: float
+    speedup_range: tuple[float, float]
+    identical: bool
+    experts_ar: float | None
+    experts_verify: float | None
+
+
+@dataclass(slots=True)
+class RoundLog:
+    """A controller that always chooses ``gamma`` and keeps what it is told of each round."""
+
+    gamma: int = 0
+    max_gamma: int = 0
+    rounds: list[tuple[int, int, Mapping[str, float]]] = field(default_factory=list)
+
+    def choose(self, live_batch: int, context: int) -> int:
+        return self.gamma
+
+    def observe(
+        self,
+        gamma: int,
+        batch: int,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        times: Mapping[str, float],
+    ) -> None:
+        self.rounds.append((batch, sum(accepted) + batch, dict(times)))
+
+    def explain(self) -> str:
+        return f"gamma {self.gamma}: set by the benchmark"
+
+    def full(self, batch: int) -> list[tuple[int, Mapping[str, float]]]:
+        """(emitted, seconds by phase) of rounds with ``batch`` live rows; the first warms up."""
+        return [(emitted, times) for live, emitted, times in self.rounds if live == batch][1:]
+
+
+def measure_batch(
+    subject: Subject,
+    batch: int,
+    gammas: Sequence[int],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    repetitions: int,
+) -> list[Pair]:
+    """Measure ``batch`` sequences autoregressively and with each gamma.
+
+    Args:
+        new_tokens: length of the autoregressive run; speculative runs emit as many.
+        repetitions: of the whole cycle after one warm-up cycle, which also records the target's
+            continuations for the replay drafter.
+    """
+    prompts = random_prompts(batch, prompt_tokens, subject.target.config.vocab_size)
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    plain = _decoder(subject, None, batch, prompt_tokens + new_tokens, 0)
+    replay = _drafter(subject)
+    fast = _decoder(subject, replay, batch, prompt_tokens + new_tokens, max(gammas))
+    wanted = [list(o.token_ids) for o in plain.generate(prompts, params)]
+    if isinstance(replay, ReplayDrafter):
+        replay.recordings.update({tuple(p): t for p, t in zip(prompts, wanted, strict=True)})
+    runs: dict[int, list[list[tuple[int, Mapping[str, float]]]]] = {0: []} | {g: [] for g in gammas}
+    identical = dict.fromkeys(gammas, True)
+    for repetition in range(-1, repetitions):
+        for gamma in runs:
+            decoder = fast if gamma else plain
+            log = decoder.controller = RoundLog(gamma, max(gammas))
+            outputs = decoder.generate(prompts, params)
+            if gamma:
+                identical[gamma] &= [list(o.token_ids) for o in outputs] == wanted
+            if repetition >= 0:
+                runs[gamma].append(log.full(batch))
+    experts = _experts(subject, plain, fast, gammas, prompts, params)
+    context = prompt_tokens + new_tokens // 2
+    return [
+        _pair(batch, g, context, runs[0], runs[g], identical[g], experts) for g in gammas if runs[g]
+    ]
+
+
+def _decoder(
+    subject: Subject, drafter: Any, batch: int, length: int, max_gamma: int
+) -> SpeculativeDecoder:
+    return SpeculativeDecoder(
+        subject.target,
+        drafter=drafter,
+        gamma=RoundLog(max_gamma=max_gamma),
+        max_batch_size=batch,
+        max_length=length,
+    )
+
+
+def _drafter(subject: Subject) -> Any:
+    draft = IndependentDrafter(subject.draft) if subject.draft is not None else None
+    return draft if subject.alpha is None else ReplayDrafter(subject.alpha, cost=draft)
+
+
+def _experts(
+    subject: Subject,
+    plain: SpeculativeDecoder,
+    fast: SpeculativeDecoder,
+    gammas: Sequence[int],
+    prompts: list[list[int]],
+    params: SamplingParams,
+) -> dict[int, float]:
+    """Tokens entering a layer -> mean distinct experts, from untimed runs."""
+    if subject.top_k is None:
+        return {}
+    means: dict[int, float] = {}
+    for gamma in (0, *gammas):
+        decoder = fast if gamma else plain
+        decoder.controller = RoundLog(gamma, max(gammas))
+        with count_experts(subject.target) as counter:
+            decoder.generate(prompts, params)
+        means |= counter.mean_by_tokens()
+    return means
+
+
+def _pair(
+    batch: int,
+    gamma: int,
+    context: int,
+    plain: list[list[tuple[int, Mapping[str, float]]]],
+    fast: list[list[tuple[int, Mapping[str, float]]]],
+    identical: bool,
+    experts: dict[int, float],
+) -> Pair:
+    rate = lambda run: sum(e for e, _ in run) / sum(sum(t.values()) for _, t in run)
+    ratios = [rate(f) / rate(p) for p, f in zip(plain, fast, strict=True) if p and f]
+    emitted = sum(e for run in fast for e, _ in run)
+    rounds = sum(len(run) for run in fast)
+    spread = summarize(ratios)
+    return Pair(
+        batch=batch,
+        gamma=gamma,
+        context=context,
+        ar=_times(plain),
+        spec=_times(fast),
+        sigma=emitted / (rounds * batch * (gamma + 1)),
+        speedup=spread.median,
+        speedup_range=(spread.p20, spread.p80),
+        identical=identical,
+        experts_ar=experts.get(batch),
+        experts_verify=experts.get(batch * (gamma + 1)),
+    )
+
+
+def _times(runs: list[list[tuple[int, Mapping[str, float]]]]) -> RoundTimes:
+    median = lambda phase: statistics.median(t.get(phase, 0.0) for run in runs for _, t in run)
+    return RoundTimes(*(median(phase) for phase in ("draft", "verify", "sample", "host")))
