@@ -64,6 +64,8 @@ class World:
     Attributes:
         target, draft: ``[V, V]`` log-probabilities given the last token.
         one_hot: draft deterministically (the draft chain's argmax), without distributions.
+        gammas: draft length of each round, repeated.
+        ragged: half of the rows draft one token less, decided by their context.
     """
 
     sampler: Sampler
@@ -71,6 +73,7 @@ class World:
     draft: Tensor
     one_hot: bool = False
     gammas: tuple[int, ...] = (3, 1, 2, 0, 3)
+    ragged: bool = True
     check_draft: Callable[[Draft, Tensor, Tensor], None] | None = None
     rounds: int = field(default=0, init=False)
 
@@ -115,8 +118,8 @@ class World:
             last = drawn
         if gamma == 0:
             return Draft(current.new_empty(len(current), 0), None, torch.zeros_like(current))
-        # Draft lengths differ by row, decided by the context alone.
-        lengths = gamma - (current + positions[:, 0]).remainder(gamma + 1).clamp(max=1)
+        shorter = (current + positions[:, 0]).remainder(2) if self.ragged else 0
+        lengths = torch.full_like(current, gamma) - shorter
         dense = None if probs[0] is None else torch.stack(probs, dim=1)
         return Draft(torch.stack(tokens, dim=1), dense, lengths)
 

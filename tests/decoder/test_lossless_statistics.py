@@ -107,26 +107,16 @@ def test_stopping_times_of_the_draft_are_lossless(world, verifier):
 def test_block_accepts_more_than_standard():
     accepted = {}
     for verifier in ("standard", "block"):
-        world = World(sampler_of(20_000, verifier), TARGET, DRAFT, gammas=(5,))
-        world.propose = _full_length(world.propose)
+        world = World(sampler_of(20_000, verifier), TARGET, DRAFT, ragged=False)
         zeros = torch.zeros(20_000, dtype=torch.int64)
         verdict = world.step(torch.arange(20_000), zeros, zeros, 5)
         accepted[verifier] = verdict.accepted.double().mean().item()
     assert accepted["block"] > 1.03 * accepted["standard"]
 
 
-def _full_length(propose):
-    def wrapped(*args):
-        draft = propose(*args)
-        return Draft(draft.tokens, draft.probs, torch.full_like(draft.lengths, draft.gamma))
-
-    return wrapped
-
-
 def test_a_perfect_draft_is_always_accepted():
     for verifier in ("standard", "block", "coupled"):
-        world = World(sampler_of(2_000, verifier), TARGET, TARGET, gammas=(3,))
-        world.propose = _full_length(world.propose)
+        world = World(sampler_of(2_000, verifier), TARGET, TARGET, ragged=False)
         zeros = torch.zeros(2_000, dtype=torch.int64)
         assert world.step(torch.arange(2_000), zeros, zeros, 3).accepted.eq(3).all(), verifier
 
