@@ -14,6 +14,8 @@ from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.independent import IndependentDrafter
 
+Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -88,7 +90,7 @@ class RoundLog:
     def explain(self) -> str:
         return f"gamma {self.gamma}: set by the benchmark"
 
-    def full(self, batch: int) -> list[tuple[int, Mapping[str, float]]]:
+    def full(self, batch: int) -> list[Round]:
         """(emitted, seconds by phase) of rounds with ``batch`` live rows; the first warms up."""
         return [(emitted, times) for live, emitted, times in self.rounds if live == batch][1:]
 
@@ -117,7 +119,7 @@ def measure_batch(
     wanted = [list(o.token_ids) for o in plain.generate(prompts, params)]
     if isinstance(replay, ReplayDrafter):
         replay.recordings.update({tuple(p): t for p, t in zip(prompts, wanted, strict=True)})
-    runs: dict[int, list[list[tuple[int, Mapping[str, float]]]]] = {0: []} | {g: [] for g in gammas}
+    runs: dict[int, list[list[Round]]] = {gamma: [] for gamma in (0, *gammas)}
     identical = dict.fromkeys(gammas, True)
     for repetition in range(-1, repetitions):
         for gamma in runs:
@@ -177,8 +179,8 @@ def _pair(
     batch: int,
     gamma: int,
     context: int,
-    plain: list[list[tuple[int, Mapping[str, float]]]],
-    fast: list[list[tuple[int, Mapping[str, float]]]],
+    plain: list[list[Round]],
+    fast: list[list[Round]],
     identical: bool,
     experts: dict[int, float],
 ) -> Pair:
@@ -202,6 +204,6 @@ def _pair(
     )
 
 
-def _times(runs: list[list[tuple[int, Mapping[str, float]]]]) -> RoundTimes:
+def _times(runs: list[list[Round]]) -> RoundTimes:
     median = lambda phase: statistics.median(t.get(phase, 0.0) for run in runs for _, t in run)
     return RoundTimes(*(median(phase) for phase in ("draft", "verify", "sample", "host")))

@@ -179,7 +179,7 @@ def _ours(args: argparse.Namespace, batch: int, gamma: str | None) -> Run:
     decoder = SpeculativeDecoder(
         target,
         drafter=_drafter(args, target) if gamma else None,
-        gamma=0 if gamma is None else gamma if gamma == "auto" else int(gamma),
+        gamma="auto" if gamma == "auto" else int(gamma or 0),
         max_batch_size=batch,
         max_length=length,
     )

@@ -12,7 +12,7 @@ from bench.layer import Layer, make_layer
 from bench.shapes import Shape
 from bench.timer import CacheFlusher, seconds_of
 from decoder.perf_model.machine import Machine, RowCurve
-from decoder.perf_model.measure_machine import measure_machine
+from decoder.perf_model.measure_machine import Linear, measure_machine
 from moesd_kernels import cpu_ops, fused_experts
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -29,9 +29,8 @@ def machine_with_kernels(
         shape: layer on which the expert kernel's row curve is taken.
     """
     device = torch.device(device)
-    linear = torch.nn.functional.linear
-    if device.type == "cpu" and cpu_ops.unavailable() is None:
-        linear = lambda x, weight: cpu_ops.linear(x, weight, None)
+    ours = device.type == "cpu" and cpu_ops.unavailable() is None
+    linear: Linear = cpu_ops.linear if ours else torch.nn.functional.linear
     curve = expert_curve(shape, dtype, device)
     return measure_machine(device, dtype, linear=linear, expert_curve=curve)
 

@@ -146,11 +146,15 @@ def load_subject(
         model = random_model(wanted, dtype, device)
     else:
         override = {"num_experts_per_tok": top_k} if top_k else {}
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, **override)
-        model = model.to(device).eval()
+        model = _load(target, dtype, device, **override)
     if draft is None:
         return model, random_model(draft_like(model.config), dtype, device, seed=1)
-    return model, AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).to(device).eval()
+    return model, _load(draft, dtype, device)
+
+
+def _load(path: str, dtype: torch.dtype, device: torch.device | str, **config: Any) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **config)
+    return model.to(device).eval()
 
 
 def parameter_count(model: PreTrainedModel) -> int:
