@@ -68,6 +68,9 @@ def register(name: str = "moesd") -> None:
     """
     from transformers.integrations.moe import ExpertsInterface
 
+    # Dynamo runs these once while tracing and inlines what they return.
+    torch._dynamo.assume_constant_result(plan_of)
+    torch._dynamo.assume_constant_result(settings_of)
     ExpertsInterface.register(name, experts_forward)
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -154,13 +157,9 @@ def plan_of(experts: nn.Module) -> Plan:
     return plan
 
 
-def _settings_of(experts: nn.Module) -> Settings:
+def settings_of(experts: nn.Module) -> Settings:
+    """What the caller of :func:`accelerate` chose for this module."""
     return _settings.get(experts, _DEFAULTS)
-
-
-# Dynamo runs these once while tracing and inlines what they return.
-_constant_plan_of = torch._dynamo.assume_constant_result(plan_of)
-_constant_settings_of = torch._dynamo.assume_constant_result(_settings_of)
 
 
 def experts_forward(
@@ -178,7 +177,7 @@ def experts_forward(
         [T, H] in the dtype of `hidden_states`.
     """
     compiling = torch.compiler.is_compiling()
-    plan = _constant_plan_of(self) if compiling else plan_of(self)
+    plan = plan_of(self)
     w_gate_up = self.gate_up_proj if plan.gated else self.up_proj
     w_down = self.down_proj
     reason = plan.refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
@@ -188,7 +187,7 @@ def experts_forward(
     if plan.has_bias:
         gate_up_bias = self.gate_up_proj_bias if plan.gated else self.up_proj_bias
         down_bias = self.down_proj_bias
-    settings = _constant_settings_of(self) if compiling else _settings_of(self)
+    settings = settings_of(self)
     options: dict[str, Any] = {
         "activation": plan.activation,
         "gate_up_bias": gate_up_bias,
@@ -222,7 +221,8 @@ def _call_refusal(
 ) -> str | None:
     """Why this call cannot take the fast path, or None."""
     if type(w_gate_up) not in _PLAIN or type(w_down) not in _PLAIN:
-        return f"expert weights are {type(w_gate_up).__name__}, not plain tensors"
+        kinds = f"{type(w_gate_up).__name__} and {type(w_down).__name__}"
+        return f"expert weights are {kinds}, not plain tensors"
     dtype = hidden_states.dtype
     if w_gate_up.dtype != dtype or w_down.dtype != dtype or dtype not in _DTYPES:
         return f"expert weights are {w_gate_up.dtype} and hidden states {dtype}"

@@ -31,14 +31,12 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def tile_order(pid, num_blocks, num_tiles, GROUP_M: tl.constexpr):
-    """Program number -> (block, tile): tiles of one expert together, GROUP_M of its blocks adjacent."""
-    if GROUP_M == 1:
-        return pid // num_tiles, pid % num_tiles
-    group = pid // (GROUP_M * num_tiles)
-    first = group * GROUP_M
-    size = tl.minimum(num_blocks - first, GROUP_M)
-    within = pid - group * GROUP_M * num_tiles
+def tile_order(pid, num_blocks, num_tiles, group_m):
+    """Program number -> (block, tile): equal tiles of ``group_m`` blocks are adjacent."""
+    group = pid // (group_m * num_tiles)
+    first = group * group_m
+    size = tl.minimum(num_blocks - first, group_m)
+    within = pid - group * group_m * num_tiles
     return first + within % size, within // size
 
 
@@ -50,8 +48,10 @@ def dot(x, w, acc, SWAP_AB: tl.constexpr):
     then full however few tokens there are. "ieee" keeps fp32 from being rounded to tf32.
     """
     if SWAP_AB:
-        return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -66,15 +66,16 @@ def tanh(x):
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation function on fp32 values; numbers as in ``ACTIVATIONS``."""
     if ACTIVATION == 0:
-        return x / (1.0 + tl.exp(-x))
-    if ACTIVATION == 1:
-        return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    if ACTIVATION == 2:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    x = tl.maximum(x, 0.0)
-    if ACTIVATION == 3:
-        return x * x
-    return x
+        y = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == 1:
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == 2:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == 3:
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+    else:
+        y = tl.maximum(x, 0.0)
+    return y
 
 
 @triton.jit
@@ -87,10 +88,12 @@ def glu(
     HAS_LIMIT: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
 ):
-    """``act(gate) * up``; with alpha ``gate * sigmoid(alpha * gate) * (up + 1)``; clamped by limit."""
+    """``act(gate) * up``, clamped; with alpha ``gate * sigmoid(alpha * gate) * (up + 1)``."""
     if HAS_LIMIT:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
     if HAS_ALPHA:
-        return gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
-    return activate(gate, ACTIVATION) * up
+        out = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    else:
+        out = activate(gate, ACTIVATION) * up
+    return out

@@ -1,61 +1,183 @@
+"""Which tiles to use: an analytic model of a bandwidth-bound grouped product, or a tuned file.
+
+``select_config`` is a pure function of the layer's shape, dtype and device. It depends on T only
+through the bucket of tokens per expert, so that few kernels are compiled and a table stays small.
+The model's constants are estimates until a file tuned on the device replaces its choices.
+"""
+
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .tuned import tuned_configs
+from .types import Device, GemmConfig, LayerShape, MoEConfig
+
+# Up to here a block holds every token, so that no expert is read twice however tokens are routed.
+READ_ONCE_TOKENS = 64
+# Bytes a multiprocessor must have under way to keep DRAM busy: latency times bandwidth, with slack.
+BYTES_IN_FLIGHT = 64 * 1024
+# Seconds from a program's start to its first product, hidden only by its neighbours.
+RAMP = 1.5e-6
+# Seconds of a step's barrier and issue, hidden likewise: what makes longer steps better.
+STEP = 5e-8
+# What one multiprocessor can draw relative to its share, when others have finished.
+DRAW = 1.25
+# Bandwidth of the second-level cache relative to DRAM: activations and partial sums live there.
+CACHE_RATIO = 2.0
+# Fraction of the matrix peak that small tiles reach.
+MATRIX_EFFICIENCY = 0.55
+SINGLE_BLOCK_K = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    name: str = "H200"
-    capability: int = 90
-    sms: int = 132
-    shared_bytes: int = 232448
+class Gemm:
+    """One grouped product as the model sees it: ``experts`` x [rows, K] x [N, K] (x streams)."""
 
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    E: int
+    experts: float
+    rows: float
+    N: int
     K: int
-    H: int
-    I: int
-    T: int
-    gated: bool = True
+    streams: int
+    itemsize: int
+    may_split: bool
 
 
-@dataclass(frozen=True, slots=True)
-class GemmConfig:
-    block_m: int = 16
-    block_n: int = 32
-    block_k: int = 32
-    split_k: int = 1
-    num_warps: int = 4
-    num_stages: int = 3
-    swap_ab: bool = False
-    group_m: int = 1
+@functools.lru_cache(maxsize=1024)
+def select_config(
+    shape: LayerShape, dtype: torch.dtype, device: Device, *, batch_invariant: bool = False
+) -> MoEConfig:
+    """Tiles of both products for a layer.
 
-    def constexprs(self):
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "SWAP_AB": self.swap_ab,
-            "GROUP_M": self.group_m,
-        }
+    With ``batch_invariant`` the tiles do not depend on T at all: a row then goes through the same
+    instructions in the same order whatever else is in the batch.
 
-    def options(self):
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    Args:
+        shape: The layer and the number of tokens entering it.
+        dtype: Of activations and weights.
+        device: What the tiles must fit.
+        batch_invariant: Give up choosing by T.
 
-
-@dataclass(frozen=True, slots=True)
-class MoEConfig:
-    gate_up: GemmConfig
-    down: GemmConfig
-    single: GemmConfig
-
-    @property
-    def block_m(self):
-        return self.gate_up.block_m
+    Returns:
+        The tuned file's choice for this device, shape and bucket if it has one, else the model's.
+    """
+    if batch_invariant:
+        shape = replace(shape, T=READ_ONCE_TOKENS)
+    else:
+        tuned = tuned_configs(device.name).get((shape.layer, str(dtype), bucket(shape)))
+        if tuned is not None:
+            return tuned.with_block_m(block_rows(shape))
+    return _model_config(_representative(shape), block_rows(shape), dtype, device)
 
 
-def select_config(shape, dtype, device, *, batch_invariant=False):
-    g = GemmConfig()
-    return MoEConfig(g, GemmConfig(split_k=2), g)
+def bucket(shape: LayerShape) -> float:
+    """Tokens per expert, rounded up to a power of two."""
+    return 2.0 ** math.ceil(math.log2(shape.T * shape.K / shape.E))
+
+
+def block_rows(shape: LayerShape) -> int:
+    """BLOCK_M: holds any expert's tokens up to READ_ONCE_TOKENS, then two mean shares of them."""
+    if shape.T <= READ_ONCE_TOKENS:
+        return max(16, _next_power_of_2(shape.T))
+    mean = shape.T * shape.K / shape.E
+    return min(128, max(READ_ONCE_TOKENS, _next_power_of_2(math.ceil(2 * mean))))
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _representative(shape: LayerShape) -> LayerShape:
+    """The largest T of a bucket stands for all of it."""
+    return replace(shape, T=max(1, int(bucket(shape) * shape.E / shape.K)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: Device) -> MoEConfig:
+    active = shape.E * (1.0 - (1.0 - min(1.0, shape.K / shape.E)) ** shape.T)
+    rows = shape.T * shape.K / active
+    itemsize = dtype.itemsize
+    gate_up = Gemm(active, rows, shape.I, shape.H, 1 + shape.gated, itemsize, False)
+    down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True)
+    group_m = 1 if shape.T <= READ_ONCE_TOKENS else 4
+
+    def best(gemm: Gemm) -> GemmConfig:
+        choices = [c for c in _candidates(gemm, block_m, group_m) if fits(gemm, c, device)]
+        return min(choices, key=lambda c: predicted_seconds(gemm, c, device))
+
+    return MoEConfig(best(gate_up), best(down), _single(shape, device))
+
+
+def _candidates(gemm: Gemm, block_m: int, group_m: int) -> Iterator[GemmConfig]:
+    """Tiles worth considering; fp32 multiplies without matrix instructions and needs small ones."""
+    half = gemm.itemsize == 2
+    for block_n in (128, 64, 32) if half else (32, 16):
+        for block_k in (128, 64) if half else (32,):
+            for stages in (4, 3, 5) if half else (3,):
+                for split in (1, 2, 4, 8) if gemm.may_split else (1,):
+                    # Fewer steps than this and a program is all ramp.
+                    if split > 1 and 8 * block_k * split > gemm.K:
+                        continue
+                    wide = block_m * block_n * gemm.streams >= 16384
+                    yield GemmConfig(
+                        block_m=block_m,
+                        block_n=block_n,
+                        block_k=block_k,
+                        split_k=split,
+                        num_warps=8 if wide else 4,
+                        num_stages=stages,
+                        group_m=group_m,
+                    )
+
+
+def shared_bytes(gemm: Gemm, config: GemmConfig) -> int:
+    """Shared memory of one program: every stage of activations and weights."""
+    columns = config.block_m + gemm.streams * config.block_n
+    return config.num_stages * columns * config.block_k * gemm.itemsize
+
+
+def fits(gemm: Gemm, config: GemmConfig, device: Device) -> bool:
+    """Whether a program fits the device's shared memory and its accumulators their registers."""
+    accumulators = config.block_m * config.block_n * gemm.streams / (32 * config.num_warps)
+    return shared_bytes(gemm, config) <= device.shared_bytes - 2048 and accumulators <= 64
+
+
+def predicted_seconds(gemm: Gemm, config: GemmConfig, device: Device) -> float:
+    """Time of one product: DRAM, balance over processors, latency, cache traffic, arithmetic."""
+    shared = shared_bytes(gemm, config)
+    resident = max(1, min(device.shared_bytes // shared, 16 // config.num_warps))
+    stage = gemm.streams * config.block_n * config.block_k * gemm.itemsize
+    in_flight = resident * (config.num_stages - 1) * stage
+    bandwidth = device.bandwidth * min(1.0, in_flight / BYTES_IN_FLIGHT)
+
+    tiles = gemm.experts * math.ceil(gemm.N / config.block_n) * config.split_k
+    k_each = math.ceil(gemm.K / (config.block_k * config.split_k)) * config.block_k
+    tile_bytes = gemm.streams * config.block_n * k_each * gemm.itemsize
+    # The multiprocessor with the most tiles, at the bandwidth it can draw for itself.
+    deepest = math.ceil(tiles / device.sms)
+    balance = deepest * tile_bytes * device.sms / (DRAW * bandwidth)
+    stream = max(tiles * tile_bytes / bandwidth, balance)
+
+    latency = RAMP + STEP * k_each / config.block_k
+    exposed = latency * max(1.0, deepest / resident) / resident
+    reread = tiles * gemm.rows * k_each * gemm.itemsize
+    partial = 2 * gemm.experts * gemm.rows * gemm.N * config.split_k * 4 if gemm.may_split else 0
+    cached = (reread + partial) / (CACHE_RATIO * device.bandwidth)
+    blocks = math.ceil(gemm.rows / config.block_m)
+    flops = 2 * tiles * blocks * config.block_m * config.block_n * gemm.streams * k_each
+    return max(stream, flops / (MATRIX_EFFICIENCY * device.matrix_flops)) + exposed + cached
+
+
+def _single(shape: LayerShape, device: Device) -> GemmConfig:
+    """Tiles of the one-token down projection: a column per program, no matrix instruction."""
+
+    def deepest(block_n: int) -> int:
+        return math.ceil(math.ceil(shape.H / block_n) / device.sms) * block_n
+
+    block_n = min((16, 8), key=deepest)
+    block_k = min(SINGLE_BLOCK_K, _next_power_of_2(max(64, shape.I)))
+    return GemmConfig(block_m=16, block_n=block_n, block_k=block_k, num_warps=4, num_stages=4)

@@ -8,7 +8,7 @@ from .common import ROUTING_SINGLE, dot, pdl_wait, tile_order
 _SINGLE = tl.constexpr(ROUTING_SINGLE)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_m"])
 def _down_kernel(
     act_ptr,  # [T * K, I], rows in sorted order
     w_ptr,  # [E, H, I], any strides
@@ -19,6 +19,7 @@ def _down_kernel(
     blocks_ptr,  # [num_blocks, 3]
     num_pairs,
     num_blocks,
+    group_m,
     E,
     H,
     I,
@@ -34,12 +35,11 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
-    GROUP_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (num_blocks * cdiv(H, BLOCK_N), SPLIT_K); each program sums one range of I for a tile."""
+    """Grid: (num_blocks * cdiv(H, BLOCK_N), SPLIT_K); each program one range of I of a tile."""
     pdl_wait(PDL)
-    block, tile = tile_order(tl.program_id(0), num_blocks, tl.cdiv(H, BLOCK_N), GROUP_M)
+    block, tile = tile_order(tl.program_id(0), num_blocks, tl.cdiv(H, BLOCK_N), group_m)
     row = tl.arange(0, BLOCK_M)
     if ROUTING == _SINGLE:
         e = tl.load(ids_ptr + block).to(tl.int32)
@@ -63,21 +63,18 @@ def _down_kernel(
     split = tl.program_id(1)
     k_begin = split * steps * BLOCK_K
     k_end = tl.minimum(k_begin + steps * BLOCK_K, I)
-    offs_k = k_begin + tl.arange(0, BLOCK_K)
-    a_ptrs = act_ptr + (first + row).to(tl.int64)[:, None] * I + offs_k[None, :]
+    here_k = tl.arange(0, BLOCK_K)
+    a_ptrs = act_ptr + (first + row).to(tl.int64)[:, None] * I + k_begin + here_k[None, :]
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     w_mask = (column < H)[:, None]
     w_base = w_ptr + e.to(tl.int64) * stride_we + (tile * BLOCK_N).to(tl.int64) * stride_wn
     w_base += k_begin.to(tl.int64) * stride_wk
     n_here = tl.arange(0, BLOCK_N)
-    w_ptrs = w_base + n_here[:, None] * stride_wn + tl.arange(0, BLOCK_K)[None, :] * stride_wk
+    w_ptrs = w_base + n_here[:, None] * stride_wn + here_k[None, :] * stride_wk
 
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP_AB else [BLOCK_M, BLOCK_N], tl.float32)
     for k in range(k_begin, k_end, BLOCK_K):
-        if EVEN_K:
-            k_mask = tl.full([1, BLOCK_K], True, tl.int1)
-        else:
-            k_mask = (k + tl.arange(0, BLOCK_K) < I)[None, :]
+        k_mask = tl.full([1, BLOCK_K], True, tl.int1) if EVEN_K else (k + here_k < I)[None, :]
         a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask, other=0.0)
         w = tl.load(w_ptrs, mask=w_mask & k_mask, other=0.0, eviction_policy="evict_first")
         acc = dot(a, w, acc, SWAP_AB)

@@ -67,7 +67,7 @@ def _tile_pointers(w_ptr, first_n, rows, offs_k, stride_wn, stride_wk):
     return base + rows[:, None] * stride_wn + offs_k[None, :] * stride_wk
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_m"])
 def _gate_up_kernel(
     x_ptr,  # [T, H]
     w_ptr,  # [E, 2I, H] (or [E, I, H] when not GATED), any strides
@@ -78,6 +78,7 @@ def _gate_up_kernel(
     blocks_ptr,  # [num_blocks, 3]
     num_pairs,
     num_blocks,
+    group_m,
     E,
     H,
     I,
@@ -103,12 +104,11 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
-    GROUP_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (num_blocks * cdiv(I, BLOCK_N),); each program makes one [BLOCK_M, BLOCK_N] tile."""
     pdl_wait(PDL)
-    block, tile = tile_order(tl.program_id(0), num_blocks, tl.cdiv(I, BLOCK_N), GROUP_M)
+    block, tile = tile_order(tl.program_id(0), num_blocks, tl.cdiv(I, BLOCK_N), group_m)
     e, first, rows = _find_rows(
         block, ids_ptr, sorted_to_pair_ptr, blocks_ptr, num_pairs, E, N_PAD, E_PAD, BLOCK_M, ROUTING
     )
@@ -140,10 +140,7 @@ def _gate_up_kernel(
     acc = tl.zeros([WIDE, BLOCK_M] if SWAP_AB else [BLOCK_M, WIDE], tl.float32)
     acc_up = acc
     for k in range(0, H, BLOCK_K):
-        if EVEN_K:
-            k_mask = tl.full([1, BLOCK_K], True, tl.int1)
-        else:
-            k_mask = (k + offs_k < H)[None, :]
+        k_mask = tl.full([1, BLOCK_K], True, tl.int1) if EVEN_K else (k + offs_k < H)[None, :]
         x = tl.load(x_ptrs, mask=x_mask & k_mask, other=0.0, eviction_policy="evict_last")
         w = tl.load(w_ptrs, mask=w_mask & k_mask, other=0.0, eviction_policy="evict_first")
         acc = dot(x, w, acc, SWAP_AB)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .combine_kernel import _combine_kernel
 from .common import ACTIVATIONS, HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTING_SINGLE
-from .config import Device, GemmConfig, LayerShape, MoEConfig, select_config
+from .config import select_config
 from .down_kernel import _down_combine_kernel, _down_kernel
 from .gate_up_kernel import _gate_up_kernel
 from .plan_kernel import max_blocks, plan, plan_sizes
+from .types import A100, B200, H200, Device, GemmConfig, LayerShape, MoEConfig
 
 # Pairs up to which every gate_up program finds its own rows: one launch less, while scanning the
 # ids costs a program less than it takes the others on its processor to stream their weights.
@@ -181,6 +182,7 @@ class _Layer:
             *tables,
             ids.numel(),
             bound,
+            config.group_m,
             self.E,
             self.H,
             self.I,
@@ -226,6 +228,7 @@ class _Layer:
             *tables,
             ids.numel(),
             bound,
+            config.group_m,
             self.E,
             self.H,
             self.I,
@@ -305,13 +308,22 @@ def _device_guard(device: torch.device) -> torch.cuda.device:
 
 @functools.lru_cache
 def device_of(device: torch.device) -> Device:
-    """The properties of a device that configurations depend on."""
+    """The properties of a device that configurations depend on.
+
+    The driver does not tell bandwidth and arithmetic; they are scaled by multiprocessors from a
+    device of the same generation, which keeps their ratio about right.
+    """
     if device.type != "cuda":
         return Device()
-    properties = torch.cuda.get_device_properties(device)
+    found = torch.cuda.get_device_properties(device)
+    like = A100 if found.major < 9 else H200 if found.major == 9 else B200
+    scale = found.multi_processor_count / like.sms
+    consumer = (found.major, found.minor) not in ((8, 0), (9, 0), (10, 0), (10, 3))
     return Device(
-        name=properties.name,
-        capability=10 * properties.major + properties.minor,
-        sms=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,
+        name=found.name,
+        capability=10 * found.major + found.minor,
+        sms=found.multi_processor_count,
+        shared_bytes=101376 if consumer else like.shared_bytes,
+        bandwidth=like.bandwidth * scale,
+        matrix_flops=like.matrix_flops * scale,
     )
