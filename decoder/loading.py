@@ -21,7 +21,11 @@ DTYPES = {
 
 
 def load_model(
-    path: str | Path, *, dtype: Any = "auto", device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    dtype: Any = "auto",
+    device: str | torch.device | None = None,
+    experts: str | None = None,
 ) -> Any:
     """A causal LM in evaluation mode.
 
@@ -29,6 +33,7 @@ def load_model(
         path: directory, or a model hub name that transformers can resolve.
         dtype: a torch dtype, or ``"auto"`` for the checkpoint's own.
         device: CUDA when there is one, by default.
+        experts: transformers' ``experts_implementation``, or its default.
 
     Raises:
         UserError: nothing loadable there.
@@ -39,10 +44,11 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        options = {} if experts is None else {"experts_implementation": experts}
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        return model.to(device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load model {str(path)!r}: {_first_line(error)}") from error
-    return model.to(device).eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:

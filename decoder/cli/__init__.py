@@ -1,0 +1,1 @@
+"""The command line: one module per sub-command, shared flags in ``options``."""
