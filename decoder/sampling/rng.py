@@ -107,8 +107,8 @@ def _vocab_words(keys: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     upper = (keys >> 32).to(torch.int32)[..., None]
     ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device)
     x = ids * _GOLDEN_32 + lower
-    _xor_shift_(x, 17).mul_(_signed_32(0xED5AD4BB))
-    _xor_shift_(x, 11).add_(upper).mul_(_signed_32(0xAC4C1B51))
+    _xor_shift_(x, 17).mul_(_signed_32(0xED5AD4BB)).add_(upper)
+    _xor_shift_(x, 11).mul_(_signed_32(0xAC4C1B51))
     _xor_shift_(x, 15).mul_(_signed_32(0x31848BAB))
     _xor_shift_(x, 14)
     low = (x * _GOLDEN_32).bitwise_xor_(upper).bitwise_and_(0x7FFFFFFF).bitwise_or_(1)
