@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,18 @@ def load_cells(paths: Sequence[str | Path]) -> list[Cells]:
     Raises:
         ValueError: no decode lines, or a line without its setup.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in read_lines(paths, "decode"):
-        groups.setdefault(line["target"], []).append(line)
-    if not groups:
+    lines = list(read_lines(paths, "decode"))
+    if not lines:
         raise ValueError(f"no decode lines in {', '.join(map(str, paths))}")
-    return [_cells(lines) for lines in groups.values()]
+    return group_cells(lines)
+
+
+def group_cells(lines: Iterable[dict[str, Any]]) -> list[Cells]:
+    """``decode`` lines as cells, one group per target."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(line["target"], []).append(line)
+    return [_cells(group) for group in groups.values()]
 
 
 def _cells(lines: list[dict[str, Any]]) -> Cells:

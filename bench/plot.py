@@ -14,11 +14,16 @@ Lines = list[dict[str, Any]]
 
 def pictures() -> dict[str, tuple[str, Callable[[Lines, Path], list[Path]]]]:
     """Picture name -> (kind of line, function that draws it and returns the files)."""
-    from bench.pictures import kernels
+    from bench.pictures import decode, kernels
 
     return {
         "layer-time": ("kernel", kernels.draw_layer_time),
         "layer-efficiency": ("kernel", kernels.draw_efficiency_map),
+        "speedup": ("decode", decode.draw_speedup),
+        "target-efficiency": ("decode", decode.draw_target_efficiency),
+        "predicted": ("decode", decode.draw_predicted),
+        "activation": ("decode", decode.draw_activation),
+        "map": ("decode", decode.draw_map),
     }
 
 

@@ -1,0 +1,151 @@
+"""Pictures of decode cells: the inverted U, target efficiency, the models' predictions, N(t)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bench.cells import Cells, group_cells
+from bench.fit import fit_cells
+from bench.pictures.style import Lines, axes, heat_map, save
+from decoder.perf_model.improved_fit import predict_speedup
+from decoder.perf_model.observations import MIN_POINTS, Observation
+from decoder.perf_model.theory import active_experts
+
+FITTED_POINTS = 21
+
+
+def _curves(cells: Cells) -> Iterator[tuple[tuple[int | None, int], list[Observation]]]:
+    """((K, gamma), cells over B) of one target."""
+    curves: dict[tuple[int | None, int], list[Observation]] = defaultdict(list)
+    for o in sorted(cells.observations, key=lambda o: o.batch):
+        curves[o.top_k, o.gamma].append(o)
+    yield from curves.items()
+
+
+def draw_speedup(lines: Lines, out: Path) -> list[Path]:
+    """Speedup over B for every K and gamma; dashed, the fit on 21 cells where there are enough."""
+    drawn = []
+    for cells in group_cells(lines):
+        predict = _fitted(cells)
+        for gamma in sorted({o.gamma for o in cells.observations}):
+            title = f"{_name(cells)}, gamma {gamma} ({_device(cells)})"
+            figure, ax = axes(title, "batch B", "speculative / autoregressive", log_x=True)
+            for (top_k, g), curve in _curves(cells):
+                if g != gamma:
+                    continue
+                batches = [o.batch for o in curve]
+                label = f"K = {top_k}" if top_k else "dense"
+                (line,) = ax.plot(batches, [o.speedup for o in curve], "o-", ms=3, label=label)
+                if predict:
+                    predicted = [predict(o) for o in curve]
+                    ax.plot(batches, predicted, "--", color=line.get_color(), lw=1)
+            ax.axhline(1.0, color="k", lw=0.8)
+            ax.legend(fontsize=8, title="dashed: fitted model" if predict else None)
+            drawn.append(save(figure, out, f"speedup-{_name(cells)}-gamma{gamma}"))
+    return drawn
+
+
+def draw_target_efficiency(lines: Lines, out: Path) -> list[Path]:
+    """Target efficiency and speedup over B, every target (MoE and dense) in one picture each."""
+    groups = group_cells(lines)
+    gamma = max(line["gamma"] for line in lines)
+    drawn = []
+    for key, label in (("target_efficiency", "T_T(B,1) / T_T(B,γ)"), ("speedup", "speedup")):
+        figure, ax = axes(f"gamma {gamma} ({_device(groups[0])})", "batch B", label, log_x=True)
+        for cells in groups:
+            rows = sorted((x for x in cells.lines if x["gamma"] == gamma), key=_order)
+            for top_k in dict.fromkeys(x["top_k"] for x in rows):
+                here = [x for x in rows if x["top_k"] == top_k]
+                name = f"{_name(cells)}" + (f" K={top_k}" if top_k else "")
+                ax.plot([x["batch"] for x in here], [x[key] for x in here], "o-", ms=3, label=name)
+        ax.legend(fontsize=8)
+        drawn.append(save(figure, out, f"{key.replace('_', '-')}-moe-and-dense"))
+    return drawn
+
+
+def draw_predicted(lines: Lines, out: Path) -> list[Path]:
+    """Predicted against measured speedup on held-out cells, with a 5 % and a 12 % band."""
+    drawn = []
+    for cells in group_cells(lines):
+        if len(cells.observations) < 2 * FITTED_POINTS:
+            continue
+        fits = fit_cells(cells, FITTED_POINTS, "spread")
+        measured = np.array([o.speedup for o in fits.held_out])
+        figure, ax = axes(f"{_name(cells)}: held-out cells", "measured speedup", "predicted")
+        edge = np.array([0.9 * measured.min(), 1.1 * measured.max()])
+        for share in (0.12, 0.05):
+            ax.fill_between(edge, edge * (1 - share), edge * (1 + share), color="k", alpha=0.08)
+        for name, predict in fits.predictors().items():
+            error = fits.errors()[name]
+            label = f"{name}: median {error.median:.1%}, p90 {error.p90:.1%}"
+            ax.plot(measured, [predict(o) for o in fits.held_out], "o", ms=3, label=label)
+        ax.plot(edge, edge, "k-", lw=0.8)
+        ax.legend(fontsize=8)
+        drawn.append(save(figure, out, f"predicted-{_name(cells)}"))
+    return drawn
+
+
+def draw_activation(lines: Lines, out: Path) -> list[Path]:
+    """Distinct experts measured per layer and step, against N(t) of Eq. 8."""
+    drawn = []
+    for cells in group_cells(lines):
+        moe = cells.model.target.moe
+        if moe is None:
+            continue
+        figure, ax = axes(f"{_name(cells)}: expert activation", "tokens t", "experts", log_x=True)
+        for top_k in sorted({x["top_k"] for x in cells.lines}):
+            seen = {}
+            for x in cells.lines:
+                if x["top_k"] == top_k and x["experts_ar"]:
+                    seen[x["batch"]] = x["experts_ar"]
+                    seen[x["batch"] * (x["gamma"] + 1)] = x["experts_verify"]
+            tokens = np.array(sorted(t for t, n in seen.items() if n))
+            theory = active_experts(tokens, moe.num_experts, top_k)
+            (line,) = ax.plot(tokens, [seen[t] for t in tokens], "o", ms=3, label=f"K = {top_k}")
+            ax.plot(tokens, theory, "--", lw=1, color=line.get_color())
+        ax.legend(fontsize=8, title="dashed: N(t), i.i.d.")
+        drawn.append(save(figure, out, f"activation-{_name(cells)}"))
+    return drawn
+
+
+def draw_map(lines: Lines, out: Path) -> list[Path]:
+    """Speedup over B and gamma for each K measured at two or more gammas."""
+    drawn = []
+    for cells in group_cells(lines):
+        speedups = {(o.top_k, o.gamma, o.batch): o.speedup or 0.0 for o in cells.observations}
+        batches = sorted({o.batch for o in cells.observations})
+        gammas = sorted({o.gamma for o in cells.observations})
+        for top_k in sorted({o.top_k for o in cells.observations}, key=lambda k: k or 0):
+            if len(gammas) < 2:
+                continue
+            title = f"{_name(cells)} K={top_k}: speedup"
+            figure, ax = axes(title, "batch B", "draft length gamma")
+            cell = lambda b, g, k=top_k: speedups.get((k, g, b), float("nan"))
+            grid = [[cell(b, g) for b in batches] for g in gammas]
+            ax.grid(False)
+            figure.colorbar(heat_map(ax, grid, batches, gammas), ax=ax)
+            drawn.append(save(figure, out, f"map-{_name(cells)}-K{top_k}"))
+    return drawn
+
+
+def _fitted(cells: Cells):
+    if len([o for o in cells.observations if o.speedup]) < max(MIN_POINTS, FITTED_POINTS):
+        return None
+    model = fit_cells(cells, FITTED_POINTS, "spread").improved.model
+    return lambda o: predict_speedup(model, o)
+
+
+def _name(cells: Cells) -> str:
+    return cells.lines[0]["target"].rstrip("/").rsplit("/", 1)[-1]
+
+
+def _device(cells: Cells) -> str:
+    return cells.lines[0]["env"]["device"]
+
+
+def _order(line: dict) -> tuple[int, int]:
+    return (line["top_k"] or 0, line["batch"])
