@@ -54,7 +54,7 @@ def build_drafter(
         max_ngram: longest suffix for the n-gram lookup.
         min_ngram: shortest.
         ngram_threshold: override a model drafter where at least this many tokens repeat.
-        kernels: let ``moesd_kernels`` accelerate a draft model that is loaded here.
+        kernels: let ``moesd_kernels`` accelerate the draft model or head.
 
     Raises:
         UserError: unknown name, missing path, or a checkpoint that cannot be used.
@@ -74,9 +74,7 @@ def build_drafter(
     elif isinstance(spec, (str, Path)):
         drafter = _from_path(spec, target, tokenizer, kind, kernels)
     else:
-        from .independent import IndependentDrafter
-
-        drafter = IndependentDrafter(spec, draft_tokenizer, tokenizer)
+        drafter = _independent(spec, draft_tokenizer, tokenizer, kernels)
     if ngram_threshold is None:
         return drafter
     return HybridDrafter(drafter, NgramDrafter(ngram_threshold, ngram_threshold), ngram_threshold)
@@ -93,22 +91,28 @@ def _from_path(
     if kind == "eagle" or (kind == "auto" and is_eagle_checkpoint(spec)):
         from .eagle import EagleDrafter
 
-        return EagleDrafter(spec)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+        return EagleDrafter(spec, kernels=kernels)
+    from ..loading import load_model, load_tokenizer
 
+    weight = target.get_input_embeddings().weight
+    model = load_model(spec, dtype=weight.dtype, device=weight.device)
+    try:
+        own_tokenizer = load_tokenizer(spec)
+    except UserError:
+        own_tokenizer = None  # equal vocabulary sizes are then the only evidence there is
+    return _independent(model, own_tokenizer, tokenizer, kernels)
+
+
+def _independent(
+    model: Any, tokenizer: Any | None, target_tokenizer: Any | None, kernels: bool
+) -> Drafter:
     from ..kernels_hook import accelerate
     from .independent import IndependentDrafter
 
-    weight = target.get_input_embeddings().weight
-    try:
-        model = AutoModelForCausalLM.from_pretrained(spec, dtype=weight.dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load draft model {str(spec)!r}: {error}") from error
-    model = model.to(weight.device).eval()
+    if not hasattr(model, "get_output_embeddings"):
+        raise UserError(
+            f"draft must be a name, a path, a causal LM or a Drafter, got {type(model).__name__}"
+        )
     if kernels:
         accelerate(model)
-    try:
-        own_tokenizer = AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError, KeyError):
-        own_tokenizer = None  # equal vocabulary sizes are then the only evidence there is
-    return IndependentDrafter(model, own_tokenizer, tokenizer)
+    return IndependentDrafter(model, tokenizer, target_tokenizer)

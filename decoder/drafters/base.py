@@ -85,7 +85,9 @@ class Drafter(Protocol):
     """
 
     name: str
-    hidden_layers: tuple[int, ...] | None
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...] | None: ...
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         """Attach to a target once before use; raises ``ValueError`` when it cannot serve it."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..attention import Placement
 from ..cache import RaggedCache
 from ..errors import UserError
+from ..kernels_hook import accelerate, ragged_attention_op
 from .base import Draft, DraftChain, StepState
 from .eagle_head import EagleHead
 from .eagle_loader import EagleCheckpoint, load_eagle
@@ -37,12 +38,14 @@ class EagleDrafter:
 
     Args:
         checkpoint: a loaded head or the directory of one.
+        kernels: let ``moesd_kernels`` run the head's linear layers and norms.
     """
 
-    def __init__(self, checkpoint: EagleCheckpoint | str | Path) -> None:
+    def __init__(self, checkpoint: EagleCheckpoint | str | Path, *, kernels: bool = False) -> None:
         if not isinstance(checkpoint, EagleCheckpoint):
             checkpoint = load_eagle(checkpoint)
         self.checkpoint = checkpoint
+        self._kernels = kernels
         self.name: str = checkpoint.config.kind
         self.hidden_layers: tuple[int, ...] | None = checkpoint.config.feature_layers
 
@@ -57,6 +60,8 @@ class EagleDrafter:
             )
         embedding = model.get_input_embeddings().weight
         self.head = EagleHead(self.checkpoint, embedding, model.get_output_embeddings()).eval()
+        if self._kernels:
+            accelerate(self.head)
         width = len(self.hidden_layers) * model.config.get_text_config().hidden_size
         if self.head.feature_size != width:
             raise UserError(
@@ -69,7 +74,8 @@ class EagleDrafter:
                 f"the EAGLE head's d2t reaches token {int(mapping.max())}, the target has "
                 f"{sampler.vocab_size}"
             )
-        self._runner, self._sampler = runner, sampler
+        self._sampler = sampler
+        self._attention = ragged_attention_op(embedding.device, embedding.dtype)
         self.cache = RaggedCache(runner.max_batch_size, runner.max_length)
         # Twice the longest round: the backlog of gamma-0 rounds is flushed before it wraps.
         self._ring_size = max(16, 2 * (max_gamma + 1))
@@ -155,7 +161,8 @@ class EagleDrafter:
         """One head pass; ``extent`` is at least the largest position + 1."""
         self.cache.reserve(extent)
         self.cache.select(slots, positions)
-        return self.head(tokens, hidden, self.cache, Placement(slots, positions, extent))
+        placement = Placement(slots, positions, extent, self._attention)
+        return self.head(tokens, hidden, self.cache, placement)
 
 
 def _present(hidden: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ tensors; the configuration supplies only what tensors cannot tell. It does not d
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,11 +153,13 @@ def _tensor_names(path: Path) -> set[str]:
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
-    # mmap fails on the pre-zip format that some old heads still come in.
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the pre-zip format that some old heads come in cannot be mapped
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} holds more than tensors and is not loaded: {error}") from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -121,7 +121,10 @@ class HybridDrafter:
             )
         self.threshold = threshold
         self.name = f"{model.name}+ngram"
-        self.hidden_layers = model.hidden_layers
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...] | None:
+        return self.model.hidden_layers
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         self.model.bind(runner, sampler, max_gamma)

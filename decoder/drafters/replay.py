@@ -69,11 +69,14 @@ class ReplayDrafter:
         self.seed = seed
         self.cost = cost
         self.name = "replay" if cost is None else f"replay+{cost.name}"
-        self.hidden_layers: tuple[int, ...] | None = None if cost is None else cost.hidden_layers
         self.recordings: dict[Prompt, list[int]] = {
             tuple(prompt): list(output) for prompt, output in (recordings or {}).items()
         }
         self._recording: dict[int, Prompt] = {}  # slot -> prompt being recorded
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...] | None:
+        return None if self.cost is None else self.cost.hidden_layers
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         if self.cost is not None:

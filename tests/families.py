@@ -1,0 +1,137 @@
+"""Running a decoder on tiny models: references, scripted draft lengths, cache poison and audit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from tiny import greedy_reference, random_prompts, tiny_model
+from torch import Tensor
+
+from decoder import SpeculativeDecoder
+from decoder.drafters.base import Draft, StepState
+
+NEW_TOKENS = 20
+MAX_LENGTH = 40
+
+
+class GammaSchedule:
+    """A controller that walks through given draft lengths, whatever it observes."""
+
+    def __init__(self, gammas: Sequence[int]) -> None:
+        self.gammas, self.max_gamma, self._round = list(gammas), 8, 0
+
+    def choose(self, live_batch: int, context: int) -> int:
+        self._round += 1
+        return self.gammas[self._round % len(self.gammas)]
+
+    def observe(self, *args: Any) -> None:
+        pass
+
+    def explain(self) -> str:
+        return "scheduled"
+
+
+@functools.cache
+def model_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    return tiny_model(family, dtype=dtype)
+
+
+@functools.cache
+def perturbed(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A draft model that often agrees with the target: its weights plus noise."""
+    model = copy.deepcopy(model_of(family, dtype))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight += (0.08 * weight.std(correction=0) * noise).to(dtype)
+    return model
+
+
+PROMPTS = random_prompts(7, seed=11)
+
+
+@functools.cache
+def references(family: str, dtype: torch.dtype = torch.float64) -> list[list[int]]:
+    model = model_of(family, dtype)
+    return [greedy_reference(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+def recordings(family: str) -> dict[tuple[int, ...], list[int]]:
+    pairs = zip(PROMPTS, references(family), strict=True)
+    return {tuple(prompt): output for prompt, output in pairs}
+
+
+def decoder_of(
+    family: str,
+    drafter: Any,
+    gamma: Any,
+    batch: int = 3,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> SpeculativeDecoder:
+    """A decoder on the family's model; three slots for seven prompts, so slots are refilled."""
+    options = {"kernels": False, "max_length": MAX_LENGTH, **options}
+    model = model_of(family, dtype)
+    return SpeculativeDecoder(model, drafter, gamma, max_batch_size=batch, **options)
+
+
+class Audited:
+    """Wraps a drafter: before each round, checks the target's cache and poisons what is stale.
+
+    Every committed slot must hold what a fresh prefill of the same tokens computes; every other
+    slot is overwritten with a large finite number, which must change nothing. (Not NaN: a masked
+    slot takes part as 0 * value.)
+    """
+
+    def __init__(self, drafter: Any, poison: float = 1e4) -> None:
+        self.drafter, self.poison, self.worst, self.audits = drafter, poison, 0.0, 0
+        self.name = drafter.name
+
+    @property
+    def hidden_layers(self) -> Any:
+        return self.drafter.hidden_layers
+
+    def bind(self, runner: Any, sampler: Any, max_gamma: int) -> None:
+        self.runner = runner
+        self.drafter.bind(runner, sampler, max_gamma)
+
+    def admit(self, *args: Any) -> None:
+        self.drafter.admit(*args)
+
+    def propose(self, state: StepState, gamma: int) -> Draft:
+        self._audit(state)
+        self._poison(state)
+        return self.drafter.propose(state, gamma)
+
+    def commit(self, *args: Any) -> None:
+        self.drafter.commit(*args)
+
+    def release(self, slots: Any) -> None:
+        self.drafter.release(slots)
+
+    def _audit(self, state: StepState) -> None:
+        for slot, length in state.host_rows():
+            fresh = transformers.DynamicCache()
+            ids = state.tokens[slot, :length][None]
+            self.runner.model(input_ids=ids, past_key_values=fresh, use_cache=True)
+            for ours, theirs in zip(self.runner.cache.layers, fresh.layers, strict=True):
+                for slab, exact in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                    error = slab[slot, :length] - exact[0].transpose(0, 1)
+                    self.worst = max(self.worst, float(error.abs().max()))
+            self.audits += 1
+
+    def _poison(self, state: StepState) -> None:
+        lengths = dict(state.host_rows())
+        for layer in self.runner.cache.layers:
+            for slot in range(layer.keys.shape[0]):
+                start = lengths.get(slot, 0)
+                sign: Tensor = torch.ones_like(layer.keys[slot, start:])
+                sign[::2] = -1
+                layer.keys[slot, start:] = self.poison * sign
+                layer.values[slot, start:] = self.poison
