@@ -135,8 +135,7 @@ private:
             }
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p) {
-                Vec a, b;
-                load_pair(v + p * kWide, a, b);
+                const Vec a = load_low(v + p * kWide), b = load_high(v + p * kWide);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) {
                     const Vec weight = splat(scores[m * kSlotBlock + i]);

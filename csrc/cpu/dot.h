@@ -20,20 +20,23 @@ struct Dot {
     template <int M, int N>
     static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N], const Act* const (&x)[M],
                                                            const W* const (&w)[N], int64_t k) {
-        Vec low[N], high[N];
+        half_step<0>(acc, x, w, k);
+        // Keeps the compiler from holding all the raw weights across the halves, which spills accumulators.
+        asm volatile("" ::: "memory");
+        half_step<kLanes>(acc, x, w, k);
+    }
+
+    template <int Half, int M, int N>
+    static inline __attribute__((always_inline)) void half_step(Vec (&acc)[M][N], const Act* const (&x)[M],
+                                                                const W* const (&w)[N], int64_t k) {
+        Vec v[M];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) load_pair(w[n] + k, low[n], high[n]);
+        for (int m = 0; m < M; ++m) v[m] = load(x[m] + k + Half);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            Vec v = load(x[m] + k);
+        for (int n = 0; n < N; ++n) {
+            const Vec wide = Half == 0 ? load_low(w[n] + k) : load_high(w[n] + k);
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) acc[m][n] = fma(v, low[n], acc[m][n]);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            Vec v = load(x[m] + k + kLanes);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) acc[m][n] = fma(v, high[n], acc[m][n]);
+            for (int m = 0; m < M; ++m) acc[m][n] = fma(v[m], wide, acc[m][n]);
         }
     }
 
@@ -81,10 +84,11 @@ struct Dot<bf16> {
 };
 #endif
 
-// Prefetches `bytes` bytes from `from`, spread evenly over the steps of the tiles that ask for it.
+// What a tile prefetches while it computes, spread evenly over its steps, two lines each.
 struct Prefetch {
     const char* at = nullptr;
     int64_t stride = 0;
+    int64_t second = 0;  // distance of the step's other prefetch
 };
 
 template <class W, int M>
@@ -101,7 +105,9 @@ void dot_tile(const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int
     }
     int64_t k = 0;
     for (; k + D::kStep <= depth; k += D::kStep) {
-        __builtin_prefetch(ahead.at);
+        // Into the second-level cache: filling the first level would evict activations and stall the loads.
+        __builtin_prefetch(ahead.at, 0, 2);
+        __builtin_prefetch(ahead.at + ahead.second, 0, 2);
         ahead.at += ahead.stride;
         D::step(acc, x, w, k);
     }
@@ -119,10 +125,10 @@ void dot_tile(const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int
 }
 
 template <class W, int M>
-inline void dot_rest(int count, const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int64_t depth,
-                     Prefetch ahead, float* out, int64_t ld) {
+inline void dot_tile_of(int count, const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int64_t depth,
+                        Prefetch ahead, float* out, int64_t ld) {
     if constexpr (M > 1) {
-        if (count < M) return dot_rest<W, M - 1>(count, xs, w, depth, ahead, out, ld);
+        if (count < M) return dot_tile_of<W, M - 1>(count, xs, w, depth, ahead, out, ld);
     }
     dot_tile<W, M>(xs, w, depth, ahead, out, ld);
 }
@@ -132,23 +138,23 @@ inline void dot_rest(int count, const typename Dot<W>::Act* const* xs, const W* 
 template <class W>
 void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t rows,
               int64_t depth, const W* next, float* out, int64_t ld) {
+    // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
     const int64_t steps = (depth + Dot<W>::kStep - 1) / Dot<W>::kStep;
-    // One prefetch a step: a single tile of a short group cannot cover more than a cache line each time.
     const int spread = tiles < 4 ? tiles : 4;
     const int64_t share = 4 * depth * static_cast<int64_t>(sizeof(W)) / spread;
     for (int64_t j = 0; j < rows; j += 4) {
         const W* group[4];
         for (int n = 0; n < 4; ++n) group[n] = w + (j + n < rows ? j + n : rows - 1) * stride;
         const W* ahead = j + 4 < rows ? w + (j + 4) * stride : next;
-        for (int m = 0, t = 0; m < count; m += kTileTokens, ++t) {
-            Prefetch pf{reinterpret_cast<const char*>(group[0]), 0};
-            if (t < spread && ahead) pf = {reinterpret_cast<const char*>(ahead) + t * share, share / steps};
-            if (m + kTileTokens <= count) {
-                dot_tile<W, kTileTokens>(xs + m, group, depth, pf, out + m * ld + j, ld);
-            } else {
-                dot_rest<W, kTileTokens - 1>(count - m, xs + m, group, depth, pf, out + m * ld + j, ld);
+        for (int t = 0, m = 0; t < tiles; ++t) {
+            Prefetch pf{reinterpret_cast<const char*>(group[0]), 0, 0};
+            if (t < spread && ahead) {
+                pf = {reinterpret_cast<const char*>(ahead) + t * share, share / 2 / steps, share / 2};
             }
+            const int size = (count - m + tiles - t - 1) / (tiles - t);
+            dot_tile_of<W, kTileTokens>(size, xs + m, group, depth, pf, out + m * ld + j, ld);
+            m += size;
         }
     }
 }
@@ -167,9 +173,8 @@ void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, i
                 alignas(64) W tail[kWide] = {};
                 const W* row = w + k * stride + j;
                 if (width < kWide) row = static_cast<const W*>(std::memcpy(tail, row, width * sizeof(W)));
-                Vec low, high, v = splat(Dot<W>::unpack(xs[m], k));
-                load_pair(row, low, high);
-                a = fma(v, low, a), b = fma(v, high, b);
+                const Vec v = splat(Dot<W>::unpack(xs[m], k));
+                a = fma(v, load_low(row), a), b = fma(v, load_high(row), b);
             }
             from_pack_order(w, a, b);
             alignas(64) float sums[kWide];

@@ -53,12 +53,21 @@ inline void store(bf16* p, Vec v) {
 }
 
 // 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.
-inline void load_pair(const float* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
-inline void load_pair(const half* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
-inline void load_pair(const bf16* p, Vec& a, Vec& b) {
+template <class W>
+inline Vec load_low(const W* p) {
+    return load(p);
+}
+template <class W>
+inline Vec load_high(const W* p) {
+    return load(p + kLanes);
+}
+inline Vec load_low(const bf16* p) {
     __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    a = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
-    b = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
+}
+inline Vec load_high(const bf16* p) {
+    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline void to_pack_order(const float*, Vec&, Vec&) {}
 inline void to_pack_order(const half*, Vec&, Vec&) {}

@@ -54,12 +54,18 @@ inline void store(bf16* p, Vec v) {
 }
 
 // 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.
-inline void load_pair(const float* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
-inline void load_pair(const half* p, Vec& a, Vec& b) { a = load(p), b = load(p + kLanes); }
-inline void load_pair(const bf16* p, Vec& a, Vec& b) {
-    __m512i raw = _mm512_loadu_si512(p);
-    a = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
-    b = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+template <class W>
+inline Vec load_low(const W* p) {
+    return load(p);
+}
+template <class W>
+inline Vec load_high(const W* p) {
+    return load(p + kLanes);
+}
+inline Vec load_low(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline Vec load_high(const bf16* p) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), mask));
 }
 inline void to_pack_order(const float*, Vec&, Vec&) {}
 inline void to_pack_order(const half*, Vec&, Vec&) {}

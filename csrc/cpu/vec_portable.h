@@ -76,8 +76,12 @@ inline void store(half* p, Vec v) {
 
 // 2 * kLanes elements in pack order, which here is memory order.
 template <class W>
-inline void load_pair(const W* p, Vec& a, Vec& b) {
-    a = load(p), b = load(p + kLanes);
+inline Vec load_low(const W* p) {
+    return load(p);
+}
+template <class W>
+inline Vec load_high(const W* p) {
+    return load(p + kLanes);
 }
 template <class W>
 inline void to_pack_order(const W*, Vec&, Vec&) {}

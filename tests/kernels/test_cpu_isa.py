@@ -1,0 +1,64 @@
+"""MOESD_CPU_ISA: every set this processor has agrees with PyTorch; others are refused by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moesd_kernels import cpu_ops
+
+pytestmark = pytest.mark.skipif(
+    cpu_ops.unavailable() is not None, reason=str(cpu_ops.unavailable())
+)
+
+# The variable is read once per process, so each value needs its own.
+SCRIPT = """
+import torch
+from moesd_kernels import cpu_ops
+assert cpu_ops.isa() == {isa!r}
+torch.manual_seed(0)
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    x, w = torch.randn(5, 70).to(dtype), torch.randn(9, 70).to(dtype)
+    exact = x.double() @ w.double().T
+    budget = 2 * ((x @ w.T).double() - exact).abs().max() + 1e-6
+    assert (cpu_ops.linear(x, w).double() - exact).abs().max() <= budget, dtype
+    ids, weights = torch.tensor([[0, 1]]).expand(5, 2), torch.ones(5, 2)
+    w1, w2 = torch.randn(2, 40, 70).to(dtype), torch.randn(2, 70, 20).to(dtype)
+    whole = cpu_ops.experts(x, w1, w2, ids, weights)
+    assert torch.equal(cpu_ops.experts(x[3:4], w1, w2, ids[:1], weights[:1])[0], whole[3])
+    expected = sum(
+        (torch.nn.functional.silu(g) * u) @ d.double().T
+        for (g, u), d in [((x.double() @ w1[e].double().T).chunk(2, -1), w2[e]) for e in (0, 1)]
+    )
+    relative = (whole.double() - expected).abs().max() / expected.abs().max()
+    assert relative < 4 * torch.finfo(dtype).eps, (dtype, relative)
+print("ok")
+"""
+
+
+def run(isa: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(isa=isa)],
+        env=os.environ | {"MOESD_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_each_instruction_set(isa):
+    done = run(isa)
+    if "is not supported by this processor" in done.stderr:
+        assert done.returncode != 0
+        pytest.skip(f"{isa} is not supported by this processor")
+    if "must be one of" in done.stderr:
+        pytest.skip(f"{isa} is not built for this architecture")
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_unknown_name():
+    done = run("sse9")
+    assert "MOESD_CPU_ISA must be one of" in done.stderr and "got sse9" in done.stderr
