@@ -5,28 +5,42 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from bench.prompts import random_prompts
 from bench.telemetry import count_experts
 from bench.timer import summarize
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
+from decoder.drafters.eagle import EagleDrafter
+from decoder.drafters.eagle_loader import EagleCheckpoint
 from decoder.drafters.independent import IndependentDrafter
+from moesd_kernels import accelerate
 
 Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: a target, a draft (None: no draft cost), and the acceptance imposed on it.
+    """What is measured: a target, a draft, and the acceptance imposed on it.
 
-    ``alpha`` None uses the draft's own proposals.
+    Attributes:
+        draft: a draft model, an ``EagleCheckpoint``, or None: proposals cost nothing.
+        alpha: acceptance per token imposed by the replay drafter; None uses the draft's own.
+        prompts: token ids to draw a batch from, first ones first; None makes random ones.
     """
 
     target: Any
     draft: Any | None
     alpha: float | None
+    temperature: float = 0.0
+    prompts: Sequence[list[int]] | None = None
+
+    @property
+    def verifier(self) -> Literal["standard", "coupled"]:
+        """``coupled`` where replay meets sampling: its output is the target's own for the seed, so
+        that a recorded continuation stays the right answer."""
+        return "coupled" if self.temperature and self.alpha is not None else "standard"
 
     @property
     def top_k(self) -> int | None:
@@ -111,8 +125,12 @@ def measure_batch(
         repetitions: of the whole cycle after one warm-up cycle, which also records the target's
             continuations for the replay drafter.
     """
-    prompts = random_prompts(batch, prompt_tokens, subject.target.config.vocab_size)
-    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    prompts = [list(p) for p in (subject.prompts or ())[:batch]]
+    prompts = prompts or random_prompts(batch, prompt_tokens, subject.target.config.vocab_size)
+    prompt_tokens = max(map(len, prompts))
+    params = SamplingParams(
+        max_new_tokens=new_tokens, ignore_eos=True, temperature=subject.temperature
+    )
     plain = _decoder(subject, None, batch, prompt_tokens + new_tokens, 0)
     replay = _drafter(subject)
     fast = _decoder(subject, replay, batch, prompt_tokens + new_tokens, max(gammas))
@@ -144,13 +162,18 @@ def _decoder(
         subject.target,
         drafter=drafter,
         gamma=RoundLog(max_gamma=max_gamma),
+        verifier=subject.verifier,
         max_batch_size=batch,
         max_length=length,
     )
 
 
 def _drafter(subject: Subject) -> Any:
-    draft = IndependentDrafter(subject.draft) if subject.draft is not None else None
+    draft: Any = None
+    if isinstance(subject.draft, EagleCheckpoint):
+        draft = EagleDrafter(subject.draft, kernels=True)
+    elif subject.draft is not None:
+        draft = IndependentDrafter(accelerate(subject.draft))
     return draft if subject.alpha is None else ReplayDrafter(subject.alpha, cost=draft)
 
 

@@ -26,6 +26,7 @@ from bench.timer import interleaved, summarize
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.independent import IndependentDrafter
+from moesd_kernels import accelerate
 
 Run = Callable[[list[list[int]], int], tuple[float, list[list[int]]]]
 
@@ -165,7 +166,7 @@ def _prompts(args: argparse.Namespace, batch: int) -> list[list[int]]:
 def _drafter(args: argparse.Namespace, target: Any) -> Any:
     if args.alpha is not None:
         cost = random_model(draft_like(target.config), target.dtype, target.device, seed=1)
-        return ReplayDrafter(args.alpha, cost=IndependentDrafter(cost))
+        return ReplayDrafter(args.alpha, cost=IndependentDrafter(accelerate(cost)))
     if args.target == "embedded":
         from decoder.embedded import draft_path
 

@@ -146,13 +146,14 @@ def load_subject(
         model = random_model(wanted, dtype, device)
     else:
         override = {"num_experts_per_tok": top_k} if top_k else {}
-        model = _load(target, dtype, device, **override)
+        model = load_model(target, dtype, device, **override)
     if draft is None:
         return model, random_model(draft_like(model.config), dtype, device, seed=1)
-    return model, _load(draft, dtype, device)
+    return model, load_model(draft, dtype, device)
 
 
-def _load(path: str, dtype: torch.dtype, device: torch.device | str, **config: Any) -> Any:
+def load_model(path: str, dtype: torch.dtype, device: torch.device | str, **config: Any) -> Any:
+    """A causal LM from disk, in evaluation mode; ``config`` overrides its configuration."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **config)
     return model.to(device).eval()
 

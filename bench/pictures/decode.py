@@ -124,7 +124,7 @@ def draw_map(lines: Lines, out: Path) -> list[Path]:
                 continue
             title = f"{_name(cells)} K={top_k}: speedup"
             figure, ax = axes(title, "batch B", "draft length gamma")
-            cell = lambda b, g, k=top_k: speedups.get((k, g, b), float("nan"))
+            cell = lambda b, g, k=top_k, s=speedups: s.get((k, g, b), float("nan"))
             grid = [[cell(b, g) for b in batches] for g in gammas]
             ax.grid(False)
             figure.colorbar(heat_map(ax, grid, batches, gammas), ax=ax)
