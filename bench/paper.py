@@ -1,8 +1,9 @@
 """``bench paper``: the paper's tables in kind, side by side: its value, ours, the prediction.
 
-Without weights on disk the architecture is built with random weights, scaled to fit the machine, and
-the paper's sigma is imposed by the replay drafter while a draft of the paper's kind really runs.
-Rows so made are labelled ``random weights``: they reproduce the cost side, not the acceptance.
+Without weights on disk the architecture is built with random weights, scaled to fit the machine,
+and the paper's sigma is imposed by the replay drafter while a draft of the paper's kind really runs.
+Rows so made are labelled ``random weights``: they reproduce the cost side, not the acceptance. With
+weights (and for the embedded pair) the data sets' prompts and the draft's own proposals are used.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from bench.decode_run import Subject, measure_batch
 from bench.kernels import numbers
 from bench.models import load_model, random_model
 from bench.paper_tables import DENSE, GAMMAS, Row, rows_of
+from bench.prompts import load_prompts
 from bench.record import Recorder
 from bench.scaling import random_eagle, scaled_config
+from decoder.embedded import load_pair, target_path
 from decoder.perf_model.improved_fit import predict_speedup
 from decoder.perf_model.observations import Observation
 from decoder.perf_model.theory import alpha_from_sigma
 
-PRESETS = ("qwen2-57b-a14b", "mixtral-8x7b", "qwen3-30b-a3b", "opt-30b")
+PRESETS = ("qwen2-57b-a14b", "mixtral-8x7b", "qwen3-30b-a3b", "opt-30b", "embedded")
 # Rows without a table in the paper: the sigma under which their cost is measured is borrowed.
-BORROWED = {"qwen3-30b-a3b": "qwen2-57b-a14b", "opt-30b": "qwen2-57b-a14b"}
+BORROWED = dict.fromkeys(("qwen3-30b-a3b", "opt-30b", "embedded"), "qwen2-57b-a14b")
 DRAFTS = {"qwen2-57b-a14b": "qwen2-0.5b", "qwen3-30b-a3b": "qwen2-0.5b", "opt-30b": DENSE[1]}
 
 
@@ -60,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     recorder = Recorder(args.out, args.device)
     target, draft = _models(args)
-    label = "weights on disk" if args.target else f"random weights, scale {args.scale:g}"
+    real = args.preset == "embedded" or (args.target and args.draft)
+    label = "trained weights" if real else f"random weights, scale {args.scale:g}"
     table = Table(title=f"{args.preset} ({label}); the paper's machine: {args.hardware}")
     for head in ("data", "T", "γ", "sigma", "paper's x", "our x", "at B", "predicted x", "eff."):
         table.add_column(head, justify="right")
@@ -68,11 +72,11 @@ def run(args: argparse.Namespace) -> None:
     for row in _rows(args):
         for gamma in numbers(args.gammas):
             cell = row.cells[GAMMAS.index(gamma)]
-            alpha = float(alpha_from_sigma(cell.sigma, gamma))
-            subject = Subject(target, draft, alpha, float(row.temperature))
+            alpha = None if real else float(alpha_from_sigma(cell.sigma, gamma))
+            prompts = _prompts(args, row.data) if real else None
+            subject = Subject(target, draft, alpha, float(row.temperature), prompts)
             setup = setup or setup_for(subject, args.device)
             best = _peak(args, subject, gamma, setup, recorder)
-            borrowed = args.preset in BORROWED
             recorder.write(
                 "paper",
                 row=row.name,
@@ -82,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
                 temperature=row.temperature,
                 gamma=gamma,
                 paper_sigma=cell.sigma,
-                paper_speedup=None if borrowed else cell.speedup,
+                paper_speedup=cell.speedup,
+                borrowed_from=BORROWED.get(args.preset),
                 **best,
             )
             table.add_row(
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
                 str(row.temperature),
                 str(gamma),
                 f"{best['sigma']:.2f} / {cell.sigma:.2f}",
-                "-" if borrowed else f"{cell.speedup:.2f}",
+                f"{cell.speedup:.2f}",
                 f"{best['speedup']:.2f}",
                 str(best["batch"]),
                 f"{best['predicted_speedup']:.2f}",
@@ -133,17 +138,26 @@ def _peak(
             recorder.write("decode", **fields(name, subject, pair), **setup) for pair in pairs
         ]
     if not lines:
-        raise ValueError(
-            "--new-tokens leaves no full round to measure, expected at least gamma + 3"
-        )
+        raise ValueError(f"no full round in --new-tokens {args.new_tokens}: expected more")
     best = max(lines, key=lambda line: line["speedup"])
     predicted = predict_speedup(group_cells(lines)[0].model, Observation.from_json(best))
     kept = ("batch", "sigma", "speedup", "target_efficiency", "identical")
     return {key: best[key] for key in kept} | {"predicted_speedup": predicted}
 
 
+def _prompts(args: argparse.Namespace, data: str) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    path = target_path() if args.preset == "embedded" else args.target
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [tokenizer(text)["input_ids"] for text in load_prompts(data)]
+
+
 def _models(args: argparse.Namespace) -> tuple[Any, Any]:
     dtype = getattr(torch, args.dtype)
+    if args.preset == "embedded":
+        model, draft, _ = load_pair(dtype)
+        return model, draft
     if args.target:
         target: Any = load_model(str(args.target), dtype, args.device)
     else:
