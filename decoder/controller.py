@@ -10,16 +10,25 @@ is paid from a budget of 0.5 % of the time spent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from decoder.perf_model.acceptance import AcceptanceEstimator
-from decoder.perf_model.step_cost import CorrectedCost, RoundCost, guessed_cost, measure_costs
+from decoder.perf_model.step_cost import (
+    CorrectedCost,
+    MeasuredCost,
+    RoundCost,
+    guessed_cost,
+    measure_costs,
+)
 
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
 _PROBE_SHARE = 0.005  # of the elapsed time may be lost to probing
 _PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
 _PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
-_WARM_UP = 2  # rounds per arm when no costs are known
+_WARM_UP = 2  # timed rounds per arm when no costs are known (each after one that is not used)
+_WARM_REACH = 8  # timings at one batch size serve up to this factor of it
+_TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
+_STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
 
 
 class Controller(Protocol):
@@ -67,6 +76,13 @@ class FixedGamma:
         return f"gamma {self.gamma}: fixed by the caller"
 
 
+class _Probe(NamedTuple):
+    gamma: int
+    rounds: int
+    loss: float  # seconds expected to be lost
+    credit: float  # seconds that may be lost before any were earned
+
+
 class AutoGamma:
     """Goodput-maximising draft length per batch size, gamma 0 included.
 
@@ -93,6 +109,8 @@ class AutoGamma:
         self._measure = measure
         self._known = costs is not None
         self._costs = CorrectedCost(costs if costs is not None else guessed_cost)
+        self._warmed: set[int] = set()
+        self._warm_times: dict[tuple[int, int], float] = {}
         self._current = 0
         self._goodputs: list[float] = []
         self._planned_for: tuple[int, int] | None = None
@@ -100,7 +118,7 @@ class AutoGamma:
         self._context = 0
         self._last_gamma: int | None = None
         self._probe_left = 0
-        self._probe_gamma = 0
+        self._probe = _Probe(0, 1, 0.0, 0.0)
         self._elapsed = 0.0
         self._probe_loss = 0.0
         self._reason = "no round has run yet"
@@ -127,19 +145,19 @@ class AutoGamma:
         if live_batch < 1:
             return 0
         if not self._known:
-            arm = self._untried_arm(live_batch)
+            arm = self._warm_up_arm(live_batch)
             if arm is not None:
                 self._reason = f"gamma {arm}: first timings at batch {live_batch}"
                 return arm
         if self._probe_left > 0:
             self._probe_left -= 1
-            return self._probe_gamma
+            return self._probe.gamma
         bucket = (self._costs.bucket(live_batch), live_batch)
         if bucket != self._planned_for or self._rounds_since_plan >= _PLAN_EVERY:
             self._plan(live_batch)
             self._planned_for, self._rounds_since_plan = bucket, 0
         self._rounds_since_plan += 1
-        return self._probe_gamma if self._start_probe(live_batch) else self._current
+        return self._probe.gamma if self._start_probe() else self._current
 
     def observe(
         self,
@@ -161,7 +179,7 @@ class AutoGamma:
         # After plain rounds the drafter first catches up on the tokens it missed: not this arm's
         # lasting cost.
         caught_up = gamma > 0 and self._last_gamma == 0
-        if not caught_up or (not self._known and self._costs.observations(batch, gamma) == 0):
+        if not caught_up or not self._known:
             self._costs.observe(batch, gamma, self._context, seconds)
         self._last_gamma = gamma
 
@@ -185,6 +203,7 @@ class AutoGamma:
         threshold = 0.0 if best == 0 else _SWITCH_GAIN
         if gain > threshold:
             self._current = best
+        self._probe = self._plan_probe(batch)
         plain, chosen = goodputs[0], goodputs[self._current]
         rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance.conditional()[:4])
         self._reason = (
@@ -194,30 +213,49 @@ class AutoGamma:
             f"probing lost {self._probe_loss / self._elapsed if self._elapsed else 0.0:.2%}"
         )
 
-    def _untried_arm(self, batch: int) -> int | None:
-        # Longer drafts are reached through the guess's slope: where gamma 1 loses, timing gamma 4
-        # would cost several plain steps for nothing.
-        for gamma in (0, 1):
+    def _warm_up_arm(self, batch: int) -> int | None:
+        """The next arm to time at a batch size far from those timed; None when that is done.
+
+        gamma 0 and 1 give the slope. A longer draft is timed too unless gamma 1 already costs so
+        much that it would lose several plain steps for nothing.
+        """
+        if any(batch <= _WARM_REACH * known <= _WARM_REACH**2 * batch for known in self._warmed):
+            return None
+        arms = [0, 1]
+        first = [self._costs.median_seconds(batch, gamma) for gamma in arms]
+        if first[0] and first[1] and first[1] < _STEEP * first[0] and self.max_gamma > 1:
+            arms.append(min(4, self.max_gamma))
+        for gamma in arms:
             if self._costs.observations(batch, gamma) < _WARM_UP:
                 return gamma
+        for gamma in arms:
+            self._warm_times[(batch, gamma)] = self._costs.median_seconds(batch, gamma) or 0.0
+        self._warmed.add(batch)
+        self._costs.set_prior(MeasuredCost(self._warm_times))
         return None
 
-    def _start_probe(self, batch: int) -> bool:
+    def _start_probe(self) -> bool:
         """Try another arm when its expected loss fits what probing may still cost."""
-        goodputs = self._goodputs
-        if not self._elapsed:
+        probe = self._probe
+        allowed = probe.credit + _PROBE_SHARE * self._elapsed
+        if not self._elapsed or self._probe_loss + probe.loss > allowed:
             return False
-        arm = self._arm_to_probe(batch, goodputs)
-        rounds = 1 if self._known and (batch >= 8 or arm == 0) else 2
-        seconds = rounds * self._costs.seconds(batch, arm, self._context)
-        loss = seconds * max(0.0, 1.0 - goodputs[arm] / goodputs[self._current])
-        loss = max(loss, 0.05 * seconds)  # a flat optimum is no reason to probe all the time
-        credit = _PROBE_CREDIT * self._costs.seconds(batch, 0, self._context)
-        if self._probe_loss + loss > credit + _PROBE_SHARE * self._elapsed:
-            return False
-        self._probe_loss += loss
-        self._probe_gamma, self._probe_left = arm, rounds - 1
+        self._probe_loss += probe.loss
+        self._probe_left = probe.rounds - 1
         return True
+
+    def _plan_probe(self, batch: int) -> _Probe:
+        """The arm whose next probe is worth most, and what it is expected to cost."""
+        arm = self._arm_to_probe(batch, self._goodputs)
+        rounds = 1 if self._known and (batch >= 8 or arm == 0) else 2
+        plain = self._costs.seconds(batch, 0, self._context)
+        seconds = rounds * self._costs.seconds(batch, arm, self._context)
+        loss = seconds * max(0.0, 1.0 - self._goodputs[arm] / self._goodputs[self._current])
+        loss = max(loss, 0.05 * seconds)  # a flat optimum is no reason to probe all the time
+        if self._costs.observations(batch, arm) < _TRUSTED:
+            # one stalled round may be all that speaks against this arm
+            loss = min(loss, rounds * plain)
+        return _Probe(arm, rounds, loss, _PROBE_CREDIT * plain)
 
     def _arm_to_probe(self, batch: int, goodputs: list[float]) -> int:
         """In plain decoding the best speculative arm; otherwise the least known good neighbour."""

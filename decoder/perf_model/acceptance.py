@@ -56,14 +56,14 @@ class AcceptanceEstimator:
             return
         if gamma > self.max_gamma:
             raise ValueError(f"gamma must be at most max_gamma={self.max_gamma}, got {gamma}")
-        hits = [0] * gamma
-        trials = [0] * gamma
+        ended = [0] * (gamma + 1)  # rows by number of accepted drafts
         for count in accepted:
-            for position in range(min(count, gamma)):
-                hits[position] += 1
-                trials[position] += 1
-            if count < gamma:
-                trials[count] += 1
+            ended[count if count < gamma else gamma] += 1
+        trials, hits, alive = [], [], len(accepted)
+        for count in ended[:gamma]:
+            trials.append(alive)
+            alive -= count
+            hits.append(alive)
         new = sum(trials)
         if new == 0:
             return

@@ -50,7 +50,12 @@ def predict_speedup(model: ForwardModel, observation: Observation) -> float:
     return model.with_top_k(o.top_k).speedup(o.batch, o.gamma, o.sigma, o.context)
 
 
-def fit_improved(model: ForwardModel, observations: Sequence[Observation]) -> ImprovedFit:
+def fit_improved(
+    model: ForwardModel,
+    observations: Sequence[Observation],
+    *,
+    prior_weight: float = _PRIOR_WEIGHT,
+) -> ImprovedFit:
     """Fit by ``scipy.optimize.least_squares`` (trust region reflective).
 
     Times present in the observations are fitted jointly with the speedups; parameters that nothing
@@ -58,6 +63,7 @@ def fit_improved(model: ForwardModel, observations: Sequence[Observation]) -> Im
 
     Args:
         model: the machine's own prediction; the starting point and the prior.
+        prior_weight: residual per factor e away from the prior.
 
     Raises:
         ValueError: fewer than 10 observations with a speedup.
@@ -72,7 +78,7 @@ def fit_improved(model: ForwardModel, observations: Sequence[Observation]) -> Im
 
     def residuals(x: np.ndarray) -> np.ndarray:
         return np.concatenate(
-            [_data_residuals(_with(model, names, x), targets, observations), _PRIOR_WEIGHT * x]
+            [_data_residuals(_with(model, names, x), targets, observations), prior_weight * x]
         )
 
     best = None

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from statistics import median
-from typing import Protocol
+from statistics import median_low
+from typing import NamedTuple, Protocol
 
 _WINDOW = 9  # observations kept per arm: enough for a median, short enough to follow context
 _FULL_WEIGHT = 8.0
 _ENOUGH = 5  # observations from which an arm speaks for itself
 _GLOBAL_WEIGHT = 0.5
+_FEW = 3
+_SUSPICIOUS = 0.4  # log ratio from the overall correction that few rounds alone do not establish
 
 
 class RoundCost(Protocol):
@@ -25,8 +27,14 @@ class RoundCost(Protocol):
     def __call__(self, batch: int, gamma: int, context: int) -> float: ...
 
 
+class _Round(NamedTuple):
+    batch: int
+    context: int
+    seconds: float
+
+
 def guessed_cost(batch: int, gamma: int, context: int) -> float:
-    """A shape to start from when nothing is known: a cheap draft, verification nearly free."""
+    """A shape to hold until the first rounds are timed: a cheap draft, verification nearly free."""
     return 1.0 + 0.12 * gamma + 0.01 * batch * (gamma + 1)
 
 
@@ -99,15 +107,20 @@ def measure_costs(
     for _ in range(max(1, repeats)):
         for (batch, gamma), times in seen.items():
             times.append(measure(batch, gamma))
-    return MeasuredCost({key: median(times) for key, times in seen.items()})
+    return MeasuredCost({key: median_low(times) for key, times in seen.items()})
 
 
 class CorrectedCost:
-    """A prior times a correction smoothed over neighbouring arms (batch bucket, gamma)."""
+    """A prior times a correction smoothed over neighbouring arms (batch bucket, gamma).
+
+    The first round of an arm is not used: it pays for allocations, compiled shapes and a drafter
+    that catches up.
+    """
 
     def __init__(self, prior: RoundCost) -> None:
-        self.prior = prior
-        self._ratios: dict[tuple[int, int], deque[float]] = {}
+        self._prior = prior
+        self._started: set[tuple[int, int]] = set()
+        self._rounds: dict[tuple[int, int], deque[_Round]] = {}
         self._medians: dict[tuple[int, int], float] = {}
 
     @staticmethod
@@ -117,32 +130,53 @@ class CorrectedCost:
 
     def observations(self, batch: int, gamma: int) -> int:
         """Rounds remembered at this bucket and gamma."""
-        return len(self._ratios.get((self.bucket(batch), gamma), ()))
+        return len(self._rounds.get((self.bucket(batch), gamma), ()))
+
+    def median_seconds(self, batch: int, gamma: int) -> float | None:
+        """Median of the remembered rounds themselves (the lower of two), or None."""
+        rounds = self._rounds.get((self.bucket(batch), gamma))
+        return median_low(r.seconds for r in rounds) if rounds else None
 
     def observe(self, batch: int, gamma: int, context: int, seconds: float) -> None:
         """Record the time of one round."""
         if not seconds > 0 or not math.isfinite(seconds):
             return
         arm = (self.bucket(batch), gamma)
-        window = self._ratios.setdefault(arm, deque(maxlen=_WINDOW))
-        window.append(math.log(seconds / self.prior(batch, gamma, context)))
-        self._medians[arm] = median(window)
+        if arm not in self._started:
+            self._started.add(arm)
+            return
+        window = self._rounds.setdefault(arm, deque(maxlen=_WINDOW))
+        window.append(_Round(batch, context, seconds))
+        self._medians[arm] = self._median_ratio(arm)
+
+    def set_prior(self, prior: RoundCost) -> None:
+        """Replace the shape; what was observed is kept and compared with the new one."""
+        self._prior = prior
+        self._medians = {arm: self._median_ratio(arm) for arm in self._rounds}
 
     def seconds(self, batch: int, gamma: int, context: int) -> float:
         """Expected seconds of a round."""
         bucket = self.bucket(batch)
+        prior = self._prior(batch, gamma, context)
         if self.observations(batch, gamma) >= _ENOUGH:
-            correction = math.exp(self._medians[(bucket, gamma)])
-            return self.prior(batch, gamma, context) * correction
-        total, weight = 0.0, 0.0
-        if self._medians:
-            total, weight = _GLOBAL_WEIGHT * median(self._medians.values()), _GLOBAL_WEIGHT
+            return prior * math.exp(self._medians[(bucket, gamma)])
+        overall = median_low(self._medians.values()) if self._medians else 0.0
+        total, weight = _GLOBAL_WEIGHT * overall, _GLOBAL_WEIGHT
         for (other_bucket, other_gamma), ratio in self._medians.items():
-            distance = 2.0 * abs(other_gamma - gamma) + 1.5 * abs(other_bucket - bucket)
+            # rounds with drafts resemble each other more than they resemble plain ones
+            step = 0.8 if gamma and other_gamma else 2.0
+            distance = step * abs(other_gamma - gamma) + 1.5 * abs(other_bucket - bucket)
             if distance > 8.0:
                 continue
-            count = min(len(self._ratios[(other_bucket, other_gamma)]), _FULL_WEIGHT)
+            count = min(len(self._rounds[(other_bucket, other_gamma)]), _FULL_WEIGHT)
+            if count < _FEW and abs(ratio - overall) > _SUSPICIOUS:
+                count *= 0.1  # a stall, not a cost, until it happens again
             kernel = count * math.exp(-distance)
             total, weight = total + kernel * ratio, weight + kernel
-        correction = math.exp(total / weight) if weight else 1.0
-        return self.prior(batch, gamma, context) * correction
+        return prior * math.exp(total / weight)
+
+    def _median_ratio(self, arm: tuple[int, int]) -> float:
+        """Median log of observed over prior time; the lower of two, since stalls only slow down."""
+        return median_low(
+            math.log(r.seconds / self._prior(r.batch, arm[1], r.context)) for r in self._rounds[arm]
+        )
