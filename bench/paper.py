@@ -1,7 +1,7 @@
 """``bench paper``: the paper's tables in kind, side by side: its value, ours, the prediction.
 
 Without weights on disk the architecture is built with random weights, scaled to fit the machine,
-and the paper's sigma is imposed by the replay drafter while a draft of the paper's kind really runs.
+and the paper's sigma is imposed by the replay drafter while a draft of its kind really runs.
 Rows so made are labelled ``random weights``: they reproduce the cost side, not the acceptance. With
 weights (and for the embedded pair) the data sets' prompts and the draft's own proposals are used.
 """
@@ -169,6 +169,6 @@ def _models(args: argparse.Namespace) -> tuple[Any, Any]:
         return target, load_model(str(args.draft), dtype, args.device)
     if args.preset not in DRAFTS:
         return target, random_eagle(target)
-    draft = scaled_config(DRAFTS[args.preset], args.scale)
-    draft.vocab_size = target.config.vocab_size
-    return target, random_model(draft, dtype, args.device, seed=1)
+    config = scaled_config(DRAFTS[args.preset], args.scale)
+    config.vocab_size = target.config.vocab_size
+    return target, random_model(config, dtype, args.device, seed=1)
