@@ -187,6 +187,32 @@ class Sampler:
         """Log-probabilities of a round's emitted ``tokens``; see `token_logprobs`."""
         return token_logprobs(logits, target, tokens, top)
 
+    def scores(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """What the target's own token is the argmax of, in units of logits; for audits.
+
+        Greedy rows: adjusted logits. Sampled rows: ``temperature * (log(probs) + gumbel)`` with the
+        row's noise, ``-inf`` for tokens cut by truncation.
+
+        Args:
+            logits: ``[B, 1, V]``.
+            slots: ``[B]`` int64.
+            positions: ``[B, 1]`` int64.
+
+        Returns:
+            ``[B, V]`` fp32 or fp64.
+        """
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        adjusted = logits.to(dtype, copy=True)
+        if self._adjustments.active:
+            adjusted = self._adjustments.apply(adjusted, slots, positions, None)
+        probs = self.distribution(logits, slots, positions).probs
+        if probs is None:
+            return adjusted[:, 0]
+        seeds = self._table.seeds[slots]
+        noise = rng.gumbel(seeds, positions[:, 0], self.vocab_size, Stream.TARGET)
+        sampled = (probs[:, 0].log() + noise) * self._table.temperature[slots][:, None]
+        return torch.where(self._table.greedy[slots][:, None], adjusted[:, 0], sampled)
+
     def check(self) -> None:
         """Raise if an accelerator met logits that define no distribution. Waits for the device."""
         if bool(self._failed.any()):
