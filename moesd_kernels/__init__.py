@@ -9,11 +9,15 @@ transformers.
 
 from .api import fused_experts
 from .backends import available_backends
-
+from .moe import MoE, MoEConfig
+from .routers import RouterRule
 from .routing import Routing, plan_routing
 from .transformers_hook import accelerate, decelerate, register
 
 __all__ = [
+    "MoE",
+    "MoEConfig",
+    "RouterRule",
     "Routing",
     "accelerate",
     "available_backends",

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_EXPERTS = 1024  # of the fused softmax router
+_VECTOR = 32  # elements torch's loops take per step, at most
 
 
 def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
@@ -70,6 +71,8 @@ def decelerate_dense(model: nn.Module) -> None:
 def _replacement(module: nn.Module) -> Callable[..., Any] | None:
     """The forward for `module`, or None when it must keep its own."""
     weight = getattr(module, "weight", None)
+    if type(module) in _activations() and "forward" not in module.__dict__:
+        return _activation_forward
     if (
         "forward" in module.__dict__  # somebody else's hook, or already ours
         or type(weight) is not nn.Parameter
@@ -79,7 +82,7 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
     ):
         return None
     if type(module) is nn.Linear:
-        return _linear_forward
+        return _column_forward if module.out_features == 1 else _linear_forward
     name = type(module).__name__
     if name.endswith("RMSNorm") and weight.dim() == 1:
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -147,6 +150,41 @@ def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     return torch.ops.moesd.linear(rows, weight, self.bias).view(*input.shape[:-1], -1)
 
 
+def _column_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """One output per row: a shared expert's gate, which goes through a sigmoid next."""
+    out = _linear_forward(self, input)
+    return _rows_apart(out) if _fits(input, self.weight) else out
+
+
+def _activation_forward(self: nn.Module, input: Tensor) -> Tensor:
+    """The module's own activation on rows that are computed one by one."""
+    return type(self).forward(self, _rows_apart(input) if _fits(input, input) else input)
+
+
+def _rows_apart(x: Tensor) -> Tensor:
+    """`x`, or a copy whose rows do not follow each other in memory.
+
+    torch's element-wise loops compute whole vectors of contiguous numbers with other instructions
+    than what is left over, so where rows are not whole vectors, the last bits of a row depend on
+    how many rows there are. A gap between rows makes each a loop of its own.
+    """
+    width = x.shape[-1]
+    if width % _VECTOR == 0:
+        return x
+    return x.new_empty(*x.shape[:-1], width + 1)[..., :width].copy_(x)
+
+
+@functools.cache
+def _activations() -> frozenset[type[nn.Module]]:
+    """Classes of the activations in dense MLPs."""
+    classes = {nn.SiLU, nn.GELU}
+    try:
+        from transformers.activations import GELUTanh, SiLUActivation
+    except ImportError:
+        return frozenset(classes)
+    return frozenset(classes | {GELUTanh, SiLUActivation})
+
+
 @functools.cache
 def _norm_forward(eps: float) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -177,6 +215,6 @@ def _router_forward(rule: RouterRule, fuse: bool) -> Callable[..., Any]:
         rows, bias = hidden_states.reshape(-1, weight.shape[1]), getattr(self, "bias", None)
         logits = router_logits(rows, weight, bias, rule, linear=torch.ops.moesd.linear)
         correction = getattr(self, "e_score_correction_bias", None)
-        return tuple(rule.select(logits, correction, dtype=hidden_states.dtype))
+        return tuple(rule.select(_rows_apart(logits), correction, dtype=hidden_states.dtype))
 
     return fused if fuse else composed

@@ -1,0 +1,183 @@
+"""``accelerate(dense=…)``: the same numbers, rows that do not depend on each other, reversible."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from support.models import FAMILIES, tiny_model
+from support.oracle import assert_as_accurate
+from torch import nn
+
+from moesd_kernels import accelerate, available_backends, cpu_ops, decelerate, dense_hook
+from moesd_kernels.dense_hook import accelerate_dense
+
+pytestmark = pytest.mark.skipif(
+    available_backends()["cpu"] is not None, reason="the CPU kernels cannot run here"
+)
+PROMPT = torch.arange(24).view(2, 12) % 50
+
+
+def replaced(model):
+    return {n: type(m).__name__ for n, m in model.named_modules() if "forward" in vars(m)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_kind_of_module_is_replaced(family):
+    model = accelerate(tiny_model(family))
+    kinds = set(replaced(model).values())
+    assert "Linear" in kinds
+    assert any(kind.endswith("RMSNorm") for kind in kinds)
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+    assert routers and all("forward" in vars(m) for m in routers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_fp32_logits_within_the_oracle_bound(family):
+    model = tiny_model(family)
+    model.set_experts_implementation("eager")
+    exact = copy.deepcopy(model).double()(PROMPT).logits
+    baseline = model(PROMPT).logits
+    assert_as_accurate(accelerate(model)(PROMPT).logits, baseline, exact.double(), name=family)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "norm", "router"])
+@torch.no_grad()
+def test_modules_within_the_oracle_bound(kind, dtype):
+    layer = tiny_model("qwen3_moe").model.layers[0]
+    module = {
+        "linear": nn.Linear(32, 20),
+        "norm": layer.input_layernorm,
+        "router": layer.mlp.gate,
+    }[kind].to(dtype)
+    x = torch.randn(3, 5, 32).to(dtype)
+    first = lambda out: out[0] if isinstance(out, tuple) else out
+    exact = first(copy.deepcopy(module).double()(x.double()))
+    baseline = first(module(x))
+    assert accelerate_dense(module) == 1
+    actual = first(module(x))
+    assert_as_accurate(actual.flatten(0, -2), baseline.flatten(0, -2), exact.flatten(0, -2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_router_returns_what_the_class_returns(family):
+    model = tiny_model(family, torch.bfloat16)
+    router = next(m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter"))
+    x = torch.randn(40, 32).bfloat16()
+    expected = router(x)
+    accelerate_dense(router)
+    actual = router(x)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    same = actual[2].sort(-1).values == expected[2].sort(-1).values
+    assert same.float().mean() > 0.95  # bf16 logits that tie may fall either way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_block_rows_do_not_depend_on_the_others(family, dtype):
+    """Bit for bit over a whole MoE block: router, experts, shared expert."""
+    model = accelerate(tiny_model(family, dtype))
+    block = next(m for m in model.modules() if hasattr(m, "experts"))
+    x = torch.randn(1, 33, 32).to(dtype)
+    run = lambda rows: (lambda out: out[0] if isinstance(out, tuple) else out)(block(rows))
+    everything = run(x)
+    for T in (1, 2, 5, 16):
+        assert torch.equal(run(x[:, :T]), everything[:, :T]), T
+    order = torch.randperm(33)
+    assert torch.equal(run(x[:, order]), everything[:, order])
+
+
+@torch.no_grad()
+def test_decelerate_restores_everything():
+    model = tiny_model("qwen3_moe")
+    model.set_experts_implementation("grouped_mm")
+    before = model(PROMPT).logits
+    names = list(model.state_dict())
+    accelerate(model)
+    assert replaced(model) and list(model.state_dict()) == names
+    decelerate(model)
+    assert not replaced(model)
+    assert torch.equal(model(PROMPT).logits, before)
+
+
+@torch.no_grad()
+def test_a_copy_uses_its_own_parameters():
+    linear = nn.Linear(8, 4)
+    accelerate_dense(linear)
+    twin = copy.deepcopy(linear)
+    twin.weight.zero_()
+    twin.bias.zero_()
+    assert (twin(torch.randn(2, 8)) == 0).all()
+    assert not (linear(torch.randn(2, 8)) == 0).all()
+
+
+class GemmaLikeRMSNorm(nn.Module):
+    """Multiplies by 1 + w, which our kernel does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(8)), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+def test_a_norm_that_computes_something_else_is_left_alone():
+    assert accelerate_dense(GemmaLikeRMSNorm()) == 0
+
+
+def test_somebody_elses_forward_is_left_alone():
+    linear = nn.Linear(8, 4)
+    linear.forward = lambda x: x
+    assert accelerate_dense(linear) == 0
+    dense_hook.decelerate_dense(linear)
+    assert linear(3) == 3
+
+
+def test_accelerating_twice_changes_nothing():
+    model = accelerate(tiny_model("olmoe"))
+    assert accelerate_dense(model) == 0
+
+
+def steps_aside(x=None, weight_grad=False, **contexts):
+    """Whether a replaced linear layer runs its class's forward in this situation."""
+    linear = nn.Linear(8, 4).requires_grad_(weight_grad)
+    accelerate_dense(linear)
+    x = torch.randn(2, 8) if x is None else x
+    with mock.patch.object(nn.Linear, "forward", return_value="own") as own:
+        linear(x)
+    return own.called
+
+
+def test_steps_aside():
+    assert not steps_aside()
+    assert steps_aside(weight_grad=True)
+    assert steps_aside(torch.randn(2, 8, requires_grad=True))
+    assert steps_aside(torch.randn(2, 8, dtype=torch.float64))
+    assert steps_aside(torch.randn(0, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert steps_aside()
+    with torch.no_grad():
+        assert not steps_aside(weight_grad=True)
+
+
+def test_training_still_works():
+    model = accelerate(tiny_model("qwen3_moe"))
+    model(PROMPT, labels=PROMPT).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_unavailable_kernels(monkeypatch):
+    monkeypatch.setattr(cpu_ops, "unavailable", lambda: "no C++ compiler found")
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        accelerate(tiny_model("olmoe"), dense=True)
+    model = accelerate(tiny_model("olmoe"), dense="auto")
+    assert not replaced(model)
