@@ -1,0 +1,57 @@
+"""Checked-in tuning results: ``configs/<device>.json``, written by ``python -m bench tune``.
+
+A file is ``{"device", "triton", "entries": [...]}``; an entry names the layer (E, K, H, I, gated),
+dtype and bucket (tokens per expert, a power of two) and gives the tiles of gate_up, down and
+single. BLOCK_M is not tuned: it is what guarantees that an expert is read once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .types import GemmConfig, LayerShape, MoEConfig
+
+FOLDER = Path(__file__).parent / "configs"
+
+Key = tuple[tuple[int, int, int, int, bool], str, float]
+
+
+def config_path(device_name: str, folder: Path = FOLDER) -> Path:
+    """Where a device's file lies."""
+    return folder / f"{device_name.replace(' ', '_')}.json"
+
+
+@functools.cache
+def tuned_configs(device_name: str) -> dict[Key, MoEConfig]:
+    """The device's entries; none if it has no file. Read once per process."""
+    path = config_path(device_name)
+    return load(path) if path.exists() else {}
+
+
+def load(path: Path) -> dict[Key, MoEConfig]:
+    """Read a file.
+
+    Raises:
+        ValueError: An entry is not what this version expects; the message names file and entry.
+    """
+    configs = {}
+    for number, entry in enumerate(json.loads(path.read_text())["entries"]):
+        try:
+            dimensions = (entry["E"], entry["K"], entry["H"], entry["I"], entry["gated"])
+            key = (dimensions, entry["dtype"], float(entry["bucket"]))
+            configs[key] = MoEConfig(
+                **{name: GemmConfig(**entry[name]) for name in ("gate_up", "down", "single")}
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: entry {number} cannot be used: {error!r}") from error
+    return configs
+
+
+def entry_of(shape: LayerShape, dtype: str, bucket: float, config: MoEConfig) -> dict[str, Any]:
+    """The file's form of one choice."""
+    layer = {"E": shape.E, "K": shape.K, "H": shape.H, "I": shape.I, "gated": shape.gated}
+    return layer | {"dtype": dtype, "bucket": bucket} | asdict(config)

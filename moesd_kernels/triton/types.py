@@ -1,0 +1,125 @@
+"""Values configurations are made from and of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the choice of tiles depends on; the defaults are an H200.
+
+    Attributes:
+        name: The driver's name of the device; a tuned file is found by it.
+        capability: 10 * major + minor.
+        sms: Streaming multiprocessors.
+        shared_bytes: Shared memory a program may use.
+        bandwidth: DRAM bytes per second.
+        matrix_flops: Dense bf16 operations per second.
+    """
+
+    name: str = "NVIDIA H200"
+    capability: int = 90
+    sms: int = 132
+    shared_bytes: int = 232448
+    bandwidth: float = 4.3e12
+    matrix_flops: float = 7.9e14
+
+
+# One device of each architecture the kernels are compiled for without having it.
+A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108, 166912, 1.8e12, 2.8e14)
+H200 = Device()
+B200 = Device("NVIDIA B200", 100, 148, 232448, 7.0e12, 2.0e15)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """A layer's dimensions and the tokens entering it."""
+
+    E: int
+    K: int
+    H: int
+    I: int
+    T: int
+    gated: bool = True
+
+    @property
+    def layer(self) -> tuple[int, int, int, int, bool]:
+        """The dimensions without T."""
+        return self.E, self.K, self.H, self.I, self.gated
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """Tiles of one product.
+
+    Attributes:
+        block_m: Rows (tokens) of a tile; the same for both products of a layer.
+        block_n: Weight rows of a tile; of each of gate and up.
+        block_k: Columns of one step.
+        split_k: Programs that share a tile's columns; 1 for gate_up.
+        num_warps: Warps of a program.
+        num_stages: Steps whose loads are under way.
+        swap_ab: Whether weights are the matrix instruction's M operand.
+        group_m: Blocks whose equal tiles are adjacent in launch order.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+    swap_ab: bool = False
+    group_m: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        for name in ("split_k", "num_stages", "group_m"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def constexprs(self) -> dict[str, int | bool]:
+        """Arguments both product kernels are specialised on."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "SWAP_AB": self.swap_ab,
+        }
+
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """Tiles of a layer: both products, and the one-token down projection."""
+
+    gate_up: GemmConfig
+    down: GemmConfig
+    single: GemmConfig
+
+    def __post_init__(self) -> None:
+        if self.gate_up.block_m != self.down.block_m:
+            raise ValueError(
+                "gate_up and down share one plan: block_m must be equal, got "
+                f"{self.gate_up.block_m} and {self.down.block_m}"
+            )
+        if self.gate_up.split_k != 1:
+            raise ValueError(f"gate_up.split_k must be 1, got {self.gate_up.split_k}")
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a block of the plan."""
+        return self.gate_up.block_m
+
+    def with_block_m(self, block_m: int) -> MoEConfig:
+        """The same tiles on blocks of another height."""
+        return MoEConfig(
+            replace(self.gate_up, block_m=block_m), replace(self.down, block_m=block_m), self.single
+        )

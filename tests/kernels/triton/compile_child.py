@@ -1,0 +1,155 @@
+"""Child of test_static.py: compiles every selectable kernel for one architecture, prints facts.
+
+Run as ``python compile_child.py {80,90,100}``; needs Triton, no GPU. One JSON line per kernel.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moesd_kernels.triton.combine_kernel import _combine_kernel
+from moesd_kernels.triton.config import select_config
+from moesd_kernels.triton.down_kernel import _down_combine_kernel, _down_kernel
+from moesd_kernels.triton.gate_up_kernel import _gate_up_kernel
+from moesd_kernels.triton.launch import MAX_INLINE_PAIRS
+from moesd_kernels.triton.plan_kernel import _plan_kernel
+from moesd_kernels.triton.types import A100, B200, H200, LayerShape
+
+DEVICES = {80: A100, 90: H200, 100: B200}
+LAYERS = {
+    "mixtral": (8, 2, 4096, 14336),
+    "qwen2-57b": (64, 8, 3584, 2560),
+    "qwen3-30b": (128, 8, 2048, 768),
+    "olmoe": (64, 8, 2048, 1024),
+    "deepseek-v3": (256, 8, 7168, 2048),
+}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+KERNELS = {
+    "gate_up": _gate_up_kernel,
+    "down": _down_kernel,
+    "down_combine": _down_combine_kernel,
+    "plan": _plan_kernel,
+    "combine": _combine_kernel,
+}
+# Everything not named here is a bf16 pointer or an int32; K is contiguous.
+TYPES = {
+    "ids_ptr": "*i64",
+    "sorted_to_pair_ptr": "*i32",
+    "blocks_ptr": "*i32",
+    "partial_ptr": "*fp32",
+    "weights_ptr": "*fp32",
+    "limit": "fp32",
+    "alpha": "fp32",
+}
+# Multiples of 16 in every real model, as the launcher finds out by itself.
+DIVISIBLE = ("H", "I", "stride_xt", "stride_we", "stride_wn", "stride_be", "stride_ot")
+PLAIN = {
+    "ACTIVATION": 0,
+    "GATED": True,
+    "INTERLEAVED": False,
+    "HAS_BIAS": False,
+    "HAS_LIMIT": False,
+    "HAS_ALPHA": False,
+    "EVEN_K": True,
+    "stride_wk": 1,
+}
+
+
+def jobs(arch):
+    """Distinct (kernel, constexprs, options) over all layers, tokens and both modes."""
+    found = {}
+
+    def add(kernel, constexprs, options):
+        key = kernel, tuple(sorted(constexprs.items())), tuple(sorted(options.items()))
+        found.setdefault(key, (kernel, constexprs, options))
+
+    for E, K, H, I in LAYERS.values():
+        for T in TOKENS:
+            for invariant in (False, True):
+                shape = LayerShape(E, K, H, I, T)
+                chosen = select_config(
+                    shape, torch.bfloat16, DEVICES[arch], batch_invariant=invariant
+                )
+                gate_up, down, single = chosen.gate_up, chosen.down, chosen.single
+                routing = 2 if T == 1 else 1 if T * K <= MAX_INLINE_PAIRS else 0
+                # TOPK and the padded sizes do not change what is checked: one value for each.
+                sizes = {"TOPK": 8, "N_PAD": 512, "E_PAD": 512, "ROUTING": routing}
+                add("gate_up", sizes | gate_up.constexprs(), gate_up.options())
+                if T == 1 and not invariant:
+                    tile = {"TOPK": 8, "BLOCK_N": single.block_n, "BLOCK_K": single.block_k}
+                    tile["STAGES"] = single.num_stages
+                    add("down_combine", tile, {"num_warps": single.num_warps})
+                else:
+                    split = {"SPLIT_K": down.split_k, "ROUTING": 2 if T == 1 else 0}
+                    add("down", split | down.constexprs(), down.options())
+    for n_pad, warps in ((1024, 4), (16384, 8)):
+        add("plan", {"N_PAD": n_pad, "E_PAD": 512, "BLOCK_M": 64}, {"num_warps": warps})
+    for split in (1, 8):
+        add("combine", {"TOPK": 8, "SPLIT_K": split, "BLOCK_H": 512}, {"num_warps": 2})
+    return list(found.values())
+
+
+def compile_one(arch, kernel, constexprs, options):
+    """Compile one kernel; what its code and resource usage say."""
+    function = KERNELS[kernel]
+    values = PLAIN | {"PDL": arch >= 90} | constexprs
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in values:
+            signature[name] = "constexpr"
+            constants[(index,)] = values[name]
+            continue
+        signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        if name.endswith("_ptr") or name in DIVISIBLE:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = done.asm["ptx"]
+    return {
+        "kernel": kernel,
+        "constexprs": constexprs | options,
+        "shared": done.metadata.shared,
+        "shared_limit": DEVICES[arch].shared_bytes,
+        "copy_bytes": sorted({int(size, 0) for size in re.findall(COPY, ptx)}),
+        "mma": sorted(set(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx))),
+        "dependent_launch": "griddepcontrol.wait" in ptx,
+        **resources(done.asm["cubin"]),
+    }
+
+
+COPY = r"cp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\], *\[[^\]]*\], *(0x\w+|\d+)"
+
+
+def resources(cubin):
+    """Registers, and bytes of stack and local memory: what a spill would use."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {name.lower(): int(found[name]) for name in ("REG", "STACK", "LOCAL")}
+
+
+def main():
+    arch = int(sys.argv[1])
+    work = jobs(arch)
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for facts in pool.map(compile_one, [arch] * len(work), *zip(*work, strict=True)):
+            print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Every kernel the selector can ask for, compiled without a GPU: no spills, no slow loads.
+
+bf16, for sm_80, sm_90 and sm_100, over the layers of five published models.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Tiles of 16 and 32 rows go to the warp-wide instruction on every architecture.
+WIDE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+@pytest.mark.parametrize("arch", sorted(WIDE))
+def test_compiled_kernels(arch, tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = str(HERE.parents[2])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_child.py"), str(arch)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    facts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {fact["kernel"] for fact in facts} == {
+        "plan",
+        "gate_up",
+        "down",
+        "down_combine",
+        "combine",
+    }
+    problems = [problem for fact in facts for problem in problems_of(fact, arch)]
+    assert not problems, "\n".join(problems)
+
+
+def problems_of(fact, arch):
+    """What is wrong with one compiled kernel, in words."""
+    name = f"{fact['kernel']} {fact['constexprs']}"
+    if fact["stack"] or fact["local"]:
+        yield f"{name}: spills {fact['stack']} + {fact['local']} bytes"
+    if fact["shared"] > fact["shared_limit"]:
+        yield f"{name}: {fact['shared']} bytes of shared memory, limit {fact['shared_limit']}"
+    if fact["dependent_launch"] != (arch >= 90):
+        yield f"{name}: programmatic dependent launch is {fact['dependent_launch']}"
+    if fact["kernel"] in ("gate_up", "down"):
+        expected = [WIDE[arch] if fact["constexprs"]["BLOCK_M"] >= 64 else "mma.sync"]
+        if fact["mma"] != expected:
+            yield f"{name}: matrix instructions {fact['mma']}, expected {expected}"
+        if fact["copy_bytes"] != [16]:
+            yield f"{name}: loads of {fact['copy_bytes']} bytes, expected only 16"
+    # Ids and routing weights are copied singly beside the weights.
+    if fact["kernel"] == "down_combine" and 16 not in fact["copy_bytes"]:
+        yield f"{name}: weights are not loaded 16 bytes at a time"
