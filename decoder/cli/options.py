@@ -142,9 +142,11 @@ class Setup:
 
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from ..loading import DTYPES, load_model, load_tokenizer
 
+        disable_progress_bar()
         self.args = args
         if args.threads:
             torch.set_num_threads(args.threads)

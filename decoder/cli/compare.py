@@ -1,0 +1,154 @@
+"""``python -m decoder compare``: autoregressive against speculative decoding, interleaved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ..metrics import DecoderStats
+from ..outputs import Output
+from ..params import SamplingParams
+from ..prompts_io import check_prompts, read_prompts
+from .options import (
+    Setup,
+    _positive,
+    add_model_arguments,
+    add_sampling_arguments,
+    sampling_params,
+)
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Two ways of decoding the same prompts.
+
+    Attributes:
+        plain, speculative: outputs of the last repetition.
+        plain_stats, speculative_stats: of the repetition with the median rate.
+        plain_rate, speculative_rate: median output tokens per second, prefill included.
+        ratio: median over repetitions of the two rates measured side by side.
+    """
+
+    plain: list[Output]
+    speculative: list[Output]
+    plain_stats: DecoderStats
+    speculative_stats: DecoderStats
+    plain_rate: float
+    speculative_rate: float
+    ratio: float
+
+    @property
+    def identical(self) -> tuple[int, int]:
+        """How many sequences agree token for token, of how many."""
+        pairs = zip(self.plain, self.speculative, strict=True)
+        return sum(a.token_ids == b.token_ids for a, b in pairs), len(self.plain)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        same, total = self.identical
+        return {
+            "ratio": self.ratio,
+            "identical": same,
+            "sequences": total,
+            "target_efficiency": self.speculative_stats.target_efficiency(self.plain_stats),
+            "autoregressive": {"tok_s": self.plain_rate, **self.plain_stats.as_dict()},
+            "speculative": {"tok_s": self.speculative_rate, **self.speculative_stats.as_dict()},
+        }
+
+
+def compare(
+    plain: Any,
+    speculative: Any,
+    prompts: Sequence[Any],
+    params: SamplingParams,
+    repetitions: int,
+    warm_up: bool = True,
+) -> Comparison:
+    """Decode ``prompts`` with both decoders in turn, ``repetitions`` times.
+
+    Args:
+        warm_up: run a few tokens with each before measuring.
+    """
+    if warm_up:
+        short = params.updated(
+            {"max_new_tokens": min(8, params.max_new_tokens), "min_new_tokens": 0}
+        )
+        for decoder in (plain, speculative):
+            decoder.generate(prompts[: decoder.max_batch_size], short)
+    runs: list[list[tuple[float, DecoderStats]]] = [[], []]
+    outputs: list[list[Output]] = [[], []]
+    for _ in range(repetitions):
+        for side, decoder in enumerate((plain, speculative)):
+            outputs[side] = decoder.generate(prompts, params)
+            runs[side].append((decoder.stats.tokens_per_second, decoder.stats))
+    ratios = [fast[0] / slow[0] for slow, fast in zip(*runs, strict=True)]
+    (plain_rate, plain_stats), (rate, stats) = (_median_run(side) for side in runs)
+    return Comparison(
+        outputs[0], outputs[1], plain_stats, stats, plain_rate, rate, statistics.median(ratios)
+    )
+
+
+def _median_run(runs: list[tuple[float, DecoderStats]]) -> tuple[float, DecoderStats]:
+    ordered = sorted(runs, key=lambda run: run[0])
+    return statistics.median(run[0] for run in runs), ordered[len(runs) // 2][1]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the sub-command."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="autoregressive against speculative decoding",
+        description="Run both on the same prompts in turn; medians over repetitions.",
+    )
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompts", metavar="FILE", help="JSONL (default: built-in code prompts)")
+    group.add_argument("--limit", type=_positive, metavar="N", help="use the first N prompts only")
+    group.add_argument("--repetitions", type=_positive, default=3, metavar="N")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0 also when outputs differ, which sampling without coupling does."""
+    from rich.console import Console
+
+    from ..view import comparison_table
+
+    params = sampling_params(args)
+    prompts = load_prompts(args.prompts, args.limit)
+    setup = Setup(args)
+    plain, speculative = setup.decoder(plain=True), setup.decoder()
+    result = compare(plain, speculative, prompts, params, args.repetitions)
+    if args.json:
+        print(json.dumps(result.as_dict()))
+        return 0
+    title = f"{len(prompts)} prompts, batch {args.batch_size}, {speculative.drafter.name} drafter"
+    Console().print(
+        comparison_table(
+            result.plain_stats,
+            result.speculative_stats,
+            title=f"{title}, gamma {args.gamma}",
+            plain_rate=result.plain_rate,
+            speculative_rate=result.speculative_rate,
+            ratio=result.ratio,
+            identical=result.identical,
+        )
+    )
+    return 0
+
+
+def load_prompts(path: str | None, limit: int | None) -> list[Any]:
+    """The prompts of a file, or the built-in code prompts."""
+    if path is None:
+        from ..embedded.prompts import CODE_PROMPTS
+
+        return list(CODE_PROMPTS[:limit])
+    check_prompts(path)
+    return list(islice(read_prompts(path), limit))

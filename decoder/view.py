@@ -1,0 +1,92 @@
+"""What a terminal shows: which tokens were drafted, and tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .metrics import DecoderStats
+from .outputs import Output
+
+DRAFTED = "green"
+OWN = "bold magenta"
+
+
+def colored(output: Output, tokenizer: Any) -> Text:
+    """The output's text: drafted and accepted tokens green, the target's own magenta."""
+    text = Text()
+    shown = end = 0
+    for drafted, run in groupby(output.drafted):
+        end += sum(1 for _ in run)
+        # Prefixes are decoded, not single tokens: a character may span several tokens.
+        prefix = tokenizer.decode(output.token_ids[:end], skip_special_tokens=True)
+        prefix = prefix[: len(output.text)]
+        text.append(prefix[shown:], style=DRAFTED if drafted else OWN)
+        shown = max(shown, len(prefix))
+    return text
+
+
+def legend() -> Text:
+    """Explains the colours."""
+    return Text.assemble(("drafted and accepted", DRAFTED), "  ", ("the target's own", OWN))
+
+
+def number(value: float | None, digits: int = 2, suffix: str = "") -> str:
+    """A number for a table cell; a dash when there is none."""
+    return "-" if value is None else f"{value:.{digits}f}{suffix}"
+
+
+def comparison_table(
+    plain: DecoderStats,
+    speculative: DecoderStats,
+    *,
+    title: str,
+    plain_rate: float,
+    speculative_rate: float,
+    ratio: float,
+    identical: tuple[int, int],
+    extra: Sequence[tuple[str, str, str]] = (),
+) -> Table:
+    """Autoregressive against speculative decoding, one quantity per line."""
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column("autoregressive", justify="right")
+    table.add_column("speculative", justify="right")
+    table.add_row("tokens/s", number(plain_rate, 1), number(speculative_rate, 1))
+    table.add_row("ratio", "1.00x", number(ratio, 2, "x"))
+    table.add_row("alpha (acceptance rate)", "-", number(speculative.alpha, 3))
+    for row in extra:
+        table.add_row(*row)
+    table.add_row("sigma (emitted / slots)", "-", number(speculative.sigma, 3))
+    table.add_row("tokens per row and round", "1.00", number(speculative.acceptance_length, 2))
+    efficiency = speculative.target_efficiency(plain)
+    table.add_row("target efficiency", "-", number(efficiency, 3))
+    own, other = plain.ms_per_round(), speculative.ms_per_round()
+    for phase in own:
+        table.add_row(f"ms per round: {phase}", number(own[phase], 2), number(other[phase], 2))
+    rounds = f"{plain.rounds}", f"{speculative.rounds}"
+    table.add_row("rounds", *rounds)
+    same, total = identical
+    table.add_row("identical outputs", "", f"{'yes' if same == total else 'NO'} ({same}/{total})")
+    return table
+
+
+def stats_line(stats: DecoderStats) -> str:
+    """One line of numbers for the end of a run."""
+    parts = [
+        f"{stats.sequences} sequences",
+        f"{stats.tokens} tokens",
+        f"{number(stats.tokens_per_second, 1)} tok/s",
+    ]
+    if stats.alpha is not None:
+        parts += [
+            f"alpha {number(stats.alpha, 3)}",
+            f"sigma {number(stats.sigma, 3)}",
+            f"{number(stats.acceptance_length)} tokens/round",
+        ]
+    phases = ", ".join(f"{phase} {ms:.2f}" for phase, ms in stats.ms_per_round().items())
+    return ", ".join(parts) + f"; ms per round: {phases}"
