@@ -93,6 +93,8 @@ def tiny_model(
             else:
                 # Biases and norms away from 0 and 1, so that forgetting one shows.
                 weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        model.set_experts_implementation("batched_mm")  # grouped_mm has no fp64
     return model.to(dtype).eval()
 
 

@@ -36,7 +36,7 @@ def bound(model: Any, top_k: int | None = 1) -> tuple[SelfDrafter, ModelRunner]:
 
 @torch.no_grad()
 def reduced_continuation(model: Any, prompt: list[int], top_k: int, count: int) -> list[int]:
-    """Full routing on the prompt but its last token, ``top_k`` from there on; own hooks, own cache."""
+    """Full routing up to the prompt's last token, ``top_k`` from there on; own hooks and cache."""
     import transformers
 
     cache = transformers.DynamicCache(config=model.config)
