@@ -9,24 +9,20 @@ is paid from a budget of 0.5 % of the time spent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from decoder.perf_model.acceptance import AcceptanceEstimator
-from decoder.perf_model.step_cost import (
-    CorrectedCost,
-    MeasuredCost,
-    RoundCost,
-    guessed_cost,
-    measure_costs,
-)
+from decoder.perf_model.learned_cost import LearnedCost
+from decoder.perf_model.step_cost import CorrectedCost, RoundCost, measure_costs
 
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
 _PROBE_SHARE = 0.005  # of the elapsed time may be lost to probing
 _PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
 _PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
-_WARM_UP = 2  # timed rounds per arm when no costs are known (each after one that is not used)
-_WARM_REACH = 8  # timings at one batch size serve up to this factor of it
+_WARM_UP = 2  # rounds per arm when no costs are known
+_WARM_REACH = 4  # timings at one batch size serve up to this factor of it
 _TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
 _STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
 
@@ -80,7 +76,7 @@ class _Probe(NamedTuple):
     gamma: int
     rounds: int
     loss: float  # seconds expected to be lost
-    credit: float  # seconds that may be lost before any were earned
+    credit: float  # seconds that may be lost before the budget has grown
 
 
 class AutoGamma:
@@ -107,13 +103,14 @@ class AutoGamma:
         self.max_gamma = max_gamma
         self.acceptance = AcceptanceEstimator(max_gamma, acceptance_prior)
         self._measure = measure
-        self._known = costs is not None
-        self._costs = CorrectedCost(costs if costs is not None else guessed_cost)
-        self._warmed: set[int] = set()
-        self._warm_times: dict[tuple[int, int], float] = {}
+        self._costs: CorrectedCost | LearnedCost = (
+            LearnedCost() if costs is None else CorrectedCost(costs)
+        )
+        self._warming = 0
+        self._anchor = costs is not None  # a model's idea of plain decoding needs checking
         self._current = 0
         self._goodputs: list[float] = []
-        self._planned_for: tuple[int, int] | None = None
+        self._planned_for: int | None = None
         self._rounds_since_plan = 0
         self._context = 0
         self._last_gamma: int | None = None
@@ -136,7 +133,7 @@ class AutoGamma:
             batches = [size for size in (1, 4, 16, 64, 256) if size < max_batch] + [max_batch]
         gammas = {0, 1, min(3, self.max_gamma), self.max_gamma}
         self._costs = CorrectedCost(measure_costs(self._measure, batches, gammas))
-        self._known = True
+        self._anchor = False
         self._planned_for = None
 
     def choose(self, live_batch: int, context: int) -> int:
@@ -144,18 +141,17 @@ class AutoGamma:
         self._context = context
         if live_batch < 1:
             return 0
-        if not self._known:
-            arm = self._warm_up_arm(live_batch)
+        if isinstance(self._costs, LearnedCost):
+            arm = self._warm_up_arm(self._costs, live_batch)
             if arm is not None:
                 self._reason = f"gamma {arm}: first timings at batch {live_batch}"
                 return arm
         if self._probe_left > 0:
             self._probe_left -= 1
             return self._probe.gamma
-        bucket = (self._costs.bucket(live_batch), live_batch)
-        if bucket != self._planned_for or self._rounds_since_plan >= _PLAN_EVERY:
+        if live_batch != self._planned_for or self._rounds_since_plan >= _PLAN_EVERY:
             self._plan(live_batch)
-            self._planned_for, self._rounds_since_plan = bucket, 0
+            self._planned_for, self._rounds_since_plan = live_batch, 0
         self._rounds_since_plan += 1
         return self._probe.gamma if self._start_probe() else self._current
 
@@ -179,8 +175,9 @@ class AutoGamma:
         # After plain rounds the drafter first catches up on the tokens it missed: not this arm's
         # lasting cost.
         caught_up = gamma > 0 and self._last_gamma == 0
-        if not caught_up or not self._known:
-            self._costs.observe(batch, gamma, self._context, seconds)
+        if not caught_up or self._costs.observations(batch, gamma) == 0:
+            draft = times.get("draft", 0.0)
+            self._costs.observe(batch, gamma, self._context, seconds, draft)
         self._last_gamma = gamma
 
     def explain(self) -> str:
@@ -213,26 +210,29 @@ class AutoGamma:
             f"probing lost {self._probe_loss / self._elapsed if self._elapsed else 0.0:.2%}"
         )
 
-    def _warm_up_arm(self, batch: int) -> int | None:
-        """The next arm to time at a batch size far from those timed; None when that is done.
+    def _warm_up_arm(self, costs: LearnedCost, batch: int) -> int | None:
+        """The next gamma to time when rounds of its size were never run; None when none is needed.
 
         gamma 0 and 1 give the slope. A longer draft is timed too unless gamma 1 already costs so
         much that it would lose several plain steps for nothing.
         """
-        if any(batch <= _WARM_REACH * known <= _WARM_REACH**2 * batch for known in self._warmed):
-            return None
-        arms = [0, 1]
-        first = [self._costs.median_seconds(batch, gamma) for gamma in arms]
-        if first[0] and first[1] and first[1] < _STEEP * first[0] and self.max_gamma > 1:
-            arms.append(min(4, self.max_gamma))
-        for gamma in arms:
-            if self._costs.observations(batch, gamma) < _WARM_UP:
-                return gamma
-        for gamma in arms:
-            self._warm_times[(batch, gamma)] = self._costs.median_seconds(batch, gamma) or 0.0
-        self._warmed.add(batch)
-        self._costs.set_prior(MeasuredCost(self._warm_times))
-        return None
+        if costs.observations(batch, 0) < _WARM_UP and not costs.knows_verify(batch, _WARM_REACH):
+            self._warming = batch
+        if self._warming == batch and costs.observations(batch, 0) < _WARM_UP:
+            return 0
+        if not costs.knows_draft() or (
+            self._warming == batch and 0 < costs.observations(batch, 1) < _WARM_UP
+        ):
+            return 1
+        steep = costs.seconds(batch, 1, 0) > _STEEP * costs.seconds(batch, 0, 0)
+        longest = self._plausible_gamma()
+        known = costs.knows_verify(batch * (longest + 1), _WARM_REACH / 2)
+        return None if steep or known else longest
+
+    def _plausible_gamma(self) -> int:
+        """The draft length that a third of the rows would survive, at least 2."""
+        rate = min(max(self.acceptance.conditional()[0], 0.01), 0.99)
+        return min(max(round(math.log(1 / 3) / math.log(rate)), 2), self.max_gamma)
 
     def _start_probe(self) -> bool:
         """Try another arm when its expected loss fits what probing may still cost."""
@@ -247,19 +247,26 @@ class AutoGamma:
     def _plan_probe(self, batch: int) -> _Probe:
         """The arm whose next probe is worth most, and what it is expected to cost."""
         arm = self._arm_to_probe(batch, self._goodputs)
-        rounds = 1 if self._known and (batch >= 8 or arm == 0) else 2
+        rounds = 1 if batch >= 8 or arm == 0 else 2
         plain = self._costs.seconds(batch, 0, self._context)
         seconds = rounds * self._costs.seconds(batch, arm, self._context)
         loss = seconds * max(0.0, 1.0 - self._goodputs[arm] / self._goodputs[self._current])
         loss = max(loss, 0.05 * seconds)  # a flat optimum is no reason to probe all the time
         if self._costs.observations(batch, arm) < _TRUSTED:
             # one stalled round may be all that speaks against this arm
-            loss = min(loss, rounds * plain)
-        return _Probe(arm, rounds, loss, _PROBE_CREDIT * plain)
+            loss = min(
+                loss, rounds * min(plain, self._costs.seconds(batch, self._current, self._context))
+            )
+        return _Probe(arm, rounds, loss, (2.0 if self._anchor else _PROBE_CREDIT) * plain)
 
     def _arm_to_probe(self, batch: int, goodputs: list[float]) -> int:
-        """In plain decoding the best speculative arm; otherwise the least known good neighbour."""
+        """Plain decoding until it is known; from there the best speculative arm, from a
+        speculative arm its least known neighbour."""
         others = [gamma for gamma in range(len(goodputs)) if gamma != self._current]
+        if self._anchor and self._current:
+            if self._costs.observations(batch, 0) < _TRUSTED:
+                return 0  # "never slower than plain" needs to know what plain costs
+            self._anchor = False
         if self._current == 0:
             return max(others, key=goodputs.__getitem__)
         near = [g for g in others if g == 0 or abs(g - self._current) <= 2]

@@ -16,8 +16,8 @@ _SHRINK_TRIALS = 8.0  # evidence a position needs before it differs from the one
 _HORIZON_TRIALS = 400.0
 _HORIZON_ROUNDS = 16.0  # a wide batch still remembers this many rounds
 _FAST_TRIALS = 60.0
-_IDLE_DECAY = 0.995  # per round without drafts; evidence ages, so that probes can change a mind
-_IDLE_FLOOR = 24.0
+_IDLE_DECAY = 0.99  # per round without drafts; evidence ages, so that probes can change a mind
+_IDLE_FLOOR = 16.0
 
 
 class AcceptanceEstimator:

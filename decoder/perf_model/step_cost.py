@@ -1,6 +1,6 @@
 """What one decoding round costs for a (batch, gamma), corrected by the rounds actually run.
 
-A prior gives the shape (a start-up profile, a fitted model, or a plain guess); medians of observed
+A prior gives the shape (a start-up profile or a fitted model); medians of observed
 over predicted time correct it. Ratios rather than seconds are kept, so that an observation at one
 batch size, gamma or context says something about its neighbours.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median_low
 from typing import NamedTuple, Protocol
 
@@ -33,9 +33,9 @@ class _Round(NamedTuple):
     seconds: float
 
 
-def guessed_cost(batch: int, gamma: int, context: int) -> float:
-    """A shape to hold until the first rounds are timed: a cheap draft, verification nearly free."""
-    return 1.0 + 0.12 * gamma + 0.01 * batch * (gamma + 1)
+def bucket_of(count: int) -> int:
+    """Index of the half-octave of a count."""
+    return round(2.0 * math.log2(max(count, 1)))
 
 
 class MeasuredCost:
@@ -113,70 +113,61 @@ def measure_costs(
 class CorrectedCost:
     """A prior times a correction smoothed over neighbouring arms (batch bucket, gamma).
 
-    The first round of an arm is not used: it pays for allocations, compiled shapes and a drafter
-    that catches up.
+    Times err on one side: the first round of an arm pays for allocations and compiled shapes, any
+    round may be stalled. So the fastest of few rounds counts, and the median of more.
     """
 
     def __init__(self, prior: RoundCost) -> None:
         self._prior = prior
-        self._started: set[tuple[int, int]] = set()
         self._rounds: dict[tuple[int, int], deque[_Round]] = {}
-        self._medians: dict[tuple[int, int], float] = {}
-
-    @staticmethod
-    def bucket(batch: int) -> int:
-        """Index of the half-octave of a batch size."""
-        return round(2.0 * math.log2(max(batch, 1)))
+        self._ratios: dict[tuple[int, int], float] = {}
 
     def observations(self, batch: int, gamma: int) -> int:
         """Rounds remembered at this bucket and gamma."""
-        return len(self._rounds.get((self.bucket(batch), gamma), ()))
+        return len(self._rounds.get((bucket_of(batch), gamma), ()))
 
-    def median_seconds(self, batch: int, gamma: int) -> float | None:
-        """Median of the remembered rounds themselves (the lower of two), or None."""
-        rounds = self._rounds.get((self.bucket(batch), gamma))
-        return median_low(r.seconds for r in rounds) if rounds else None
-
-    def observe(self, batch: int, gamma: int, context: int, seconds: float) -> None:
-        """Record the time of one round."""
+    def observe(
+        self, batch: int, gamma: int, context: int, seconds: float, draft: float = 0.0
+    ) -> None:
+        """Record the time of one round; ``draft`` is part of it and not needed here."""
         if not seconds > 0 or not math.isfinite(seconds):
             return
-        arm = (self.bucket(batch), gamma)
-        if arm not in self._started:
-            self._started.add(arm)
-            return
+        arm = (bucket_of(batch), gamma)
         window = self._rounds.setdefault(arm, deque(maxlen=_WINDOW))
         window.append(_Round(batch, context, seconds))
-        self._medians[arm] = self._median_ratio(arm)
-
-    def set_prior(self, prior: RoundCost) -> None:
-        """Replace the shape; what was observed is kept and compared with the new one."""
-        self._prior = prior
-        self._medians = {arm: self._median_ratio(arm) for arm in self._rounds}
+        self._ratios[arm] = self._typical_ratio(arm)
 
     def seconds(self, batch: int, gamma: int, context: int) -> float:
         """Expected seconds of a round."""
-        bucket = self.bucket(batch)
+        bucket = bucket_of(batch)
         prior = self._prior(batch, gamma, context)
         if self.observations(batch, gamma) >= _ENOUGH:
-            return prior * math.exp(self._medians[(bucket, gamma)])
-        overall = median_low(self._medians.values()) if self._medians else 0.0
+            return prior * math.exp(self._ratios[(bucket, gamma)])
+        overall = median_low(self._ratios.values()) if self._ratios else 0.0
         total, weight = _GLOBAL_WEIGHT * overall, _GLOBAL_WEIGHT
-        for (other_bucket, other_gamma), ratio in self._medians.items():
+        for (other_bucket, other_gamma), ratio in self._ratios.items():
             # rounds with drafts resemble each other more than they resemble plain ones
             step = 0.8 if gamma and other_gamma else 2.0
             distance = step * abs(other_gamma - gamma) + 1.5 * abs(other_bucket - bucket)
             if distance > 8.0:
                 continue
             count = min(len(self._rounds[(other_bucket, other_gamma)]), _FULL_WEIGHT)
-            if count < _FEW and abs(ratio - overall) > _SUSPICIOUS:
+            if count < _FEW and ratio - overall > _SUSPICIOUS:
                 count *= 0.1  # a stall, not a cost, until it happens again
             kernel = count * math.exp(-distance)
             total, weight = total + kernel * ratio, weight + kernel
         return prior * math.exp(total / weight)
 
-    def _median_ratio(self, arm: tuple[int, int]) -> float:
-        """Median log of observed over prior time; the lower of two, since stalls only slow down."""
-        return median_low(
-            math.log(r.seconds / self._prior(r.batch, arm[1], r.context)) for r in self._rounds[arm]
+    def _typical_ratio(self, arm: tuple[int, int]) -> float:
+        """Typical log of observed over prior time."""
+        return typical(
+            [
+                math.log(r.seconds / self._prior(r.batch, arm[1], r.context))
+                for r in self._rounds[arm]
+            ]
         )
+
+
+def typical(values: Sequence[float]) -> float:
+    """The fastest of up to three times, the (lower) median of more: stalls only slow down."""
+    return min(values) if len(values) <= _FEW else median_low(values)
