@@ -58,6 +58,7 @@ class Sampler:
         self._adjustments = Adjustments(max_batch_size, vocab_size, self.device)
         self._failed = torch.zeros(max_batch_size, dtype=torch.bool, device=self.device)
 
+    @torch.inference_mode()  # tables grow, and tensors made in this mode stay in it
     def admit(
         self, slot: int, params: SamplingParams, prompt_ids: Sequence[int], stop_ids: Iterable[int]
     ) -> None:
@@ -88,6 +89,7 @@ class Sampler:
         self._adjustments.admit(slot, params, prompt_ids, stop_ids)
         self._failed[slot] = False
 
+    @torch.inference_mode()
     def release(self, slot: int) -> None:
         """End the request in ``slot``, if there is one."""
         self._table.release(slot)
@@ -179,6 +181,7 @@ class Sampler:
         self._table.rounds[slots] += 1
         return assemble(accepted, race(left, keys), draft.tokens)
 
+    @torch.inference_mode()
     def commit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Count emitted tokens for penalties: the first ``counts`` ``[B]`` of ``[B, n]``."""
         self._adjustments.commit(slots, tokens, counts)

@@ -276,3 +276,13 @@ def test_wrong_arguments_are_refused():
         Sampler(1, V, "cpu", "block").distribution(
             torch.zeros(1, 1, 9), torch.tensor([0]), torch.tensor([[0]])
         )
+
+
+def test_a_request_admitted_in_inference_mode_can_be_released_outside_of_it():
+    sampler = Sampler(1, V, "cpu", "standard")
+    params = SamplingParams(logit_bias={1: 1.0, 2: 1.0}, min_new_tokens=2, presence_penalty=1.0)
+    with torch.inference_mode():
+        sampler.admit(0, params, PROMPT, STOP)
+    sampler.commit(torch.tensor([0]), torch.tensor([[3]]), torch.tensor([1]))
+    sampler.release(0)
+    sampler.admit(0, params, PROMPT, STOP)
