@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,9 +49,11 @@ class Backend:
     invariant: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The properties of a call that decide which back-ends can serve it."""
+class Request(NamedTuple):
+    """The properties of a call that decide which back-ends can serve it.
+
+    A tuple, because one is made and hashed on every call.
+    """
 
     device: str
     dtype: torch.dtype
