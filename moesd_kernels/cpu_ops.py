@@ -160,23 +160,23 @@ def _register_fakes() -> None:
     fake = torch.library.register_fake
 
     @fake("moesd::experts")
-    def _(hidden, w_gate_up, w_down, topk_ids, topk_weights, *rest):  # type: ignore[no-untyped-def]
+    def _(hidden, w_gate_up, w_down, topk_ids, topk_weights, *rest):
         return None
 
     @fake("moesd::linear")
-    def _(x, w, bias):  # type: ignore[no-untyped-def]
+    def _(x, w, bias):
         return x.new_empty(x.shape[0], w.shape[0])
 
     @fake("moesd::ragged_attention")
-    def _(q, k, v, positions, scale, window, sinks, rows):  # type: ignore[no-untyped-def]
+    def _(q, k, v, positions, scale, window, sinks, rows):
         return q.new_empty(*q.shape[:3], v.shape[3])
 
     @fake("moesd::rms_norm")
-    def _(x, w, eps):  # type: ignore[no-untyped-def]
+    def _(x, w, eps):
         return x.new_empty(x.shape)
 
     @fake("moesd::softmax_topk_router")
-    def _(x, w, top_k, renormalize):  # type: ignore[no-untyped-def]
+    def _(x, w, top_k, renormalize):
         logits = x.new_empty(x.shape[0], w.shape[0])
         weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
         return logits, weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64)

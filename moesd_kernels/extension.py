@@ -39,8 +39,10 @@ _AVX512_FLAGS = (
     "-Wno-maybe-uninitialized",  # false alarms inside GCC's own avx512fintrin.h (GCC bug 105593)
     "-Wno-uninitialized",
 )
-_BOUNDARY_SOURCES = ("register.cpp", "cpu/dispatch.cpp", "cpu/experts.cpp", "cpu/dense.cpp")
-_BOUNDARY_SOURCES += ("cpu/attention.cpp",)
+_BOUNDARY_SOURCES = (
+    *("register.cpp", "cpu/dispatch.cpp", "cpu/experts.cpp", "cpu/dense.cpp"),
+    "cpu/attention.cpp",
+)
 _X86_SOURCES = {
     "cpu/isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "cpu/isa_avx512.cpp": _AVX512_FLAGS,
