@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from eagle_reference import LAYER, H, norm, random_layer, save
-from families import PROMPTS, GammaSchedule, decoder_of, perturbed, recordings
+from families import (
+    NEW_TOKENS,
+    PROMPTS,
+    GammaSchedule,
+    decoder_of,
+    perturbed,
+    recordings,
+    references,
+)
 
 from decoder import SamplingParams
 from decoder.drafters import HybridDrafter, NgramDrafter, ReplayDrafter, SelfDrafter
@@ -128,3 +136,13 @@ def test_eagle3_draft_distribution_covers_its_own_vocabulary_only(tmp_path: Path
         torch.testing.assert_close(
             draft.probs.sum(-1), torch.ones_like(draft.probs[..., 0]), atol=1e-6, rtol=0
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "opt"])
+def test_eagle_on_other_families(family: str, tmp_path: Path) -> None:
+    """Features of every family reach the head, and its proposals change nothing greedy."""
+    for kind in ("eagle1", "eagle3"):
+        head = eagle(tmp_path / kind, kind)
+        decoder = decoder_of(family, head, GammaSchedule([2, 0, 3]))
+        outputs = decoder.generate(PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS))
+        assert [list(output.token_ids) for output in outputs] == references(family)
