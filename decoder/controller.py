@@ -2,9 +2,9 @@
 
 ``goodput(gamma) = E[tokens emitted per row | gamma] / seconds(batch, gamma, context)``, with
 acceptance from a running estimate per position and costs from a profile corrected by the rounds
-actually run. ``gamma = 0`` (plain autoregressive decoding) is one of the choices, so that a bad
-drafter, a bad batch size or a bad machine ends in ordinary decoding, not in a slowdown. Exploration
-is paid from a budget of 0.5 % of the time spent.
+actually run, or from those rounds alone. ``gamma = 0`` (plain autoregressive decoding) is one of
+the choices, so that a bad drafter, a bad batch size or a bad machine ends in ordinary decoding, not
+in a slowdown. Exploration is paid from a budget of 0.5 % of the time spent.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import NamedTuple, Protocol
 
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.perf_model.learned_cost import LearnedCost
-from decoder.perf_model.step_cost import CorrectedCost, RoundCost, measure_costs
+from decoder.perf_model.step_cost import CorrectedCost, RoundCost, bucket_of, measure_costs
 
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
 _PROBE_SHARE = 0.005  # of the elapsed time may be lost to probing
 _PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
 _PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
 _WARM_UP = 2  # rounds per arm when no costs are known
+_WARM_TRIES = 8  # rounds a batch size may spend on first timings
 _WARM_REACH = 4  # timings at one batch size serve up to this factor of it
 _TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
 _STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
@@ -113,7 +114,8 @@ class AutoGamma:
         self._planned_for: int | None = None
         self._rounds_since_plan = 0
         self._context = 0
-        self._last_gamma: int | None = None
+        self._asked = self._asked_before = 0
+        self._warm_tries: dict[int, int] = {}
         self._probe_left = 0
         self._probe = _Probe(0, 1, 0.0, 0.0)
         self._elapsed = 0.0
@@ -139,11 +141,18 @@ class AutoGamma:
     def choose(self, live_batch: int, context: int) -> int:
         """Draft length of the next round for ``live_batch`` rows of about ``context`` tokens."""
         self._context = context
+        self._asked_before, self._asked = self._asked, self._decide(live_batch)
+        return self._asked
+
+    def _decide(self, live_batch: int) -> int:
         if live_batch < 1:
             return 0
         if isinstance(self._costs, LearnedCost):
             arm = self._warm_up_arm(self._costs, live_batch)
-            if arm is not None:
+            # A drafter with nothing to offer never fills the arm asked for: ask only so often.
+            tries = self._warm_tries.get(bucket_of(live_batch), 0)
+            if arm is not None and tries < _WARM_TRIES:
+                self._warm_tries[bucket_of(live_batch)] = tries + 1
                 self._reason = f"gamma {arm}: first timings at batch {live_batch}"
                 return arm
         if self._probe_left > 0:
@@ -174,11 +183,10 @@ class AutoGamma:
         self.acceptance.update(gamma, drafted, accepted)
         # After plain rounds the drafter first catches up on the tokens it missed: not this arm's
         # lasting cost.
-        caught_up = gamma > 0 and self._last_gamma == 0
+        caught_up = gamma > 0 and self._asked_before == 0
         if not caught_up or self._costs.observations(batch, gamma) == 0:
             draft = times.get("draft", 0.0)
             self._costs.observe(batch, gamma, self._context, seconds, draft)
-        self._last_gamma = gamma
 
     def explain(self) -> str:
         """Why the current draft length was chosen, in one line."""
