@@ -85,7 +85,7 @@ def context_length(model: Any) -> tuple[int, bool]:
 def _require_present(path: str | Path, what: str) -> None:
     text = str(path)
     # "owner/name" may be a hub name; anything else that does not exist is a mistyped path.
-    could_be_hub_name = text.count("/") <= 1 and not text.startswith((".", "/", "~"))
+    could_be_hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if not Path(path).exists() and not could_be_hub_name:
         raise UserError(f"{what} path {text!r} does not exist")
 

@@ -63,7 +63,7 @@ def _print_completion(console: Any, output: Output, tokenizer: Any) -> None:
         )
     )
     completion = colored(output, tokenizer) if console.is_terminal else Text(output.text)
-    console.print(Text(output.prompt or "", style="dim") + completion)
+    console.print(Text.assemble((output.prompt or "", "dim"), completion))
 
 
 def _table(result: Comparison, drafter: str, gamma: Any) -> Any:

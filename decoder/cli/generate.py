@@ -85,7 +85,7 @@ def _shower(args: argparse.Namespace, writer: ResultWriter, tokenizer: Any) -> A
         reason = f"{name}{len(output.token_ids)} tokens, {output.finish_reason}"
         console.print(Text(reason, style="dim"))
         completion = colored(output, tokenizer) if console.is_terminal else Text(output.text)
-        console.print(Text(output.prompt or "", style="dim") + completion)
+        console.print(Text.assemble((output.prompt or "", "dim"), completion))
 
     return show
 

@@ -1,0 +1,59 @@
+"""The ragged cache: slot = position, padding goes to the bin, growth keeps what was written."""
+
+import pytest
+import torch
+
+from decoder.cache import RaggedCache
+
+
+def states(B, Q, heads=2, width=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, heads, Q, width, generator=generator)
+
+
+def test_writes_each_row_at_its_own_positions():
+    cache = RaggedCache(4, 63)
+    rows, positions = torch.tensor([2, 0]), torch.tensor([[5, 6, 7], [0, 1, 2]])
+    cache.select(rows, positions)
+    k, v = states(2, 3), states(2, 3, width=6, seed=1)
+    keys, values = cache.update(k, v, 0)
+    assert keys.shape == (4, 2, 64, 4)
+    assert values.shape == (4, 2, 64, 6)
+    assert torch.equal(keys[2, :, 5:8], k[0])
+    assert torch.equal(values[0, :, 0:3], v[1])
+    written = torch.zeros(4, 64, dtype=torch.bool)
+    written[2, 5:8] = written[0, 0:3] = True
+    assert not keys.transpose(1, 2)[~written].any(), "a slot that nobody wrote changed"
+
+
+def test_padding_is_written_to_the_last_slot_only():
+    cache = RaggedCache(2, 7)
+    cache.select(torch.tensor([1]), torch.tensor([[3, -1, -1]]))
+    keys, _ = cache.update(states(1, 3), states(1, 3), 0)
+    assert set(keys[1].abs().sum((0, 2)).nonzero()[:, 0].tolist()) == {3, 7}
+    assert not keys[0].any()
+
+
+def test_growth_keeps_contents_and_bounds_length():
+    cache = RaggedCache(2, 1000)
+    cache.select(torch.tensor([0]), torch.tensor([[254]]))
+    cache.reserve(255)
+    before = cache.update(states(1, 1), states(1, 1), 0)[0].shape[2]
+    cache.reserve(256)
+    cache.select(torch.tensor([1]), torch.tensor([[255]]))
+    keys, _ = cache.update(states(1, 1, seed=2), states(1, 1, seed=2), 0)
+    assert keys.shape[2] > before
+    assert torch.equal(keys[0, :, 254], states(1, 1)[0, :, 0])
+    assert torch.equal(keys[1, :, 255], states(1, 1, seed=2)[0, :, 0])
+    cache.reserve(1000)
+    with pytest.raises(ValueError, match="at most 1000 tokens, got 1001"):
+        cache.reserve(1001)
+
+
+def test_slabs_start_as_zeros_and_count_their_bytes():
+    cache = RaggedCache(2, 15)
+    assert cache.nbytes() == 0
+    cache.select(torch.tensor([0]), torch.tensor([[0]]))
+    keys, _ = cache.update(states(1, 1), states(1, 1), 0)
+    assert keys.isfinite().all()
+    assert cache.nbytes() == 2 * 2 * 16 * 2 * 4 * 4
