@@ -112,7 +112,7 @@ def test_correlated_tokens_verify_cheaper(model: ForwardModel) -> None:
 
 def test_recovers_known_parameters(model: ForwardModel) -> None:
     truth = replace(model, adjust=TRUE_ADJUST, sharpness=2.0, activation=CorrelatedActivation(0.7))
-    found = fit_improved(model, measured(truth, noise=0.0)[::2], prior_weight=1e-4)
+    found = fit_improved(model, measured(truth, noise=0.0)[::3], prior_weight=1e-4)
     assert found.rmse < 2e-3
     got = found.model
     for name, want in asdict(TRUE_ADJUST).items():
