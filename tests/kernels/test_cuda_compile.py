@@ -1,4 +1,4 @@
-"""csrc/cuda without a GPU: compiles for three architectures, spills nothing, and indexes rightly."""
+"""csrc/cuda without a GPU: compiles for three architectures, spills nothing, indexes rightly."""
 
 import re
 import shutil

@@ -1,0 +1,201 @@
+"""The Triton and CUDA back-ends on a GPU: precision, graphs, torch.compile, invariance, launches.
+
+Written without a GPU at hand; the same kernels run interpreted in ``interpreted/``.
+"""
+
+import pytest
+import torch
+from moe_cases import check, make_case
+
+from moesd_kernels import cuda_ops, fused_experts
+from moesd_kernels.triton import fused_experts_triton, unavailable_reason
+from moesd_kernels.triton.types import GemmConfig, MoEConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(unavailable_reason() is not None, reason=f"triton: {unavailable_reason()}"),
+]
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Workspaces start as NaN, or as numbers outside every table."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**28)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul():
+    """The eager yardstick must not round fp32 to tf32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+SHAPES = [
+    # E, K, H, I, why
+    (8, 2, 512, 1792, "few large experts"),
+    (64, 8, 1024, 512, "many small experts"),
+    (7, 3, 136, 72, "prime E, sizes that fill no tile"),
+    (5, 2, 33, 17, "odd sizes: no vector loads"),
+    (4, 4, 256, 128, "K = E"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("E", "K", "H", "I", "why"), SHAPES, ids=[s[-1] for s in SHAPES])
+@pytest.mark.parametrize("T", [0, 1, 2, 5, 17, 64, 65, 300])
+def test_matches_oracle(E, K, H, I, why, T, dtype, poisoned_empty):
+    case = make_case(E, K, H, I, T, dtype, "cuda")
+    check(case, case.run(fused_experts_triton))
+
+
+@pytest.mark.parametrize("T", [1, 6, 70])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"transposed": True},
+        {"interleaved": True},
+        {"bias": True},
+        {
+            "transposed": True,
+            "interleaved": True,
+            "bias": True,
+            "activation_limit": 7.0,
+            "activation_alpha": 1.702,
+        },
+        {"activation_limit": 0.5},
+        {"gated": False, "activation": "relu2", "bias": True},
+        {"activation": "gelu_tanh"},
+        {"activation": "gelu"},
+    ],
+    ids=str,
+)
+def test_variants(flags, T, poisoned_empty):
+    case = make_case(6, 2, 192, 96, T, torch.bfloat16, "cuda", **flags)
+    check(case, case.run(fused_experts_triton))
+
+
+@pytest.mark.parametrize("T", [1, 4, 100])
+def test_skipped_and_duplicate_ids(T, poisoned_empty):
+    generator = torch.Generator().manual_seed(T)
+    ids = torch.randint(-2, 9, (T, 4), generator=generator)
+    case = make_case(7, 4, 128, 64, T, torch.bfloat16, "cuda", ids=ids)
+    case.weights[(case.ids < 0) | (case.ids >= 7)] = float("nan")
+    check(case, case.run(fused_experts_triton))
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        GemmConfig(16, 64, 128, num_stages=4, swap_ab=True),
+        GemmConfig(64, 64, 64, num_stages=4, swap_ab=True),
+        GemmConfig(64, 128, 64, num_warps=8, group_m=4),
+        GemmConfig(32, 32, 64, num_stages=5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("split_k", [1, 4])
+def test_tilings(tile, split_k, poisoned_empty):
+    import dataclasses
+
+    case = make_case(6, 2, 256, 320, 16, torch.bfloat16, "cuda")
+    down = dataclasses.replace(tile, split_k=split_k)
+    single = GemmConfig(16, 16, 512, num_stages=4)
+    check(case, case.run(fused_experts_triton, config=MoEConfig(tile, down, single)))
+
+
+@pytest.mark.parametrize("T", [1, 5, 64, 100])
+def test_graph_replay_with_changed_routing(T):
+    cases = [make_case(16, 4, 256, 192, T, torch.bfloat16, "cuda", seed=s) for s in range(4)]
+    static = cases[0].rows(slice(None))
+    out = torch.empty_like(static.x)
+    run = lambda: static.run(fused_experts_triton, out=out)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for case in cases:
+        for ours, new in ((static.x, case.x), (static.ids, case.ids)):
+            ours.copy_(new)
+        out.fill_(float("nan"))
+        graph.replay()
+        check(static, out)
+
+
+def test_compile_fullgraph_with_dynamic_tokens():
+    case = make_case(8, 2, 128, 96, 40, torch.bfloat16, "cuda")
+
+    def layer(x, ids, weights):
+        return 2 * fused_experts(x, case.w_gate_up, case.w_down, ids, weights, backend="triton")
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for T in (3, 40, 17):
+            part = case.rows(slice(T))
+            expected = layer(part.x, part.ids, part.weights)
+            got = compiled(part.x, part.ids, part.weights)
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("E", "K", "H", "I"), [(32, 4, 512, 384), (8, 2, 1024, 3584)], ids=["small", "split"]
+)
+def test_batch_invariant(E, K, H, I, dtype):
+    """Rows are bit-identical for T = 1..64, beyond a block, and in any order."""
+    T = 100
+    case = make_case(E, K, H, I, T, dtype, "cuda")
+    whole = case.run(fused_experts_triton, batch_invariant=True)
+    check(case, whole)
+    for rows in (*range(1, 65), 65, 99):
+        part = case.rows(slice(rows)).run(fused_experts_triton, batch_invariant=True)
+        assert torch.equal(part, whole[:rows]), f"T = {rows}"
+    for seed in range(4):
+        order = torch.randperm(T, generator=torch.Generator().manual_seed(seed)).cuda()
+        got = case.rows(order).run(fused_experts_triton, batch_invariant=True)
+        assert torch.equal(got, whole[order])
+
+
+def test_deterministic():
+    case = make_case(16, 4, 512, 256, 48, torch.bfloat16, "cuda")
+    first = case.run(fused_experts_triton)
+    for _ in range(10):
+        assert torch.equal(case.run(fused_experts_triton), first)
+
+
+@pytest.mark.parametrize(("T", "most"), [(1, 2), (2, 3), (8, 3), (64, 3), (128, 4)])
+def test_number_of_launches(T, most):
+    case = make_case(32, 8, 256, 128, T, torch.bfloat16, "cuda")
+    case.run(fused_experts_triton)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        case.run(fused_experts_triton)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profiler.events() if event.device_time_total > 0]
+    kernels = [name for name in kernels if "_kernel" in name]
+    assert 1 <= len(kernels) <= most, kernels
+
+
+@pytest.mark.skipif(
+    cuda_ops.unavailable_reason() is not None, reason=f"cuda: {cuda_ops.unavailable_reason()}"
+)
+@pytest.mark.parametrize("T", [1, 2, 8, 9, 33, 64, 65, 200])
+@pytest.mark.parametrize(("E", "K", "H", "I"), [(16, 4, 256, 192), (8, 2, 1024, 1792)])
+def test_cuda_backend(E, K, H, I, T):
+    ids = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(T))
+    case = make_case(E, K, H, I, T, torch.bfloat16, "cuda", ids=ids)
+    for _ in range(2):
+        check(case, case.run(cuda_ops.fused_experts_cuda))
