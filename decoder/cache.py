@@ -120,14 +120,19 @@ class RaggedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        index = self._owner.write_index
-        assert index is not None, "RaggedCache.select must precede the forward"
         width, value_width = self._flat_keys.shape[1], self._flat_values.shape[1]
-        self._flat_keys.index_copy_(0, index, key_states.transpose(1, 2).reshape(-1, width))
-        self._flat_values.index_copy_(
-            0, index, value_states.transpose(1, 2).reshape(-1, value_width)
+        self.write(
+            self._owner.write_index,
+            key_states.transpose(1, 2).reshape(-1, width),
+            value_states.transpose(1, 2).reshape(-1, value_width),
         )
         return self._views
+
+    def write(self, index: Tensor | None, keys: Tensor, values: Tensor) -> None:
+        """Write ``[B * Q, kv_heads * D]`` rows at the places that ``select`` chose."""
+        assert index is not None, "RaggedCache.select must precede the forward"
+        self._flat_keys.index_copy_(0, index, keys)
+        self._flat_values.index_copy_(0, index, values)
 
     def grow(self, slots: int) -> None:
         """Move to slabs of ``slots`` slots per row."""

@@ -17,6 +17,7 @@ from . import attention as ragged
 from . import kernels_hook
 from .cache import RaggedCache
 from .errors import UserError
+from .lean import LeanForward, lean_forward
 
 _PREFILL_CHUNK = 256  # positions per prefill forward
 _PREFILL_TOKENS = 4096  # rows * positions per prefill forward
@@ -75,6 +76,7 @@ class ModelRunner:
         self._windows: dict[int, int] = {}
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._configs = _attention_configs(self.model)
+        self._lean: LeanForward | None = None
         self._split_head = self._probe()
 
     @torch.inference_mode()
@@ -105,8 +107,15 @@ class ModelRunner:
         self.cache.reserve(max_position + 1)
         self.cache.select(slots, positions)
         placement = self._placement(slots, positions, max_position + 1)
+        position_ids = positions.clamp(min=0)
+        if self._lean is not None:
+            states, kept = self._lean(input_ids, position_ids, placement, hidden_layers)
+            if logits_positions is not None:
+                states = _gather(states, logits_positions)
+            hidden = torch.cat(kept, dim=-1) if hidden_layers is not None else None
+            return ForwardOutput(self._head(states), hidden)
         with ragged.placed(placement), self._ragged_attention():
-            return self._run(input_ids, positions.clamp(min=0), hidden_layers, logits_positions)
+            return self._run(input_ids, position_ids, hidden_layers, logits_positions)
 
     @torch.inference_mode()
     def prefill(
@@ -213,7 +222,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _probe(self) -> bool:
-        """Run two tokens once: learn the windows, and whether logits are ``lm_head(base(...))``."""
+        """Run two tokens: learn the windows, whether logits are ``lm_head(base(...))``, and
+        whether the lean forward gives the very same states."""
         ragged.register()
         # Not the padding token: its embedding is zero, and scaled zeros would compare equal.
         pad = getattr(self.config, "pad_token_id", None)
@@ -244,7 +254,12 @@ class ModelRunner:
                 calls = len(placement.windows)
                 raise UserError(f"{refusal}{calls} attention calls for {written} cached layers")
             states = self._base(**inputs).last_hidden_state
-            return bool(torch.equal(self._head(states), logits))
+            split = bool(torch.equal(self._head(states), logits))
+        if split and self._op is not None:
+            lean = lean_forward(self.model, self.cache, self._windows, self.max_length)
+            if lean is not None and torch.equal(lean(ids, positions, placement)[0], states):
+                self._lean = lean
+        return split
 
 
 def check_supported(model: Any) -> None:
