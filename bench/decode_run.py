@@ -132,7 +132,7 @@ def measure_batch(
         max_new_tokens=new_tokens, ignore_eos=True, temperature=subject.temperature
     )
     plain = _decoder(subject, None, batch, prompt_tokens + new_tokens, 0)
-    replay = _drafter(subject)
+    replay = drafter_for(subject)
     fast = _decoder(subject, replay, batch, prompt_tokens + new_tokens, max(gammas))
     wanted = [list(o.token_ids) for o in plain.generate(prompts, params)]
     if isinstance(replay, ReplayDrafter):
@@ -168,7 +168,8 @@ def _decoder(
     )
 
 
-def _drafter(subject: Subject) -> Any:
+def drafter_for(subject: Subject) -> Any:
+    """The drafter that imposes the subject's acceptance at its draft's cost."""
     draft: Any = None
     if isinstance(subject.draft, EagleCheckpoint):
         draft = EagleDrafter(subject.draft, kernels=True)

@@ -21,26 +21,28 @@ from bench.decode import fields, setup_for
 from bench.decode_run import Subject, measure_batch
 from bench.kernels import numbers
 from bench.models import load_model, random_model
-from bench.paper_tables import DENSE, GAMMAS, Row, rows_of
 from bench.prompts import load_prompts
 from bench.record import Recorder
 from bench.scaling import random_eagle, scaled_config
 from decoder.embedded import load_pair, target_path
 from decoder.perf_model.improved_fit import predict_speedup
 from decoder.perf_model.observations import Observation
+from decoder.perf_model.paper_tables import PaperCell, paper_cells
+from decoder.perf_model.presets import PAPER_PAIRS
 from decoder.perf_model.theory import alpha_from_sigma
 
 PRESETS = ("qwen2-57b-a14b", "mixtral-8x7b", "qwen3-30b-a3b", "opt-30b", "embedded")
 # Rows without a table in the paper: the sigma under which their cost is measured is borrowed.
 BORROWED = dict.fromkeys(("qwen3-30b-a3b", "opt-30b", "embedded"), "qwen2-57b-a14b")
-DRAFTS = {"qwen2-57b-a14b": "qwen2-0.5b", "qwen3-30b-a3b": "qwen2-0.5b", "opt-30b": DENSE[1]}
+DRAFTS = PAPER_PAIRS | {"qwen3-30b-a3b": "qwen2-0.5b"}
+DATA_SETS = {"humaneval": "humaneval", "mt_bench": "mt-bench"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench paper``."""
     parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0])
-    parser.add_argument("--hardware", default="2xA800", help="whose sigma and speedups to use")
-    parser.add_argument("--data", choices=("humaneval", "mt-bench"), help="default: both")
+    parser.add_argument("--hardware", default="2xa800", help="whose sigma and speedups to use")
+    parser.add_argument("--data", choices=tuple(DATA_SETS), help="default: both")
     parser.add_argument("--temperature", type=int, choices=(0, 1), help="default: both")
     parser.add_argument("--target", type=Path, help="weights of the preset, where they are on disk")
     parser.add_argument("--draft", type=Path, help="weights of its draft")
@@ -69,47 +71,56 @@ def run(args: argparse.Namespace) -> None:
     for head in ("data", "T", "γ", "sigma", "paper's x", "our x", "at B", "predicted x", "eff."):
         table.add_column(head, justify="right")
     setup: dict[str, Any] = {}
-    for row in _rows(args):
-        for gamma in numbers(args.gammas):
-            cell = row.cells[GAMMAS.index(gamma)]
-            alpha = None if real else float(alpha_from_sigma(cell.sigma, gamma))
-            prompts = _prompts(args, row.data) if real else None
-            subject = Subject(target, draft, alpha, float(row.temperature), prompts)
-            setup = setup or setup_for(subject, args.device)
-            best = _peak(args, subject, gamma, setup, recorder)
-            recorder.write(
-                "paper",
-                row=row.name,
-                preset=args.preset,
-                label=label,
-                data=row.data,
-                temperature=row.temperature,
-                gamma=gamma,
-                paper_sigma=cell.sigma,
-                paper_speedup=cell.speedup,
-                borrowed_from=BORROWED.get(args.preset),
-                **best,
-            )
-            table.add_row(
-                row.data,
-                str(row.temperature),
-                str(gamma),
-                f"{best['sigma']:.2f} / {cell.sigma:.2f}",
-                f"{cell.speedup:.2f}",
-                f"{best['speedup']:.2f}",
-                str(best["batch"]),
-                f"{best['predicted_speedup']:.2f}",
-                f"{best['target_efficiency']:.2f}",
-            )
+    for cell in _cells(args):
+        alpha = None if real else float(alpha_from_sigma(cell.sigma, cell.gamma))
+        prompts = _prompts(args, DATA_SETS[cell.dataset]) if real else None
+        subject = Subject(target, draft, alpha, cell.temperature, prompts)
+        setup = setup or setup_for(subject, args.device)
+        best = _peak(args, subject, cell.gamma, setup, recorder)
+        recorder.write(
+            "paper",
+            preset=args.preset,
+            label=label,
+            hardware=cell.machine,
+            data=cell.dataset,
+            temperature=cell.temperature,
+            gamma=cell.gamma,
+            paper_sigma=cell.sigma,
+            paper_speedup=cell.speedup,
+            borrowed_from=BORROWED.get(args.preset),
+            **best,
+        )
+        table.add_row(
+            cell.dataset,
+            f"{cell.temperature:g}",
+            str(cell.gamma),
+            f"{best['sigma']:.2f} / {cell.sigma:.2f}",
+            f"{cell.speedup:.2f}",
+            f"{best['speedup']:.2f}",
+            str(best["batch"]),
+            f"{best['predicted_speedup']:.2f}",
+            f"{best['target_efficiency']:.2f}",
+        )
     Console(width=110).print(table)
 
 
-def _rows(args: argparse.Namespace) -> list[Row]:
-    rows = rows_of(BORROWED.get(args.preset, args.preset), args.hardware)
+def _cells(args: argparse.Namespace) -> list[PaperCell]:
+    """The paper's cells to set beside this preset.
+
+    Raises:
+        ValueError: the paper has none on that hardware.
+    """
+    target = BORROWED.get(args.preset, args.preset)
+    rows = [c for c in paper_cells() if (c.target, c.machine) == (target, args.hardware)]
+    if not rows:
+        known = sorted({c.machine for c in paper_cells() if c.target == target})
+        raise ValueError(f"the paper has {target} on {', '.join(known)}, not on {args.hardware!r}")
     return [
-        row
-        for row in rows
-        if args.data in (None, row.data) and args.temperature in (None, row.temperature)
+        c
+        for c in rows
+        if args.data in (None, c.dataset)
+        and args.temperature in (None, c.temperature)
+        and c.gamma in numbers(args.gammas)
     ]
 
 
@@ -167,7 +178,7 @@ def _models(args: argparse.Namespace) -> tuple[Any, Any]:
         target = random_model(config, dtype, args.device)
     if args.draft:
         return target, load_model(str(args.draft), dtype, args.device)
-    if args.preset not in DRAFTS:
+    if DRAFTS[args.preset] == "eagle":
         return target, random_eagle(target)
     config = scaled_config(DRAFTS[args.preset], args.scale)
     config.vocab_size = target.config.vocab_size

@@ -22,8 +22,11 @@ td, th { border: 1px solid #ccc; padding: 2px 8px; text-align: right; } code { f
 COLUMNS = {
     "kernel": ("shape", "routing", "B", "gamma", "T", "distinct", "gb_per_s", "of_roof", "ratio"),
     "generate": ("target", "B", "variant", "gamma", "times_faster_than", "identical_to_ours"),
-    "decode": ("target", "K", "B", "gamma", "sigma", "target_efficiency", "speedup"),
-    "paper": ("row", "gamma", "paper_speedup", "speedup", "predicted_speedup", "label"),
+    "decode": ("target", "top_k", "batch", "gamma", "sigma", "target_efficiency", "speedup"),
+    "paper": (
+        *("preset", "label", "data", "temperature", "gamma", "sigma", "paper_sigma"),
+        *("speedup", "paper_speedup", "predicted_speedup"),
+    ),
 }
 
 

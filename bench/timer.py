@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class CacheFlusher:
             torch.cuda.synchronize(self.device)
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> tuple[float, object]:
+def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Wall seconds of one call (on a GPU, event seconds around it), and what it returned."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

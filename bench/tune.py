@@ -165,7 +165,7 @@ def _caller(config: MoEConfig) -> Callable[[Layer, Tensor, Tensor, Tensor], Tens
 
 
 def _tune_shape(shape: Shape, tokens: list[int], dtype: torch.dtype, args: Any) -> None:
-    from moesd_kernels.triton.launch import device_of
+    from moesd_kernels.triton.device import device_of
 
     device = device_of(torch.device("cuda", torch.cuda.current_device()))
     path = config_path(device.name, args.folder)

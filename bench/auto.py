@@ -1,0 +1,108 @@
+"""``bench auto``: automatic gamma against autoregressive decoding and every fixed gamma.
+
+One engine, the replay drafter at each alpha with a real draft's cost. The controller knows nothing
+beforehand: its learning is inside what is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from bench.decode_run import Subject, drafter_for
+from bench.kernels import numbers
+from bench.models import load_subject
+from bench.prompts import random_prompts
+from bench.record import Recorder
+from bench.timer import interleaved, summarize
+from decoder import SamplingParams, SpeculativeDecoder
+
+PROMPT_TOKENS = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench auto``."""
+    parser.add_argument("--target", default="moe-310m", help="moe-310m, dense-310m, or a path")
+    parser.add_argument("--alphas", default="0.3,0.6,0.9")
+    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64")
+    parser.add_argument("--gammas", default="1,2,4,6", help="fixed gammas to compare with")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument("--out", help="append JSON lines to this file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every (alpha, B), print ratios, append lines to ``--out``."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recorder = Recorder(args.out, args.device)
+    target, draft = load_subject(args.target, None, getattr(torch, args.dtype), args.device)
+    table = Table(title=f"{args.target} {args.dtype}: automatic gamma")
+    for head in ("alpha", "B", "auto / AR", "best fixed", "auto / best of all", "why"):
+        table.add_column(head, justify="right")
+    for batch in tqdm(numbers(args.batch_sizes), desc="B", disable=None):
+        for alpha in map(float, args.alphas.split(",")):
+            line = _measure(args, Subject(target, draft, alpha), batch)
+            recorder.write("auto", target=args.target, alpha=alpha, batch=batch, **line)
+            table.add_row(
+                f"{alpha:g}",
+                str(batch),
+                f"{line['against_ar']:.2f}",
+                str(line["best_fixed"]),
+                f"{line['against_best']:.2f}",
+                line["why"],
+            )
+    Console(width=150).print(table)
+
+
+def _measure(args: argparse.Namespace, subject: Subject, batch: int) -> dict[str, Any]:
+    """Ratios of one cell, round by round."""
+    prompts = random_prompts(batch, PROMPT_TOKENS, subject.target.config.vocab_size)
+    params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True)
+    gammas = numbers(args.gammas)
+    length = PROMPT_TOKENS + args.new_tokens
+    size = {"max_batch_size": batch, "max_length": length}
+    plain = SpeculativeDecoder(subject.target, None, 0, **size)
+    answers = [list(o.token_ids) for o in plain.generate(prompts, params)]
+    decoders: dict[str, SpeculativeDecoder] = {"0": plain}
+    for gamma in [*map(str, gammas), "auto"]:
+        drafter = drafter_for(subject)
+        drafter.recordings.update({tuple(p): a for p, a in zip(prompts, answers, strict=True)})
+        wanted: Any = gamma if gamma == "auto" else int(gamma)
+        decoders[gamma] = SpeculativeDecoder(subject.target, drafter, wanted, **size)
+
+    def timed(name: str) -> Callable[[int], float]:
+        def one(_round: int) -> float:
+            decoder = decoders[name]
+            begin = time.perf_counter()
+            outputs = decoder.generate(prompts, params)
+            seconds = time.perf_counter() - begin
+            if [list(o.token_ids) for o in outputs] != answers:
+                raise RuntimeError(f"gamma {name} changed the output at B={batch}")
+            return seconds
+
+        return one
+
+    samples = interleaved({name: timed(name) for name in decoders}, rounds=args.rounds)
+    medians = {name: summarize(seconds).median for name, seconds in samples.items()}
+    fixed = min((name for name in medians if name != "auto"), key=medians.__getitem__)
+    ratio = lambda name: (
+        summarize([a / b for a, b in zip(samples[name], samples["auto"], strict=True)]).median
+    )
+    return {
+        "seconds": medians,
+        "best_fixed": int(fixed),
+        "against_ar": ratio("0"),
+        "against_best": ratio(fixed),
+        "why": decoders["auto"].controller.explain(),
+    }

@@ -1,0 +1,100 @@
+"""Records, timer, shapes, routing and prompts: what every measurement stands on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench.prompts import load_prompts, random_prompts
+from bench.record import Recorder, read_lines
+from bench.routing import ROUTINGS, distinct_experts, route
+from bench.shapes import Shape, parse_shape
+from bench.timer import interleaved, summarize
+
+
+def test_a_line_carries_its_environment_and_reads_back(tmp_path):
+    path = tmp_path / "deep" / "lines.jsonl"
+    recorder = Recorder(path)
+    recorder.write("kernel", T=4)
+    recorder.write("other", T=5)
+    (line,) = read_lines([tmp_path], "kernel")
+    assert line["T"] == 4
+    assert {"device", "threads", "versions", "commit", "command"} <= line["env"].keys()
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"kind": "kernel"}\n{"kind": ')
+    with pytest.raises(ValueError, match=r"lines.jsonl:2 is not JSON"):
+        list(read_lines([path]))
+
+
+def test_variants_are_interleaved_in_rotated_order():
+    seen: list[tuple[str, int]] = []
+    variants = {name: (lambda round_, n=name: seen.append((n, round_))) for name in ("a", "b", "c")}
+    samples = interleaved(variants, rounds=3)
+    assert {len(s) for s in samples.values()} == {3}
+    rounds = [[n for n, r in seen if r == round_] for round_ in range(-1, 3)]
+    assert rounds == [["c", "a", "b"], ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+
+
+def test_a_call_that_timed_itself_is_taken_at_its_word():
+    samples = interleaved({"peer": lambda round_: 0.25}, rounds=3)
+    assert samples == {"peer": [0.25, 0.25, 0.25]}
+
+
+def test_the_budget_leaves_at_least_three_rounds():
+    samples = interleaved({"a": lambda round_: None}, rounds=50, budget_s=0.0)
+    assert len(samples["a"]) == 3
+
+
+def test_summary_is_the_median_with_its_quantiles():
+    timing = summarize([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert (timing.median, timing.p20, timing.p80, timing.rounds) == (3.0, 1.8, 4.2, 5)
+
+
+@pytest.mark.parametrize("text", ["nope", "1,2,3", "4,8,16,32", "0,0,1,1", "a,b,c,d"])
+def test_a_bad_shape_says_what_was_expected(text):
+    with pytest.raises(ValueError, match="E,K,H,I|K <= E"):
+        parse_shape(text)
+
+
+def test_shapes_by_name_and_by_numbers():
+    assert parse_shape("olmoe") == parse_shape("64,8,2048,1024") == Shape(64, 8, 2048, 1024)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_routing_gives_distinct_experts_in_range(kind):
+    ids = route(kind, 6, 5, 32, 4, torch.Generator().manual_seed(0))
+    assert ids.shape == (30, 4)
+    assert ids.min() >= 0 and ids.max() < 32
+    assert all(row.unique().numel() == 4 for row in ids)
+
+
+def test_correlated_routing_reaches_the_union_it_was_asked_for():
+    generator = torch.Generator().manual_seed(1)
+    mean = lambda kind, ratio: (
+        sum(distinct_experts(route(kind, 1, 8, 128, 8, generator, ratio)) for _ in range(200)) / 200
+    )
+    uniform = mean("uniform", 1.0)
+    assert uniform == pytest.approx(128 * (1 - (1 - 8 / 128) ** 8), rel=0.03)  # Eq. 8
+    assert mean("correlated", 0.65) / uniform == pytest.approx(0.65, abs=0.04)
+
+
+def test_prompts_of_both_kinds_of_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"turns": ["b", "c"]}))
+    assert load_prompts(str(path)) == ["a", "b"]
+    assert load_prompts(str(path), limit=1) == ["a"]
+    with pytest.raises(FileNotFoundError, match="--data"):
+        load_prompts("humaneval", data=tmp_path)
+    path.write_text(json.dumps({"text": "a"}))
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1 needs prompt or turns"):
+        load_prompts(str(path))
+
+
+def test_random_prompts_are_seeded():
+    assert random_prompts(3, 5, 100) == random_prompts(3, 5, 100)
+    assert random_prompts(3, 5, 100) != random_prompts(3, 5, 100, seed=1)
