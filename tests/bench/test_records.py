@@ -57,7 +57,7 @@ def test_summary_is_the_median_with_its_quantiles():
 
 @pytest.mark.parametrize("text", ["nope", "1,2,3", "4,8,16,32", "0,0,1,1", "a,b,c,d"])
 def test_a_bad_shape_says_what_was_expected(text):
-    with pytest.raises(ValueError, match="E,K,H,I|K <= E"):
+    with pytest.raises(ValueError, match=r"E,K,H,I|K <= E"):
         parse_shape(text)
 
 
