@@ -70,4 +70,4 @@ def _residual_mass(target_probs: Tensor, draft: Draft, target_x: Tensor, weights
         return before_last * (1.0 - target_x[:, 1:].double())
     G = draft.gamma
     scaled = target_probs[:, 1:G] * before_last.to(target_probs.dtype)[..., None]
-    return (scaled - draft.probs[:, 1:]).clamp_(min=0.0).sum(dim=-1, dtype=torch.float64)
+    return (scaled - draft.probs[:, 1:]).clamp_(min=0.0).sum(dim=-1).double()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import rng
 from .accept import verify_greedy
+from .argmax import first_argmax
 from .verdict import Verdict
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def race(probs: Tensor, keys: Tensor) -> Tensor:
     Returns:
         ``[...]`` int64; a token of probability 0 is never drawn.
     """
-    return (probs / rng.exponential_of(keys, probs.shape[-1])).argmax(dim=-1)
+    return first_argmax(probs / rng.exponential_of(keys, probs.shape[-1]))
 
 
 def verify_coupled(target_probs: Tensor, draft: Draft, keys: Tensor) -> Verdict:

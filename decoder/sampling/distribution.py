@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .argmax import first_argmax
 from .slots import SlotTable
 
 _CANDIDATES = 256  # the nucleus of a trained model rarely holds more tokens
@@ -30,7 +31,7 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     bf16 and fp16 convert to fp32 exactly, so no conversion is needed for the comparison.
     """
-    best = logits.argmax(dim=-1)
+    best = first_argmax(logits)
     top = logits.gather(-1, best[..., None])[..., 0]
     return best, ~(top > float("-inf"))
 
