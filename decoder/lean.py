@@ -87,8 +87,8 @@ class LeanForward:
         B, Q = input_ids.shape
         wanted = _resolved(hidden_layers, self.num_layers)
         kept: dict[int, Tensor] = {}
-        x = self._embedding[input_ids.view(-1)]  # [T, H]
-        cos, sin = self._angles(position_ids.view(-1))
+        x = torch.embedding(self._embedding, input_ids.reshape(-1))  # [T, H]
+        cos, sin = self._angles(position_ids.reshape(-1))
         for index, layer in enumerate(self._layers):
             if index in wanted:
                 kept[index] = x.view(B, Q, -1)
@@ -126,7 +126,7 @@ class LeanForward:
         )
         assert layer.cache.keys is not None and layer.cache.values is not None
         out = ragged_attention(
-            qk[:, : layer.q_heads].unflatten(0, (B, Q)),
+            qk.view(B, Q, heads, D)[:, :, : layer.q_heads],
             layer.cache.keys,
             layer.cache.values,
             placement,
@@ -140,8 +140,9 @@ class LeanForward:
         if self._tables is None or self._tables[0].dtype != self._embedding.dtype:
             every = torch.arange(self._max_length, device=positions.device)[None]
             cos, sin = self._rotary(self._embedding, every)
-            self._tables = cos[0][:, None], sin[0][:, None]
-        return self._tables[0][positions], self._tables[1][positions]
+            self._tables = cos[0], sin[0]
+        cos, sin = (torch.embedding(table, positions) for table in self._tables)
+        return cos[:, None], sin[:, None]
 
 
 def lean_forward(

@@ -1,0 +1,162 @@
+"""The command line end to end on a tiny model on disk: results, aliases, and one-line errors."""
+
+import json
+
+import pytest
+import torch
+from engine_models import tiny_moe
+
+from decoder.__main__ import main
+from decoder.cli import generate as generate_command
+from decoder.cli.options import OneLineParser, add_model_arguments, parse
+
+torch.set_num_threads(1)
+
+
+def save_tokenizer(path, words):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0]).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, layers, first in (("target", 2, "w"), ("draft", 1, "w"), ("foreign", 1, "v")):
+        tiny_moe(seed=layers, layers=layers, dtype=torch.float32).save_pretrained(root / name)
+        save_tokenizer(root / name, [f"{first}{i}" for i in range(97)])
+    return root
+
+
+def prompt_file(path, count=5):
+    lines = [{"token_ids": [7 + i, 9, 11], "max_new_tokens": 4 + i} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def run(models, *arguments, command="generate"):
+    return main([command, "--model", str(models / "target"), "--threads", "1", *arguments])
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_generate_writes_lines_and_resumes(models, tmp_path, capsys):
+    prompts, out = prompt_file(tmp_path / "p.jsonl"), tmp_path / "out.jsonl"
+    arguments = ("--prompts", prompts, "--output", str(out), "--ignore-eos", "--drafter", "ngram")
+    assert run(models, *arguments) == 0
+    first = {r["index"]: r for r in records(out)}
+    assert {i: len(r["token_ids"]) for i, r in first.items()} == {i: 4 + i for i in range(5)}
+    out.write_text("".join(json.dumps(first[i]) + "\n" for i in (0, 3)) + '{"ind')
+    assert run(models, *arguments, "--resume") == 0
+    again = {r["index"]: r for r in records(out)}
+    assert again.keys() == first.keys()
+    assert all(again[i]["token_ids"] == first[i]["token_ids"] for i in first)
+    assert "3 sequences" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_what_finished(models, tmp_path, monkeypatch):
+    prompts, out = prompt_file(tmp_path / "p.jsonl"), tmp_path / "out.jsonl"
+    original = generate_command._with_progress
+
+    def interrupted(outputs, total, decoder):
+        for count, output in enumerate(original(outputs, total, decoder)):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield output
+
+    monkeypatch.setattr(generate_command, "_with_progress", interrupted)
+    assert run(models, "--prompts", prompts, "-o", str(out), "--drafter", "none") == 130
+    assert len(records(out)) == 2
+
+
+def test_text_output_and_aliases(models, capsys):
+    arguments = ("--prompt", "w7 w8", "--max-tokens", "5", "--num-speculative-tokens", "2",
+                 "--assistant-model", str(models / "draft"), "--max-num-seqs", "1",
+                 "--color", "always")  # fmt: skip
+    assert run(models, *arguments) == 0
+    shown = capsys.readouterr().out
+    assert "w7 w8" in shown
+    assert "\x1b[" in shown
+
+
+@pytest.mark.parametrize("drafter", ["self", "replay"])
+def test_compare_reports_identical_outputs(models, tmp_path, capsys, drafter):
+    prompts = prompt_file(tmp_path / "p.jsonl", 3)
+    arguments = ("--prompts", prompts, "--drafter", drafter, "--gamma", "2", "--batch-size", "3",
+                 "--repetitions", "1", "--json")  # fmt: skip
+    assert run(models, *arguments, command="compare") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["identical"] == result["sequences"] == 3
+    assert result["ratio"] > 0
+    assert run(models, *arguments[:-1], command="compare") == 0
+    assert "yes (3/3)" in capsys.readouterr().out
+
+
+def test_speculative_config_sets_flags():
+    parser = OneLineParser(prog="t")
+    add_model_arguments(parser)
+    text = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
+    args = parse(parser, ["--speculative-config", text])
+    assert (args.drafter, args.gamma, args.prompt_lookup_max) == ("ngram", 4, 3)
+
+
+def one_error_line(capsys):
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert "Traceback" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "/no/such/model", "--prompt", "a"], "'/no/such/model' does not exist"),
+        (["--target", "nowhere", "--prompt", "a"], "'nowhere' does not exist"),
+        (["--gamma", "x"], "expected auto or an integer >= 0, got 'x'"),
+        (["--drafter", "psychic"], "invalid choice: 'psychic'"),
+        (["--batch-size", "0"], "expected an integer >= 1, got '0'"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"),
+        (["--speculative-config", '{"k": 1}'], "unknown key 'k'"),
+        (["--speculative-config", "["], "expected a JSON object"),
+        (["--logit-bias", "[1]"], "expected JSON like"),
+        (["--prompt", "a", "--top-p", "3"], "top_p must be in (0, 1], got 3.0"),
+        ([], "exactly one of --prompt and --prompts"),
+        (["--prompts", "/no/file.jsonl"], "cannot read prompts from /no/file.jsonl"),
+        (["--frobnicate"], "unrecognized arguments"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys):
+    try:
+        code = main(["generate", *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    assert message in one_error_line(capsys)
+
+
+def test_mistakes_found_with_the_model_loaded(models, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"token_ids": [7] * 300}) + "\n")
+    cases = [
+        (["--prompts", str(long)], "300 tokens leave no room in a context"),
+        (["--prompt", "w7", "--draft", str(models / "foreign")], "vocabular"),
+        (["--prompt", "w7", "--draft", str(models / "absent")], "neither a directory nor one of"),
+        (["--prompt", "w7", "--drafter", "independent"], "needs --draft"),
+        (["--prompt", "w7", "--resume"], "--resume needs --output"),
+    ]
+    for arguments, message in cases:
+        assert run(models, *arguments) == 2
+        assert message in one_error_line(capsys)
+
+
+def test_unreadable_line_stops_before_the_model_is_loaded(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\nnonsense\n')
+    assert main(["generate", "--target", "/no/model", "--prompts", str(path)]) == 2
+    assert "p.jsonl:2: expected a JSON object" in one_error_line(capsys)
