@@ -1,4 +1,7 @@
-"""The sampler: per-slot parameters, processed distributions, draws, verification."""
+"""The sampler: per-slot parameters, processed distributions, draws, verification.
+
+Written to run on an accelerator without waiting for it; so far run on CPUs only.
+"""
 
 from __future__ import annotations
 
