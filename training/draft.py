@@ -7,22 +7,21 @@ from tqdm import tqdm
 
 from training.data import SEED
 from training.optim import Budget, Optimizers
-from training.teacher import TeacherBatches, soft_targets
+from training.teacher import TeacherBatches, agreement, distillation_loss
 
-BATCH_ROWS = 16
-ARGMAX_WEIGHT = 0.3
+BATCH_ROWS = 8
+HIDDEN = 160
 
 
-def draft_config(vocab_size: int, eos: int, pad: int, layers: int = 2):
+def draft_config(vocab_size: int, eos: int, pad: int):
     """About 1.2 M parameters, half of them the tied embedding."""
     from transformers import Qwen3Config
 
-    wide = layers == 1
     return Qwen3Config(
         vocab_size=vocab_size,
-        hidden_size=192 if wide else 160,
-        intermediate_size=512 if wide else 400,
-        num_hidden_layers=layers,
+        hidden_size=HIDDEN,
+        intermediate_size=400,
+        num_hidden_layers=2,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=64,
@@ -34,34 +33,37 @@ def draft_config(vocab_size: int, eos: int, pad: int, layers: int = 2):
     )
 
 
-def train_draft(
-    teacher, tokenizer, run_dir: Path, budget: Budget, device: str = "cpu", layers: int = 2
-):
+def principal(embedding: torch.Tensor, size: int = HIDDEN) -> torch.Tensor:
+    """The target's embedding [V, H] along its ``size`` strongest directions: [V, size]."""
+    directions = torch.linalg.svd(embedding, full_matrices=False).Vh[:size]
+    return embedding @ directions.T
+
+
+def train_draft(target_embedding, tokenizer, run_dir: Path, budget: Budget, device: str = "cpu"):
     """Cross entropy against the target's (sharpened) distribution; returns the fp32 model."""
     from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(SEED)
-    config = draft_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, layers)
+    config = draft_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     model = Qwen3ForCausalLM(config).float().to(device).train()
-    optimizers = Optimizers(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(principal(target_embedding))
+    optimizers = Optimizers(model, adam_lr=1e-3)
     batches = TeacherBatches(run_dir)
-    lm_head = teacher.get_output_embeddings().weight
-    log = (run_dir / f"draft{layers}.log").open("w")
+    log = (run_dir / "draft.log").open("w")
     with tqdm(
         total=100.0, desc="draft", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
     ) as bar:
         while budget.progress < 1.0:
-            ids, features = batches.batch(BATCH_ROWS, device)
+            rows = batches.batch(BATCH_ROWS, device)
             with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-                logits = model(input_ids=ids, use_cache=False).logits.float()
-            targets = soft_targets(features, lm_head, ARGMAX_WEIGHT)
-            real = ids != tokenizer.pad_token_id
-            loss = torch.nn.functional.cross_entropy(logits[real], targets[real])
+                logits = model(input_ids=rows.ids, use_cache=False).logits.float()
+            real = rows.ids != tokenizer.pad_token_id
+            loss = distillation_loss(logits, rows.top_ids, rows.top_probs, real)
             loss.backward()
             optimizers.step(budget.lr_factor(decay_from=0.3))
-            budget.tokens_done += ids.numel()
-            with torch.no_grad():
-                agree = (logits.argmax(-1) == targets.argmax(-1))[real].float().mean().item()
+            budget.tokens_done += rows.ids.numel()
+            agree = agreement(logits, rows.top_ids, real)
             log.write(f"{budget.tokens_done} {budget.seconds:.0f} {loss.item():.4f} {agree:.4f}\n")
             log.flush()
             bar.n = 100 * budget.progress

@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from training.data import SEED
 from training.optim import Budget, Optimizers
-from training.teacher import TeacherBatches, soft_targets
+from training.teacher import Rows, TeacherBatches, agreement, distillation_loss
 
-BATCH_ROWS = 16
+BATCH_ROWS = 8
 DEPTHS = 3
-ARGMAX_WEIGHT = 0.3
 CONFIG = {
     "architectures": ["LlamaForCausalLMEagle"],
     "model_type": "llama",
@@ -194,13 +193,13 @@ def train_eagle(teacher, tokenizer, run_dir: Path, budget: Budget, device: str =
         total=100.0, desc="eagle", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
     ) as bar:
         while budget.progress < 1.0:
-            ids, features = batches.batch(BATCH_ROWS, device)
+            rows = batches.batch(BATCH_ROWS, device)
             # Shallow first: deeper depths only make sense once the first one predicts something.
-            depths = 1 if budget.progress < 0.3 else 2 if budget.progress < 0.65 else DEPTHS
-            loss, agree = eagle_loss(model, ids, features, lm_head, depths, tokenizer.pad_token_id)
+            depths = min(DEPTHS, 1 + int(budget.progress * DEPTHS))
+            loss, agree = eagle_loss(model, rows, lm_head, depths, tokenizer.pad_token_id)
             loss.backward()
             optimizers.step(budget.lr_factor(decay_from=0.3))
-            budget.tokens_done += ids.numel()
+            budget.tokens_done += rows.ids.numel()
             agreed = " ".join(map(str, agree))
             log.write(f"{budget.tokens_done} {budget.seconds:.0f} {loss.item():.4f} {agreed}\n")
             log.flush()
@@ -212,22 +211,20 @@ def train_eagle(teacher, tokenizer, run_dir: Path, budget: Budget, device: str =
 
 
 def eagle_loss(
-    model: Eagle, ids, features, lm_head, depths: int, pad: int
+    model: Eagle, rows: Rows, lm_head: torch.Tensor, depths: int, pad: int
 ) -> tuple[torch.Tensor, list[float]]:
     """Mean loss over depths, and the arg-max agreement of each depth."""
-    embeds = F.embedding(ids[:, 1:], lm_head)
-    following = features[:, 1:]
-    targets = soft_targets(following, lm_head, ARGMAX_WEIGHT)
-    total, agree = features.new_zeros(()), []
-    for depth, predicted in enumerate(model.depths(embeds, features[:, :-1], depths)):
-        real = (ids[:, 1:] != pad).clone()
+    embeds = F.embedding(rows.ids[:, 1:], lm_head)
+    following = Rows(*(t[:, 1:] for t in rows.tensors()))
+    total, agree = embeds.new_zeros(()), []
+    for depth, predicted in enumerate(model.depths(embeds, rows.features[:, :-1], depths)):
+        real = following.ids != pad
         real[:, :depth] = False
-        logits = predicted[real] @ lm_head.T
-        ce = F.cross_entropy(logits, targets[real])
-        total = total + ce + F.smooth_l1_loss(predicted[real], following[real])
-        agree.append(
-            round((logits.argmax(-1) == targets[real].argmax(-1)).float().mean().item(), 4)
-        )
+        logits = predicted @ lm_head.T
+        distance = F.smooth_l1_loss(predicted, following.features, reduction="none").mean(-1)
+        total = total + distillation_loss(logits, following.top_ids, following.top_probs, real)
+        total = total + (distance * real).sum() / real.sum()
+        agree.append(round(agreement(logits, following.top_ids, real), 4))
     return total / depths, agree
 
 

@@ -13,7 +13,7 @@ from training.teacher import boundary_prompts, continuations, random_prompts
 WINDOW = 512
 PROMPT = 128
 NEW_TOKENS = 96
-PROMPTS = 64
+PROMPTS = 48
 EAGLE_DEPTHS = 4
 
 
@@ -32,7 +32,7 @@ class Text:
 
 
 @torch.no_grad()
-def held_out_loss(model, documents: list[list[int]], eos: int, max_tokens: int = 120_000) -> float:
+def held_out_loss(model, documents: list[list[int]], eos: int, max_tokens: int = 60_000) -> float:
     """Mean cross entropy (nats per token) over the joined documents, by WINDOW tokens."""
     stream = torch.tensor([t for d in documents for t in (*d, eos)][:max_tokens])
     rows = stream[: (len(stream) - 1) // WINDOW * WINDOW + 1].unfold(0, WINDOW + 1, WINDOW)

@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
+    def step(self, closure=None):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -44,7 +44,8 @@ class Optimizers:
     """Muon for the matrices inside blocks; AdamW for embeddings, norms and routers."""
 
     def __init__(self, model: torch.nn.Module, muon_lr: float = 0.01, adam_lr: float = 2e-3):
-        matrices, others = [], []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, p in model.named_parameters():
             hidden = p.ndim >= 2 and not any(
                 s in name for s in ("embed_tokens", "lm_head", "mlp.gate.", "router")

@@ -21,14 +21,13 @@ def target_config(vocab_size: int, eos: int, pad: int):
     """32 experts of width 48 per layer, 4 per token: 9.3 M parameters, 3.2 M active."""
     from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeConfig(
+    config = Qwen3MoeConfig(
         vocab_size=vocab_size,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
         num_experts=32,
         num_experts_per_tok=4,
         moe_intermediate_size=48,
@@ -42,6 +41,8 @@ def target_config(vocab_size: int, eos: int, pad: int):
         eos_token_id=eos,
         pad_token_id=pad,
     )
+    config.head_dim = 64
+    return config
 
 
 def new_target(tokenizer):

@@ -1,4 +1,4 @@
-"""What the students learn from: the target's features over its own text and the corpus.
+"""What the students learn from: the target over its own text and over the corpus.
 
 The features are the target's last hidden states after its final norm; its logits are
 ``lm_head(features)``. They are computed once and kept in bf16, so that draft and EAGLE head can
@@ -17,10 +17,16 @@ from training.data import SEED, TokenStream
 from training.optim import Budget
 
 ROW = 256
-PROMPT = 64
+PROMPT = 32
+NEW_TOKENS = 96  # two continuations fill a row
 GENERATION_BATCH = 128
+PER_ROW = ROW // (PROMPT + NEW_TOKENS)
+SLICE = 32  # rows per pass without a cache
+TOP = 32
+ARGMAX_WEIGHT = 0.3
 TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # in turn: half of the continuations are greedy
 CODE_SHARE = 0.75
+OWN_TIME = 0.7
 BOUNDARY = re.compile(
     r'^[ \t]*(?:async )?def \w+\(.*\)(?: -> .*)?:\n(?:[ \t]+r?"""[^"]*"""\n)?', re.MULTILINE
 )
@@ -28,15 +34,27 @@ BOUNDARY = re.compile(
 
 @dataclass
 class Rows:
-    """Token rows with the target's features: ids int64 [N, ROW], features bf16 [N, ROW, H]."""
+    """Token rows and what the target says at each place: features, TOP likeliest tokens."""
 
-    ids: torch.Tensor
-    features: torch.Tensor
+    ids: torch.Tensor  # [N, ROW] int16 as stored, int64 as drawn
+    features: torch.Tensor  # [N, ROW, H] bf16 as stored, fp32 as drawn
+    top_ids: torch.Tensor  # [N, ROW, TOP] int16 as stored, int64 as drawn; likeliest first
+    top_probs: torch.Tensor  # [N, ROW, TOP] fp16 as stored, fp32 as drawn; sum to one
 
-    def batch(self, count: int, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw ``count`` rows: ids [count, ROW] and fp32 features [count, ROW, H]."""
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The four tensors in order."""
+        return self.ids, self.features, self.top_ids, self.top_probs
+
+    def draw(self, count: int, random: torch.Generator) -> "Rows":
+        """``count`` random rows, widened."""
         picks = torch.randint(len(self.ids), (count,), generator=random)
-        return self.ids[picks], self.features[picks].float()
+        ids, features, top_ids, top_probs = (t[picks] for t in self.tensors())
+        return Rows(ids.long(), features.float(), top_ids.long(), top_probs.float())
+
+    @staticmethod
+    def joined(parts: list["Rows"]) -> "Rows":
+        """One ``Rows`` of all rows in ``parts``."""
+        return Rows(*(torch.cat(t) for t in zip(*(p.tensors() for p in parts), strict=True)))
 
 
 def load_teacher(path: Path, device: str = "cpu"):
@@ -46,7 +64,8 @@ def load_teacher(path: Path, device: str = "cpu"):
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, experts_implementation=experts.register()
     )
-    return model.to(device).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device)
+    return model.eval().requires_grad_(False)
 
 
 def boundary_prompts(
@@ -93,16 +112,21 @@ def continuations(
 
 
 @torch.no_grad()
-def features_of(model, ids: torch.Tensor) -> torch.Tensor:
-    """Features bf16 [B, L, H] of ids [B, L]."""
+def annotate(model, ids: torch.Tensor) -> Rows:
+    """What the target says over ids int64 [B, L], as stored."""
     with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-        return model.model(input_ids=ids, use_cache=False).last_hidden_state.to(torch.bfloat16)
+        features = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        probs = model.lm_head(features).float().softmax(-1)
+    top_probs, top_ids = probs.topk(TOP)
+    top_probs = top_probs / top_probs.sum(-1, keepdim=True)
+    stored = ids.short(), features.to(torch.bfloat16), top_ids.short(), top_probs.half()
+    return Rows(*(t.cpu() for t in stored))
 
 
 def build_rows(
     model, tokens, tokenizer, run_dir: Path, budget: Budget, device: str = "cpu"
 ) -> None:
-    """Spend 60 % of the budget on own continuations, the rest on corpus rows; save both."""
+    """Spend OWN_TIME of the budget on own continuations, the rest on the corpus; save both."""
     torch.manual_seed(SEED)
     random = torch.Generator().manual_seed(SEED)
     train = tokens["train"]
@@ -111,69 +135,71 @@ def build_rows(
         + random_prompts(train["code"], 4000, random),
         "prose": random_prompts(train["prose"], 4000, random),
     }
-    ids: dict[str, list[torch.Tensor]] = {"own": [], "corpus": []}
-    features: dict[str, list[torch.Tensor]] = {"own": [], "corpus": []}
+    rows: dict[str, list[Rows]] = {"own": [], "corpus": []}
     stream = TokenStream(train, tokenizer.eos_token_id, CODE_SHARE, seed=SEED + 1)
     with tqdm(
         total=100.0, desc="teacher", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
     ) as bar:
         while budget.progress < 1.0:
-            own = budget.progress < 0.6
+            own = budget.progress < OWN_TIME
             if own:
-                turn = len(ids["own"])
-                picks = [
-                    pools["code" if u < CODE_SHARE else "prose"]
-                    for u in torch.rand(GENERATION_BATCH, generator=random)
-                ]
-                prompts = [p[int(torch.randint(len(p), (1,), generator=random))] for p in picks]
+                turn = len(rows["own"]) * SLICE * PER_ROW // GENERATION_BATCH
+                prompts = draw_prompts(pools, random).to(device)
                 temperature = TEMPERATURES[turn % len(TEMPERATURES)]
-                rows = continuations(
-                    model,
-                    torch.tensor(prompts, device=device),
-                    temperature,
-                    ROW - PROMPT,
-                    tokenizer.pad_token_id,
-                )
+                ids = continuations(model, prompts, temperature, NEW_TOKENS, tokenizer.pad_token_id)
+                ids = ids.view(-1, ROW)
             else:
-                rows = stream.batch(32, ROW - 1).to(device)
-            kind = "own" if own else "corpus"
-            for part in rows.split(32):
-                ids[kind].append(part.cpu())
-                features[kind].append(features_of(model, part).cpu())
-            budget.tokens_done += rows.numel()
+                ids = stream.batch(SLICE, ROW - 1).to(device)
+            rows["own" if own else "corpus"] += [annotate(model, part) for part in ids.split(SLICE)]
+            budget.tokens_done += ids.numel()
             bar.n = 100 * budget.progress
             bar.set_postfix_str(f"{budget.tokens_done / 1e6:.2f}M tokens")
-    saved = {k: Rows(torch.cat(ids[k]), torch.cat(features[k])) for k in ids if ids[k]}
-    torch.save(
-        {k: (r.ids.to(torch.int16), r.features) for k, r in saved.items()}, run_dir / "rows.pt"
-    )
+    joined = {kind: Rows.joined(parts).tensors() for kind, parts in rows.items() if parts}
+    torch.save(joined, run_dir / "rows.pt")
+
+
+def draw_prompts(pools: dict[str, list[list[int]]], random: torch.Generator) -> torch.Tensor:
+    """GENERATION_BATCH prompts, code or prose by CODE_SHARE: int64 [GENERATION_BATCH, PROMPT]."""
+    is_code = torch.rand(GENERATION_BATCH, generator=random) < CODE_SHARE
+    picked = [pools["code" if code else "prose"] for code in is_code.tolist()]
+    return torch.tensor([p[int(torch.randint(len(p), (1,), generator=random))] for p in picked])
 
 
 class TeacherBatches:
     """Training batches for the students: a share of the target's own text, the rest corpus."""
 
     def __init__(self, run_dir: Path, own_share: float = 0.6, seed: int = SEED):
-        loaded = torch.load(run_dir / "rows.pt")
-        self.rows = {k: Rows(ids.long(), features) for k, (ids, features) in loaded.items()}
+        self.rows = {kind: Rows(*t) for kind, t in torch.load(run_dir / "rows.pt").items()}
         self.own_share = own_share
         self.random = torch.Generator().manual_seed(seed)
 
-    def batch(self, count: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [count, ROW], features fp32 [count, ROW, H]."""
+    def batch(self, count: int, device: str = "cpu") -> Rows:
+        """``count`` rows on ``device``, widened."""
         own = round(count * self.own_share)
-        parts = [
-            self.rows["own"].batch(own, self.random),
-            self.rows["corpus"].batch(count - own, self.random),
-        ]
-        ids, features = (torch.cat(t).to(device) for t in zip(*parts, strict=True))
-        return ids, features
+        counts = {"own": own, "corpus": count - own}
+        drawn = Rows.joined([self.rows[k].draw(n, self.random) for k, n in counts.items()])
+        return Rows(*(t.to(device) for t in drawn.tensors()))
 
 
-def soft_targets(
-    features: torch.Tensor, lm_head: torch.Tensor, argmax_weight: float
+def distillation_loss(
+    logits: torch.Tensor, top_ids: torch.Tensor, top_probs: torch.Tensor, real: torch.Tensor
 ) -> torch.Tensor:
-    """The target's distribution [..., V] mixed with its arg-max: T = 1 and T = 0 acceptance."""
-    probs = torch.softmax(features @ lm_head.T, dim=-1)
-    best = probs.argmax(-1, keepdim=True)
-    mixed = probs.mul_(1 - argmax_weight)
-    return mixed.scatter_add_(-1, best, torch.full_like(best, argmax_weight, dtype=mixed.dtype))
+    """Cross entropy against the target's TOP tokens, sharpened towards its arg-max.
+
+    The distribution trains acceptance when sampling, the arg-max acceptance when greedy.
+
+    Args:
+        logits: the student's, [B, L, V] fp32.
+        top_ids, top_probs: the target's, [B, L, TOP].
+        real: bool [B, L], the places that count.
+    """
+    weights = top_probs * (1 - ARGMAX_WEIGHT)
+    weights[..., 0] += ARGMAX_WEIGHT
+    loss = logits.logsumexp(-1) - (weights * logits.gather(-1, top_ids)).sum(-1)
+    return (loss * real).sum() / real.sum()
+
+
+@torch.no_grad()
+def agreement(logits: torch.Tensor, top_ids: torch.Tensor, real: torch.Tensor) -> float:
+    """Share of the real places where student and target have the same likeliest token."""
+    return ((logits.argmax(-1) == top_ids[..., 0]) & real).sum().item() / real.sum().item()

@@ -1,0 +1,122 @@
+"""The training recipe: a fixed split, repeatable streams, right experts and EAGLE head."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from training import experts
+from training.data import HELD_OUT_SHARE, TokenStream, docstrings, is_held_out, source_files
+from training.eagle import Eagle
+from training.optim import Budget, orthogonalize
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def stdlib(tmp_path):
+    body = f'"""{"A long documentation string of module number one. " * 5}"""\n'
+    for name in ("a.py", "json/b.py", "test/test_c.py", "site-packages/x.py", "encodings/cp1.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(body + f"name = {name!r}\n" + "x = 1\n" * 40)
+    return tmp_path
+
+
+def test_split_is_deterministic_and_near_its_share():
+    names = [f"package/module_{i}.py" for i in range(4000)]
+    held_out = {n for n in names if is_held_out(n)}
+    assert held_out == {n for n in reversed(names) if is_held_out(n)}
+    assert abs(len(held_out) / len(names) - HELD_OUT_SHARE) < 0.01
+
+
+def test_split_does_not_move_between_versions():
+    """Known answers: a changed hash would silently put held-out files into training."""
+    assert [n for n in (f"m{i}.py" for i in range(100)) if is_held_out(n)] == ["m56.py"]
+
+
+def test_sources_skip_installed_packages_and_tables(stdlib):
+    names = [name for name, _ in source_files(stdlib)]
+    assert names == sorted(names)
+    assert {"a.py", "json/b.py"} <= set(names) <= {"a.py", "json/b.py", "test/test_c.py"}
+
+
+def test_docstrings_are_cleaned_and_long():
+    text = "First line.\n\n        Indented details that go on " + "and on " * 30
+    source = f'def f():\n    """{text}"""\n\ndef g():\n    """Short."""\n'
+    found = docstrings(source)
+    assert len(found) == 1
+    assert "\n\nIndented" in found[0]
+    assert docstrings("def broken(:") == []
+
+
+def test_stream_repeats_and_shifts_labels():
+    documents = {"code": [list(range(10, 500))], "prose": [list(range(600, 900))]}
+    first, second = (TokenStream(documents, eos=0, code_share=0.5) for _ in range(2))
+    for _ in range(5):
+        a, b = first.batch(4, 16), second.batch(4, 16)
+        assert a.shape == (4, 17)
+        assert torch.equal(a, b)
+    assert first.epochs["code"] >= 1
+
+
+def test_sorted_experts_equal_eager_with_gradients():
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=6, num_experts=5)
+    config._experts_implementation = "eager"
+    layer = Qwen3MoeExperts(config).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(7)])  # the last expert gets no row
+    weights = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    inputs = [x, weights, *layer.parameters()]
+    results = []
+    for forward in (layer, lambda *a: experts.sorted_experts_forward(layer, *a)):
+        out = forward(x, ids, weights)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_eagle_depths_equal_drafting_step_by_step():
+    """The unrolled training form computes what a drafter does, one branch at a time."""
+    head, length, depths = Eagle(), 9, 3
+    embeds, features = torch.randn(1, length, 256), torch.randn(1, length, 256)
+    with torch.no_grad():
+        unrolled = head.depths(embeds, features, depths)
+        for start in range(length - depths):
+            mixed = features.clone()
+            for depth in range(depths):
+                at = start + depth
+                sequence = head(embeds[:, : at + 1], mixed[:, : at + 1], [])[:, -1]
+                torch.testing.assert_close(unrolled[depth][:, at], sequence, rtol=1e-4, atol=1e-4)
+                mixed[:, at + 1] = sequence
+
+
+def test_orthogonalize_flattens_singular_values_per_expert():
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 12, 40)))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+def test_budget_by_tokens_ignores_time():
+    budget = Budget(None, 1000)
+    budget.tokens_done = 500
+    assert budget.progress == 0.5
+    assert budget.lr_factor(decay_from=0.35) == pytest.approx(0.5 / 0.65)
+    with pytest.raises(ValueError, match="expected minutes or tokens"):
+        Budget(None, None)
+
+
+def test_importing_the_pair_loads_no_transformers():
+    code = "import sys, decoder.embedded; print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
