@@ -169,8 +169,11 @@ class DraftChain:
         # Penalties count the tokens drafted so far, as they will when the target verifies.
         prefix = self._tokens[:, : self._step] if self._step else None
         dist = self._sampler.distribution(logits, self._slots, self._positions, prefix)
-        token = self._sampler.draw_draft(dist, self._slots, self._positions[:, 0])
-        if dist.probs is not None:
+        if dist.argmax is not None:  # all rows greedy: no noise to compute
+            token = dist.argmax[:, 0]
+        else:
+            assert dist.probs is not None
+            token = self._sampler.draw_draft(dist, self._slots, self._positions[:, 0])
             self._probs.append(dist.probs)
         self._tokens[:, self._step] = token
         self._step += 1
