@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -11,10 +9,11 @@ from torch import Tensor
 from .combine_kernel import _combine_kernel
 from .common import ACTIVATIONS, HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTING_SINGLE
 from .config import select_config
+from .device import device_of
 from .down_kernel import _down_combine_kernel, _down_kernel
 from .gate_up_kernel import _gate_up_kernel
 from .plan_kernel import max_blocks, plan, plan_sizes
-from .types import A100, B200, H200, Device, GemmConfig, LayerShape, MoEConfig
+from .types import GemmConfig, LayerShape, MoEConfig
 
 # Pairs up to which every gate_up program finds its own rows: one launch less, while scanning the
 # ids costs a program less than it takes the others on its processor to stream their weights.
@@ -152,7 +151,8 @@ class _Layer:
             bound = max_blocks(T * TOPK, self.E, config.block_m)
             tables, routing = plan(ids, self.E, config.block_m, pdl), ROUTING_PLANNED
         self._gate_up(x, act, ids, tables, bound, routing, config.gate_up, pdl)
-        if T == 1 and not batch_invariant:
+        # Transposed weights would be read in pieces of a few bytes by that kernel's narrow tiles.
+        if T == 1 and not batch_invariant and self.w_down.stride(2) == 1:
             self._down_combine(act, ids, weights, out, config, pdl)
             return
         down_routing = ROUTING_SINGLE if T == 1 else ROUTING_PLANNED
@@ -304,26 +304,3 @@ def _pdl(on: bool, first: bool = False) -> dict[str, bool]:
 
 def _device_guard(device: torch.device) -> torch.cuda.device:
     return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
-@functools.lru_cache
-def device_of(device: torch.device) -> Device:
-    """The properties of a device that configurations depend on.
-
-    The driver does not tell bandwidth and arithmetic; they are scaled by multiprocessors from a
-    device of the same generation, which keeps their ratio about right.
-    """
-    if device.type != "cuda":
-        return Device()
-    found = torch.cuda.get_device_properties(device)
-    like = A100 if found.major < 9 else H200 if found.major == 9 else B200
-    scale = found.multi_processor_count / like.sms
-    consumer = (found.major, found.minor) not in ((8, 0), (9, 0), (10, 0), (10, 3))
-    return Device(
-        name=found.name,
-        capability=10 * found.major + found.minor,
-        sms=found.multi_processor_count,
-        shared_bytes=101376 if consumer else like.shared_bytes,
-        bandwidth=like.bandwidth * scale,
-        matrix_flops=like.matrix_flops * scale,
-    )

@@ -1,6 +1,6 @@
 """Child of test_static.py: compiles every selectable kernel for one architecture, prints facts.
 
-Run as ``python compile_child.py {80,90,100}``; needs Triton, no GPU. One JSON line per kernel.
+Run as ``python compile_child.py {80,90,100,variants}``; no GPU needed. One JSON line a kernel.
 """
 
 import json
@@ -99,18 +99,61 @@ def jobs(arch):
     return list(found.values())
 
 
+# Layouts, gates and dtypes the interpreter accepts more readily than the compiler: name -> values.
+# A type replaces an argument's; "odd" takes the divisibility away.
+VARIANTS = {
+    "bias": {"HAS_BIAS": True},
+    "interleaved": {"INTERLEAVED": True, "HAS_BIAS": True},
+    "transposed": {"stride_wn": 1, "stride_wk": "i32"},
+    "gpt-oss": {
+        "stride_wn": 1,
+        "stride_wk": "i32",
+        "INTERLEAVED": True,
+        "HAS_BIAS": True,
+        "HAS_LIMIT": True,
+        "HAS_ALPHA": True,
+    },
+    "no gate": {"GATED": False, "ACTIVATION": 3},
+    "gelu_tanh": {"ACTIVATION": 1},
+    "gelu": {"ACTIVATION": 2},
+    "odd": {"odd": True, "EVEN_K": False},
+    "int32 ids": {"ids_ptr": "*i32", "weights_ptr": "*bf16"},
+    "fp16": {"float": "*fp16"},
+    "fp32": {"float": "*fp32", "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32},
+    "swap_ab": {"SWAP_AB": True, "BLOCK_N": 64},
+}
+
+
+def variant_jobs():
+    """Each variant of each kernel once, on a tile of middling size."""
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "SWAP_AB": False}
+    sizes = {"TOPK": 4, "N_PAD": 128, "E_PAD": 32}
+    for name, values in VARIANTS.items():
+        options = {"num_warps": 4, "num_stages": 3}
+        common = {"variant": name} | sizes | tile
+        yield "gate_up", common | {"ROUTING": 1} | values, options
+        yield "down", common | {"ROUTING": 0, "SPLIT_K": 2} | values, options
+        single = {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4}
+        yield "down_combine", {"variant": name} | sizes | values | single, {"num_warps": 4}
+        if name in ("odd", "int32 ids", "fp16", "fp32"):
+            yield "combine", common | {"SPLIT_K": 2, "BLOCK_H": 512} | values, {"num_warps": 2}
+    yield "plan", sizes | {"BLOCK_M": 16, "ids_ptr": "*i32", "variant": "int32 ids"}, {}
+
+
 def compile_one(arch, kernel, constexprs, options):
     """Compile one kernel; what its code and resource usage say."""
     function = KERNELS[kernel]
     values = PLAIN | {"PDL": arch >= 90} | constexprs
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
-        if name in values:
+        if name in values and not isinstance(values[name], str):
             signature[name] = "constexpr"
             constants[(index,)] = values[name]
             continue
-        signature[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-        if name.endswith("_ptr") or name in DIVISIBLE:
+        number = values.get("float", "*bf16") if name.endswith("_ptr") else "i32"
+        signature[name] = values.get(name, TYPES.get(name, number))
+        whole = name in DIVISIBLE and not values.get("odd")
+        if name.endswith("_ptr") or whole:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -144,8 +187,9 @@ def resources(cubin):
 
 
 def main():
-    arch = int(sys.argv[1])
-    work = jobs(arch)
+    variants = sys.argv[1] == "variants"
+    arch = 90 if variants else int(sys.argv[1])
+    work = list(variant_jobs()) if variants else jobs(arch)
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for facts in pool.map(compile_one, [arch] * len(work), *zip(*work, strict=True)):
             print(json.dumps(facts), flush=True)

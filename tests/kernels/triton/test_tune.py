@@ -44,6 +44,40 @@ def test_file_is_merged_and_readable(tmp_path):
     assert tuned.load(path)[(SHAPE.layer, "torch.bfloat16", bucket(SHAPE))] == chosen
 
 
+class FakeBench:
+    """Times and results by rule: one tile is fast, one fast but wrong, one not compilable."""
+
+    dtype = torch.bfloat16
+
+    def batches(self, T):
+        return [None]
+
+    def output(self, batch, config):
+        if config.down.num_stages == 6:
+            raise RuntimeError("out of resource")
+        return torch.full((2, 8), 2.0 if config.down.block_n == 32 else 1.0)
+
+    def seconds(self, batches, config):
+        tile = config.gate_up
+        return 1e-3 - 1e-4 * (tile.block_k == 128) - 1e-4 * (config.down.block_n == 32)
+
+
+def test_search_takes_the_fastest_right_tiles(capsys):
+    best, micros, model = tune._tune_tokens(FakeBench(), SHAPE, H200, 200, 60.0)
+    assert best.gate_up.block_k == 128
+    assert best.down.block_n != 32 and best.down.num_stages != 6
+    assert micros <= model
+    said = capsys.readouterr().out
+    assert "dropped, wrong result: down" in said
+    assert "dropped, RuntimeError: down" in said
+
+
+def test_search_stops_in_time():
+    chosen = select_config(SHAPE, torch.bfloat16, H200)
+    best, _, _ = tune._tune_tokens(FakeBench(), SHAPE, H200, 200, 0.0)
+    assert best == chosen
+
+
 def test_one_wrong_element_is_seen():
     expected = torch.randn(4, 64)
     assert tune.close(expected * (1 + 2**-9), expected, torch.bfloat16)
