@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .drafters.base import StepState
+from .outputs import TokenLogprob
+from .sampling import Probs, Sampler
 from .sampling.verdict import Verdict
 from .sequence import ActiveSequence
 
@@ -121,3 +123,35 @@ class LiveBatch:
             [old.host_lengths[row] for row in rows],
             [old.host_slots[row] for row in rows],
         )
+
+
+def padded(rows: list[list[int]], device: torch.device) -> Tensor:
+    """``[R, L]`` int64, right padded with 0."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def token_logprobs(
+    sampler: Sampler,
+    sequences: Sequence[ActiveSequence],
+    logits: Tensor,
+    probs: Probs,
+    tokens: Tensor,
+) -> list[list[TokenLogprob]]:
+    """Per row, log-probabilities of its ``tokens`` ``[B, Q]``; empty where nobody asked."""
+    asked = [sequence.request.params.logprobs for sequence in sequences]
+    top = max((n for n in asked if n is not None), default=None)
+    if top is None:
+        return [[] for _ in sequences]
+    values = sampler.logprobs(logits, probs, tokens, top)
+    columns = (tokens, values.raw, values.processed, values.top_ids, values.top_raw)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [
+        []
+        if n is None
+        else [
+            TokenLogprob(token, raw, processed, tuple(zip(ids[:n], tops[:n], strict=True)))
+            for token, raw, processed, ids, tops in zip(*row, strict=True)
+        ]
+        for n, row in zip(asked, rows, strict=True)
+    ]

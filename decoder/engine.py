@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from . import kernels_hook
-from .batch import LiveBatch
-from .controller import AutoGamma, Controller, FixedGamma
-from .drafters import Drafter, NoDrafter, build_drafter
+from .batch import LiveBatch, padded, token_logprobs
+from .controller import Controller
+from .drafters import Drafter, build_drafter
 from .drafters.base import Draft
 from .errors import UserError
-from .loading import context_length, eos_ids, load_model, load_tokenizer
+from .loading import eos_ids, load_model, load_tokenizer
 from .metrics import DecoderStats
 from .outputs import Output, TokenLogprob
 from .params import SamplingParams
 from .phases import PhaseClock
 from .runner import ForwardOutput, ModelRunner
-from .sampling import Probs, Sampler, Verdict
+from .sampling import Sampler, Verdict
 from .sequence import ActiveSequence, Prompt, Request, RequestReader
+from .settings import checked_length, make_controller
 
 _AUTO_MAX_GAMMA = 8
-_ACCELERATOR_MAX_LENGTH = 4096  # KV is allocated up front there
 
 Params = SamplingParams | Sequence[SamplingParams]
 
@@ -51,6 +51,7 @@ class SpeculativeDecoder:
         max_gamma: longest draft that ``"auto"`` considers.
         kernels: let ``moesd_kernels`` run what it can of target and draft.
         attention: ``"auto"`` or ``"portable"``.
+        static: run steps in fixed-size buffers, as CUDA graphs on a GPU; ``"auto"`` does so there.
         drafter_options: passed to ``build_drafter``, such as ``self_top_k``.
 
     Raises:
@@ -70,6 +71,7 @@ class SpeculativeDecoder:
         max_gamma: int = _AUTO_MAX_GAMMA,
         kernels: bool = True,
         attention: str = "auto",
+        static: bool | str = "auto",
         drafter_options: dict[str, Any] | None = None,
     ) -> None:
         if max_batch_size < 1:
@@ -82,12 +84,16 @@ class SpeculativeDecoder:
         self.tokenizer = tokenizer
         options = {"kernels": kernels, **(drafter_options or {})}
         self.drafter: Drafter = build_drafter(drafter, target, tokenizer, **options)
-        self.controller = _controller(gamma, max_gamma, self.drafter)
+        self.controller = make_controller(gamma, max_gamma, self.drafter)
         longest_draft = getattr(self.controller, "max_gamma", max_gamma)
         self.max_batch_size = max_batch_size
-        self.max_length = _checked_length(target, max_length, longest_draft)
+        self.max_length = checked_length(target, max_length, longest_draft)
         self.runner = ModelRunner(
-            target, max_batch_size, self.max_length + longest_draft, attention=attention
+            target,
+            max_batch_size,
+            self.max_length + longest_draft,
+            attention=attention,
+            static=static,
         )
         device = self.runner.device
         self.sampler = Sampler(max_batch_size, self.runner.vocab_size, device, verifier)
@@ -185,7 +191,7 @@ class SpeculativeDecoder:
             ActiveSequence(request, slot, self.tokenizer)
             for request, slot in zip(requests, host_slots, strict=True)
         ]
-        ids = _padded([request.prompt_ids for request in requests], device)
+        ids = padded([request.prompt_ids for request in requests], device)
         slots = torch.tensor(host_slots, dtype=torch.int64, device=device)
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
         for sequence in sequences:
@@ -198,7 +204,7 @@ class SpeculativeDecoder:
         self.drafter.admit(slots, ids, lengths, out.hidden)
         batch.write_prompts(slots, ids)
         batch.append(sequences, slots, lengths, first, ids.gather(1, lengths[:, None] - 1)[:, 0])
-        logprobs = self._logprobs(sequences, out.logits, probs, first[:, None])
+        logprobs = token_logprobs(self.sampler, sequences, out.logits, probs, first[:, None])
         for row, token in enumerate(first.tolist()):
             sequences[row].extend([token], 0)
             sequences[row].logprobs.extend(logprobs[row][:1])
@@ -233,7 +239,7 @@ class SpeculativeDecoder:
         clock.mark("sample")
         self.drafter.commit(state, verdict, out.hidden)
         clock.mark("draft")
-        logprobs = self._logprobs(batch.sequences, out.logits, probs, verdict.tokens)
+        logprobs = token_logprobs(self.sampler, batch.sequences, out.logits, probs, verdict.tokens)
         self._finish_round(gamma, verdict, rows, logprobs)
 
     def _propose(self, gamma: int) -> Draft | None:
@@ -295,32 +301,6 @@ class SpeculativeDecoder:
         remaining = max(sequence.remaining for sequence in self._batch.sequences)
         return min(self.controller.choose(len(self._batch), context), remaining - 1)
 
-    def _logprobs(
-        self, sequences: Sequence[ActiveSequence], logits: Tensor, probs: Probs, tokens: Tensor
-    ) -> list[list[TokenLogprob]]:
-        """Per row, log-probabilities of its tokens; empty lists where nobody asked."""
-        asked = [sequence.request.params.logprobs for sequence in sequences]
-        top = max((n for n in asked if n is not None), default=None)
-        if top is None:
-            return [[] for _ in sequences]
-        values = self.sampler.logprobs(logits, probs, tokens, top)
-        raw, processed = values.raw.tolist(), values.processed.tolist()
-        top_ids, top_raw, ids = values.top_ids.tolist(), values.top_raw.tolist(), tokens.tolist()
-        return [
-            []
-            if n is None
-            else [
-                TokenLogprob(
-                    ids[b][q],
-                    raw[b][q],
-                    processed[b][q],
-                    tuple(zip(top_ids[b][q][:n], top_raw[b][q][:n], strict=True)),
-                )
-                for q in range(len(ids[b]))
-            ]
-            for b, n in enumerate(asked)
-        ]
-
     def _release_finished(self) -> list[ActiveSequence]:
         finished = self._batch.remove_finished()
         if finished:
@@ -334,35 +314,3 @@ class SpeculativeDecoder:
             self.drafter.release(slots)
         for slot in slots:
             self.sampler.release(slot)
-
-
-def _controller(gamma: Any, max_gamma: int, drafter: Drafter) -> Controller:
-    if isinstance(drafter, NoDrafter):
-        return FixedGamma(0)
-    if gamma == "auto":
-        return AutoGamma(max_gamma)
-    if isinstance(gamma, int) and not isinstance(gamma, bool):
-        if gamma < 0:
-            raise UserError(f"gamma must be 'auto' or an integer >= 0, got {gamma}")
-        return FixedGamma(gamma)
-    if hasattr(gamma, "choose") and hasattr(gamma, "observe"):
-        return gamma
-    raise UserError(f"gamma must be 'auto' or an integer >= 0, got {gamma!r}")
-
-
-def _checked_length(target: Any, max_length: int | None, longest_draft: int) -> int:
-    """The longest prompt plus output, by default what leaves its drafts within the context."""
-    limit, is_table = context_length(target)
-    usable = limit - longest_draft if is_table else limit
-    if max_length is None:
-        longest = limit - longest_draft
-        return longest if target.device.type == "cpu" else min(longest, _ACCELERATOR_MAX_LENGTH)
-    if not 2 <= max_length <= usable:
-        raise UserError(f"max_length must be in [2, {usable}] for this model, got {max_length}")
-    return max_length
-
-
-def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
-    """``[R, L]`` int64, right padded with 0."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)

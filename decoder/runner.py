@@ -6,7 +6,7 @@ does not know sequences (``engine.py``), drafts or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,11 +17,13 @@ from . import attention as ragged
 from . import kernels_hook
 from .cache import RaggedCache
 from .errors import UserError
+from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward
+from .support import attention_configs, check_supported
 
 _PREFILL_CHUNK = 256  # positions per prefill forward
 _PREFILL_TOKENS = 4096  # rows * positions per prefill forward
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+_STATIC_QUERIES = 32  # wider forwards are prefill
 
 
 class ForwardOutput(NamedTuple):
@@ -40,6 +42,8 @@ class ModelRunner:
         max_batch_size: cache rows.
         max_length: most tokens per row, drafts included.
         attention: ``"auto"`` uses the kernel when there is one, ``"portable"`` never does.
+        static: run forwards in fixed-size buffers (``graphs.py``); ``"auto"`` does so, with
+            capture, on CUDA.
 
     Raises:
         UserError: the architecture cannot be run over a ragged cache, with the reason.
@@ -51,6 +55,7 @@ class ModelRunner:
         max_batch_size: int,
         max_length: int,
         attention: str = "auto",
+        static: bool | str = "auto",
     ) -> None:
         if attention not in ("auto", "portable"):
             raise ValueError(f"attention must be 'auto' or 'portable', got {attention!r}")
@@ -65,9 +70,10 @@ class ModelRunner:
         self.hidden_size: int = self.config.hidden_size
         self.num_layers: int = self.config.num_hidden_layers
         self.max_batch_size, self.max_length = max_batch_size, max_length
-        self.cache = RaggedCache(
-            max_batch_size, max_length, None if self.device.type == "cpu" else max_length
-        )
+        cuda = self.device.type == "cuda"
+        is_static = cuda if static == "auto" else bool(static)
+        # Growing would move the slabs under captured graphs.
+        self.cache = RaggedCache(max_batch_size, max_length, max_length if is_static else None)
         self._op = (
             kernels_hook.ragged_attention_op(self.device, self.dtype)
             if attention == "auto"
@@ -75,9 +81,14 @@ class ModelRunner:
         )
         self._windows: dict[int, int] = {}
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        self._configs = _attention_configs(self.model)
+        self._configs = attention_configs(self.model)
         self._lean: LeanForward | None = None
         self._split_head = self._probe()
+        self._graphs: ForwardGraphs | None = None
+        self._eager = False
+        if is_static:
+            slots = self.cache.slots_per_row
+            self._graphs = ForwardGraphs(self._run, max_batch_size, slots, self.device, cuda)
 
     @torch.inference_mode()
     def forward(
@@ -104,18 +115,15 @@ class ModelRunner:
         """
         if max_position is None:
             max_position = int(positions.max())
-        self.cache.reserve(max_position + 1)
-        self.cache.select(slots, positions)
-        placement = self._placement(slots, positions, max_position + 1)
-        position_ids = positions.clamp(min=0)
-        if self._lean is not None:
-            states, kept = self._lean(input_ids, position_ids, placement, hidden_layers)
-            if logits_positions is not None:
-                states = _gather(states, logits_positions)
-            hidden = torch.cat(kept, dim=-1) if hidden_layers is not None else None
-            return ForwardOutput(self._head(states), hidden)
-        with ragged.placed(placement), self._ragged_attention():
-            return self._run(input_ids, position_ids, hidden_layers, logits_positions)
+        length = max_position + 1
+        self.cache.reserve(length)
+        if self._graphs and not self._eager and input_ids.shape[1] <= _STATIC_QUERIES:
+            return ForwardOutput(
+                *self._graphs(input_ids, slots, positions, length, hidden_layers, logits_positions)
+            )
+        return ForwardOutput(
+            *self._run(input_ids, slots, positions, length, hidden_layers, logits_positions)
+        )
 
     @torch.inference_mode()
     def prefill(
@@ -173,10 +181,33 @@ class ModelRunner:
     def _run(
         self,
         input_ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        length: int,
+        hidden_layers: Sequence[int] | None,
+        logits_positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The forward on tensors alone: no host synchronisation, so that it can be captured."""
+        self.cache.select(slots, positions)
+        placement = self._placement(slots, positions, length)
+        position_ids = positions.clamp(min=0)
+        if self._lean is not None:
+            states, kept = self._lean(input_ids, position_ids, placement, hidden_layers)
+            logits = self._head(_gather(states, logits_positions))
+        else:
+            with ragged.placed(placement), self._ragged_attention():
+                logits, kept = self._model_forward(
+                    input_ids, position_ids, hidden_layers, logits_positions
+                )
+        return logits, torch.cat(kept, dim=-1) if hidden_layers is not None else None
+
+    def _model_forward(
+        self,
+        input_ids: Tensor,
         position_ids: Tensor,
         hidden_layers: Sequence[int] | None,
         logits_positions: Tensor | None,
-    ) -> ForwardOutput:
+    ) -> tuple[Tensor, list[Tensor]]:
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -188,19 +219,11 @@ class ModelRunner:
             inputs["output_hidden_states"] = True
         if self._split_head:
             out = self._base(**inputs)
-            states = out.last_hidden_state
-            if logits_positions is not None:
-                states = _gather(states, logits_positions)
-            logits = self._head(states)
+            logits = self._head(_gather(out.last_hidden_state, logits_positions))
         else:
             out = self.model(**inputs)
-            logits = out.logits
-            if logits_positions is not None:
-                logits = _gather(logits, logits_positions)
-        hidden = None
-        if hidden_layers is not None:
-            hidden = torch.cat([out.hidden_states[layer] for layer in hidden_layers], dim=-1)
-        return ForwardOutput(logits, hidden)
+            logits = _gather(out.logits, logits_positions)
+        return logits, [out.hidden_states[layer] for layer in hidden_layers or ()]
 
     def _placement(self, slots: Tensor, positions: Tensor, length: int) -> ragged.Placement:
         if self._op is not None:
@@ -210,7 +233,16 @@ class ModelRunner:
         return ragged.Placement(None if identity else slots, positions, view, None, self._windows)
 
     @contextmanager
-    def _ragged_attention(self) -> Any:
+    def eager(self) -> Iterator[None]:
+        """No static buffers inside: for forwards whose modules behave differently for a while."""
+        previous, self._eager = self._eager, True
+        try:
+            yield
+        finally:
+            self._eager = previous
+
+    @contextmanager
+    def _ragged_attention(self) -> Iterator[None]:
         previous = [config._attn_implementation_internal for config in self._configs]
         for config in self._configs:
             config._attn_implementation_internal = ragged.NAME
@@ -262,34 +294,8 @@ class ModelRunner:
         return split
 
 
-def check_supported(model: Any) -> None:
-    """Refuse models whose past cannot be rolled back by masking.
-
-    Raises:
-        UserError: recurrent, chunked or encoder-decoder architectures.
-    """
-    config = model.config.get_text_config(decoder=True)
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UserError(f"{name} is an encoder-decoder model; expected a decoder-only causal LM")
-    layers = set(getattr(config, "layer_types", None) or ())
-    exotic = sorted(layers - _SUPPORTED_LAYERS)
-    if exotic or getattr(model, "_is_stateful", False):
-        kinds = ", ".join(exotic) or "recurrent state"
-        raise UserError(
-            f"{name} has {kinds} layers, whose state cannot be rolled back when drafted tokens are "
-            f"rejected; supported are {' and '.join(sorted(_SUPPORTED_LAYERS))}"
-        )
-    if model.get_output_embeddings() is None:
-        raise UserError(f"{name} has no language-model head; expected a causal LM")
-
-
-def _attention_configs(model: torch.nn.Module) -> list[Any]:
-    """Every distinct config object that a module of ``model`` reads its attention choice from."""
-    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
-
-
-def _gather(states: Tensor, index: Tensor) -> Tensor:
+def _gather(states: Tensor, index: Tensor | None) -> Tensor:
     """``states[b, index[b, i]]``: ``[B, Q, W]`` and ``[B, n]`` to ``[B, n, W]``."""
+    if index is None:
+        return states
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))

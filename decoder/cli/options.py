@@ -92,6 +92,7 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts-implementation", default="moesd", metavar="NAME",
         help="moesd (default) or one of transformers' own, which also turns our dense kernels off",
     )  # fmt: skip
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument(
         "--attention", "--attn-implementation", choices=("auto", "portable"), default="auto"
     )
@@ -186,6 +187,7 @@ class Setup:
             max_gamma=args.max_gamma,
             kernels=self.kernels,
             attention=args.attention,
+            static=False if args.enforce_eager else "auto",
         )
 
     def drafter(self) -> Any:

@@ -127,7 +127,8 @@ class SelfDrafter(StatelessDrafter):
     def propose(self, state: StepState, gamma: int) -> Draft:
         chain, calls = DraftChain(self._sampler, state, gamma), self._reduced.calls
         token, longest = state.current[:, None], max(state.host_lengths)
-        with self._reduced():
+        # A captured graph would replay the routing that it was captured with.
+        with self._reduced(), self._runner.eager():
             for step in range(gamma):
                 out = self._runner.forward(
                     token,

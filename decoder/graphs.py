@@ -1,0 +1,166 @@
+"""Static-shape forwards, captured as CUDA graphs per (batch bucket, queries, view).
+
+A decode step on a GPU is launch-bound: hundreds of small kernels that Python cannot issue fast
+enough. Here a forward runs on buffers of fixed size, rows padded to a bucket with position -1, so
+that it can be captured once and replayed. The same code runs without capture on any device, which
+is how it is tested; **capture and replay have not been run on a GPU yet**.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, Tensor | None]
+StaticForward = Callable[..., Outputs]
+
+_MIN_VIEW = 256
+
+
+class Key(NamedTuple):
+    """What one captured graph is for; everything else is data in its buffers."""
+
+    batch: int
+    queries: int
+    view: int
+    hidden_layers: tuple[int, ...] | None
+    logits_columns: int | None
+
+
+class _Entry(NamedTuple):
+    input_ids: Tensor  # [batch, queries]
+    slots: Tensor  # [batch]
+    positions: Tensor  # [batch, queries]
+    logits_positions: Tensor | None  # [batch, n]
+    graph: Any  # torch.cuda.CUDAGraph | None
+    outputs: list[Outputs]
+
+
+class ForwardGraphs:
+    """Runs a forward through fixed buffers, captured where ``capture`` says so.
+
+    Args:
+        forward: ``(input_ids, slots, positions, view, hidden_layers, logits_positions)`` to
+            ``(logits, hidden or None)``; no host synchronisation, shapes a function of shapes.
+        max_batch_size: largest batch.
+        max_view: cache slots per row.
+        device: of the buffers.
+        capture: replay CUDA graphs; otherwise call ``forward`` on the padded buffers each time.
+    """
+
+    def __init__(
+        self,
+        forward: StaticForward,
+        max_batch_size: int,
+        max_view: int,
+        device: torch.device,
+        capture: bool,
+    ) -> None:
+        self._forward = forward
+        self._max_batch_size, self._max_view = max_batch_size, max_view
+        self._device, self._capture = device, capture
+        self._entries: dict[Key, _Entry] = {}
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        length: int,
+        hidden_layers: Sequence[int] | None = None,
+        logits_positions: Tensor | None = None,
+    ) -> Outputs:
+        """The forward of ``[B, Q]`` tokens, computed in a bucket of rows.
+
+        Args:
+            length: cache slots that some query may see.
+
+        Returns:
+            Views of static logits, valid until the next call with the same shapes, and a copy of
+            the hidden states, which a drafter may keep for a round.
+        """
+        B, Q = input_ids.shape
+        layers = None if hidden_layers is None else tuple(hidden_layers)
+        columns = None if logits_positions is None else logits_positions.shape[1]
+        key = Key(self.bucket(B), Q, self.view(length), layers, columns)
+        entry = self._entries.get(key) or self._new_entry(key)
+        entry.input_ids[:B].copy_(input_ids)
+        entry.slots[:B].copy_(slots)
+        entry.positions[:B].copy_(positions)
+        # Rows left over from a larger batch would write into live slots.
+        entry.positions[B:].fill_(-1)
+        if entry.logits_positions is not None and logits_positions is not None:
+            entry.logits_positions[:B].copy_(logits_positions)
+        if not self._capture:
+            entry.outputs[:] = [self._run(key, entry)]
+        elif entry.graph is None:
+            entry = self._entries[key] = self._captured(key, entry)
+            entry.graph.replay()
+        else:
+            entry.graph.replay()
+        logits, hidden = entry.outputs[0]
+        return logits[:B], None if hidden is None else hidden[:B].clone()
+
+    def bucket(self, batch: int) -> int:
+        """Rows computed for ``batch`` live ones: powers of two up to 8, then multiples of 8."""
+        size = 1
+        while size < batch and size < 8:
+            size *= 2
+        if batch > size:
+            size = -(-batch // 8) * 8
+        return min(size, self._max_batch_size)
+
+    def view(self, length: int) -> int:
+        """Cache slots looked at: powers of two from 256."""
+        view = _MIN_VIEW
+        while view < length:
+            view *= 2
+        return min(view, self._max_view)
+
+    def _new_entry(self, key: Key) -> _Entry:
+        zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
+        logits_positions = None
+        if key.logits_columns is not None:
+            logits_positions = zeros((key.batch, key.logits_columns))
+        entry = _Entry(
+            zeros((key.batch, key.queries)),
+            zeros((key.batch,)),
+            zeros((key.batch, key.queries)),
+            logits_positions,
+            None,
+            [],
+        )
+        self._entries[key] = entry
+        return entry
+
+    def _run(self, key: Key, entry: _Entry) -> Outputs:
+        return self._forward(
+            entry.input_ids,
+            entry.slots,
+            entry.positions,
+            key.view,
+            key.hidden_layers,
+            entry.logits_positions,
+        )
+
+    def _captured(self, key: Key, entry: _Entry) -> _Entry:
+        """Capture on the buffers as they are: repeating a forward writes the same slots again."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # lazy initialisation must not happen inside the capture
+                self._run(key, entry)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = self._run(key, entry)
+        self._pool = graph.pool()
+        return entry._replace(graph=graph, outputs=[outputs])

@@ -1,0 +1,47 @@
+"""Reading the decoder's settings: draft-length control and the longest row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .controller import AutoGamma, Controller, FixedGamma
+from .drafters import Drafter, NoDrafter
+from .errors import UserError
+from .loading import context_length
+
+_ACCELERATOR_MAX_LENGTH = 4096  # KV is allocated up front there
+
+
+def make_controller(gamma: Any, max_gamma: int, drafter: Drafter) -> Controller:
+    """What decides the draft length: a number, ``"auto"``, or a controller given as such.
+
+    Raises:
+        UserError: none of these.
+    """
+    if isinstance(drafter, NoDrafter):
+        return FixedGamma(0)
+    if gamma == "auto":
+        return AutoGamma(max_gamma)
+    if isinstance(gamma, int) and not isinstance(gamma, bool):
+        if gamma < 0:
+            raise UserError(f"gamma must be 'auto' or an integer >= 0, got {gamma}")
+        return FixedGamma(gamma)
+    if hasattr(gamma, "choose") and hasattr(gamma, "observe"):
+        return gamma
+    raise UserError(f"gamma must be 'auto' or an integer >= 0, got {gamma!r}")
+
+
+def checked_length(target: Any, max_length: int | None, longest_draft: int) -> int:
+    """The longest prompt plus output, by default what leaves its drafts within the context.
+
+    Raises:
+        UserError: ``max_length`` is not possible with this model.
+    """
+    limit, is_table = context_length(target)
+    usable = limit - longest_draft if is_table else limit
+    if max_length is None:
+        longest = limit - longest_draft
+        return longest if target.device.type == "cpu" else min(longest, _ACCELERATOR_MAX_LENGTH)
+    if not 2 <= max_length <= usable:
+        raise UserError(f"max_length must be in [2, {usable}] for this model, got {max_length}")
+    return max_length
