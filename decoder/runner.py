@@ -117,7 +117,8 @@ class ModelRunner:
             max_position = int(positions.max())
         length = max_position + 1
         self.cache.reserve(length)
-        if self._graphs and not self._eager and input_ids.shape[1] <= _STATIC_QUERIES:
+        narrow = input_ids.shape[1] <= _STATIC_QUERIES
+        if self._graphs is not None and narrow and not self._eager:
             return ForwardOutput(
                 *self._graphs(input_ids, slots, positions, length, hidden_layers, logits_positions)
             )
