@@ -44,7 +44,9 @@ def cuda_extensions():
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
     if not sources or torch.version.cuda is None or cpp_extension.CUDA_HOME is None:
         return []
-    flags = {"cxx": ["-O3"], "nvcc": ["-O3", "--expt-relaxed-constexpr"]}
+    # Named, because torch would build for sm_90, and the Hopper kernel's instructions are sm_90a's.
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100")]
+    flags = {"cxx": ["-O3"], "nvcc": ["-O3", *archs]}
     return [cpp_extension.CUDAExtension("moesd_kernels._C_cuda", sources, extra_compile_args=flags)]
 
 
