@@ -1,0 +1,101 @@
+"""The lean forward is bit-identical to the model's own, and absent where it could not be."""
+
+import pytest
+import torch
+from engine_models import VOCAB, ragged_prompts
+
+from decoder import kernels_hook
+from decoder.lean import _joined
+from decoder.runner import ModelRunner
+
+cpu_ops = pytest.importorskip("moesd_kernels.cpu_ops")
+torch.set_num_threads(1)
+
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES = {
+    "Llama": {"attention_bias": True},
+    "Mistral": {"sliding_window": 5},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "Qwen3": {"head_dim": 16},
+    "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "Qwen3Moe": {**EXPERTS, "head_dim": 16},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_kernels():
+    reason = cpu_ops.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def build(family, dtype, **changes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SHAPE | FAMILIES.get(family, {}) | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for parameter in model.parameters():  # biases and norms that would otherwise be neutral
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    kernels_hook.accelerate(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_bit_identical_to_the_models_own_forward(family, dtype):
+    model = build(family, dtype)
+    runner = ModelRunner(model, 4, 64)
+    lean = runner._lean
+    assert lean is not None, f"{family} fell back"
+    prompts = ragged_prompts(3, seed=8)
+    width = max(map(len, prompts))
+    ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
+    lengths, slots = torch.tensor([len(p) for p in prompts]), torch.tensor([2, 0, 3])
+    tokens = torch.randint(1, VOCAB, (3, 4))
+    results = []
+    for choice in (lean, None):
+        runner._lean = choice
+        first = runner.prefill(slots, ids, lengths)
+        out = runner.forward(
+            tokens, slots, lengths[:, None] + torch.arange(4), hidden_layers=(0, 1, -1)
+        )
+        results.append((first.logits, out.logits, out.hidden))
+    for mine, own in zip(*results, strict=True):
+        assert torch.equal(mine, own)
+
+
+def test_not_used_without_our_kernels_or_for_other_shapes():
+    model = build("Olmoe", torch.float32, num_experts=4, num_experts_per_tok=2)
+    assert ModelRunner(model, 1, 32)._lean is None
+    model = build("Qwen3", torch.float32)
+    assert ModelRunner(model, 1, 32, attention="portable")._lean is None
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert ModelRunner(build("Llama", torch.float32, rope_parameters=dynamic), 1, 32)._lean is None
+
+
+def test_joined_weights_are_the_models_own_memory(tmp_path):
+    model = build("Qwen3", torch.float32)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    first, second = (ModelRunner(model, 1, 32) for _ in range(2))
+    attention = model.model.layers[0].self_attn
+    joined = first._lean._layers[0].qkv
+    assert joined.data_ptr() == attention.q_proj.weight.data_ptr()
+    assert second._lean._layers[0].qkv.data_ptr() == joined.data_ptr()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in again.state_dict().items())
+
+
+def test_joined_does_not_mistake_neighbours_for_one_tensor():
+    whole = torch.nn.Parameter(torch.arange(12.0).view(6, 2))
+    parts = [torch.nn.Parameter(whole.data[4:6]), torch.nn.Parameter(whole.data[0:2])]
+    assert torch.equal(_joined(parts), torch.cat([whole.data[4:6], whole.data[0:2]]))
