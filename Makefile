@@ -10,12 +10,12 @@ demo: $(READY)
 	$(PY) -m decoder
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy -p moesd_kernels -p decoder -p bench
+	$(VENV)/bin/mypy -p moesd_kernels -p decoder -p bench -p training
 
 # torch goes in first, so that setup.py finds it and builds the C++ extension ahead of time
 # (--no-build-isolation: the build must see this torch, not one of its own).
