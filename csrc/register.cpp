@@ -11,6 +11,7 @@ TORCH_LIBRARY(moesd, m) {
     m.def(
         "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, int window, "
         "Tensor? sinks, Tensor? rows) -> Tensor");
+    m.def("act_and_mul(Tensor gate, Tensor up, str activation) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor w, float eps) -> Tensor");
     m.def(
         "softmax_topk_router(Tensor x, Tensor w, int top_k, bool renormalize) "

@@ -140,6 +140,16 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return torch.ops.moesd.rms_norm(x, w, eps)
 
 
+def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up of one shape, computed in fp32, as transformers' dense MLPs round it.
+
+    The activation is rounded to the dtype of `gate` before the product. Names as in
+    :func:`experts`.
+    """
+    _require()
+    return torch.ops.moesd.act_and_mul(gate, up, activation)
+
+
 def softmax_topk_router(x: Tensor, w: Tensor, top_k: int, renormalize: bool) -> Routed:
     """Softmax over x [T, H] times w [E, H] and its top_k, as transformers' TopKRouter classes.
 
@@ -174,6 +184,10 @@ def _register_fakes() -> None:
     @fake("moesd::rms_norm")
     def _(x, w, eps):
         return x.new_empty(x.shape)
+
+    @fake("moesd::act_and_mul")
+    def _(gate, up, activation):
+        return gate.new_empty(gate.shape)
 
     @fake("moesd::softmax_topk_router")
     def _(x, w, top_k, renormalize):

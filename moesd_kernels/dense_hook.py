@@ -1,4 +1,4 @@
-"""The rest of the layer on the CPU kernels: linear layers, RMS norms and routers.
+"""The rest of the layer on the CPU kernels: linear layers, gated MLPs, RMS norms and routers.
 
 Two reasons. torch's bf16 matrix product is slow on processors without bf16 instructions; and each
 of our kernels computes a row from that row alone, so a model made only of them gives a token the
@@ -73,6 +73,9 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
     weight = getattr(module, "weight", None)
     if type(module) in _activations() and "forward" not in module.__dict__:
         return _activation_forward
+    activation = _gated_mlp(module)
+    if activation is not None:
+        return _mlp_forward(activation)
     if (
         "forward" in module.__dict__  # somebody else's hook, or already ours
         or type(weight) is not nn.Parameter
@@ -128,6 +131,61 @@ def _norm_agrees(module: nn.Module, eps: float) -> bool:
     return expected.shape == x.shape and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+_MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _gated_mlp(module: nn.Module) -> str | None:
+    """The activation's name if `module` is ``down(act(gate(x)) * up(x))``, else None."""
+    parts = module._modules
+    if (
+        "forward" in module.__dict__
+        or set(parts) != {*_MLP_PARTS, "act_fn"}
+        or module._parameters
+        or any(type(parts[name]) is not nn.Linear for name in _MLP_PARTS)
+        or type(parts["act_fn"]) not in _activations()
+    ):
+        return None
+    kind = type(parts["act_fn"]).__name__
+    tanh = kind == "GELUTanh" or getattr(parts["act_fn"], "approximate", "none") == "tanh"
+    activation = "silu" if kind.startswith("SiLU") else "gelu_tanh" if tanh else "gelu"
+    return activation if _mlp_agrees(module, activation) else None
+
+
+def _mlp_agrees(module: nn.Module, activation: str) -> bool:
+    """Whether the class's forward computes that, tried on small layers in place of its own."""
+    from .cpu_ops import act_and_mul
+
+    generator = torch.Generator().manual_seed(0)
+    small = {name: nn.Linear(5, 5) for name in _MLP_PARTS}
+    probe = copy.copy(module)
+    probe._modules = {**small, "act_fn": module._modules["act_fn"]}
+    x = torch.randn(4, 5, generator=generator)
+    with torch.no_grad():
+        for linear in small.values():
+            linear.weight.copy_(torch.randn(5, 5, generator=generator))
+            linear.bias.zero_()
+        try:
+            expected = type(module).forward(probe, x)
+        except (RuntimeError, TypeError, AttributeError):
+            return False
+        gate, up, down = (small[name] for name in _MLP_PARTS)
+        actual = down(act_and_mul(gate(x), up(x), activation))
+    return isinstance(expected, Tensor) and torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def _mlp_forward(activation: str) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not _fits(x, self.down_proj.weight):
+            return type(self).forward(self, x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.requires_grad or up.requires_grad:  # an adapter in front of frozen weights
+            return type(self).forward(self, x)
+        return self.down_proj(torch.ops.moesd.act_and_mul.default(gate, up, activation))
+
+    return forward
+
+
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether this call can take the CPU kernels."""
     return (
@@ -145,9 +203,9 @@ def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     if not _fits(input, weight):
         return nn.Linear.forward(self, input)
     if input.dim() == 2:
-        return torch.ops.moesd.linear(input, weight, self.bias)
+        return torch.ops.moesd.linear.default(input, weight, self.bias)
     rows = input.reshape(-1, input.shape[-1])
-    return torch.ops.moesd.linear(rows, weight, self.bias).view(*input.shape[:-1], -1)
+    return torch.ops.moesd.linear.default(rows, weight, self.bias).view(*input.shape[:-1], -1)
 
 
 def _column_forward(self: nn.Linear, input: Tensor) -> Tensor:
@@ -191,7 +249,7 @@ def _norm_forward(eps: float) -> Callable[..., Tensor]:
         weight = self.weight
         if not _fits(hidden_states, weight):
             return type(self).forward(self, hidden_states)
-        return torch.ops.moesd.rms_norm(hidden_states, weight, eps)
+        return torch.ops.moesd.rms_norm.default(hidden_states, weight, eps)
 
     return forward
 
@@ -203,7 +261,7 @@ def _router_forward(rule: RouterRule, fuse: bool) -> Callable[..., Any]:
         if not _fits(hidden_states, weight):
             return type(self).forward(self, hidden_states)
         rows = hidden_states.reshape(-1, weight.shape[1])
-        logits, weights, ids = torch.ops.moesd.softmax_topk_router(
+        logits, weights, ids = torch.ops.moesd.softmax_topk_router.default(
             rows, weight, rule.top_k, rule.renormalize
         )
         return logits, weights.to(logits.dtype) if rule.cast else weights, ids
@@ -213,7 +271,7 @@ def _router_forward(rule: RouterRule, fuse: bool) -> Callable[..., Any]:
         if not _fits(hidden_states, weight):
             return type(self).forward(self, hidden_states)
         rows, bias = hidden_states.reshape(-1, weight.shape[1]), getattr(self, "bias", None)
-        logits = router_logits(rows, weight, bias, rule, linear=torch.ops.moesd.linear)
+        logits = router_logits(rows, weight, bias, rule, linear=torch.ops.moesd.linear.default)
         correction = getattr(self, "e_score_correction_bias", None)
         return tuple(rule.select(_rows_apart(logits), correction, dtype=hidden_states.dtype))
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -188,32 +190,38 @@ def experts_forward(
         gate_up_bias = self.gate_up_proj_bias if plan.gated else self.up_proj_bias
         down_bias = self.down_proj_bias
     settings = settings_of(self)
-    options: dict[str, Any] = {
-        "activation": plan.activation,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-        "gated": plan.gated,
-        "interleaved": plan.interleaved,
-        "transposed": plan.transposed,
-        "activation_limit": plan.limit,
-        "activation_alpha": plan.alpha,
-        "batch_invariant": settings.batch_invariant,
-    }
-    if compiling:
-        options["backend"] = settings.backend
-        return fused_experts(
-            hidden_states, w_gate_up, w_down, top_k_index, top_k_weights, **options
+    function: Callable[..., Tensor] = partial(fused_experts, backend=settings.backend)
+    if not compiling:
+        # Straight to the back-end: transformers' shapes are right by construction.
+        request = Request(
+            hidden_states.device.type,
+            hidden_states.dtype,
+            False,
+            w_gate_up.is_contiguous() and w_down.is_contiguous(),
+            settings.batch_invariant,
         )
-    # Straight to the back-end: transformers' shapes are right by construction.
-    request = Request(
-        hidden_states.device.type,
-        hidden_states.dtype,
-        False,
-        w_gate_up.is_contiguous() and w_down.is_contiguous(),
-        settings.batch_invariant,
+        function = choose_backend(settings.backend, request)
+        operator = getattr(function, "operator", None)
+        if operator is not None:
+            out = hidden_states.new_empty(hidden_states.shape)
+            operator(
+                *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
+                *(gate_up_bias, down_bias, plan.activation, plan.gated, plan.interleaved),
+                *(plan.transposed, plan.limit, plan.alpha, out),
+            )
+            return out
+    return function(
+        *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
+        activation=plan.activation,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        gated=plan.gated,
+        interleaved=plan.interleaved,
+        transposed=plan.transposed,
+        activation_limit=plan.limit,
+        activation_alpha=plan.alpha,
+        batch_invariant=settings.batch_invariant,
     )
-    function = choose_backend(settings.backend, request)
-    return function(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights, **options)
 
 
 def _call_refusal(

@@ -1,15 +1,18 @@
 // Attention of a few queries per sequence over a ragged KV cache: a query at position p reads slots
 // max(0, p - window + 1) .. p of its own row and nothing else, so garbage beyond a row's length is never touched. Online
-// softmax in fp32 over blocks of slots counted from the first visible one; heads sharing keys are read together.
+// softmax in fp32 over blocks of slots counted from the first visible one; the queries and heads of a sequence that share
+// keys read them together.
 #pragma once
 
 #include "dot.h"
 #include "experts_kernel.h"
+#include "row_kernels.h"
 
 namespace moesd::MOESD_ISA {
 
 constexpr int kSlotBlock = 128;
-constexpr int kMaxHeads = 12;        // query heads handled at a time
+constexpr int kScoreStride = kSlotBlock + 8;  // dot_rows may write up to three columns too many
+constexpr int kMaxRows = 24;                  // (query, head) rows that pass over the keys together
 constexpr int64_t kMaxHeadDim = 576;
 
 template <class W>
@@ -19,103 +22,168 @@ class AttentionKernel {
 
 public:
     explicit AttentionKernel(const AttentionArgs& a)
-        : a_(a), group_(a.q_heads / a.kv_heads), items_(a.batch * a.kv_heads * a.queries) {}
+        : a_(a),
+          group_(a.q_heads / a.kv_heads),
+          heads_(group_ < kMaxRows ? group_ : kMaxRows),
+          // Sharing a pass over the keys is worth less than an idle thread.
+          span_(a.batch * a.kv_heads < a.threads ? 1 : kMaxRows / heads_),
+          spans_((a.queries + span_ - 1) / span_),
+          items_(a.batch * a.kv_heads * spans_) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<AttentionKernel*>(self)->work(); }, this);
     }
 
 private:
-    // State of the online softmax for up to kMaxHeads heads of one query; `acc` is in pack order.
+    // Rows of one pass, query by query, and their online softmax; `acc` is in pack order.
     struct State {
-        alignas(64) Act query[kMaxHeads * kMaxHeadDim];
-        alignas(64) float acc[kMaxHeads * kMaxHeadDim];
-        alignas(64) float scores[kMaxHeads * kSlotBlock];
-        float top[kMaxHeads], sum[kMaxHeads];
+        alignas(64) Act query[kMaxRows * kMaxHeadDim];
+        alignas(64) float acc[kMaxRows * kMaxHeadDim];
+        alignas(64) float scores[kMaxRows * kScoreStride];
+        const Act* xs[kMaxRows];
+        float top[kMaxRows], sum[kMaxRows];
+        int64_t seen[kMaxRows];  // by query: the slots of the current block that it may read
+        int heads, queries;
     };
 
     void work() {
         State state;
         for (int64_t i; (i = items_.take()) < items_.total;) {
-            const int64_t j = i % a_.queries, h = i / a_.queries % a_.kv_heads, b = i / a_.queries / a_.kv_heads;
-            for (int64_t g = 0; g < group_; g += kMaxHeads) {
-                attend(b, j, h, g, static_cast<int>(group_ - g < kMaxHeads ? group_ - g : kMaxHeads), state);
+            const int64_t h = i / spans_ % a_.kv_heads, b = i / spans_ / a_.kv_heads, from = i % spans_ * span_;
+            const int64_t end = from + span_ < a_.queries ? from + span_ : a_.queries;
+            for (int64_t g = 0; g < group_; g += heads_) {
+                state.heads = static_cast<int>(group_ - g < heads_ ? group_ - g : heads_);
+                for (int64_t j = from; j < end; j += state.queries) {
+                    state.queries = 1;
+                    while (j + state.queries < end && first_slot(b, j) == first_slot(b, j + state.queries)) {
+                        ++state.queries;
+                    }
+                    attend(b, j, h, g, state);
+                }
             }
         }
     }
 
-    void attend(int64_t b, int64_t j, int64_t h, int64_t g, int heads, State& s) const {
-        const int64_t position = a_.positions[b * a_.queries + j], head = h * group_ + g;
-        W* out = static_cast<W*>(a_.out) + ((b * a_.queries + j) * a_.q_heads + head) * a_.value_dim;
-        if (position < 0) {
-            std::memset(static_cast<void*>(out), 0, heads * a_.value_dim * sizeof(W));
-            return;
-        }
-        const int64_t depth = align_depth(a_.head_dim), width = align_depth(a_.value_dim);
+    // Blocks of slots are counted from here, so only queries that agree on it can share a pass; -1 sees nothing.
+    int64_t first_slot(int64_t b, int64_t j) const {
+        const int64_t position = a_.positions[b * a_.queries + j];
+        if (position < 0) return -1;
+        return a_.window > 0 && position >= a_.window ? position - a_.window + 1 : 0;
+    }
+
+    void attend(int64_t b, int64_t j, int64_t h, int64_t g, State& s) const {
+        const int64_t head = h * group_ + g, first = first_slot(b, j), width = align_depth(a_.value_dim);
+        const int64_t* positions = a_.positions + b * a_.queries + j;
         const int64_t row = a_.rows ? a_.rows[b] : b;
-        const int64_t first = a_.window > 0 && position >= a_.window ? position - a_.window + 1 : 0;
-        const W* q = static_cast<const W*>(a_.q) + b * a_.q_batch + j * a_.q_query + head * a_.q_head;
         const W* keys = static_cast<const W*>(a_.k) + row * a_.k_row + h * a_.k_head;
         const W* values = static_cast<const W*>(a_.v) + row * a_.v_row + h * a_.v_head;
-        const Act* xs[kMaxHeads];
-        for (int m = 0; m < heads; ++m) {
-            pack_row(q + m * a_.q_head, a_.head_dim, s.query + m * depth);
-            xs[m] = s.query + m * depth;
-            s.top[m] = a_.sinks ? a_.sinks[head + m] : -1e30f;
+        start(b, j, head, s);
+        int64_t last = -1;
+        for (int n = 0; n < s.queries; ++n) last = positions[n] > last ? positions[n] : last;
+        for (int64_t from = first; from <= last; from += kSlotBlock) {
+            int64_t common = kSlotBlock;
+            for (int n = 0; n < s.queries; ++n) {
+                const int64_t left = positions[n] + 1 - from;
+                s.seen[n] = left < 0 ? 0 : left < kSlotBlock ? left : kSlotBlock;
+                common = s.seen[n] < common ? s.seen[n] : common;
+            }
+            attend_block(keys + from * a_.k_slot, values + from * a_.v_slot, common, width, s);
+        }
+        for (int m = 0; m < s.queries * s.heads; ++m) {
+            W* out = static_cast<W*>(a_.out) +
+                     ((b * a_.queries + j + m / s.heads) * a_.q_heads + head + m % s.heads) * a_.value_dim;
+            if (first < 0) {
+                std::memset(static_cast<void*>(out), 0, a_.value_dim * sizeof(W));
+            } else {
+                finish(s.acc + m * width, s.sum[m], out);
+            }
+        }
+    }
+
+    void start(int64_t b, int64_t j, int64_t head, State& s) const {
+        const int64_t depth = align_depth(a_.head_dim);
+        const W* q = static_cast<const W*>(a_.q) + b * a_.q_batch + j * a_.q_query + head * a_.q_head;
+        for (int m = 0; m < s.queries * s.heads; ++m) {
+            const int n = m / s.heads, k = m % s.heads;
+            pack_row(q + n * a_.q_query + k * a_.q_head, a_.head_dim, s.query + m * depth);
+            s.xs[m] = s.query + m * depth;
+            s.top[m] = a_.sinks ? a_.sinks[head + k] : -1e30f;
             s.sum[m] = a_.sinks ? 1.0f : 0.0f;
         }
-        std::memset(s.acc, 0, heads * width * sizeof(float));
-        for (int64_t from = first; from <= position; from += kSlotBlock) {
-            const int64_t slots = position + 1 - from < kSlotBlock ? position + 1 - from : kSlotBlock;
-            dot_rows<W>(xs, heads, keys + from * a_.k_slot, a_.k_slot, slots, a_.head_dim, nullptr, s.scores,
-                        kSlotBlock);
-            for (int m = 0; m < heads; ++m) rescale(s, m, slots, width);
-            add_values(s, heads, values + from * a_.v_slot, slots, width);
+        std::memset(s.acc, 0, s.queries * s.heads * align_depth(a_.value_dim) * sizeof(float));
+    }
+
+    // The slots that all queries see in one pass, then each query's own rest, so that no query reads what it may not
+    // see. A row's bits are the same either way: scores are independent, and values are added in ascending order.
+    void attend_block(const W* keys, const W* values, int64_t common, int64_t width, State& s) const {
+        const int rows = s.queries * s.heads;
+        dot_rows<W>(s.xs, rows, keys, a_.k_slot, common, a_.head_dim, nullptr, s.scores, kScoreStride);
+        for (int n = 0; n < s.queries; ++n) {
+            const int m = n * s.heads;
+            dot_rows<W>(s.xs + m, s.heads, keys + common * a_.k_slot, a_.k_slot, s.seen[n] - common, a_.head_dim,
+                        nullptr, s.scores + m * kScoreStride + common, kScoreStride);
+            for (int k = m; k < m + s.heads && s.seen[n] > 0; ++k) rescale(s, k, s.seen[n], width);
         }
-        for (int m = 0; m < heads; ++m) finish(s.acc + m * width, s.sum[m], out + m * a_.value_dim);
+        add_values(s, 0, rows, values, 0, common, width);
+        for (int n = 0; n < s.queries; ++n) {
+            if (s.seen[n] > common) add_values(s, n * s.heads, s.heads, values, common, s.seen[n], width);
+        }
     }
 
     // Turns a block's scores into exp(score - top) and scales what was accumulated to the new maximum.
     void rescale(State& s, int m, int64_t slots, int64_t width) const {
-        float* scores = s.scores + m * kSlotBlock;
+        float* scores = s.scores + m * kScoreStride;
+        const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
+        for (int64_t i = slots; i < padded; ++i) scores[i] = scores[0];  // changes no maximum
+        Vec tops = splat(s.top[m]);
+        for (int64_t i = 0; i < padded; i += kLanes) {
+            const Vec scaled = mul(load(scores + i), splat(a_.scale));
+            store(scores + i, scaled);
+            tops = max(scaled, tops);
+        }
+        alignas(64) float lanes[kLanes];
+        store(lanes, tops);
         float top = s.top[m];
-        for (int64_t i = 0; i < slots; ++i) {
-            scores[i] *= a_.scale;
-            top = scores[i] > top ? scores[i] : top;
-        }
-        alignas(64) float factor[kLanes];
-        store(factor, exp(splat(s.top[m] - top)));
+        for (int l = 0; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
         if (s.top[m] != top) {
-            for (int64_t d = 0; d < width; ++d) s.acc[m * width + d] *= factor[0];
-            s.sum[m] *= factor[0];
+            store(lanes, exp(splat(s.top[m] - top)));
+            for (int64_t d = 0; d < width; ++d) s.acc[m * width + d] *= lanes[0];
+            s.sum[m] *= lanes[0];
+            s.top[m] = top;
         }
-        s.top[m] = top;
-        for (int64_t i = 0; i < slots; i += kLanes) {
+        for (int64_t i = 0; i < padded; i += kLanes) {
             store(scores + i, exp(sub(load(scores + i), splat(top))));
         }
-        for (int64_t i = 0; i < slots; ++i) s.sum[m] += scores[i];
+        for (int64_t i = slots; i < padded; ++i) scores[i] = 0.0f;
+        Vec sums = splat(0.0f);
+        for (int64_t i = 0; i < padded; i += kLanes) sums = add(sums, load(scores + i));
+        s.sum[m] += sum_lanes(sums);
     }
 
-    void add_values(State& s, int heads, const W* values, int64_t slots, int64_t width) const {
-        int m = 0;
-        for (; m + 3 <= heads; m += 3) add_values_of<3, 1>(s, m, values, slots, width);
-        if (m + 2 <= heads) add_values_of<2, 2>(s, m, values, slots, width), m += 2;
-        if (m < heads) add_values_of<1, 4>(s, m, values, slots, width);
+    // Adds the values of slots [from, to) of the block to rows m .. m + count.
+    void add_values(State& s, int m, int count, const W* values, int64_t from, int64_t to, int64_t width) const {
+        const int end = m + count;
+        for (; m + 6 <= end; m += 6) add_values_of<6, 1>(s, m, values, from, to, width);
+        if (m + 4 <= end) add_values_of<4, 1>(s, m, values, from, to, width), m += 4;
+        if (m + 2 <= end) add_values_of<2, 2>(s, m, values, from, to, width), m += 2;
+        if (m < end) add_values_of<1, 4>(s, m, values, from, to, width);
     }
 
     template <int M, int P>
-    void add_values_of(State& s, int m, const W* values, int64_t slots, int64_t width) const {
+    void add_values_of(State& s, int m, const W* values, int64_t from, int64_t to, int64_t width) const {
+        const float* scores = s.scores + m * kScoreStride + from;
+        const W* v = values + from * a_.v_slot;
         int64_t d = 0;
         for (; d + P * kWide <= a_.value_dim; d += P * kWide) {
-            add_columns<M, P>(s.acc + m * width + d, width, s.scores + m * kSlotBlock, values + d, slots, kWide);
+            add_columns<M, P>(s.acc + m * width + d, width, scores, v + d, to - from, kWide);
         }
         for (; d < a_.value_dim; d += kWide) {
             const int64_t columns = a_.value_dim - d < kWide ? a_.value_dim - d : kWide;
-            add_columns<M, 1>(s.acc + m * width + d, width, s.scores + m * kSlotBlock, values + d, slots, columns);
+            add_columns<M, 1>(s.acc + m * width + d, width, scores, v + d, to - from, columns);
         }
     }
 
-    // acc[m] += sum over slots, ascending, of scores[m][slot] * values[slot], for M heads and P pairs of vectors.
+    // acc[m] += sum over slots, ascending, of scores[m][slot] * values[slot], for M rows and P pairs of vectors.
     template <int M, int P>
     void add_columns(float* acc, int64_t width, const float* scores, const W* values, int64_t slots,
                      int64_t columns) const {
@@ -138,7 +206,7 @@ private:
                 const Vec a = load_low(v + p * kWide), b = load_high(v + p * kWide);
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) {
-                    const Vec weight = splat(scores[m * kSlotBlock + i]);
+                    const Vec weight = splat(scores[m * kScoreStride + i]);
                     low[m][p] = fma(weight, a, low[m][p]), high[m][p] = fma(weight, b, high[m][p]);
                 }
             }
@@ -161,7 +229,7 @@ private:
     }
 
     const AttentionArgs& a_;
-    const int64_t group_;
+    const int64_t group_, heads_, span_, spans_;
     Counter items_;
 };
 

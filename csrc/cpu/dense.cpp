@@ -1,4 +1,4 @@
-// moesd::linear, moesd::rms_norm and moesd::softmax_topk_router: the dense ops around the experts.
+// moesd::linear, rms_norm, act_and_mul and softmax_topk_router: the dense ops around the experts.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -63,6 +63,24 @@ Tensor rms_norm(const Tensor& x, const Tensor& w, double eps) {
     return out;
 }
 
+Tensor act_and_mul(const Tensor& gate, const Tensor& up, c10::string_view activation) {
+    TORCH_CHECK_VALUE(up.sizes() == gate.sizes(), "up must be ", gate.sizes(), " like gate, got ", up.sizes());
+    TORCH_CHECK_TYPE(up.scalar_type() == gate.scalar_type(), "up must be ", gate.scalar_type(), " like gate, got ",
+                     up.scalar_type());
+    const Tensor g = gate.contiguous(), u = up.contiguous();
+    Tensor out = at::empty(gate.sizes(), gate.options());
+    ActArgs args{};
+    args.dtype = storage_dtype(gate, "gate");
+    args.activation = parse_activation(activation);
+    args.elements = out.numel();
+    args.gate = g.const_data_ptr(), args.up = u.const_data_ptr();
+    args.out = out.mutable_data_ptr();
+    args.threads = team_size(args.elements * 8);
+    args.run = run_team;
+    if (args.elements > 0) kernels().act_and_mul(args);
+    return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Tensor& w, int64_t top_k,
                                                        bool renormalize) {
     constexpr int64_t kMaxExperts = 1024;
@@ -86,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
 TORCH_LIBRARY_IMPL(moesd, CPU, m) {
     m.impl("linear", &linear);
     m.impl("rms_norm", &rms_norm);
+    m.impl("act_and_mul", &act_and_mul);
     m.impl("softmax_topk_router", &softmax_topk_router);
 }
 

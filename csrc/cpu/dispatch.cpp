@@ -67,6 +67,15 @@ DType storage_dtype(const at::Tensor& t, const char* what) {
     }
 }
 
+Activation parse_activation(c10::string_view name) {
+    if (name == "silu" || name == "swish") return Activation::kSilu;
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_tanh" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
+    if (name == "relu") return Activation::kRelu;
+    if (name == "relu2") return Activation::kRelu2;
+    TORCH_CHECK_VALUE(false, "activation must be silu, gelu, gelu_tanh, relu or relu2, got ", name);
+}
+
 void* scratch(size_t bytes) {
     thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
     thread_local size_t capacity = 0;

@@ -1,5 +1,8 @@
 // moesd::experts: checks, the routing plan (a stable counting sort of the routed rows by expert), scratch.
+#include <ATen/record_function.h>
 #include <torch/library.h>
+
+#include <thread>
 
 #include "ops.h"
 
@@ -9,14 +12,24 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-Activation parse_activation(c10::string_view name) {
-    if (name == "silu" || name == "swish") return Activation::kSilu;
-    if (name == "gelu") return Activation::kGelu;
-    if (name == "gelu_tanh" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
-    if (name == "relu") return Activation::kRelu;
-    if (name == "relu2") return Activation::kRelu2;
-    TORCH_CHECK_VALUE(false, "activation must be silu, gelu, gelu_tanh, relu or relu2, got ", name);
-}
+// The phases of one call as profiler scopes on the calling thread.
+class PhaseScopes {
+public:
+    // Whether anybody listens; otherwise the kernels are not to report phases at all.
+    const bool active = at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value();
+
+    // Ends the phase before; only the caller records, though the whole team enters.
+    void enter(const char* name) {
+        if (!active || std::this_thread::get_id() != caller_) return;
+        scope_.reset();
+        scope_.emplace(at::RecordScope::USER_SCOPE);
+        scope_->before(name);
+    }
+
+private:
+    const std::thread::id caller_ = std::this_thread::get_id();
+    std::optional<at::RecordFunction> scope_;
+};
 
 void check_weight(const Tensor& w, const char* name, at::IntArrayRef expected, at::ScalarType dtype) {
     TORCH_CHECK_VALUE(w.sizes() == expected, name, " must be ", expected, ", got ", w.sizes());
@@ -113,6 +126,8 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     TORCH_CHECK_TYPE(topk_ids.scalar_type() == at::kLong || topk_ids.scalar_type() == at::kInt,
                      "topk_ids must be int32 or int64, got ", topk_ids.scalar_type());
 
+    PhaseScopes phases;
+    phases.enter("moesd::plan");
     const Tensor x = hidden.contiguous();
     const int64_t rows = topk_ids.numel(), depth_x = align_depth(hidden_size), depth_act = align_depth(inter);
     const size_t floats = tokens * depth_x + rows * depth_act + tokens * hidden_size;
@@ -142,6 +157,10 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.out = out.mutable_data_ptr();
     args.threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
     args.run = run_team;
+    if (phases.active) {
+        args.enter_phase = [](void* ctx, const char* name) { static_cast<PhaseScopes*>(ctx)->enter(name); };
+        args.phase_ctx = &phases;
+    }
     if (tokens > 0) kernels().experts(args);
 }
 

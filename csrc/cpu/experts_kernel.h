@@ -73,6 +73,7 @@ private:
         int64_t done = 0;
         for (int64_t i; (i = pack_.take()) < pack_.total; ++done) pack_tokens(i);
         pack_.finish(done), pack_.wait();
+        if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
         done = 0;
         int64_t i = up_.take();
         while (i < up_.total) {
@@ -81,6 +82,7 @@ private:
             i = following, ++done;
         }
         up_.finish(done), up_.wait();
+        if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::down_combine");
         while ((i = down_.take()) < down_.total) down(i);
     }
 

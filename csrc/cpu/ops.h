@@ -13,6 +13,9 @@ const KernelTable& kernels();
 // Raises TypeError-like errors naming `what` for dtypes the kernels do not store.
 DType storage_dtype(const at::Tensor& t, const char* what);
 
+// Raises ValueError for names the kernels do not know.
+Activation parse_activation(c10::string_view name);
+
 // Grow-only memory of the calling thread, valid until its next call.
 void* scratch(size_t bytes);
 

@@ -1,6 +1,7 @@
-// Ops on single rows: RMS norm and the softmax top-k router.
+// Ops on single rows: RMS norm, gated activation and the softmax top-k router.
 #pragma once
 
+#include "activation.h"
 #include "dot.h"
 #include "experts_kernel.h"
 
@@ -42,11 +43,22 @@ private:
             std::memcpy(tail[0], x + whole, (a_.width - whole) * sizeof(W));
             std::memcpy(tail[1], w + whole, (a_.width - whole) * sizeof(W));
         }
-        Vec squares = splat(0.0f);
-        for (int64_t i = 0; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+        Vec squares = splat(0.0f), more[3] = {squares, squares, squares};  // four chains hide the latency of fma
+        int64_t i = 0;
+        for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+            const Vec a = load(x + i);
+            squares = fma(a, a, squares);
+#pragma GCC unroll 3
+            for (int c = 0; c < 3; ++c) {
+                const Vec b = load(x + i + (c + 1) * kLanes);
+                more[c] = fma(b, b, more[c]);
+            }
+        }
+        squares = add(add(squares, more[0]), add(more[1], more[2]));
+        for (; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
         if (whole < a_.width) squares = fma(load(tail[0]), load(tail[0]), squares);
         const Vec scale = splat(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(a_.width) + a_.eps));
-        for (int64_t i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
+        for (i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
         if (whole < a_.width) {
             scale_step(tail[0], tail[1], scale, tail[2]);
             std::memcpy(out + whole, tail[2], (a_.width - whole) * sizeof(W));
@@ -54,13 +66,52 @@ private:
     }
 
     static void scale_step(const W* x, const W* w, Vec scale, W* out) {
-        alignas(64) W rounded[kLanes];
-        store(rounded, mul(load(x), scale));
-        store(out, mul(load(w), load(rounded)));
+        store(out, mul(load(w), rounded(mul(load(x), scale), out)));
     }
 
     const NormArgs& a_;
     Counter rows_;
+};
+
+// act(gate) * up, the activation rounded to the dtype before the product, as transformers' dense MLPs do. Elements are
+// independent, so rows need no attention.
+template <class W>
+class ActKernel {
+public:
+    explicit ActKernel(const ActArgs& a) : a_(a), blocks_((a.elements + kElements - 1) / kElements) {}
+
+    void run() {
+        a_.run(a_.threads, [](void* self) { static_cast<ActKernel*>(self)->work(); }, this);
+    }
+
+private:
+    static constexpr int64_t kElements = 4096;
+
+    void work() {
+        for (int64_t b; (b = blocks_.take()) < blocks_.total;) {
+            const int64_t end = (b + 1) * kElements < a_.elements ? (b + 1) * kElements : a_.elements;
+            multiply(b * kElements, end);
+        }
+    }
+
+    void multiply(int64_t i, int64_t end) const {
+        const W *gate = static_cast<const W*>(a_.gate), *up = static_cast<const W*>(a_.up);
+        W* out = static_cast<W*>(a_.out);
+        for (; i + kLanes <= end; i += kLanes) step(gate + i, up + i, out + i);
+        if (i == end) return;
+        alignas(64) W tail[3][kLanes] = {};
+        std::memcpy(tail[0], gate + i, (end - i) * sizeof(W));
+        std::memcpy(tail[1], up + i, (end - i) * sizeof(W));
+        step(tail[0], tail[1], tail[2]);
+        std::memcpy(out + i, tail[2], (end - i) * sizeof(W));
+    }
+
+    void step(const W* gate, const W* up, W* out) const {
+        store(out, mul(rounded(activate(a_.activation, load(gate)), out), load(up)));
+    }
+
+    const ActArgs& a_;
+    Counter blocks_;
 };
 
 // softmax over a token's logits in fp32, its K largest in descending order (the lower id first among equals).

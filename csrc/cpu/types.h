@@ -23,6 +23,9 @@ static constexpr int64_t align_depth(int64_t k) { return (k + kDepthAlign - 1) /
 // Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their work from counters.
 using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
 
+// Told the name of each phase a kernel enters, by whichever threads enter it.
+using EnterPhase = void (*)(void* ctx, const char* name);
+
 struct ExpertsArgs {
     DType dtype;
     Activation activation;
@@ -43,6 +46,8 @@ struct ExpertsArgs {
     float* packed_act;              // [N, align_depth(I)] scratch
     float* acc;                     // [T, H] scratch
     void* out;                      // [T, H]
+    EnterPhase enter_phase;         // null unless a profiler listens
+    void* phase_ctx;
     int threads;
     RunTeam run;
 };
@@ -89,6 +94,17 @@ struct NormArgs {
     RunTeam run;
 };
 
+struct ActArgs {
+    DType dtype;
+    Activation activation;
+    int64_t elements;
+    const void* gate;
+    const void* up;
+    void* out;
+    int threads;
+    RunTeam run;
+};
+
 struct RouterArgs {
     DType dtype;
     int64_t tokens, experts, top_k;
@@ -104,6 +120,7 @@ struct KernelTable {
     void (*linear)(const LinearArgs&);
     void (*attention)(const AttentionArgs&);
     void (*rms_norm)(const NormArgs&);
+    void (*act_and_mul)(const ActArgs&);
     void (*router)(const RouterArgs&);
 };
 

@@ -42,14 +42,27 @@ inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline void store(half* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(bf16* p, Vec v) {
+// Each lane rounded to bf16, in the lower half of 32 bits.
+inline __m256i bf16_bits(Vec v) {
     __m256i bits = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
-    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+}
+inline void store(bf16* p, Vec v) {
+    const __m256i bits = bf16_bits(v);
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+// v with every lane rounded to what storing it would keep.
+inline Vec rounded(Vec v, const float*) { return v; }
+inline Vec rounded(Vec v, const half*) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vec rounded(Vec v, const bf16*) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(v), 16));
 }
 
 // 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.

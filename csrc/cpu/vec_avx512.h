@@ -44,14 +44,24 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store(half* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(bf16* p, Vec v) {
+// Each lane rounded to bf16, in the lower half of 32 bits.
+inline __m512i bf16_bits(Vec v) {
     __m512i bits = _mm512_castps_si512(v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    rounded = _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, _mm512_set1_epi32(0x7fc00000)), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+    return _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, nearest, _mm512_set1_epi32(0x7fc00000)), 16);
 }
+inline void store(bf16* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v)));
+}
+
+// v with every lane rounded to what storing it would keep.
+inline Vec rounded(Vec v, const float*) { return v; }
+inline Vec rounded(Vec v, const half*) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vec rounded(Vec v, const bf16*) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(v), 16)); }
 
 // 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.
 template <class W>

@@ -74,6 +74,14 @@ inline void store(half* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i], p);
 }
 
+// v with every lane rounded to what storing it would keep.
+template <class W>
+inline Vec rounded(Vec v, const W*) {
+    W kept[kLanes];
+    store(kept, v);
+    return load(kept);
+}
+
 // 2 * kLanes elements in pack order, which here is memory order.
 template <class W>
 inline Vec load_low(const W* p) {

@@ -116,6 +116,20 @@ def test_a_query_does_not_depend_on_the_batch(dtype, threads):
         assert torch.equal(mixed, whole[order])
 
 
+@pytest.mark.parametrize("window", [0, 150])
+def test_queries_that_share_a_pass_do_not_depend_on_each_other(window):
+    """Positions apart, equal, descending, dead; non-finite slots that only later queries see."""
+    q, k, v, _ = make(1, 6, 8, 2, 64, 64, 300, torch.bfloat16)
+    positions = torch.tensor([[127, 128, 280, 3, -1, 280]])
+    k[:, 200], v[:, 200] = float("inf"), float("nan")
+    whole = cpu_ops.ragged_attention(q, k, v, positions, 0.1, window=window)
+    for j in range(6):
+        one = slice(j, j + 1)
+        alone = cpu_ops.ragged_attention(q[:, one], k, v, positions[:, one], 0.1, window=window)
+        assert torch.equal(alone.nan_to_num(7), whole[:, one].nan_to_num(7)), j
+        assert bool(whole[0, j].isfinite().all()) == (j not in (2, 5)), j
+
+
 def test_schema_and_fake():
     q, k, v, positions = make(2, 2, 4, 2, 16, 24, 10, torch.bfloat16)
     torch.library.opcheck(

@@ -76,6 +76,33 @@ def test_rms_norm_rows_do_not_depend_on_the_batch():
 
 
 @DTYPES
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_act_and_mul(activation, dtype):
+    act = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": F.relu,
+        "relu2": lambda x: F.relu(x).square(),
+    }[activation]
+    gate, up = randn(3, 5, 37, dtype=dtype) * 3, randn(3, 5, 37, dtype=dtype, seed=1)
+    actual = cpu_ops.act_and_mul(gate, up, activation)
+    exact = act(gate.double()) * up.double()
+    assert_twice_as_good("act_and_mul", actual, act(gate) * up, exact)
+    assert cpu_ops.act_and_mul(gate[:0], up[:0], activation).shape == (0, 5, 37)
+
+
+@DTYPES
+def test_act_and_mul_rows_do_not_depend_on_the_batch(dtype, threads):
+    gate, up = randn(600, 37, dtype=dtype), randn(600, 37, dtype=dtype, seed=1)
+    whole = cpu_ops.act_and_mul(gate, up, "silu")
+    for count in (1, 2):
+        threads(count)
+        for T in (1, 2, 3, 111, 599):
+            assert torch.equal(cpu_ops.act_and_mul(gate[-T:], up[-T:], "silu"), whole[-T:])
+
+
+@DTYPES
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 8, 1), (9, 4, 64, 60), (5, 2, 33, 7), (4, 8, 16, 8)])
 def test_router(shape, renormalize, dtype):
@@ -114,6 +141,7 @@ def test_schemas_and_fakes():
     torch.library.opcheck(torch.ops.moesd.linear.default, (x, w, None))
     torch.library.opcheck(torch.ops.moesd.rms_norm.default, (x, w[0], 1e-6))
     torch.library.opcheck(torch.ops.moesd.softmax_topk_router.default, (x, w, 2, True))
+    torch.library.opcheck(torch.ops.moesd.act_and_mul.default, (x, x, "silu"))
 
 
 def test_errors():
@@ -130,5 +158,9 @@ def test_errors():
         cpu_ops.linear(x.double(), w.double())
     with pytest.raises(ValueError, match=r"w must be \[8\], got \[5\]"):
         cpu_ops.rms_norm(x, torch.ones(5), 1e-6)
+    with pytest.raises(ValueError, match=r"up must be \[3, 8\] like gate, got \[5, 8\]"):
+        cpu_ops.act_and_mul(x, w, "silu")
+    with pytest.raises(ValueError, match=r"activation must be silu.*got tanh"):
+        cpu_ops.act_and_mul(x, x, "tanh")
     with pytest.raises(ValueError, match=r"top_k must be in \[1, 5\], got 6"):
         cpu_ops.softmax_topk_router(x, w, 6, True)

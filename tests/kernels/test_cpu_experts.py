@@ -215,6 +215,17 @@ def test_large_gates_stay_finite():
     check(data, torch.float32)
 
 
+def test_a_profiler_sees_the_phases(threads):
+    data = make(16, 4, 2, 256, 256, torch.bfloat16)
+    for count in (1, 2):
+        threads(count)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            cpu_ops.experts(**data)
+        names = [e.name for e in profiler.events() if e.name.startswith("moesd::")]
+        phases = ["moesd::plan", "moesd::gate_up", "moesd::down_combine"]
+        assert sorted(names) == sorted(["moesd::experts", *phases])
+
+
 def test_schema_and_fake():
     data = make(3, 4, 2, 32, 32, torch.bfloat16)
     arguments = (*data.values(), None, None, "silu", True, False, False, None, None)

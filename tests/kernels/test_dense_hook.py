@@ -119,6 +119,47 @@ def test_a_copy_uses_its_own_parameters():
     assert not (linear(torch.randn(2, 8)) == 0).all()
 
 
+class GatedMLP(nn.Module):
+    def __init__(self, act_fn, swapped=False):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(32, 20), nn.Linear(32, 20)
+        self.down_proj, self.act_fn, self.swapped = nn.Linear(20, 32), act_fn, swapped
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = (up, gate) if self.swapped else (gate, up)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")], ids=str)
+@torch.no_grad()
+def test_gated_mlp(act_fn, dtype):
+    mlp = GatedMLP(act_fn).to(dtype)
+    x = torch.randn(70, 32).to(dtype)
+    exact, baseline = copy.deepcopy(mlp).double()(x.double()), mlp(x)
+    accelerate_dense(mlp)
+    assert replaced(mlp)[""] == "GatedMLP"
+    whole = mlp(x)
+    assert_as_accurate(whole, baseline, exact)
+    for T in (1, 3, 16):
+        assert torch.equal(mlp(x[:T]), whole[:T])
+
+
+def test_an_mlp_that_computes_something_else_keeps_its_forward():
+    mlp = GatedMLP(nn.SiLU(), swapped=True)
+    accelerate_dense(mlp)
+    assert "" not in replaced(mlp)
+
+
+def test_a_trained_gate_before_frozen_weights_gets_gradients():
+    mlp = GatedMLP(nn.SiLU()).requires_grad_(False)
+    mlp.gate_proj.requires_grad_(True)
+    accelerate_dense(mlp)
+    mlp(torch.randn(3, 32)).sum().backward()
+    assert mlp.gate_proj.weight.grad is not None
+
+
 class GemmaLikeRMSNorm(nn.Module):
     """Multiplies by 1 + w, which our kernel does not."""
 
