@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,7 @@ def _correlated(scores: Tensor, top_k: int, keep: float, generator: torch.Genera
     return ids.view(batch * rows, top_k)
 
 
+@cache
 def _keep_probability(rows: int, num_experts: int, top_k: int, union_ratio: float) -> float:
     """Bisect ``keep`` so that ``rows`` tokens use ``union_ratio`` of the uniform union."""
     if rows == 1:

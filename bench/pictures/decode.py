@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from bench.cells import Cells, group_cells
 from bench.fit import fit_cells
 from bench.pictures.style import Lines, axes, heat_map, save
-from decoder.perf_model.improved_fit import predict_speedup
-from decoder.perf_model.observations import MIN_POINTS, Observation
+from decoder.perf_model.improved_fit import fit_improved
+from decoder.perf_model.observations import Observation, paper_order, spread_indices
 from decoder.perf_model.theory import active_experts
 
 FITTED_POINTS = 21
@@ -132,11 +132,13 @@ def draw_map(lines: Lines, out: Path) -> list[Path]:
     return drawn
 
 
-def _fitted(cells: Cells):
-    if len([o for o in cells.observations if o.speedup]) < max(MIN_POINTS, FITTED_POINTS):
+def _fitted(cells: Cells) -> Callable[[Observation], float] | None:
+    """The improved model fitted on ``FITTED_POINTS`` cells, where there are twice as many."""
+    if len(cells.observations) < 2 * FITTED_POINTS:
         return None
-    model = fit_cells(cells, FITTED_POINTS, "spread").improved.model
-    return lambda o: predict_speedup(model, o)
+    ordered = paper_order(cells.observations)
+    chosen = [ordered[i] for i in spread_indices(ordered, FITTED_POINTS)]
+    return fit_improved(cells.model, chosen).predict
 
 
 def _name(cells: Cells) -> str:
