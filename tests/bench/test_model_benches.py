@@ -60,7 +60,9 @@ def lines(tmp_path_factory):
 def test_the_fit_predicts_cells_it_has_not_seen(lines, design):
     (cells,) = load_cells([lines])
     fits = fit_cells(cells, 21, design)
-    assert len(fits.fitted) in (20, 21) and len(fits.fitted) + len(fits.held_out) == 52
+    # A stride of ceil(52 / 21) = 3 leaves 18 cells.
+    assert len(fits.fitted) == (18 if design == "stride" else 21)
+    assert len(fits.fitted) + len(fits.held_out) == 52
     errors = fits.errors()
     assert errors["improved"].median < 0.01
     assert errors["improved"].median <= errors["zero"].median
