@@ -203,7 +203,7 @@ def experts_forward(
         function = choose_backend(settings.backend, request)
         operator = getattr(function, "operator", None)
         if operator is not None:
-            out = hidden_states.new_empty(hidden_states.shape)
+            out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
             operator(
                 *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
                 *(gate_up_bias, down_bias, plan.activation, plan.gated, plan.interleaved),
