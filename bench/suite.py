@@ -93,7 +93,8 @@ def kernel_pieces(out: Path, dry_run: bool) -> list[Piece]:
     """Tests, ceilings, tuning, the layer benchmark per shape and routing, pictures."""
     python, lines = sys.executable, str(out / "kernels.jsonl")
     bench = (python, "-m", "bench")
-    pytest = (python, "-m", "pytest", "-q", "-m", "not gpu" if dry_run else "gpu")
+    # Without a GPU these tests would only be skipped: a dry run checks that they can be collected.
+    pytest = (python, "-m", "pytest", "-q", "-m", "gpu", *(("--collect-only",) if dry_run else ()))
     memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1")
     device = ("--device", "cpu") if dry_run else ("--device", "cuda")
     shapes = ("embedded",) if dry_run else LAYER_SHAPES
@@ -108,8 +109,8 @@ def kernel_pieces(out: Path, dry_run: bool) -> list[Piece]:
         ),
         Piece("roofline", (*bench, "roofline", *device, "--out", lines)),
     ]
-    if not dry_run:
-        pieces += [Piece(f"tune-{s}", (*bench, "tune", "--shape", s)) for s in shapes]
+    tune = (*bench, "tune", *(("--dry-run",) if dry_run else ()))
+    pieces += [Piece(f"tune-{s}", (*tune, "--shape", s)) for s in shapes]
     for shape in shapes:
         layer = (*bench, "kernels", "--shape", shape, *device, *rounds, "--out", lines)
         peers = ("--peers", "grouped_mm,batched_mm")
