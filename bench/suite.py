@@ -104,7 +104,7 @@ def kernel_pieces(out: Path, dry_run: bool) -> list[Piece]:
         Piece("gpu-tests", (*pytest, "tests/kernels")),
         Piece(
             "memcheck",
-            (*memcheck, *pytest, SANITIZED_TEST, "-k", "small"),
+            (*memcheck, *pytest, SANITIZED_TEST, "-k", "skipped or variants"),
             needs="compute-sanitizer",
         ),
         Piece("roofline", (*bench, "roofline", *device, "--out", lines)),
