@@ -164,6 +164,8 @@ class LayerBenchmark:
                 if call == self._ours or (name == "batched_mm" and too_big):
                     continue
                 seconds[name], theirs = seconds_of(partial(call, *inputs), settings.device)
+                if seconds[name] > SLOW_S:  # a first call may have built primitives: time another
+                    seconds[name], theirs = seconds_of(partial(call, *inputs), settings.device)
                 theirs = theirs.float()
                 error = ((ours - theirs).norm() / theirs.norm()).item()
                 if not error <= tolerance:
