@@ -21,7 +21,9 @@ from bench.kernels import numbers
 from bench.machine import machine_with_kernels
 from bench.models import load_subject
 from bench.record import Recorder
+from decoder.drafters.eagle_loader import EagleCheckpoint
 from decoder.perf_model.config_spec import spec_from_config
+from decoder.perf_model.model_spec import eagle_spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +79,11 @@ def setup_for(subject: Subject, device: str) -> dict[str, Any]:
     dtype = subject.target.dtype
     machine = machine_with_kernels(device, dtype)
     target = spec_from_config(subject.target.config)
-    draft = spec_from_config(subject.draft.config) if subject.draft is not None else None
+    draft = None
+    if isinstance(subject.draft, EagleCheckpoint):
+        draft = eagle_spec(target)
+    elif subject.draft is not None:
+        draft = spec_from_config(subject.draft.config)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     return setup_fields(target, draft, machine, names[dtype])
 

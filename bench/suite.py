@@ -129,7 +129,7 @@ def decode_pieces(out: Path, dry_run: bool) -> list[Piece]:
     python, lines = sys.executable, str(out / "decode.jsonl")
     bench = (python, "-m", "bench")
     device = ("--device", "cpu") if dry_run else ("--device", "cuda")
-    size = ("--scale", "0.02") if dry_run else ()
+    size = ("--scale", "0.0005", "--new-tokens", "12", "--rounds", "1") if dry_run else ()
     batches = "1,2" if dry_run else PAPER_BATCHES
     pieces = [
         Piece(
