@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from bench.arguments import numbers
 from bench.decode_run import Subject, drafter_for
-from bench.kernels import numbers
 from bench.models import load_subject
 from bench.prompts import random_prompts
 from bench.record import Recorder

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from bench.arguments import numbers
 from bench.cells import setup_fields
 from bench.decode_run import Pair, Subject, measure_batch
-from bench.kernels import numbers
 from bench.machine import machine_with_kernels
 from bench.models import load_subject
 from bench.record import Recorder

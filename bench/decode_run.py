@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from bench.prompts import random_prompts
 from bench.telemetry import count_experts
 from bench.timer import summarize
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.controller import FixedGamma
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.eagle_loader import EagleCheckpoint
@@ -80,16 +81,17 @@ class Pair:
     experts_verify: float | None
 
 
-@dataclass(slots=True)
-class RoundLog:
-    """A controller that always chooses ``gamma`` and keeps what it is told of each round."""
+class RoundLog(FixedGamma):
+    """A fixed gamma that keeps what it is told of each round.
 
-    gamma: int = 0
-    max_gamma: int = 0
-    rounds: list[tuple[int, int, Mapping[str, float]]] = field(default_factory=list)
+    Args:
+        max_gamma: longest draft that the decoder it is given to must make room for.
+    """
 
-    def choose(self, live_batch: int, context: int) -> int:
-        return self.gamma
+    def __init__(self, gamma: int = 0, max_gamma: int = 0) -> None:
+        super().__init__(gamma)
+        self.max_gamma = max(gamma, max_gamma)
+        self.rounds: list[tuple[int, int, Mapping[str, float]]] = []
 
     def observe(
         self,
@@ -99,10 +101,8 @@ class RoundLog:
         accepted: Sequence[int],
         times: Mapping[str, float],
     ) -> None:
+        """Keep the round: live rows, tokens emitted, seconds by phase."""
         self.rounds.append((batch, sum(accepted) + batch, dict(times)))
-
-    def explain(self) -> str:
-        return f"gamma {self.gamma}: set by the benchmark"
 
     def full(self, batch: int) -> list[Round]:
         """(emitted, seconds by phase) of rounds with ``batch`` live rows; the first warms up."""

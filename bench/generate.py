@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernels import numbers
+from bench.arguments import numbers
 from bench.models import draft_like, moe_310m, random_model
 from bench.peers.generate_transformers import TransformersGenerate
 from bench.peers.vllm_generate import VllmGenerate

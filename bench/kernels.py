@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from bench.arguments import numbers
 from bench.ceilings import measure_ceilings
 from bench.layer_benchmark import LayerBenchmark, Settings, efficiency
 from bench.peers.vllm_experts import VllmExperts
@@ -75,11 +76,6 @@ def run(args: argparse.Namespace) -> None:
     finally:
         if vllm:
             vllm.close()
-
-
-def numbers(text: str) -> list[int]:
-    """``"1,2,8"`` -> [1, 2, 8]."""
-    return [int(part) for part in text.split(",")]
 
 
 def points(args: argparse.Namespace) -> list[tuple[int, int]]:

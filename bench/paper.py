@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from bench.arguments import numbers
+from bench.cells import group_cells
 from bench.decode import fields, setup_for
 from bench.decode_run import Subject, measure_batch
-from bench.kernels import numbers
 from bench.models import load_model, random_model
 from bench.prompts import load_prompts
 from bench.record import Recorder
@@ -132,8 +133,6 @@ def _peak(
     recorder: Recorder,
 ) -> dict[str, Any]:
     """Measure every batch, write its ``decode`` line, and return the one with the best speedup."""
-    from bench.cells import group_cells
-
     lines = []
     for batch in tqdm(numbers(args.batch_sizes), desc=f"γ={gamma}", disable=None, leave=False):
         pairs = measure_batch(
