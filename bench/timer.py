@@ -47,7 +47,7 @@ class CacheFlusher:
         self.buffer = torch.ones(CACHE_FLUSH_BYTES // 4, device=device)
 
     def __call__(self) -> None:
-        self.buffer.add_(1.0)
+        self.buffer.sum()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,8 +1,8 @@
 // Register-tiled dot products of packed activation rows with weight rows as they lie in memory.
 //
 // Invariance: lane l of a dot product accumulates elements l, l + kLanes, ... of the packed order with one fused
-// multiply-add each, in ascending order, whatever the tile's shape; sum4 then adds the lanes in one fixed tree. So a
-// (row, output) pair has the same bits at every batch size, place and thread count.
+// multiply-add each, in ascending order, whatever the tile's shape; sum4 then adds the lanes in one fixed tree, per block
+// of the depth. So a (row, output) pair has the same bits at every batch size, place and thread count.
 #pragma once
 
 #include <cstring>
@@ -84,77 +84,126 @@ struct Dot<bf16> {
 };
 #endif
 
-// What a tile prefetches while it computes, spread evenly over its steps, two lines each.
+// What a tile prefetches while it computes: at every step one line of each of up to four weight rows, into the first-level
+// cache (filling only the second leaves the tile waiting for it).
 struct Prefetch {
-    const char* at = nullptr;
-    int64_t stride = 0;
-    int64_t second = 0;  // distance of the step's other prefetch
+    const char* at;        // where the first of the rows is read on from, until step `cut` ...
+    const char* then;      // ... and from there on
+    int64_t cut = 0;
+    int64_t row = 0;       // bytes between the first two rows
+    int64_t pair = 0;      // bytes between the first two and the other two; zero when there are only two
+    int64_t advance = 0;   // bytes a step; zero to stay on a line that is in the cache anyway
 };
 
+// out[m * ld + n] = xs[m][k0:] . w[n] over `depth` elements, whole steps; added to what is there when k0 > 0.
 template <class W, int M>
-void dot_tile(const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int64_t depth, Prefetch ahead, float* out,
-              int64_t ld) {
+__attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, int64_t k0, const W* const* rows,
+                                        int64_t depth, const Prefetch& prefetch, float* out, int64_t ld) {
     using D = Dot<W>;
     Vec acc[M][4];
     const typename D::Act* x[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-        x[m] = xs[m];
+        x[m] = xs[m] + k0;
 #pragma GCC unroll 8
         for (int n = 0; n < 4; ++n) acc[m][n] = splat(0.0f);
     }
+    const W* const w[4] = {rows[0], rows[1], rows[2], rows[3]};
+    const int64_t row = prefetch.row, pair = prefetch.pair, both = row + pair, advance = prefetch.advance;
+    const char* at = prefetch.at;
     int64_t k = 0;
-    for (; k + D::kStep <= depth; k += D::kStep) {
-        // Into the second-level cache: filling the first level would evict activations and stall the loads.
-        __builtin_prefetch(ahead.at, 0, 2);
-        __builtin_prefetch(ahead.at + ahead.second, 0, 2);
-        ahead.at += ahead.stride;
-        D::step(acc, x, w, k);
-    }
-    if (k < depth) {
-        alignas(64) W tail[4][D::kStep] = {};
-        const W* wt[4];
-        for (int n = 0; n < 4; ++n) {
-            std::memcpy(tail[n], w[n] + k, (depth - k) * sizeof(W));
-            wt[n] = tail[n] - k;
+    const auto run_to = [&](int64_t end) {
+        for (; k < end; k += D::kStep) {
+            __builtin_prefetch(at), __builtin_prefetch(at + row);
+            __builtin_prefetch(at + pair), __builtin_prefetch(at + both);
+            at += advance;
+            D::step(acc, x, w, k);
         }
-        D::step(acc, x, wt, k);
-    }
+    };
+    run_to(prefetch.cut);
+    at = prefetch.then;
+    run_to(depth);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out + m * ld);
+    for (int m = 0; m < M; ++m) {
+        float sums[4];
+        sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], sums);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) out[m * ld + n] = k0 > 0 ? out[m * ld + n] + sums[n] : sums[n];
+    }
 }
 
 template <class W, int M>
-inline void dot_tile_of(int count, const typename Dot<W>::Act* const* xs, const W* const (&w)[4], int64_t depth,
-                        Prefetch ahead, float* out, int64_t ld) {
+inline void dot_tile_of(int count, const typename Dot<W>::Act* const* xs, int64_t k0, const W* const* w,
+                        int64_t depth, const Prefetch& ahead, float* out, int64_t ld) {
     if constexpr (M > 1) {
-        if (count < M) return dot_tile_of<W, M - 1>(count, xs, w, depth, ahead, out, ld);
+        if (count < M) return dot_tile_of<W, M - 1>(count, xs, k0, w, depth, ahead, out, ld);
     }
-    dot_tile<W, M>(xs, w, depth, ahead, out, ld);
+    dot_tile<W, M>(xs, k0, w, depth, ahead, out, ld);
+}
+
+// Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of tiles and two groups of
+// weight rows then stay in the first-level cache. Blocks depend on the depth alone, so rows keep their bits.
+constexpr int64_t kDepthBytes = 3072;
+
+template <class W>
+inline int64_t depth_block(int64_t depth) {
+    constexpr int64_t most = kDepthBytes / sizeof(typename Dot<W>::Act), step = Dot<W>::kStep;
+    const int64_t blocks = (depth + most - 1) / most;
+    return blocks == 0 ? step : ((depth + blocks - 1) / blocks + step - 1) / step * step;
+}
+
+// The rows that visit t of `tiles` to a group of four fetches. A lone tile reads its own group, a little ahead of itself,
+// and goes on into the next group. Of several, the first two share the next group; the third and fourth find their group in
+// the cache and share what the next block of the depth has in its place (`later`). More would only repeat.
+template <class W>
+inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t stride,
+                             int64_t depth) {
+    constexpr int64_t kSize = sizeof(W), kReach = 1024 / kSize;
+    const int64_t row = stride * kSize;
+    const auto address = [](const W* p) { return reinterpret_cast<const char*>(p); };
+    if (tiles == 1) {
+        const int64_t cut = depth > kReach ? (depth - kReach) / Dot<W>::kStep * Dot<W>::kStep : 0;
+        return {address(group + kReach), address(following ? following : group), cut, row, 2 * row, 64};
+    }
+    const W* from = t < 2 ? following : t < 4 ? later : nullptr;
+    if (!from) return {address(group), address(group)};
+    const bool alone = tiles == 3 && t == 2;  // nobody shares the later group
+    const char* at = address(from + t % 2 * 2 * stride);
+    return {at, at, 0, row, alone ? 2 * row : 0, 64};
 }
 
 // out[m * ld + j] = xs[m] . w[j] for m < count, j < rows (columns up to the next multiple of 4 are overwritten).
-// `next` is what will be read after these rows; it is prefetched during the last group.
+// `next` is where rows of the same stride will be read after these, or null.
 template <class W>
 void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t rows,
               int64_t depth, const W* next, float* out, int64_t ld) {
+    constexpr int64_t kStep = Dot<W>::kStep;
     // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
-    const int64_t steps = (depth + Dot<W>::kStep - 1) / Dot<W>::kStep;
-    const int spread = tiles < 4 ? tiles : 4;
-    const int64_t share = 4 * depth * static_cast<int64_t>(sizeof(W)) / spread;
-    for (int64_t j = 0; j < rows; j += 4) {
-        const W* group[4];
-        for (int n = 0; n < 4; ++n) group[n] = w + (j + n < rows ? j + n : rows - 1) * stride;
-        const W* ahead = j + 4 < rows ? w + (j + 4) * stride : next;
-        for (int t = 0, m = 0; t < tiles; ++t) {
-            Prefetch pf{reinterpret_cast<const char*>(group[0]), 0, 0};
-            if (t < spread && ahead) {
-                pf = {reinterpret_cast<const char*>(ahead) + t * share, share / 2 / steps, share / 2};
+    const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
+    for (int64_t k0 = 0, length; k0 < depth; k0 += length) {
+        const bool tail = k0 == whole;  // the last elements, fewer than a step
+        length = tail ? kStep : whole - k0 < block ? whole - k0 : block;
+        const W* after = k0 + length < depth ? w + k0 + length : next;
+        for (int pair = 0; pair < tiles; pair += 2) {
+            for (int64_t j = 0; j < rows; j += 4) {
+                alignas(64) W padded[4][kStep];
+                const W* group[4];
+                for (int n = 0; n < 4; ++n) {
+                    group[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
+                    if (!tail) continue;
+                    std::memset(padded[n], 0, sizeof padded[n]);
+                    std::memcpy(padded[n], group[n], (depth - whole) * sizeof(W));
+                    group[n] = padded[n];
+                }
+                const W* following = j + 4 < rows ? w + (j + 4) * stride + k0 : after;
+                const W* later = after ? after + j * stride : nullptr;
+                for (int t = pair; t < tiles && t < pair + 2; ++t) {
+                    const Prefetch ahead = prefetch_for<W>(t, tiles, group[0], following, later, stride, length);
+                    const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
+                    dot_tile_of<W, kTileTokens>(size, xs + m, k0, group, length, ahead, out + m * ld + j, ld);
+                }
             }
-            const int size = (count - m + tiles - t - 1) / (tiles - t);
-            dot_tile_of<W, kTileTokens>(size, xs + m, group, depth, pf, out + m * ld + j, ld);
-            m += size;
         }
     }
 }

@@ -18,7 +18,8 @@ enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
 
 // Every packed activation row is padded with zeros to a multiple of this, the longest K step of any instruction set.
 constexpr int64_t kDepthAlign = 32;
-static constexpr int64_t align_depth(int64_t k) { return (k + kDepthAlign - 1) / kDepthAlign * kDepthAlign; }
+// To an odd multiple: rows a power of two apart would compete for the same few lines of the first-level cache.
+static constexpr int64_t align_depth(int64_t k) { return ((k + kDepthAlign - 1) / kDepthAlign | 1) * kDepthAlign; }
 
 // Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their work from counters.
 using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
