@@ -13,6 +13,10 @@ TORCH_LIBRARY(moesd, m) {
         "Tensor? sinks, Tensor? rows) -> Tensor");
     m.def("act_and_mul(Tensor gate, Tensor up, str activation) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor w, float eps) -> Tensor");
+    m.def("add_rms_norm(Tensor x, Tensor delta, Tensor w, float eps) -> (Tensor sum, Tensor normed)");
+    m.def(
+        "rope_to_cache(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, float q_eps, Tensor? k_norm, float k_eps, "
+        "Tensor index, int q_heads, int kv_heads, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
     m.def(
         "softmax_topk_router(Tensor x, Tensor w, int top_k, bool renormalize) "
         "-> (Tensor logits, Tensor weights, Tensor ids)");

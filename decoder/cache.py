@@ -105,8 +105,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        self._flat_keys = keys.flatten(2).flatten(0, 1)  # [slots * S, kv_heads * D]
-        self._flat_values = values.flatten(2).flatten(0, 1)
+        # [slots * S, kv_heads * D] each, as views
+        self.flat = keys.flatten(2).flatten(0, 1), values.flatten(2).flatten(0, 1)
         self._views = keys.transpose(1, 2), values.transpose(1, 2)
 
     def update(
@@ -120,7 +120,7 @@ class RaggedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        width, value_width = self._flat_keys.shape[1], self._flat_values.shape[1]
+        width, value_width = (slab.shape[1] for slab in self.flat)
         self.write(
             self._owner.write_index,
             key_states.transpose(1, 2).reshape(-1, width),
@@ -131,8 +131,8 @@ class RaggedLayer(CacheLayerMixin):
     def write(self, index: Tensor | None, keys: Tensor, values: Tensor) -> None:
         """Write ``[B * Q, kv_heads * D]`` rows at the places that ``select`` chose."""
         assert index is not None, "RaggedCache.select must precede the forward"
-        self._flat_keys.index_copy_(0, index, keys)
-        self._flat_values.index_copy_(0, index, values)
+        for slab, states in zip(self.flat, (keys, values), strict=True):
+            slab.index_copy_(0, index, states)
 
     def grow(self, slots: int) -> None:
         """Move to slabs of ``slots`` slots per row."""

@@ -26,11 +26,10 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cosines depend on the 
 class _Layer(NamedTuple):
     """What one layer's walk touches, looked up once."""
 
-    input_norm: tuple[Tensor, float]
     qkv: Tensor  # [(Hq + 2 Hkv) * D, H]
     qkv_bias: Tensor | None
-    q_norm: tuple[Tensor, float] | None
-    k_norm: tuple[Tensor, float] | None
+    q_norm: tuple[Tensor | None, float]
+    k_norm: tuple[Tensor | None, float]
     out: Tensor
     out_bias: Tensor | None
     post_norm: tuple[Tensor, float]
@@ -62,7 +61,8 @@ class LeanForward:
             _read_layer(layer, cache.ragged_layers[i], windows)
             for i, layer in enumerate(base.layers)
         ]
-        self._norm = _norm(base.norm)
+        # Of each layer's input, then the final one: each follows an addition, except the first.
+        self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._cache = cache
         self._max_length = max_length
         self._rotary = base.rotary_emb
@@ -83,21 +83,22 @@ class LeanForward:
             placement: of this forward; the cache has been told its write positions.
             hidden_layers: indices into transformers' ``hidden_states``.
         """
-        norm, linear = torch.ops.moesd.rms_norm.default, torch.ops.moesd.linear.default
+        linear, add_norm = torch.ops.moesd.linear.default, torch.ops.moesd.add_rms_norm.default
         B, Q = input_ids.shape
         wanted = _resolved(hidden_layers, self.num_layers)
         kept: dict[int, Tensor] = {}
         x = torch.embedding(self._embedding, input_ids.reshape(-1))  # [T, H]
+        states = torch.ops.moesd.rms_norm.default(x, *self._norms[0])
         cos, sin = self._angles(position_ids.reshape(-1))
         for index, layer in enumerate(self._layers):
             if index in wanted:
                 kept[index] = x.view(B, Q, -1)
-            qkv = linear(norm(x, *layer.input_norm), layer.qkv, layer.qkv_bias)
+            qkv = linear(states, layer.qkv, layer.qkv_bias)
             attended = self._attend(layer, qkv, cos, sin, placement, B, Q)
-            x = x + linear(attended, layer.out, layer.out_bias)
-            states = norm(x, *layer.post_norm)
-            x = x + layer.mlp(states.view(B, Q, -1)).view(B * Q, -1)
-        last = norm(x, *self._norm).view(B, Q, -1)
+            x, states = add_norm(x, linear(attended, layer.out, layer.out_bias), *layer.post_norm)
+            delta = layer.mlp(states.view(B, Q, -1)).view(B * Q, -1)
+            x, states = add_norm(x, delta, *self._norms[index + 1])
+        last = states.view(B, Q, -1)
         kept[self.num_layers] = last
         return last, [kept[index] for index in wanted]
 
@@ -111,24 +112,16 @@ class LeanForward:
         B: int,
         Q: int,
     ) -> Tensor:
-        heads = layer.q_heads + layer.kv_heads
-        D = cos.shape[-1]
-        qk = qkv[:, : heads * D].view(-1, heads, D)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            rms = torch.ops.moesd.rms_norm.default
-            queries, keys = qk[:, : layer.q_heads], qk[:, layer.q_heads :]
-            qk = torch.cat([rms(queries, *layer.q_norm), rms(keys, *layer.k_norm)], 1)
-        half = D // 2
-        turned = torch.cat([-qk[..., half:], qk[..., :half]], -1)
-        qk = qk * cos + turned * sin  # [T, Hq + Hkv, D]
-        layer.cache.write(
-            self._cache.write_index, qk[:, layer.q_heads :].flatten(1), qkv[:, heads * D :]
+        cache = layer.cache
+        assert cache.keys is not None and cache.values is not None
+        queries = torch.ops.moesd.rope_to_cache.default(
+            *(qkv, cos, sin, *layer.q_norm, *layer.k_norm, self._cache.write_index),
+            *(layer.q_heads, layer.kv_heads, *cache.flat),
         )
-        assert layer.cache.keys is not None and layer.cache.values is not None
         out = ragged_attention(
-            qk.view(B, Q, heads, D)[:, :, : layer.q_heads],
-            layer.cache.keys,
-            layer.cache.values,
+            queries.view(B, Q, layer.q_heads, -1),
+            cache.keys,
+            cache.values,
             placement,
             scale=layer.scale,
             window=layer.window,
@@ -136,13 +129,13 @@ class LeanForward:
         return out.view(B * Q, -1)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[T, 1, D]``, from the model's own rotary module."""
+        """Cosines and sines ``[T, D]``, from the model's own rotary module."""
         if self._tables is None or self._tables[0].dtype != self._embedding.dtype:
             every = torch.arange(self._max_length, device=positions.device)[None]
             cos, sin = self._rotary(self._embedding, every)
             self._tables = cos[0], sin[0]
-        cos, sin = (torch.embedding(table, positions) for table in self._tables)
-        return cos[:, None], sin[:, None]
+        cos, sin = self._tables
+        return torch.embedding(cos, positions), torch.embedding(sin, positions)
 
 
 def lean_forward(
@@ -172,11 +165,10 @@ def _read_layer(layer: Any, cache: RaggedLayer, windows: dict[int, int]) -> _Lay
     head_dim = attention.head_dim
     has_norms = getattr(attention, "q_norm", None) is not None
     return _Layer(
-        _norm(layer.input_layernorm),
         _joined([p.weight for p in projections]),
         None if biases[0] is None else _joined(biases),
-        _norm(attention.q_norm) if has_norms else None,
-        _norm(attention.k_norm) if has_norms else None,
+        _norm(attention.q_norm) if has_norms else (None, 0.0),
+        _norm(attention.k_norm) if has_norms else (None, 0.0),
         attention.o_proj.weight,
         attention.o_proj.bias,
         _norm(layer.post_attention_layernorm),

@@ -140,6 +140,46 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return torch.ops.moesd.rms_norm(x, w, eps)
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + delta``, rounded to x.dtype, and its :func:`rms_norm`: one pass where two would go."""
+    _require()
+    return torch.ops.moesd.add_rms_norm(x, delta, w, eps)
+
+
+def rope_to_cache(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: tuple[Tensor, float] | None,
+    k_norm: tuple[Tensor, float] | None,
+    index: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Per-head norms and rotary positions of a joined projection; keys and values go to the cache.
+
+    Rounds to the storage dtype after every step at which transformers' separate operations do.
+
+    Args:
+        qkv: [T, (Hq + 2 Hkv) * D] contiguous: query heads, key heads, value heads.
+        cos: [T, D] in qkv.dtype, of each token's position; sin: likewise.
+        q_norm: weight [D] and epsilon of the query heads' RMS norm, or None; k_norm: the keys'.
+        index: [T] int64, the cache row of each token.
+        keys: [rows, Hkv * D], written at `index`; values: likewise.
+
+    Returns:
+        Queries [T, Hq, D].
+    """
+    _require()
+    D = cos.shape[-1]
+    kv_heads = keys.shape[-1] // D
+    q_heads = qkv.shape[-1] // D - 2 * kv_heads
+    norms = [*(q_norm or (None, 0.0)), *(k_norm or (None, 0.0))]
+    return torch.ops.moesd.rope_to_cache(
+        qkv, cos, sin, *norms, index, q_heads, kv_heads, keys, values
+    )
+
+
 def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up of one shape, computed in fp32, as transformers' dense MLPs round it.
 
@@ -184,6 +224,14 @@ def _register_fakes() -> None:
     @fake("moesd::rms_norm")
     def _(x, w, eps):
         return x.new_empty(x.shape)
+
+    @fake("moesd::add_rms_norm")
+    def _(x, delta, w, eps):
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+
+    @fake("moesd::rope_to_cache")
+    def _(qkv, cos, sin, q_norm, q_eps, k_norm, k_eps, index, q_heads, kv_heads, keys, values):
+        return qkv.new_empty(qkv.shape[0], q_heads, cos.shape[1])
 
     @fake("moesd::act_and_mul")
     def _(gate, up, activation):

@@ -1,4 +1,4 @@
-// moesd::linear, rms_norm, act_and_mul and softmax_topk_router: the dense ops around the experts.
+// moesd::linear, rms_norm, add_rms_norm, act_and_mul and softmax_topk_router: the dense ops around the experts.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -44,12 +44,13 @@ Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bia
     return out;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& w, double eps) {
+// Norms x, or x + delta, whose sum goes to `sum`.
+Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta, Tensor* sum) {
     TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [..., H], got ", x.sizes());
     TORCH_CHECK_VALUE(w.dim() == 1 && w.size(0) == x.size(-1), "w must be [", x.size(-1), "], got ", w.sizes());
     TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "w must be ", x.scalar_type(), " like x, got ",
                      w.scalar_type());
-    const Tensor rows = x.contiguous(), scale = w.contiguous();
+    const Tensor rows = x.contiguous(), scale = w.contiguous(), added = delta ? delta->contiguous() : Tensor();
     Tensor out = at::empty(x.sizes(), x.options());
     if (out.numel() == 0) return out;
     NormArgs args{};
@@ -57,10 +58,22 @@ Tensor rms_norm(const Tensor& x, const Tensor& w, double eps) {
     args.width = x.size(-1), args.rows = x.numel() / args.width;
     args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(), args.eps = static_cast<float>(eps);
     args.out = out.mutable_data_ptr();
+    if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
     args.threads = team_size(x.numel());
     args.run = run_team;
     kernels().rms_norm(args);
     return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& w, double eps) { return normed(x, w, eps, nullptr, nullptr); }
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w, double eps) {
+    TORCH_CHECK_VALUE(delta.sizes() == x.sizes(), "delta must be ", x.sizes(), " like x, got ", delta.sizes());
+    TORCH_CHECK_TYPE(delta.scalar_type() == x.scalar_type(), "delta must be ", x.scalar_type(), " like x, got ",
+                     delta.scalar_type());
+    Tensor sum = at::empty(x.sizes(), x.options());
+    Tensor out = normed(x, w, eps, &delta, &sum);
+    return {sum, out};
 }
 
 Tensor act_and_mul(const Tensor& gate, const Tensor& up, c10::string_view activation) {
@@ -95,6 +108,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
     args.tokens = x.size(0), args.experts = w.size(0), args.top_k = top_k, args.renormalize = renormalize;
     args.logits = logits.const_data_ptr();
     args.weights = weights.mutable_data_ptr<float>(), args.ids = ids.mutable_data_ptr<int64_t>();
+    args.threads = team_size(args.tokens * args.experts * (top_k + 8));
+    args.run = run_team;
     kernels().router(args);
     return {logits, weights, ids};
 }
@@ -104,6 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
 TORCH_LIBRARY_IMPL(moesd, CPU, m) {
     m.impl("linear", &linear);
     m.impl("rms_norm", &rms_norm);
+    m.impl("add_rms_norm", &add_rms_norm);
     m.impl("act_and_mul", &act_and_mul);
     m.impl("softmax_topk_router", &softmax_topk_router);
 }

@@ -95,10 +95,18 @@ struct Prefetch {
     int64_t advance = 0;   // bytes a step; zero to stay on a line that is in the cache anyway
 };
 
-// out[m * ld + n] = xs[m][k0:] . w[n] over `depth` elements, whole steps; added to what is there when k0 > 0.
+// Four weight rows: `depth` elements in whole steps, then maybe one step more from zero-padded copies.
+template <class W>
+struct Group {
+    const W* rows[4];
+    int64_t depth;
+    const W (*tail)[Dot<W>::kStep];
+};
+
+// out[m * ld + n] = xs[m][k0:] . row n of the group, added to what is there when k0 > 0.
 template <class W, int M>
-__attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, int64_t k0, const W* const* rows,
-                                        int64_t depth, const Prefetch& prefetch, float* out, int64_t ld) {
+__attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, int64_t k0, const Group<W>& group,
+                                        const Prefetch& prefetch, float* out, int64_t ld) {
     using D = Dot<W>;
     Vec acc[M][4];
     const typename D::Act* x[M];
@@ -108,7 +116,7 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
 #pragma GCC unroll 8
         for (int n = 0; n < 4; ++n) acc[m][n] = splat(0.0f);
     }
-    const W* const w[4] = {rows[0], rows[1], rows[2], rows[3]};
+    const W* const w[4] = {group.rows[0], group.rows[1], group.rows[2], group.rows[3]};
     const int64_t row = prefetch.row, pair = prefetch.pair, both = row + pair, advance = prefetch.advance;
     const char* at = prefetch.at;
     int64_t k = 0;
@@ -122,7 +130,11 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
     };
     run_to(prefetch.cut);
     at = prefetch.then;
-    run_to(depth);
+    run_to(group.depth);
+    if (group.tail) {
+        const W* const last[4] = {group.tail[0] - k, group.tail[1] - k, group.tail[2] - k, group.tail[3] - k};
+        D::step(acc, x, last, k);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         float sums[4];
@@ -133,12 +145,12 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
 }
 
 template <class W, int M>
-inline void dot_tile_of(int count, const typename Dot<W>::Act* const* xs, int64_t k0, const W* const* w,
-                        int64_t depth, const Prefetch& ahead, float* out, int64_t ld) {
+inline void dot_tile_of(int count, const typename Dot<W>::Act* const* xs, int64_t k0, const Group<W>& group,
+                        const Prefetch& ahead, float* out, int64_t ld) {
     if constexpr (M > 1) {
-        if (count < M) return dot_tile_of<W, M - 1>(count, xs, k0, w, depth, ahead, out, ld);
+        if (count < M) return dot_tile_of<W, M - 1>(count, xs, k0, group, ahead, out, ld);
     }
-    dot_tile<W, M>(xs, k0, w, depth, ahead, out, ld);
+    dot_tile<W, M>(xs, k0, group, ahead, out, ld);
 }
 
 // Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of tiles and two groups of
@@ -181,27 +193,26 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
     // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
     const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
-    for (int64_t k0 = 0, length; k0 < depth; k0 += length) {
-        const bool tail = k0 == whole;  // the last elements, fewer than a step
-        length = tail ? kStep : whole - k0 < block ? whole - k0 : block;
-        const W* after = k0 + length < depth ? w + k0 + length : next;
+    for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
+        const int64_t length = whole - k0 < block ? whole - k0 : block;
+        const bool ends = k0 + length == whole, has_tail = ends && whole < depth;
+        const W* after = ends ? next : w + k0 + block;
         for (int pair = 0; pair < tiles; pair += 2) {
             for (int64_t j = 0; j < rows; j += 4) {
-                alignas(64) W padded[4][kStep];
-                const W* group[4];
+                alignas(64) W tail[4][kStep];
+                Group<W> group{{}, length, has_tail ? tail : nullptr};
                 for (int n = 0; n < 4; ++n) {
-                    group[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
-                    if (!tail) continue;
-                    std::memset(padded[n], 0, sizeof padded[n]);
-                    std::memcpy(padded[n], group[n], (depth - whole) * sizeof(W));
-                    group[n] = padded[n];
+                    group.rows[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
+                    if (!has_tail) continue;
+                    std::memset(static_cast<void*>(tail[n]), 0, sizeof tail[n]);
+                    std::memcpy(tail[n], group.rows[n] + length, (depth - whole) * sizeof(W));
                 }
                 const W* following = j + 4 < rows ? w + (j + 4) * stride + k0 : after;
                 const W* later = after ? after + j * stride : nullptr;
                 for (int t = pair; t < tiles && t < pair + 2; ++t) {
-                    const Prefetch ahead = prefetch_for<W>(t, tiles, group[0], following, later, stride, length);
+                    const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, stride, length);
                     const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
-                    dot_tile_of<W, kTileTokens>(size, xs + m, k0, group, length, ahead, out + m * ld + j, ld);
+                    dot_tile_of<W, kTileTokens>(size, xs + m, k0, group, ahead, out + m * ld + j, ld);
                 }
             }
         }

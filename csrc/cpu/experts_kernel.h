@@ -63,9 +63,10 @@ public:
 private:
     static constexpr int64_t kPackTokens = 4;
 
-    // Slices of the output: a few per thread, so that activations are re-read seldom and threads end together.
+    // Slices of the output: enough that threads end together, few enough that many tokens' activations are re-read seldom.
     static int64_t slice_rows(const ExpertsArgs& a) {
-        int64_t rows = a.hidden / (4 * a.threads) / 16 * 16;
+        const int64_t slices = a.tokens <= 16 ? 16 : 4;
+        const int64_t rows = a.hidden / (slices * a.threads) / 16 * 16;
         return rows < 16 ? 16 : rows > 256 ? 256 : rows;
     }
 

@@ -4,6 +4,7 @@
 #include "attention_kernel.h"
 #include "experts_kernel.h"
 #include "linear_kernel.h"
+#include "rope_kernel.h"
 #include "row_kernels.h"
 
 namespace moesd::MOESD_ISA {
@@ -21,7 +22,7 @@ void run_for_dtype(const Args& args) {
 constexpr KernelTable make_table(const char* name) {
     return {name, run_for_dtype<ExpertsKernel, ExpertsArgs>, run_for_dtype<LinearKernel, LinearArgs>,
             run_for_dtype<AttentionKernel, AttentionArgs>, run_for_dtype<NormKernel, NormArgs>,
-            run_for_dtype<ActKernel, ActArgs>,
+            run_for_dtype<RopeKernel, RopeArgs>, run_for_dtype<ActKernel, ActArgs>,
             run_for_dtype<RouterKernel, RouterArgs>};
 }
 

@@ -14,7 +14,43 @@ inline float sum_lanes(Vec v) {
     return out[0];
 }
 
-// w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as transformers does.
+template <class W>
+inline void scale_step(const W* x, const W* w, Vec scale, W* out) {
+    store(out, mul(load(w), rounded(mul(load(x), scale), out)));
+}
+
+// out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as transformers does.
+template <class W>
+void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
+    const int64_t whole = width / kLanes * kLanes;
+    alignas(64) W tail[3][kLanes] = {};
+    if (whole < width) {
+        std::memcpy(tail[0], x + whole, (width - whole) * sizeof(W));
+        std::memcpy(tail[1], w + whole, (width - whole) * sizeof(W));
+    }
+    Vec squares = splat(0.0f), more[3] = {squares, squares, squares};  // four chains hide the latency of fma
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+        const Vec a = load(x + i);
+        squares = fma(a, a, squares);
+#pragma GCC unroll 3
+        for (int c = 0; c < 3; ++c) {
+            const Vec b = load(x + i + (c + 1) * kLanes);
+            more[c] = fma(b, b, more[c]);
+        }
+    }
+    squares = add(add(squares, more[0]), add(more[1], more[2]));
+    for (; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+    if (whole < width) squares = fma(load(tail[0]), load(tail[0]), squares);
+    const Vec scale = splat(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps));
+    for (i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
+    if (whole < width) {
+        scale_step(tail[0], tail[1], scale, tail[2]);
+        std::memcpy(out + whole, tail[2], (width - whole) * sizeof(W));
+    }
+}
+
+// RMS norm of rows, or of rows + delta, which is then stored, too, rounded as torch's addition rounds it.
 template <class W>
 class NormKernel {
 public:
@@ -29,44 +65,26 @@ private:
 
     void work() {
         for (int64_t i; (i = rows_.take()) < rows_.total;) {
-            for (int64_t r = i * kRows; r < a_.rows && r < (i + 1) * kRows; ++r) normalise(r);
-        }
-    }
-
-    void normalise(int64_t r) const {
-        const W* x = static_cast<const W*>(a_.x) + r * a_.width;
-        const W* w = static_cast<const W*>(a_.w);
-        W* out = static_cast<W*>(a_.out) + r * a_.width;
-        const int64_t whole = a_.width / kLanes * kLanes;
-        alignas(64) W tail[3][kLanes] = {};
-        if (whole < a_.width) {
-            std::memcpy(tail[0], x + whole, (a_.width - whole) * sizeof(W));
-            std::memcpy(tail[1], w + whole, (a_.width - whole) * sizeof(W));
-        }
-        Vec squares = splat(0.0f), more[3] = {squares, squares, squares};  // four chains hide the latency of fma
-        int64_t i = 0;
-        for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
-            const Vec a = load(x + i);
-            squares = fma(a, a, squares);
-#pragma GCC unroll 3
-            for (int c = 0; c < 3; ++c) {
-                const Vec b = load(x + i + (c + 1) * kLanes);
-                more[c] = fma(b, b, more[c]);
+            for (int64_t r = i * kRows; r < a_.rows && r < (i + 1) * kRows; ++r) {
+                const int64_t at = r * a_.width;
+                const W* x = static_cast<const W*>(a_.x) + at;
+                if (a_.delta) x = add_row(x, static_cast<const W*>(a_.delta) + at, static_cast<W*>(a_.sum) + at);
+                normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps, static_cast<W*>(a_.out) + at);
             }
         }
-        squares = add(add(squares, more[0]), add(more[1], more[2]));
-        for (; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
-        if (whole < a_.width) squares = fma(load(tail[0]), load(tail[0]), squares);
-        const Vec scale = splat(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(a_.width) + a_.eps));
-        for (i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
-        if (whole < a_.width) {
-            scale_step(tail[0], tail[1], scale, tail[2]);
-            std::memcpy(out + whole, tail[2], (a_.width - whole) * sizeof(W));
-        }
     }
 
-    static void scale_step(const W* x, const W* w, Vec scale, W* out) {
-        store(out, mul(load(w), rounded(mul(load(x), scale), out)));
+    const W* add_row(const W* x, const W* delta, W* sum) const {
+        const int64_t whole = a_.width / kLanes * kLanes, rest = a_.width - whole;
+        for (int64_t i = 0; i < whole; i += kLanes) store(sum + i, add(load(x + i), load(delta + i)));
+        if (rest > 0) {
+            alignas(64) W tail[3][kLanes] = {};
+            std::memcpy(tail[0], x + whole, rest * sizeof(W));
+            std::memcpy(tail[1], delta + whole, rest * sizeof(W));
+            store(tail[2], add(load(tail[0]), load(tail[1])));
+            std::memcpy(sum + whole, tail[2], rest * sizeof(W));
+        }
+        return sum;
     }
 
     const NormArgs& a_;
@@ -118,14 +136,18 @@ private:
 template <class W>
 class RouterKernel {
 public:
-    explicit RouterKernel(const RouterArgs& a) : a_(a) {}
+    explicit RouterKernel(const RouterArgs& a) : a_(a), tokens_(a.tokens) {}
 
     void run() {
-        for (int64_t t = 0; t < a_.tokens; ++t) route(t);
+        a_.run(a_.threads, [](void* self) { static_cast<RouterKernel*>(self)->work(); }, this);
     }
 
 private:
     static constexpr int64_t kMaxExperts = 1024;
+
+    void work() {
+        for (int64_t t; (t = tokens_.take()) < tokens_.total;) route(t);
+    }
 
     void route(int64_t t) const {
         alignas(64) float probs[kMaxExperts + kLanes] = {};
@@ -155,6 +177,7 @@ private:
     }
 
     const RouterArgs& a_;
+    Counter tokens_;
 };
 
 }  // namespace moesd::MOESD_ISA

@@ -90,7 +90,26 @@ struct NormArgs {
     const void* x;
     const void* w;
     float eps;
+    const void* delta;  // added to x before the norm, or null
+    void* sum;          // x + delta
     void* out;
+    int threads;
+    RunTeam run;
+};
+
+struct RopeArgs {
+    DType dtype;
+    int64_t tokens, q_heads, kv_heads, head_dim;
+    const void* qkv;         // [T, (Hq + 2 Hkv) * D]
+    const void* cos;         // [T, D]
+    const void* sin;         // [T, D]
+    const void* q_norm;      // [D] or null
+    const void* k_norm;      // [D] or null
+    float q_eps, k_eps;
+    const int64_t* index;    // [T] rows of the cache
+    void* keys;              // [rows, Hkv * D]
+    void* values;            // [rows, Hkv * D]
+    void* q;                 // [T, Hq, D]
     int threads;
     RunTeam run;
 };
@@ -113,6 +132,8 @@ struct RouterArgs {
     const void* logits;  // [T, E]
     float* weights;      // [T, K]
     int64_t* ids;        // [T, K]
+    int threads;
+    RunTeam run;
 };
 
 struct KernelTable {
@@ -121,6 +142,7 @@ struct KernelTable {
     void (*linear)(const LinearArgs&);
     void (*attention)(const AttentionArgs&);
     void (*rms_norm)(const NormArgs&);
+    void (*rope_to_cache)(const RopeArgs&);
     void (*act_and_mul)(const ActArgs&);
     void (*router)(const RouterArgs&);
 };

@@ -1,0 +1,69 @@
+// moesd::rope_to_cache: checks, among them that every index lies inside the cache.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace moesd {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxHeadDim = 576;
+
+const void* checked_norm(const OptTensor& norm, const Tensor& qkv, int64_t head_dim, const char* name) {
+    if (!norm) return nullptr;
+    TORCH_CHECK_VALUE(norm->dim() == 1 && norm->size(0) == head_dim && norm->is_contiguous(), name, " must be [",
+                      head_dim, "] and contiguous, got ", norm->sizes());
+    TORCH_CHECK_TYPE(norm->scalar_type() == qkv.scalar_type(), name, " must be ", qkv.scalar_type(), " like qkv, got ",
+                     norm->scalar_type());
+    return norm->const_data_ptr();
+}
+
+void check_matrix(const Tensor& t, const Tensor& qkv, int64_t rows, int64_t columns, const char* name) {
+    TORCH_CHECK_VALUE(t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns && t.is_contiguous(), name,
+                      " must be [", rows < 0 ? "rows" : std::to_string(rows), ", ", columns, "] and contiguous, got ",
+                      t.sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == qkv.scalar_type(), name, " must be ", qkv.scalar_type(), " like qkv, got ",
+                     t.scalar_type());
+}
+
+Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const OptTensor& q_norm, double q_eps,
+                     const OptTensor& k_norm, double k_eps, const Tensor& index, int64_t q_heads, int64_t kv_heads,
+                     Tensor& keys, Tensor& values) {
+    TORCH_CHECK_VALUE(q_heads > 0 && kv_heads > 0, "heads must be positive, got ", q_heads, " and ", kv_heads);
+    const int64_t tokens = cos.size(0), head_dim = cos.size(-1);
+    TORCH_CHECK_VALUE(head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "the head dimension must be even and at most ",
+                      kMaxHeadDim, ", got ", head_dim);
+    check_matrix(qkv, qkv, tokens, (q_heads + 2 * kv_heads) * head_dim, "qkv");
+    check_matrix(cos, qkv, tokens, head_dim, "cos"), check_matrix(sin, qkv, tokens, head_dim, "sin");
+    check_matrix(keys, qkv, -1, kv_heads * head_dim, "keys");
+    check_matrix(values, qkv, keys.size(0), kv_heads * head_dim, "values");
+    TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64, got ", index.scalar_type());
+    TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == tokens && index.is_contiguous(), "index must be [", tokens,
+                      "] and contiguous, got ", index.sizes());
+    RopeArgs args{};
+    args.index = index.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < tokens; ++t) {
+        TORCH_CHECK_INDEX(args.index[t] >= 0 && args.index[t] < keys.size(0), "index must be in [0, ", keys.size(0),
+                          "), got ", args.index[t]);
+    }
+    Tensor q = at::empty({tokens, q_heads, head_dim}, qkv.options());
+    args.dtype = storage_dtype(qkv, "qkv");
+    args.tokens = tokens, args.q_heads = q_heads, args.kv_heads = kv_heads, args.head_dim = head_dim;
+    args.qkv = qkv.const_data_ptr(), args.cos = cos.const_data_ptr(), args.sin = sin.const_data_ptr();
+    args.q_norm = checked_norm(q_norm, qkv, head_dim, "q_norm"), args.q_eps = static_cast<float>(q_eps);
+    args.k_norm = checked_norm(k_norm, qkv, head_dim, "k_norm"), args.k_eps = static_cast<float>(k_eps);
+    args.keys = keys.mutable_data_ptr(), args.values = values.mutable_data_ptr(), args.q = q.mutable_data_ptr();
+    args.threads = team_size(qkv.numel() * 4);
+    args.run = run_team;
+    if (tokens > 0) kernels().rope_to_cache(args);
+    return q;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moesd, CPU, m) { m.impl("rope_to_cache", &rope_to_cache); }
+
+}  // namespace moesd

@@ -1,0 +1,60 @@
+// From a joined projection to attention's inputs: per-head norms, rotary positions, keys and values into their cache slots.
+// Rounds where transformers' separate operations round, so that the results have the same bits.
+#pragma once
+
+#include "row_kernels.h"
+
+namespace moesd::MOESD_ISA {
+
+template <class W>
+class RopeKernel {
+public:
+    explicit RopeKernel(const RopeArgs& a) : a_(a), tokens_(a.tokens) {}
+
+    void run() {
+        a_.run(a_.threads, [](void* self) { static_cast<RopeKernel*>(self)->work(); }, this);
+    }
+
+private:
+    static constexpr int64_t kMaxHeadDim = 576, kRow = kMaxHeadDim + kLanes;
+
+    void work() {
+        for (int64_t t; (t = tokens_.take()) < tokens_.total;) place(t);
+    }
+
+    void place(int64_t t) const {
+        const int64_t D = a_.head_dim, kv = a_.kv_heads * D;
+        const W* row = static_cast<const W*>(a_.qkv) + t * (a_.q_heads + 2 * a_.kv_heads) * D;
+        alignas(64) float cos[kRow] = {}, sin[kRow] = {};
+        load_row(cos, static_cast<const W*>(a_.cos) + t * D, D), load_row(sin, static_cast<const W*>(a_.sin) + t * D, D);
+        W* q = static_cast<W*>(a_.q) + t * a_.q_heads * D;
+        for (int64_t h = 0; h < a_.q_heads; ++h, row += D) {
+            turn(row, static_cast<const W*>(a_.q_norm), a_.q_eps, cos, sin, q + h * D);
+        }
+        W* keys = static_cast<W*>(a_.keys) + a_.index[t] * kv;
+        for (int64_t h = 0; h < a_.kv_heads; ++h, row += D) {
+            turn(row, static_cast<const W*>(a_.k_norm), a_.k_eps, cos, sin, keys + h * D);
+        }
+        std::memcpy(static_cast<W*>(a_.values) + a_.index[t] * kv, row, kv * sizeof(W));
+    }
+
+    // out = x * cos + (-x's second half, x's first half) * sin of the normalised head x.
+    void turn(const W* x, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
+        const int64_t D = a_.head_dim, half = D / 2;
+        alignas(64) W normed[kRow];
+        if (norm) normalise_row(x, norm, D, eps, normed), x = normed;
+        alignas(64) float head[2 * kRow] = {}, turned[kRow] = {};
+        load_row(head, x, D);
+        for (int64_t d = 0; d < half; ++d) turned[d] = -head[half + d], turned[half + d] = head[d];
+        for (int64_t d = 0; d < D; d += kLanes) {
+            const Vec a = rounded(mul(load(head + d), load(cos + d)), x), b = rounded(mul(load(turned + d), load(sin + d)), x);
+            store(head + d, add(a, b));
+        }
+        store_row(out, head, D);
+    }
+
+    const RopeArgs& a_;
+    Counter tokens_;
+};
+
+}  // namespace moesd::MOESD_ISA
