@@ -11,6 +11,13 @@
 
 namespace moesd::MOESD_ISA {
 
+// Copies n < N elements and zeros up to N. (Vector headers overload it where a masked load does it.)
+template <int N, class W>
+inline void pad_step(const W* src, int64_t n, W* dst) {
+    std::memset(static_cast<void*>(dst), 0, N * sizeof(W));
+    std::memcpy(static_cast<void*>(dst), src, n * sizeof(W));
+}
+
 // fp32 activations in pack order against weights widened to fp32.
 template <class W>
 struct Dot {
@@ -184,6 +191,49 @@ inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* followin
     return {at, at, 0, row, alone ? 2 * row : 0, 64};
 }
 
+// dot_rows for a tile of tokens and a depth of few steps, where setting up a tile and its prefetches would cost more than
+// the sums: one call passes over all rows.
+template <class W, int M>
+__attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, const W* w, int64_t stride, int64_t rows,
+                                         int64_t depth, float* out, int64_t ld) {
+    using D = Dot<W>;
+    const typename D::Act* x[M];
+    for (int m = 0; m < M; ++m) x[m] = xs[m];
+    const int64_t whole = depth / D::kStep * D::kStep;
+    for (int64_t j = 0; j < rows; j += 4, w += 4 * stride) {
+        Vec acc[M][4];
+        const W* group[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            group[n] = w + (j + n < rows ? n : rows - 1 - j) * stride;
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[m][n] = splat(0.0f);
+        }
+        for (int64_t k = 0; k < whole; k += D::kStep) D::step(acc, x, group, k);
+        if (whole < depth) {
+            alignas(64) W tail[4][D::kStep];
+            for (int n = 0; n < 4; ++n) {
+                pad_step<D::kStep>(group[n] + whole, depth - whole, tail[n]);
+                group[n] = tail[n] - whole;
+            }
+            D::step(acc, x, group, whole);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out + m * ld + j);
+    }
+}
+
+template <class W, int M>
+inline void dot_short_of(int count, const typename Dot<W>::Act* const* xs, const W* w, int64_t stride, int64_t rows,
+                         int64_t depth, float* out, int64_t ld) {
+    if constexpr (M > 1) {
+        if (count < M) return dot_short_of<W, M - 1>(count, xs, w, stride, rows, depth, out, ld);
+    }
+    dot_short<W, M>(xs, w, stride, rows, depth, out, ld);
+}
+
+constexpr int64_t kShortDepth = 128;
+
 // out[m * ld + j] = xs[m] . w[j] for m < count, j < rows (columns up to the next multiple of 4 are overwritten).
 // `next` is where rows of the same stride will be read after these, or null.
 template <class W>
@@ -192,6 +242,13 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
     constexpr int64_t kStep = Dot<W>::kStep;
     // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
+    if (depth <= kShortDepth) {
+        for (int t = 0; t < tiles; ++t) {
+            const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
+            dot_short_of<W, kTileTokens>(size, xs + m, w, stride, rows, depth, out + m * ld, ld);
+        }
+        return;
+    }
     const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
     for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
         const int64_t length = whole - k0 < block ? whole - k0 : block;
@@ -203,9 +260,7 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
                 Group<W> group{{}, length, has_tail ? tail : nullptr};
                 for (int n = 0; n < 4; ++n) {
                     group.rows[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
-                    if (!has_tail) continue;
-                    std::memset(static_cast<void*>(tail[n]), 0, sizeof tail[n]);
-                    std::memcpy(tail[n], group.rows[n] + length, (depth - whole) * sizeof(W));
+                    if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
                 }
                 const W* following = j + 4 < rows ? w + (j + 4) * stride + k0 : after;
                 const W* later = after ? after + j * stride : nullptr;

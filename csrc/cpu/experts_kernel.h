@@ -26,10 +26,12 @@ inline void pause() {
 #endif
 }
 
-// Work taken item by item; `wait` returns when every item taken by anyone is finished.
-struct Counter {
-    std::atomic<int64_t> taken{0}, finished{0};
+// Work taken item by item; `wait` returns when every item taken by anyone is finished. On cache lines of its own: every
+// `take` costs the other threads the line, and they must not lose what they only read with it.
+struct alignas(128) Counter {
+    std::atomic<int64_t> taken{0};
     int64_t total;
+    alignas(128) std::atomic<int64_t> finished{0};
     explicit Counter(int64_t n) : total(n) {}
     int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
     void finish(int64_t n) { finished.fetch_add(n, std::memory_order_release); }

@@ -25,7 +25,7 @@ private:
     void place(int64_t t) const {
         const int64_t D = a_.head_dim, kv = a_.kv_heads * D;
         const W* row = static_cast<const W*>(a_.qkv) + t * (a_.q_heads + 2 * a_.kv_heads) * D;
-        alignas(64) float cos[kRow] = {}, sin[kRow] = {};
+        alignas(64) float cos[kRow], sin[kRow];  // beyond D: lanes that are computed and not kept
         load_row(cos, static_cast<const W*>(a_.cos) + t * D, D), load_row(sin, static_cast<const W*>(a_.sin) + t * D, D);
         W* q = static_cast<W*>(a_.q) + t * a_.q_heads * D;
         for (int64_t h = 0; h < a_.q_heads; ++h, row += D) {
@@ -43,7 +43,7 @@ private:
         const int64_t D = a_.head_dim, half = D / 2;
         alignas(64) W normed[kRow];
         if (norm) normalise_row(x, norm, D, eps, normed), x = normed;
-        alignas(64) float head[2 * kRow] = {}, turned[kRow] = {};
+        alignas(64) float head[kRow], turned[kRow];
         load_row(head, x, D);
         for (int64_t d = 0; d < half; ++d) turned[d] = -head[half + d], turned[half + d] = head[d];
         for (int64_t d = 0; d < D; d += kLanes) {

@@ -103,6 +103,13 @@ inline constexpr bool kSplitsEvenOdd<bf16> = true;
 inline __m512bh load_bf16_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 #endif
 
+// n < 32 elements and zeros after them.
+template <int N>
+inline void pad_step(const bf16* src, int64_t n, bf16* dst) {
+    static_assert(N == 32);
+    _mm512_store_si512(dst, _mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, src));
+}
+
 // Interleaving before folding: one tree of shuffles for four sums, where four folds would need seven more instructions.
 inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
