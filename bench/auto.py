@@ -1,7 +1,8 @@
 """``bench auto``: automatic gamma against autoregressive decoding and every fixed gamma.
 
-One engine, the replay drafter at each alpha with a real draft's cost. The controller knows nothing
-beforehand: its learning is inside what is timed.
+One engine, the replay drafter at each alpha with a real draft's cost. The controller takes its
+start-up profile before the first run, as the command line does. The first run is not timed, so a
+timed one starts with the acceptance seen before; ``--cold`` forgets it before every run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from bench.prompts import random_prompts
 from bench.record import Recorder
 from bench.timer import interleaved, summarize
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.perf_model.acceptance import AcceptanceEstimator
+from decoder.startup import profile_rounds
 
 PROMPT_TOKENS = 32
 
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gammas", default="1,2,4,6", help="fixed gammas to compare with")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="acceptance unknown in every run")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
@@ -80,10 +84,14 @@ def _measure(args: argparse.Namespace, subject: Subject, batch: int) -> dict[str
         drafter.recordings.update({tuple(p): a for p, a in zip(prompts, answers, strict=True)})
         wanted: Any = gamma if gamma == "auto" else int(gamma)
         decoders[gamma] = SpeculativeDecoder(subject.target, drafter, wanted, **size)
+    profiled = profile_rounds(decoders["auto"])
 
     def timed(name: str) -> Callable[[int], float]:
         def one(_round: int) -> float:
             decoder = decoders[name]
+            if name == "auto" and args.cold:
+                controller = decoder.controller
+                controller.acceptance = AcceptanceEstimator(controller.max_gamma)
             begin = time.perf_counter()
             outputs = decoder.generate(prompts, params)
             seconds = time.perf_counter() - begin
@@ -104,5 +112,8 @@ def _measure(args: argparse.Namespace, subject: Subject, batch: int) -> dict[str
         "best_fixed": int(fixed),
         "against_ar": ratio("0"),
         "against_best": ratio(fixed),
+        "profiled": profiled,
+        "cold": args.cold,
+        "new_tokens": args.new_tokens,
         "why": decoders["auto"].controller.explain(),
     }

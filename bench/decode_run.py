@@ -11,11 +11,11 @@ from bench.prompts import random_prompts
 from bench.telemetry import count_experts
 from bench.timer import summarize
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.controller import FixedGamma
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.eagle_loader import EagleCheckpoint
 from decoder.drafters.independent import IndependentDrafter
+from decoder.startup import RoundLog
 from moesd_kernels import accelerate
 
 Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase
@@ -79,34 +79,6 @@ class Pair:
     identical: bool
     experts_ar: float | None
     experts_verify: float | None
-
-
-class RoundLog(FixedGamma):
-    """A fixed gamma that keeps what it is told of each round.
-
-    Args:
-        max_gamma: longest draft that the decoder it is given to must make room for.
-    """
-
-    def __init__(self, gamma: int = 0, max_gamma: int = 0) -> None:
-        super().__init__(gamma)
-        self.max_gamma = max(gamma, max_gamma)
-        self.rounds: list[tuple[int, int, Mapping[str, float]]] = []
-
-    def observe(
-        self,
-        gamma: int,
-        batch: int,
-        drafted: Sequence[int],
-        accepted: Sequence[int],
-        times: Mapping[str, float],
-    ) -> None:
-        """Keep the round: live rows, tokens emitted, seconds by phase."""
-        self.rounds.append((batch, sum(accepted) + batch, dict(times)))
-
-    def full(self, batch: int) -> list[Round]:
-        """(emitted, seconds by phase) of rounds with ``batch`` live rows; the first warms up."""
-        return [(emitted, times) for live, emitted, times in self.rounds if live == batch][1:]
 
 
 def measure_batch(

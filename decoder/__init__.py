@@ -13,10 +13,11 @@ from .params import SamplingParams
 if TYPE_CHECKING:
     from .engine import SpeculativeDecoder
     from .outputs import Output
+    from .startup import profile_rounds
 
-__all__ = ["Output", "SamplingParams", "SpeculativeDecoder"]
+__all__ = ["Output", "SamplingParams", "SpeculativeDecoder", "profile_rounds"]
 
-_HOMES = {"SpeculativeDecoder": "engine", "Output": "outputs"}
+_HOMES = {"SpeculativeDecoder": "engine", "Output": "outputs", "profile_rounds": "startup"}
 
 
 def __getattr__(name: str) -> Any:

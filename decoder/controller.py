@@ -10,12 +10,14 @@ in a slowdown. Exploration is paid from a budget of 0.5 % of the time spent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median_low
 from typing import NamedTuple, Protocol
 
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.perf_model.learned_cost import LearnedCost
-from decoder.perf_model.step_cost import CorrectedCost, RoundCost, bucket_of, measure_costs
+from decoder.perf_model.step_cost import CorrectedCost, RoundCost, bucket_of
 
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
 _PROBE_SHARE = 0.005  # of the elapsed time may be lost to probing
@@ -25,6 +27,8 @@ _WARM_UP = 2  # rounds per arm when no costs are known
 _WARM_TRIES = 8  # rounds a batch size may spend on first timings
 _WARM_REACH = 4  # timings at one batch size serve up to this factor of it
 _TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
+_CATCH_UPS = 4  # timings kept of a drafter catching up
+_NOISE = 1.2  # times its expected time, a round has taken no longer than usual
 _STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
 
 
@@ -85,9 +89,8 @@ class AutoGamma:
 
     Args:
         max_gamma: longest draft considered.
-        costs: seconds of a round, ``(batch, gamma, context)``: a start-up profile
-            (``step_cost.MeasuredCost``) or a fitted model (``profile.Profile.round_cost``).
-        measure: ``(batch, gamma) -> seconds`` of one whole round; used by ``profile``.
+        costs: seconds of a round, ``(batch, gamma, context)``, of a fitted model
+            (``profile.Profile.round_cost``).
         acceptance_prior: acceptance rate assumed before the first round.
     """
 
@@ -96,14 +99,12 @@ class AutoGamma:
         max_gamma: int = 8,
         *,
         costs: RoundCost | None = None,
-        measure: Callable[[int, int], float] | None = None,
         acceptance_prior: float = 0.6,
     ) -> None:
         if max_gamma < 1:
             raise ValueError(f"max_gamma must be at least 1, got {max_gamma}")
         self.max_gamma = max_gamma
         self.acceptance = AcceptanceEstimator(max_gamma, acceptance_prior)
-        self._measure = measure
         self._costs: CorrectedCost | LearnedCost = (
             LearnedCost() if costs is None else CorrectedCost(costs)
         )
@@ -120,21 +121,18 @@ class AutoGamma:
         self._probe = _Probe(0, 1, 0.0, 0.0)
         self._elapsed = 0.0
         self._probe_loss = 0.0
+        self._plain_rounds = 0  # since the last draft
+        # Seconds that a draft after plain rounds takes longer, per such round.
+        self._catch_ups: deque[float] = deque(maxlen=_CATCH_UPS)
+        self._expected_catch_up = 0.0
         self._reason = "no round has run yet"
 
-    def profile(self, max_batch: int, batches: Iterable[int] | None = None) -> None:
-        """Measure round times at a few (batch, gamma) with the ``measure`` given at construction.
+    def use_costs(self, costs: RoundCost) -> None:
+        """Start from costs measured here, such as a start-up profile; rounds go on correcting them.
 
-        Args:
-            max_batch: largest batch that will run.
-            batches: batch sizes to measure; by default 1, 4, 16, … and ``max_batch``.
+        Unlike costs given at construction they are trusted about plain decoding, too.
         """
-        if self._measure is None:
-            raise ValueError("profile needs AutoGamma(measure=...), got no measure function")
-        if batches is None:
-            batches = [size for size in (1, 4, 16, 64, 256) if size < max_batch] + [max_batch]
-        gammas = {0, 1, min(3, self.max_gamma), self.max_gamma}
-        self._costs = CorrectedCost(measure_costs(self._measure, batches, gammas))
+        self._costs = CorrectedCost(costs)
         self._anchor = False
         self._planned_for = None
 
@@ -182,8 +180,13 @@ class AutoGamma:
         self._elapsed += seconds
         self.acceptance.update(gamma, drafted, accepted)
         # After plain rounds the drafter first catches up on the tokens it missed: not this arm's
-        # lasting cost.
+        # lasting cost, but what a probe costs all the same.
         caught_up = gamma > 0 and self._asked_before == 0
+        if caught_up and self._costs.observations(batch, gamma):
+            extra = seconds - _NOISE * self._costs.seconds(batch, gamma, self._context)
+            self._catch_ups.append(max(extra, 0.0) / max(self._plain_rounds, 1))
+            self._probe_loss += max(self._catch_up() - self._expected_catch_up, 0.0)
+        self._plain_rounds = 0 if gamma else self._plain_rounds + 1
         if not caught_up or self._costs.observations(batch, gamma) == 0:
             draft = times.get("draft", 0.0)
             self._costs.observe(batch, gamma, self._context, seconds, draft)
@@ -245,12 +248,19 @@ class AutoGamma:
     def _start_probe(self) -> bool:
         """Try another arm when its expected loss fits what probing may still cost."""
         probe = self._probe
+        self._expected_catch_up = self._catch_up() if probe.gamma else 0.0
+        loss = probe.loss + self._expected_catch_up
         allowed = probe.credit + _PROBE_SHARE * self._elapsed
-        if not self._elapsed or self._probe_loss + probe.loss > allowed:
+        if not self._elapsed or self._probe_loss + loss > allowed:
             return False
-        self._probe_loss += probe.loss
+        self._probe_loss += loss
         self._probe_left = probe.rounds - 1
         return True
+
+    def _catch_up(self) -> float:
+        """Seconds that a drafter would now need for the tokens of the plain rounds behind it."""
+        # The lower of few: a stalled round is no catching up.
+        return median_low(self._catch_ups or (0.0,)) * self._plain_rounds
 
     def _plan_probe(self, batch: int) -> _Probe:
         """The arm whose next probe is worth most, and what it is expected to cost."""

@@ -174,9 +174,10 @@ class Setup:
     def decoder(self, *, plain: bool = False) -> Any:
         """A decoder as the flags describe, or one that only decodes autoregressively."""
         from ..engine import SpeculativeDecoder
+        from ..startup import profile_rounds
 
         args = self.args
-        return SpeculativeDecoder(
+        decoder = SpeculativeDecoder(
             self.target,
             None if plain else self.drafter(),
             args.gamma,
@@ -189,6 +190,8 @@ class Setup:
             attention=args.attention,
             static=False if args.enforce_eager else "auto",
         )
+        profile_rounds(decoder)
+        return decoder
 
     def drafter(self) -> Any:
         """The drafter that the flags describe."""

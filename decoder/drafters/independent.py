@@ -59,15 +59,19 @@ class IndependentDrafter:
         # Slots below it hold keys and values of committed tokens, or of drafts that the next
         # state will show to have been committed.
         self._synced = [0] * runner.max_batch_size
+        self._drafting = False  # whether the last round had drafts
 
     def admit(
         self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
+        if not self._drafting:
+            return  # prompts are caught up with when drafts are wanted, which may be never
         self.runner.prefill(slots, self._known(token_ids), lengths)
         for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
             self._synced[slot] = length
 
     def propose(self, state: StepState, gamma: int) -> Draft:
+        self._drafting = True
         tokens, positions = self._opening(state)
         last = torch.full_like(state.slots, tokens.shape[1] - 1)[:, None]
         longest = max(state.host_lengths)
@@ -90,6 +94,7 @@ class IndependentDrafter:
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         if verdict.tokens.shape[1] > 1:
             return
+        self._drafting = False
         # A round without drafts: what an earlier round drafted beyond this state was rejected.
         for slot, length in state_before.host_rows():
             self._synced[slot] = min(self._synced[slot], length)

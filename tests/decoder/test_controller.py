@@ -9,7 +9,7 @@ import pytest
 from decoder.controller import AutoGamma, FixedGamma
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.perf_model.learned_cost import LearnedCost
-from decoder.perf_model.step_cost import MeasuredCost
+from decoder.perf_model.step_cost import MeasuredCost, measure_costs
 
 MAX_GAMMA = 8
 Cost = Callable[[int, int], float]
@@ -89,10 +89,15 @@ def fixed_rate(cost: Cost, batch: int, gamma: int, alpha: float) -> float:
 
 def profiled(cost: Cost, max_batch: int = 64, seed: int = 1) -> AutoGamma:
     noise = random.Random(seed)
-    controller = AutoGamma(
-        MAX_GAMMA, measure=lambda b, g: cost(b, g) * noise.lognormvariate(0.0, 0.05)
-    )
-    controller.profile(max_batch)
+    measure = lambda b, g: cost(b, g) * noise.lognormvariate(0.0, 0.05)
+    return started(measure, max_batch)
+
+
+def started(measure: Cost, max_batch: int) -> AutoGamma:
+    """A controller with a start-up profile of a few batch sizes."""
+    controller = AutoGamma(MAX_GAMMA)
+    batches = [size for size in (1, 4, 16, 64) if size < max_batch] + [max_batch]
+    controller.use_costs(measure_costs(measure, batches, (1, 3, MAX_GAMMA)))
     return controller
 
 
@@ -161,8 +166,7 @@ def test_heavy_noise_and_stalls() -> None:
     """20 % jitter and a stall in every hundred rounds, through the profile as well."""
     for alpha, batch in [(0.3, 8), (0.9, 8), (0.9, 64)]:
         noisy = Simulator(None, moe_cost, seed=9, noise=0.2)
-        controller = AutoGamma(MAX_GAMMA, measure=noisy.measured)
-        controller.profile(64)
+        controller = started(noisy.measured, 64)
         simulator = Simulator(controller, moe_cost, seed=9, noise=0.2)
         rate = simulator.run(batch, alpha, 1000)
         best = max(fixed_rate(moe_cost, batch, gamma, alpha) for gamma in range(MAX_GAMMA + 1))
@@ -278,7 +282,6 @@ def test_deciding_is_cheap() -> None:
     [
         (lambda: AutoGamma(0), "max_gamma must be at least 1, got 0"),
         (lambda: FixedGamma(-1), "gamma must be at least 0, got -1"),
-        (lambda: AutoGamma(4).profile(8), "profile needs AutoGamma"),
         (lambda: AutoGamma(4, acceptance_prior=1.0), r"prior_mean must lie in \(0, 1\), got 1.0"),
         (lambda: MeasuredCost({}), "at least one measurement, got none"),
         (lambda: MeasuredCost({(1, 0): 1.0}), "needs gamma 0 and another gamma"),

@@ -1,0 +1,114 @@
+"""A start-up profile: what rounds cost here, measured before the first request is decoded.
+
+``gamma="auto"`` can learn costs from the rounds it runs, but pays for it with the first of them.
+This runs the decoder itself on short made-up prompts, at a few batch sizes and draft lengths, and
+hands the controller what it saw. It measures time only: acceptance is learnt from real text.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+from .controller import AutoGamma, FixedGamma
+from .engine import SpeculativeDecoder
+from .params import SamplingParams
+from .perf_model.step_cost import measure_costs
+
+logger = logging.getLogger(__name__)
+
+_PROMPT = 16  # tokens of a made-up prompt
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_GAMMAS = (1, 3)  # and the longest
+_REPEATS = 2
+
+
+class RoundLog(FixedGamma):
+    """A fixed gamma that keeps what it is told of each round.
+
+    Args:
+        max_gamma: longest draft that the decoder it is given to must make room for.
+
+    Attributes:
+        rounds: gamma, live rows, tokens emitted, seconds by phase.
+    """
+
+    def __init__(self, gamma: int = 0, max_gamma: int = 0) -> None:
+        super().__init__(gamma)
+        self.max_gamma = max(gamma, max_gamma)
+        self.rounds: list[tuple[int, int, int, Mapping[str, float]]] = []
+
+    def observe(
+        self,
+        gamma: int,
+        batch: int,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        times: Mapping[str, float],
+    ) -> None:
+        """Keep the round."""
+        self.rounds.append((gamma, batch, sum(accepted) + batch, dict(times)))
+
+    def full(self, batch: int) -> list[tuple[int, Mapping[str, float]]]:
+        """(emitted, seconds by phase) of rounds with ``batch`` live rows; the first warms up."""
+        return [(emitted, t) for _, live, emitted, t in self.rounds if live == batch][1:]
+
+
+class _NoProfile(Exception):
+    """Why none could be taken."""
+
+
+def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
+    """Measure round times and give them to the decoder's controller.
+
+    Args:
+        decoder: idle, with ``gamma="auto"``; anything else is left alone.
+        budget_s: give up, and leave the controller to learn, when it would take longer.
+
+    Returns:
+        Whether the controller now has a profile; a log line says why not.
+    """
+    controller = decoder.controller
+    if not isinstance(controller, AutoGamma):
+        return False
+    longest = controller.max_gamma
+    recorded = 2 * (longest + 1)
+    if _PROMPT + recorded + 1 > decoder.max_length:
+        return False
+    deadline = time.perf_counter() + budget_s
+
+    def measure(batch: int, gamma: int) -> float:
+        if time.perf_counter() > deadline:
+            raise _NoProfile(f"it would take longer than {budget_s:g} s")
+        # Plain rounds go on for as long as drafts will: the replay drafter records them first.
+        new_tokens = 1 + (2 * (gamma + 1) if gamma else recorded)
+        log = RoundLog(gamma, longest)
+        decoder.controller = log
+        decoder.generate(
+            [_prompt(row, decoder.runner.vocab_size) for row in range(batch)],
+            SamplingParams(max_new_tokens=new_tokens, ignore_eos=True),
+        )
+        seconds = [sum(t.values()) for g, live, _, t in log.rounds if (g, live) == (gamma, batch)]
+        if not seconds:
+            raise _NoProfile(f"the drafter proposed nothing at gamma {gamma}")
+        return statistics.median_low(seconds)
+
+    sizes = [size for size in _BATCHES if size < decoder.max_batch_size]
+    gammas = {gamma for gamma in _GAMMAS if gamma < longest} | {longest}
+    stats = decoder.stats
+    try:
+        costs = measure_costs(measure, [*sizes, decoder.max_batch_size], gammas, _REPEATS)
+    except _NoProfile as reason:
+        logger.info("no start-up profile: %s", reason)
+        return False
+    finally:
+        decoder.controller, decoder.stats = controller, stats
+    controller.use_costs(costs)
+    return True
+
+
+def _prompt(row: int, vocab_size: int) -> list[int]:
+    """Token ids that differ from row to row."""
+    return [(7919 * (row + 1) + 104_729 * place) % vocab_size for place in range(_PROMPT)]
