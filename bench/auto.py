@@ -24,6 +24,7 @@ from bench.prompts import random_prompts
 from bench.record import Recorder
 from bench.timer import interleaved, summarize
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.controller import AutoGamma
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.startup import profile_rounds
 
@@ -89,8 +90,8 @@ def _measure(args: argparse.Namespace, subject: Subject, batch: int) -> dict[str
     def timed(name: str) -> Callable[[int], float]:
         def one(_round: int) -> float:
             decoder = decoders[name]
-            if name == "auto" and args.cold:
-                controller = decoder.controller
+            controller = decoder.controller
+            if args.cold and isinstance(controller, AutoGamma):
                 controller.acceptance = AcceptanceEstimator(controller.max_gamma)
             begin = time.perf_counter()
             outputs = decoder.generate(prompts, params)

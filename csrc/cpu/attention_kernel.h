@@ -37,8 +37,8 @@ public:
 private:
     // Rows of one pass, query by query, and their online softmax; `acc` is in pack order.
     struct State {
-        alignas(64) Act query[kMaxRows * kMaxHeadDim];
-        alignas(64) float acc[kMaxRows * kMaxHeadDim];
+        alignas(64) Act query[kMaxRows * align_depth(kMaxHeadDim)];
+        alignas(64) float acc[kMaxRows * align_depth(kMaxHeadDim)];
         alignas(64) float scores[kMaxRows * kScoreStride];
         const Act* xs[kMaxRows];
         float top[kMaxRows], sum[kMaxRows];
@@ -77,6 +77,12 @@ private:
         const int64_t row = a_.rows ? a_.rows[b] : b;
         const W* keys = static_cast<const W*>(a_.k) + row * a_.k_row + h * a_.k_head;
         const W* values = static_cast<const W*>(a_.v) + row * a_.v_row + h * a_.v_head;
+        if (first < 0) {  // padding sees nothing: there is no slot before the first
+            for (int m = 0; m < s.queries * s.heads; ++m) {
+                std::memset(static_cast<void*>(out_row(b, j, head, m, s)), 0, a_.value_dim * sizeof(W));
+            }
+            return;
+        }
         start(b, j, head, s);
         int64_t last = -1;
         for (int n = 0; n < s.queries; ++n) last = positions[n] > last ? positions[n] : last;
@@ -89,15 +95,13 @@ private:
             }
             attend_block(keys + from * a_.k_slot, values + from * a_.v_slot, common, width, s);
         }
-        for (int m = 0; m < s.queries * s.heads; ++m) {
-            W* out = static_cast<W*>(a_.out) +
-                     ((b * a_.queries + j + m / s.heads) * a_.q_heads + head + m % s.heads) * a_.value_dim;
-            if (first < 0) {
-                std::memset(static_cast<void*>(out), 0, a_.value_dim * sizeof(W));
-            } else {
-                finish(s.acc + m * width, s.sum[m], out);
-            }
-        }
+        for (int m = 0; m < s.queries * s.heads; ++m) finish(s.acc + m * width, s.sum[m], out_row(b, j, head, m, s));
+    }
+
+    // The output of row m of a pass over queries from j on and heads from `head` on.
+    W* out_row(int64_t b, int64_t j, int64_t head, int m, const State& s) const {
+        const int64_t query = b * a_.queries + j + m / s.heads;
+        return static_cast<W*>(a_.out) + (query * a_.q_heads + head + m % s.heads) * a_.value_dim;
     }
 
     void start(int64_t b, int64_t j, int64_t head, State& s) const {

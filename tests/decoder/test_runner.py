@@ -1,12 +1,14 @@
 """The runner against the model's own cacheless forward, and the KV audit."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from engine_models import VOCAB, ragged_prompts, tiny_moe
 
 from decoder.attention import Placement, ragged_attention, reference_attention
 from decoder.errors import UserError
-from decoder.runner import ModelRunner
+from decoder.runner import ModelRunner, _prefill_parts
 
 torch.set_num_threads(1)
 
@@ -166,3 +168,22 @@ def test_scaled_logits_are_kept():
     runner = ModelRunner(model, 1, 16)
     out = runner.prefill(torch.tensor([0]), torch.tensor([[3, 4, 5]]), torch.tensor([3]))
     torch.testing.assert_close(out.logits[0, 0], fresh_logits(model, [3, 4, 5])[-1])
+
+
+@pytest.mark.parametrize(
+    "lengths, parts",
+    [
+        ([7], [(0, 1)]),
+        ([50, 50, 49, 48], [(0, 4)]),  # nothing to gain from a second forward
+        ([400, 390, 30, 20, 10], [(0, 2), (2, 5)]),  # padding 30 to 400 costs more
+    ],
+)
+def test_prompts_are_cut_where_padding_costs_most(lengths, parts):
+    assert _prefill_parts(lengths) == parts
+
+
+def test_prefill_forwards_are_bounded():
+    found = _prefill_parts([4000] * 40)
+    assert (found[0][0], found[-1][1]) == (0, 40)
+    assert all(a[1] == b[0] for a, b in pairwise(found))
+    assert max(end - start for start, end in found) <= 16  # of 256 tokens a forward

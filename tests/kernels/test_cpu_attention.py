@@ -154,3 +154,24 @@ def test_errors():
         call(q, k, v.bfloat16(), positions, 1.0)
     with pytest.raises(ValueError, match="multiple of the key heads 2, got 3"):
         call(q[:, :, :3], k, v, positions, 1.0)
+
+
+def test_padding_reads_nothing_before_the_cache():
+    """A query at position -1 has no slot: here the page before the keys must not be touched."""
+    import ctypes
+    import mmap
+
+    page, shape = mmap.PAGESIZE, (1, 32, 2, 64)
+    region = mmap.mmap(-1, 5 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    k, v = (
+        torch.frombuffer(region, dtype=torch.float32, count=32 * 128, offset=page).view(shape)
+        for _ in range(2)
+    )
+    assert k.data_ptr() == start + page and k.nbytes == 4 * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+    q, positions = torch.randn(1, 2, 4, 64), torch.tensor([[0, -1]])
+    out = cpu_ops.ragged_attention(q, k, v, positions, 0.125)
+    assert out[0, 1].eq(0).all()
+    assert libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 3) == 0
