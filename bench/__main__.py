@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` and run one sub-command; returns the process exit code."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler narrates every start and stop
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="what")
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -13,6 +13,7 @@ import torch
 from bench.timer import seconds_of
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**32}
+PROBE_BYTES = 2**28
 SQUARE = {"cpu": 2048, "cuda": 8192}
 ROUNDS = 7
 
@@ -42,6 +43,30 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     if device.type == "cpu":
         peak = {name: max(rate, peak["float32"]) for name, rate in peak.items()}
     return Ceilings(read, copy, peak)
+
+
+class CeilingProbe:
+    """The ceilings of a CPU once more, cheap enough to take in every round of a measurement.
+
+    Memory bandwidth on a shared machine changes by half within minutes, so a floor computed from
+    what was measured at the start says little about a round taken later. Each call is one sample.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.words = torch.ones(PROBE_BYTES // 4)
+        self.square = torch.randn(SQUARE["cpu"], SQUARE["cpu"]).to(dtype)
+        self.cpu = torch.device("cpu")
+
+    def read(self, _round: int = 0) -> float:
+        """bytes/s, the better of two pure reads."""
+        halves = self.words.view(2, -1)
+        reads = (self.words.sum, lambda: torch.dot(halves[0], halves[1]))
+        return PROBE_BYTES / min(seconds_of(call, self.cpu)[0] for call in reads)
+
+    def peak(self, _round: int = 0) -> float:
+        """FLOP/s of a square matrix product."""
+        seconds, _ = seconds_of(lambda: self.square @ self.square.T, self.cpu)
+        return 2 * SQUARE["cpu"] ** 3 / seconds
 
 
 def _fastest(call, device: torch.device) -> float:

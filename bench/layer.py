@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.ceilings import Ceilings
 from bench.routing import distinct_experts, route
 from bench.shapes import Shape
 
@@ -73,10 +72,8 @@ def layer_bytes(shape: Shape, tokens: int, distinct: float, itemsize: int) -> fl
 
 
 def floor_seconds(
-    shape: Shape, tokens: int, distinct: float, ceilings: Ceilings, dtype: torch.dtype
+    shape: Shape, tokens: int, distinct: float, read: float, peak: float, itemsize: int
 ) -> float:
     """Roofline time max(bytes / read bandwidth, operations / peak) of one layer call."""
-    itemsize = dtype.itemsize
-    name = str(dtype).removeprefix("torch.")
-    memory = layer_bytes(shape, tokens, distinct, itemsize) / ceilings.read
-    return max(memory, shape.operations(tokens) / ceilings.peak[name])
+    memory = layer_bytes(shape, tokens, distinct, itemsize) / read
+    return max(memory, shape.operations(tokens) / peak)

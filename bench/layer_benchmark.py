@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ceilings import Ceilings
+from bench.ceilings import CeilingProbe, Ceilings
 from bench.graph import CapturedStack, LayerCall, stack_size
 from bench.launches import launch_seconds
 from bench.layer import Batch, Layer, floor_seconds, layer_bytes, make_batch, make_layer
@@ -25,6 +25,7 @@ from moesd_kernels import fused_experts
 BATCHED_LIMIT_BYTES = 4 * 2**30  # batched_mm copies the weights of every (token, expert) pair
 ROUND_SEED = 1_000
 PROFILED_ROUNDS = 5
+RATES = ("read", "peak")
 SLOW_S = 1.0  # a peer this slow is timed once, in its correctness gate
 
 
@@ -63,6 +64,8 @@ class LayerBenchmark:
             make_layer(shape, settings.dtype, settings.device, seed) for seed in range(count)
         ]
         self.flush = CacheFlusher(settings.device)
+        on_cpu = settings.device.type == "cpu"
+        self.probe = CeilingProbe(settings.dtype) if on_cpu else None
         self.calls: dict[str, LayerCall] = {"moesd": self._ours}
         self.calls |= {name: TransformersExperts(name) for name in settings.peers}
         if vllm:
@@ -96,6 +99,8 @@ class LayerBenchmark:
             variants["vllm"] = lambda r: worker.call(
                 batch, rows, settings.routing, ROUND_SEED + r, settings.union_ratio
             )["seconds"]
+        if self.probe:  # as variants in the same rounds; their samples are rates, not times
+            variants |= {"read": self.probe.read, "peak": self.probe.peak}
         with torch.inference_mode():
             samples = interleaved(
                 variants,
@@ -110,9 +115,9 @@ class LayerBenchmark:
                 self.flush,
                 settings.device,
             )
-        used = batches[: len(samples["moesd"])]
-        distinct = sum(b.distinct for b in used) / len(used)
-        return self._record(batch, rows, distinct, samples | slow, launches, eager)
+        distinct = [float(b.distinct) for b in batches[: len(samples["moesd"])]]
+        rates = {name: samples.pop(name) for name in RATES if name in samples}
+        return self._record(batch, rows, distinct, samples | slow, launches, eager, rates)
 
     def _draw(self, batch: int, rows: int, seed: int) -> Batch:
         s = self.settings
@@ -181,17 +186,25 @@ class LayerBenchmark:
         self,
         batch: int,
         rows: int,
-        distinct: float,
+        distinct_by_round: list[float],
         samples: dict[str, list[float]],
         launches: dict[str, float],
         eager: list[str],
+        rates: dict[str, list[float]],
     ) -> dict[str, Any]:
         settings, tokens = self.settings, batch * rows
-        floor = floor_seconds(self.shape, tokens, distinct, self.ceilings, settings.dtype)
+        dtype = str(settings.dtype).removeprefix("torch.")
+        count = len(distinct_by_round)
+        reads = _best_of_neighbours(rates.get("read") or [self.ceilings.read] * count)
+        peaks = _best_of_neighbours(rates.get("peak") or [self.ceilings.peak[dtype]] * count)
+        floors = [
+            floor_seconds(self.shape, tokens, *ceilings, settings.dtype.itemsize)
+            for ceilings in zip(distinct_by_round, reads, peaks, strict=True)
+        ]
+        distinct = sum(distinct_by_round) / count
         moved = layer_bytes(self.shape, tokens, distinct, settings.dtype.itemsize)
         ours = samples["moesd"]
         median = summarize(ours).median
-        dtype = str(settings.dtype).removeprefix("torch.")
         correlated = settings.routing == "correlated"
         return self.recorder.write(
             "kernel",
@@ -208,11 +221,11 @@ class LayerBenchmark:
             T=tokens,
             distinct=distinct,
             bytes=moved,
-            floor_s=floor,
-            of_roof=floor / median,
+            floor_s=summarize(floors).median,
+            of_roof=summarize([f / s for f, s in zip(floors, ours, strict=True)]).median,
             gb_per_s=moved / median / 1e9,
-            read_bandwidth=self.ceilings.read,
-            peak=self.ceilings.peak[dtype],
+            read_bandwidth=summarize(reads).median,
+            peak=summarize(peaks).median,
             seconds={name: summarize(s).as_dict() for name, s in samples.items()},
             launches_s=launches,
             ratio={
@@ -221,6 +234,11 @@ class LayerBenchmark:
                 if name != "moesd"
             },
         )
+
+
+def _best_of_neighbours(rates: list[float]) -> list[float]:
+    """Each round's ceiling: a single sample may be stalled, and a low one would flatter."""
+    return [max(rates[max(i - 1, 0) : i + 2]) for i in range(len(rates))]
 
 
 def efficiency(times: dict[tuple[int, int], float], batch: int, rows: int) -> float:

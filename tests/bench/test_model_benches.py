@@ -10,10 +10,12 @@ from bench.__main__ import main
 from bench.cells import load_cells, setup_fields
 from bench.fit import DESIGNS, fit_cells
 from bench.models import draft_like, moe_310m
+from bench.predict import best_gammas
 from bench.record import Recorder
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.improved_model import Adjustments, ForwardModel
 from decoder.perf_model.machine import named_machine
+from decoder.perf_model.observations import Observation
 from decoder.perf_model.profile import load_profile
 from decoder.perf_model.theory import active_experts, sigma_from_alpha
 
@@ -104,3 +106,23 @@ def test_no_lines_is_one_clear_line(tmp_path, capsys):
     empty.write_text("")
     assert main(["plot", str(empty), "--out", str(tmp_path)]) == 2
     assert "no lines of kind" in capsys.readouterr().err
+
+
+def test_following_the_predicted_gamma_costs_what_was_measured():
+    measured = {
+        (1, 8): {1: 1.2, 2: 1.4, 4: 1.3},
+        (2, 8): {1: 0.9, 2: 0.8, 4: 0.6},
+        (1, 1): {2: 2.0},
+    }
+    cells = [
+        Observation(batch=batch, gamma=gamma, sigma=0.9, speedup=speedup, top_k=top_k)
+        for (top_k, batch), row in measured.items()
+        for gamma, speedup in row.items()
+    ]
+    choices = best_gammas(lambda o: 0.9 + 0.1 * o.gamma, cells)  # believes in long drafts
+    assert [(c.top_k, c.batch, c.measured, c.predicted) for c in choices] == [
+        (1, 8, 2, 4),
+        (2, 8, 0, 4),
+    ]  # one gamma alone is no choice
+    assert choices[0].loss == pytest.approx(1 - 1.3 / 1.4)
+    assert choices[1].loss == pytest.approx(1 - 0.6)
