@@ -8,6 +8,7 @@ slot was live are counted, so neither admission nor a shrinking tail blurs a cel
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from bench.arguments import numbers
+from bench.ceilings import CeilingProbe
 from bench.cells import setup_fields
 from bench.decode_run import Pair, Subject, measure_batch
 from bench.machine import machine_with_kernels
@@ -24,6 +26,8 @@ from bench.record import Recorder
 from decoder.drafters.eagle_loader import EagleCheckpoint
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import eagle_spec
+
+PROBES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +60,12 @@ def run(args: argparse.Namespace) -> None:
     heads = ("K", "B", "gamma", "T_T(B,1) ms", "T_T(B,γ) ms", "T_D ms", "T_reject ms", "sigma")
     for head in (*heads, "efficiency", "speedup"):
         table.add_column(head, justify="right")
+    probe = CeilingProbe(dtype) if torch.device(args.device).type == "cpu" else None
+    setup: dict[str, Any] = {}
     for top_k in numbers(args.num_experts_per_token) if args.num_experts_per_token else [None]:
         target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
         subject = Subject(target, draft, None if args.no_replay else args.alpha)
-        setup = setup_for(subject, args.device)
+        setup = setup or setup_for(subject, args.device, probe)
         for batch in tqdm(numbers(args.batch_sizes), desc=f"K={subject.top_k}", disable=None):
             for pair in measure_batch(
                 subject,
@@ -68,16 +74,29 @@ def run(args: argparse.Namespace) -> None:
                 prompt_tokens=args.prompt_tokens,
                 new_tokens=args.new_tokens,
                 repetitions=args.rounds,
+                read=probe and probe.read,
             ):
-                line = recorder.write("decode", **fields(args.target, subject, pair), **setup)
+                line = recorder.write(
+                    "decode",
+                    **fields(args.target, subject, pair),
+                    **_memory_speed(pair, setup),
+                    **setup,
+                )
                 table.add_row(*_row(line))
     Console(width=120).print(table)
 
 
-def setup_for(subject: Subject, device: str) -> dict[str, Any]:
-    """Machine and specs of a subject, measured with the operations it runs."""
+def setup_for(
+    subject: Subject, device: str, probe: CeilingProbe | None = None
+) -> dict[str, Any]:
+    """Machine and specs of a subject, measured with the operations it runs.
+
+    With a probe also the read bandwidth at that time: later cells are judged by theirs against it.
+    """
     dtype = subject.target.dtype
+    reads = [probe.read() for _ in range(PROBES)] if probe else []
     machine = machine_with_kernels(device, dtype)
+    reads += [probe.read() for _ in range(PROBES)] if probe else []
     target = spec_from_config(subject.target.config)
     draft = None
     if isinstance(subject.draft, EagleCheckpoint):
@@ -85,7 +104,16 @@ def setup_for(subject: Subject, device: str) -> dict[str, Any]:
     elif subject.draft is not None:
         draft = spec_from_config(subject.draft.config)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    return setup_fields(target, draft, machine, names[dtype])
+    reference = {"machine_read_bandwidth": statistics.median(reads)} if reads else {}
+    return setup_fields(target, draft, machine, names[dtype]) | reference
+
+
+def _memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
+    """How fast memory was for this cell, relative to when the machine was described."""
+    reference = setup.get("machine_read_bandwidth")
+    if not (reference and pair.read_bandwidth):
+        return {}
+    return {"memory_speed": pair.read_bandwidth / reference}
 
 
 def fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
@@ -111,6 +139,7 @@ def fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
         "identical": pair.identical,
         "experts_ar": pair.experts_ar,
         "experts_verify": pair.experts_verify,
+        "read_bandwidth": pair.read_bandwidth,
     }
 
 

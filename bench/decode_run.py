@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +79,7 @@ class Pair:
     identical: bool
     experts_ar: float | None
     experts_verify: float | None
+    read_bandwidth: float | None
 
 
 def measure_batch(
@@ -89,10 +90,12 @@ def measure_batch(
     prompt_tokens: int,
     new_tokens: int,
     repetitions: int,
+    read: Callable[[], float] | None = None,
 ) -> list[Pair]:
     """Measure ``batch`` sequences autoregressively and with each gamma.
 
     Args:
+        read: bytes/s that memory gives now; taken between runs.
         new_tokens: length of the autoregressive run; speculative runs emit as many.
         repetitions: of the whole cycle after one warm-up cycle, which also records the target's
             continuations for the replay drafter.
@@ -111,6 +114,7 @@ def measure_batch(
         replay.recordings.update({tuple(p): t for p, t in zip(prompts, wanted, strict=True)})
     runs: dict[int, list[list[Round]]] = {gamma: [] for gamma in (0, *gammas)}
     identical = dict.fromkeys(gammas, True)
+    reads: list[float] = []
     for repetition in range(-1, repetitions):
         for gamma in runs:
             decoder = fast if gamma else plain
@@ -120,10 +124,15 @@ def measure_batch(
                 identical[gamma] &= [list(o.token_ids) for o in outputs] == wanted
             if repetition >= 0:
                 runs[gamma].append(log.full(batch))
+                if read:
+                    reads.append(read())
     experts = _experts(subject, plain, fast, gammas, prompts, params)
     context = prompt_tokens + new_tokens // 2
+    bandwidth = statistics.median(reads) if reads else None
     return [
-        _pair(batch, g, context, runs[0], runs[g], identical[g], experts) for g in gammas if runs[g]
+        _pair(batch, g, context, runs[0], runs[g], identical[g], experts, bandwidth)
+        for g in gammas
+        if runs[g]
     ]
 
 
@@ -179,6 +188,7 @@ def _pair(
     fast: list[list[Round]],
     identical: bool,
     experts: dict[int, float],
+    read_bandwidth: float | None,
 ) -> Pair:
     rate = lambda run: sum(e for e, _ in run) / sum(sum(t.values()) for _, t in run)
     ratios = [rate(f) / rate(p) for p, f in zip(plain, fast, strict=True) if p and f]
@@ -197,6 +207,7 @@ def _pair(
         identical=identical,
         experts_ar=experts.get(batch),
         experts_verify=experts.get(batch * (gamma + 1)),
+        read_bandwidth=read_bandwidth,
     )
 
 

@@ -20,7 +20,8 @@ from .perf_model.step_cost import measure_costs
 logger = logging.getLogger(__name__)
 
 _PROMPT = 16  # tokens of a made-up prompt
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BATCHES = (1, 4, 16, 64, 256)  # and the largest
+_PLAIN_ROUNDS = 5
 _GAMMAS = (1, 3)  # and the longest
 _REPEATS = 2
 
@@ -78,12 +79,15 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
     if _PROMPT + recorded + 1 > decoder.max_length:
         return False
     deadline = time.perf_counter() + budget_s
+    seen: set[int] = set()
 
     def measure(batch: int, gamma: int) -> float:
         if time.perf_counter() > deadline:
             raise _NoProfile(f"it would take longer than {budget_s:g} s")
-        # Plain rounds go on for as long as drafts will: the replay drafter records them first.
-        new_tokens = 1 + (2 * (gamma + 1) if gamma else recorded)
+        # The first plain run goes on for as long as drafts will: a replay drafter records it.
+        plain = _PLAIN_ROUNDS if batch in seen else recorded
+        seen.add(batch)
+        new_tokens = 1 + (2 * (gamma + 1) if gamma else plain)
         log = RoundLog(gamma, longest)
         decoder.controller = log
         decoder.generate(

@@ -45,9 +45,10 @@ class ImprovedFit:
 
 
 def predict_speedup(model: ForwardModel, observation: Observation) -> float:
-    """Eq. 4 for a cell: its batch, gamma, K, context and measured sigma."""
+    """Eq. 4 for a cell: its batch, gamma, K, context, memory speed and measured sigma."""
     o = observation
-    return model.with_top_k(o.top_k).speedup(o.batch, o.gamma, o.sigma, o.context)
+    own = model.with_top_k(o.top_k).at_memory_speed(o.memory_speed)
+    return own.speedup(o.batch, o.gamma, o.sigma, o.context)
 
 
 def fit_improved(
@@ -193,7 +194,7 @@ def _data_residuals(
     """Log ratios, predicted over measured, of everything that was measured."""
     values = []
     for o in observations:
-        own = replace(model, target=targets[o.top_k])
+        own = replace(model, target=targets[o.top_k]).at_memory_speed(o.memory_speed)
         times = own.round_times(o.batch, o.gamma, o.context)
         predicted = (times.ar, times.verify, times.draft, times.reject)
         for name, guess in zip(_TIMES, predicted, strict=True):

@@ -247,6 +247,10 @@ class ForwardModel:
             return self
         return replace(self, target=self.target.with_top_k(top_k))
 
+    def at_memory_speed(self, speed: float | None) -> ForwardModel:
+        """The same model while memory is ``speed`` times as fast; ``None`` is as described."""
+        return self if speed is None else replace(self, machine=self.machine.at_memory_speed(speed))
+
 
 def _smooth_max(a: float, b: float, sharpness: float) -> float:
     high, low = max(a, b), min(a, b)

@@ -110,6 +110,23 @@ class Machine:
             devices=devices,
         )
 
+    def at_memory_speed(self, speed: float) -> Machine:
+        """This machine while its memory is ``speed`` times as fast: others may share it.
+
+        A row curve's one-row value is what reading the weights takes; only that is rescaled.
+        """
+        slower = lambda curve: curve and RowCurve(
+            curve.rows,
+            tuple(s + curve.seconds[0] * (1.0 / speed - 1.0) for s in curve.seconds),
+        )
+        return replace(
+            self,
+            bandwidth=self.bandwidth * speed,
+            expert_bandwidth=self.expert_bandwidth and self.expert_bandwidth * speed,
+            dense_curve=slower(self.dense_curve),
+            expert_curve=slower(self.expert_curve),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         return asdict(self)

@@ -28,6 +28,8 @@ class Observation:
         reject_time: seconds of acceptance and sampling per round.
         top_k: experts per token where it is not the model's own.
         context: tokens in each sequence's cache.
+        memory_speed: memory bandwidth while the cell was measured, over that of the machine's
+            description. On a shared machine it drifts by half within minutes.
     """
 
     batch: int
@@ -40,6 +42,7 @@ class Observation:
     reject_time: float | None = None
     top_k: int | None = None
     context: int = 0
+    memory_speed: float | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.gamma < 1 or self.context < 0:
@@ -52,7 +55,7 @@ class Observation:
                 f"sigma must lie in [1 / (gamma + 1), 1], got {self.sigma} at gamma {self.gamma}"
             )
         given = {name: getattr(self, name) for name in _TIMES}
-        for name, value in given.items():
+        for name, value in {**given, "memory_speed": self.memory_speed}.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if all(value is None for value in given.values()):

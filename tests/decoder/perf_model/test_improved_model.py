@@ -135,6 +135,22 @@ def test_held_out_bars_on_21_points(model: ForwardModel, times: bool) -> None:
     assert error.median < before.median
 
 
+def test_memory_that_drifts_while_measuring_is_accounted_for(model: ForwardModel) -> None:
+    """Every other cell was measured while memory gave only 60 %; the cells say so, or do not."""
+    fast = measured(model, noise=0.01)
+    slow = measured(model.at_memory_speed(0.6), noise=0.01)
+    drifting = [
+        replace((slow if i % 2 else fast)[i], memory_speed=0.6 if i % 2 else 1.0)
+        for i in range(len(fast))
+    ]
+    told = fit_improved(model, drifting[::3])
+    untold = fit_improved(model, [replace(o, memory_speed=None) for o in drifting[::3]])
+    error = evaluate(told.predict, drifting)
+    assert error.p90 < 0.03
+    blind = evaluate(lambda o: untold.predict(replace(o, memory_speed=None)), drifting)
+    assert blind.p90 > 2 * error.p90
+
+
 def test_points_can_be_chosen_before_measuring(model: ForwardModel) -> None:
     data = measured(model, noise=0.0)
     jacobian = sensitivities(model, data)

@@ -67,3 +67,13 @@ def test_measures_this_machine_within_its_budget() -> None:
     assert 1e-8 < machine.launch < 1e-3
     assert machine.dense_curve.seconds[-1] > 4 * machine.dense_curve.seconds[0]
     assert Machine.from_json(machine.to_json()) == machine
+
+
+def test_slower_memory_costs_reading_and_nothing_else():
+    curve = RowCurve((1.0, 8.0, 64.0), (2e-11, 3e-11, 9e-11))
+    machine = Machine("m", 5e10, {"bf16": 9e11}, 1e-6, expert_bandwidth=4e10, expert_curve=curve)
+    slow = machine.at_memory_speed(0.5)
+    assert (slow.bandwidth, slow.expert_bandwidth, slow.flops) == (2.5e10, 2e10, machine.flops)
+    assert slow.expert_curve is not None and slow.dense_curve is None
+    assert slow.expert_curve.seconds == pytest.approx((4e-11, 5e-11, 11e-11))
+    assert machine.at_memory_speed(1.0) == machine
