@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench fit``."""
     parser.add_argument("lines", nargs="+", type=Path, help="JSONL of bench decode")
     parser.add_argument("--points", type=int, default=21)
-    parser.add_argument("--design", choices=DESIGNS, default="spread", help="which cells to fit")
+    parser.add_argument("--design", choices=DESIGNS, default="d-optimal", help="which cells to fit")
     parser.add_argument("--profile", type=Path, help="write the improved fit for the controller")
     parser.add_argument("--out", help="append JSON lines to this file")
 

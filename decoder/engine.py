@@ -136,7 +136,7 @@ class SpeculativeDecoder:
         """
         if len(self._batch):
             raise RuntimeError("expected an idle decoder, got one that is still streaming")
-        requests = self._requests(prompts, params or SamplingParams())
+        requests = self.reader.read_all(prompts, params or SamplingParams())
         stats = self.stats = DecoderStats()
         start, exhausted = time.perf_counter(), False
         try:
@@ -156,18 +156,6 @@ class SpeculativeDecoder:
                     yield sequence.output()
         finally:
             self._release(self._batch.clear())
-
-    def _requests(self, prompts: Iterable[Prompt], params: Params) -> Iterator[Request]:
-        if isinstance(prompts, (str, bytes)):
-            raise TypeError("prompts must be an iterable of prompts, got a single string")
-        for index, prompt in enumerate(prompts):
-            if isinstance(params, SamplingParams):
-                own = params
-            elif index < len(params):
-                own = params[index]
-            else:
-                raise UserError(f"expected one SamplingParams per prompt, got {len(params)}")
-            yield self.reader.read(index, prompt, own)
 
     def _admission_size(self) -> int:
         """Free slots worth a prefill.
@@ -248,17 +236,7 @@ class SpeculativeDecoder:
         Both cuts look at nothing but lengths, which depend on the context only.
         """
         draft = self.drafter.propose(self._batch.state, gamma)
-        room = [sequence.remaining - 1 for sequence in self._batch.sequences]
-        lengths = draft.lengths
-        if min(room) < gamma:
-            lengths = torch.minimum(lengths, torch.tensor(room, device=lengths.device))
-        if lengths.device.type != "cpu":
-            return Draft(draft.tokens, draft.probs, lengths)
-        longest = int(lengths.max())  # no sync to fear: trim what no row has drafted
-        if longest == 0:
-            return None
-        probs = draft.probs[:, :longest] if draft.probs is not None else None
-        return Draft(draft.tokens[:, :longest], probs, lengths)
+        return draft.limited([sequence.remaining - 1 for sequence in self._batch.sequences])
 
     def _verify(self, draft: Draft | None, max_position: int) -> tuple[ForwardOutput, Tensor]:
         state = self._batch.state

@@ -19,11 +19,9 @@ from .cache import RaggedCache
 from .errors import UserError
 from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward
+from .prefill import PREFILL_CHUNK, prefill_parts
 from .support import attention_configs, check_supported
 
-_PREFILL_CHUNK = 256  # positions per prefill forward
-_PREFILL_TOKENS = 4096  # rows * positions per prefill forward
-_PREFILL_OVERHEAD = 64  # tokens whose time a further forward costs
 _STATIC_QUERIES = 32  # wider forwards are prefill
 
 
@@ -151,13 +149,13 @@ class ModelRunner:
         sorted_lengths = lengths[order].tolist()
         logits: Tensor | None = None
         hidden: Tensor | None = None
-        for first, end in _prefill_parts(sorted_lengths):
+        for first, end in prefill_parts(sorted_lengths):
             part = order[first:end]
             part_lengths = sorted_lengths[first:end]
-            for start in range(0, part_lengths[0], _PREFILL_CHUNK):
+            for start in range(0, part_lengths[0], PREFILL_CHUNK):
                 live = sum(length > start for length in part_lengths)
                 index = part[:live]
-                stop = min(start + _PREFILL_CHUNK, part_lengths[0])
+                stop = min(start + PREFILL_CHUNK, part_lengths[0])
                 positions = torch.arange(start, stop, device=token_ids.device).repeat(live, 1)
                 last = lengths[index, None] - 1
                 out = self.forward(
@@ -293,24 +291,6 @@ class ModelRunner:
             if lean is not None and torch.equal(lean(ids, positions, placement)[0], states):
                 self._lean = lean
         return split
-
-
-def _prefill_parts(lengths: list[int]) -> list[tuple[int, int]]:
-    """Where to cut prompts, longest first, so that padding and forwards together cost least."""
-    best: list[tuple[int, int]] = [(0, 0)]  # tokens paid for the first n prompts, last part's start
-    for end in range(1, len(lengths) + 1):
-        options = []
-        for start in range(end - 1, -1, -1):
-            rows = end - start
-            if rows > 1 and rows * min(_PREFILL_CHUNK, lengths[start]) > _PREFILL_TOKENS:
-                break
-            options.append((best[start][0] + _PREFILL_OVERHEAD + rows * lengths[start], start))
-        best.append(min(options))
-    parts, end = [], len(lengths)
-    while end:
-        parts.append((best[end][1], end))
-        end = best[end][1]
-    return parts[::-1]
 
 
 def _gather(states: Tensor, index: Tensor | None) -> Tensor:

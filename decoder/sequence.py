@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,25 @@ class RequestReader:
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.eos_ids = eos_ids
+
+    def read_all(
+        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> Iterator[Request]:
+        """Check prompts one by one, as they are asked for.
+
+        Args:
+            params: for all prompts, or one per prompt.
+        """
+        if isinstance(prompts, (str, bytes)):
+            raise TypeError("prompts must be an iterable of prompts, got a single string")
+        for index, prompt in enumerate(prompts):
+            if isinstance(params, SamplingParams):
+                own = params
+            elif index < len(params):
+                own = params[index]
+            else:
+                raise UserError(f"expected one SamplingParams per prompt, got {len(params)}")
+            yield self.read(index, prompt, own)
 
     def read(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """Check one prompt.

@@ -4,7 +4,7 @@
 // keys read them together.
 #pragma once
 
-#include "dot.h"
+#include "dot_rows.h"
 #include "experts_kernel.h"
 #include "row_kernels.h"
 

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "dot.h"
+#include "dot_rows.h"
 #include "activation.h"
 
 namespace moesd::MOESD_ISA {

@@ -1,7 +1,7 @@
 // y = x w^T + bias for few rows x: items are blocks of 64 weight rows, all tokens pass over each.
 #pragma once
 
-#include "dot.h"
+#include "dot_rows.h"
 #include "experts_kernel.h"
 
 namespace moesd::MOESD_ISA {

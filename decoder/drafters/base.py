@@ -40,6 +40,22 @@ class Draft:
     def gamma(self) -> int:
         return self.tokens.shape[1]
 
+    def limited(self, room: Sequence[int]) -> Draft | None:
+        """The draft with at most ``room[b]`` tokens in row b; ``None`` when none has any.
+
+        On the CPU, where asking costs nothing, columns that no row has drafted are cut.
+        """
+        lengths = self.lengths
+        if min(room) < self.gamma:
+            lengths = torch.minimum(lengths, torch.tensor(room, device=lengths.device))
+        if lengths.device.type != "cpu":
+            return Draft(self.tokens, self.probs, lengths)
+        longest = int(lengths.max())
+        if longest == 0:
+            return None
+        probs = self.probs[:, :longest] if self.probs is not None else None
+        return Draft(self.tokens[:, :longest], probs, lengths)
+
 
 @dataclass(slots=True)
 class StepState:

@@ -117,7 +117,7 @@ class Machine:
         """
         slower = lambda curve: curve and RowCurve(
             curve.rows,
-            tuple(s + curve.seconds[0] * (1.0 / speed - 1.0) for s in curve.seconds),
+            tuple(s + min(s, curve.seconds[0]) * (1.0 / speed - 1.0) for s in curve.seconds),
         )
         return replace(
             self,

@@ -8,7 +8,8 @@ from engine_models import VOCAB, ragged_prompts, tiny_moe
 
 from decoder.attention import Placement, ragged_attention, reference_attention
 from decoder.errors import UserError
-from decoder.runner import ModelRunner, _prefill_parts
+from decoder.prefill import prefill_parts
+from decoder.runner import ModelRunner
 
 torch.set_num_threads(1)
 
@@ -179,11 +180,11 @@ def test_scaled_logits_are_kept():
     ],
 )
 def test_prompts_are_cut_where_padding_costs_most(lengths, parts):
-    assert _prefill_parts(lengths) == parts
+    assert prefill_parts(lengths) == parts
 
 
 def test_prefill_forwards_are_bounded():
-    found = _prefill_parts([4000] * 40)
+    found = prefill_parts([4000] * 40)
     assert (found[0][0], found[-1][1]) == (0, 40)
     assert all(a[1] == b[0] for a, b in pairwise(found))
     assert max(end - start for start, end in found) <= 16  # of 256 tokens a forward

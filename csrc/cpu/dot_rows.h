@@ -1,0 +1,191 @@
+// Register-tiled dot products of several activation rows with many weight rows: tiles, their order, and what they prefetch.
+#pragma once
+
+#include "dot.h"
+
+namespace moesd::MOESD_ISA {
+
+// What a tile prefetches while it computes: at every step one line of each of up to four weight rows, into the first-level
+// cache (filling only the second leaves the tile waiting for it).
+struct Prefetch {
+    const char* at;        // where the first of the rows is read on from, until step `cut` ...
+    const char* then;      // ... and from there on
+    int64_t cut = 0;
+    int64_t row = 0;       // bytes between the first two rows
+    int64_t pair = 0;      // bytes between the first two and the other two; zero when there are only two
+    int64_t advance = 0;   // bytes a step; zero to stay on a line that is in the cache anyway
+};
+
+// Four weight rows: `depth` elements in whole steps, then maybe one step more from zero-padded copies.
+template <class W>
+struct Group {
+    const W* rows[4];
+    int64_t depth;
+    const W (*tail)[Dot<W>::kStep];
+};
+
+// out[m * ld + n] = xs[m][k0:] . row n of the group, added to what is there when k0 > 0.
+template <class W, int M>
+__attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, int64_t k0, const Group<W>& group,
+                                        const Prefetch& prefetch, float* out, int64_t ld) {
+    using D = Dot<W>;
+    Vec acc[M][4];
+    const typename D::Act* x[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        x[m] = xs[m] + k0;
+#pragma GCC unroll 8
+        for (int n = 0; n < 4; ++n) acc[m][n] = splat(0.0f);
+    }
+    const W* const w[4] = {group.rows[0], group.rows[1], group.rows[2], group.rows[3]};
+    const int64_t row = prefetch.row, pair = prefetch.pair, both = row + pair, advance = prefetch.advance;
+    const char* at = prefetch.at;
+    int64_t k = 0;
+    const auto run_to = [&](int64_t end) {
+        for (; k < end; k += D::kStep) {
+            __builtin_prefetch(at), __builtin_prefetch(at + row);
+            __builtin_prefetch(at + pair), __builtin_prefetch(at + both);
+            at += advance;
+            D::step(acc, x, w, k);
+        }
+    };
+    run_to(prefetch.cut);
+    at = prefetch.then;
+    run_to(group.depth);
+    if (group.tail) {
+        const W* const last[4] = {group.tail[0] - k, group.tail[1] - k, group.tail[2] - k, group.tail[3] - k};
+        D::step(acc, x, last, k);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        float sums[4];
+        sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], sums);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) out[m * ld + n] = k0 > 0 ? out[m * ld + n] + sums[n] : sums[n];
+    }
+}
+
+template <class W, int M>
+inline void dot_tile_of(int count, const typename Dot<W>::Act* const* xs, int64_t k0, const Group<W>& group,
+                        const Prefetch& ahead, float* out, int64_t ld) {
+    if constexpr (M > 1) {
+        if (count < M) return dot_tile_of<W, M - 1>(count, xs, k0, group, ahead, out, ld);
+    }
+    dot_tile<W, M>(xs, k0, group, ahead, out, ld);
+}
+
+// Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of tiles and two groups of
+// weight rows then stay in the first-level cache. Blocks depend on the depth alone, so rows keep their bits.
+constexpr int64_t kDepthBytes = 3072;
+
+template <class W>
+inline int64_t depth_block(int64_t depth) {
+    constexpr int64_t most = kDepthBytes / sizeof(typename Dot<W>::Act), step = Dot<W>::kStep;
+    const int64_t blocks = (depth + most - 1) / most;
+    return blocks == 0 ? step : ((depth + blocks - 1) / blocks + step - 1) / step * step;
+}
+
+// The rows that visit t of `tiles` to a group of four fetches. A lone tile reads its own group, a little ahead of itself,
+// and goes on into the next group. Of several, the first two share the next group; the third and fourth find their group in
+// the cache and share what the next block of the depth has in its place (`later`). More would only repeat.
+template <class W>
+inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t stride,
+                             int64_t depth) {
+    constexpr int64_t kSize = sizeof(W), kReach = 1024 / kSize, kAdvance = Dot<W>::kStep * kSize;
+    const int64_t row = stride * kSize;
+    const auto address = [](const W* p) { return reinterpret_cast<const char*>(p); };
+    if (tiles == 1) {
+        const int64_t cut = depth > kReach ? (depth - kReach) / Dot<W>::kStep * Dot<W>::kStep : 0;
+        return {address(group + kReach), address(following ? following : group), cut, row, 2 * row, kAdvance};
+    }
+    const W* from = t < 2 ? following : t < 4 ? later : nullptr;
+    if (!from) return {address(group), address(group)};
+    const bool alone = tiles == 3 && t == 2;  // nobody shares the later group
+    const char* at = address(from + t % 2 * 2 * stride);
+    return {at, at, 0, row, alone ? 2 * row : 0, kAdvance};
+}
+
+// dot_rows for a tile of tokens and a depth of few steps, where setting up a tile and its prefetches would cost more than
+// the sums: one call passes over all rows.
+template <class W, int M>
+__attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, const W* w, int64_t stride, int64_t rows,
+                                         int64_t depth, float* out, int64_t ld) {
+    using D = Dot<W>;
+    const typename D::Act* x[M];
+    for (int m = 0; m < M; ++m) x[m] = xs[m];
+    const int64_t whole = depth / D::kStep * D::kStep;
+    for (int64_t j = 0; j < rows; j += 4, w += 4 * stride) {
+        Vec acc[M][4];
+        const W* group[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            group[n] = w + (j + n < rows ? n : rows - 1 - j) * stride;
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[m][n] = splat(0.0f);
+        }
+        for (int64_t k = 0; k < whole; k += D::kStep) D::step(acc, x, group, k);
+        if (whole < depth) {
+            alignas(64) W tail[4][D::kStep];
+            for (int n = 0; n < 4; ++n) {
+                pad_step<D::kStep>(group[n] + whole, depth - whole, tail[n]);
+                group[n] = tail[n] - whole;
+            }
+            D::step(acc, x, group, whole);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out + m * ld + j);
+    }
+}
+
+template <class W, int M>
+inline void dot_short_of(int count, const typename Dot<W>::Act* const* xs, const W* w, int64_t stride, int64_t rows,
+                         int64_t depth, float* out, int64_t ld) {
+    if constexpr (M > 1) {
+        if (count < M) return dot_short_of<W, M - 1>(count, xs, w, stride, rows, depth, out, ld);
+    }
+    dot_short<W, M>(xs, w, stride, rows, depth, out, ld);
+}
+
+constexpr int64_t kShortDepth = 128;
+
+// out[m * ld + j] = xs[m] . w[j] for m < count, j < rows (columns up to the next multiple of 4 are overwritten).
+// `next` is where rows of the same stride will be read after these, or null.
+template <class W>
+void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t rows,
+              int64_t depth, const W* next, float* out, int64_t ld) {
+    constexpr int64_t kStep = Dot<W>::kStep;
+    // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
+    const int tiles = (count + kTileTokens - 1) / kTileTokens;
+    if (depth <= kShortDepth) {
+        for (int t = 0; t < tiles; ++t) {
+            const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
+            dot_short_of<W, kTileTokens>(size, xs + m, w, stride, rows, depth, out + m * ld, ld);
+        }
+        return;
+    }
+    const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
+    for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
+        const int64_t length = whole - k0 < block ? whole - k0 : block;
+        const bool ends = k0 + length == whole, has_tail = ends && whole < depth;
+        const W* after = ends ? next : w + k0 + block;
+        for (int pair = 0; pair < tiles; pair += 2) {
+            for (int64_t j = 0; j < rows; j += 4) {
+                alignas(64) W tail[4][kStep];
+                Group<W> group{{}, length, has_tail ? tail : nullptr};
+                for (int n = 0; n < 4; ++n) {
+                    group.rows[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
+                    if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
+                }
+                const W* following = j + 4 < rows ? w + (j + 4) * stride + k0 : after;
+                const W* later = after ? after + j * stride : nullptr;
+                for (int t = pair; t < tiles && t < pair + 2; ++t) {
+                    const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, stride, length);
+                    const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
+                    dot_tile_of<W, kTileTokens>(size, xs + m, k0, group, ahead, out + m * ld + j, ld);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace moesd::MOESD_ISA
