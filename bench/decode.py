@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
     Console(width=120).print(table)
 
 
-def setup_for(
-    subject: Subject, device: str, probe: CeilingProbe | None = None
-) -> dict[str, Any]:
+def setup_for(subject: Subject, device: str, probe: CeilingProbe | None = None) -> dict[str, Any]:
     """Machine and specs of a subject, measured with the operations it runs.
 
     With a probe also the read bandwidth at that time: later cells are judged by theirs against it.

@@ -115,9 +115,12 @@ class Machine:
 
         A row curve's one-row value is what reading the weights takes; only that is rescaled.
         """
-        slower = lambda curve: curve and RowCurve(
-            curve.rows,
-            tuple(s + min(s, curve.seconds[0]) * (1.0 / speed - 1.0) for s in curve.seconds),
+        slower = lambda curve: (
+            curve
+            and RowCurve(
+                curve.rows,
+                tuple(s + min(s, curve.seconds[0]) * (1.0 / speed - 1.0) for s in curve.seconds),
+            )
         )
         return replace(
             self,

@@ -51,8 +51,9 @@ def test_chunked_prefill_equals_one_chunk(monkeypatch):
     ids, lengths = padded(prompts)
     slots = torch.arange(5)
     whole = ModelRunner(model, 5, 64).prefill(slots, ids, lengths, hidden_layers=(1,))
-    monkeypatch.setattr("decoder.runner._PREFILL_CHUNK", 7)
-    monkeypatch.setattr("decoder.runner._PREFILL_TOKENS", 14)
+    for name in ("runner.PREFILL_CHUNK", "prefill.PREFILL_CHUNK"):
+        monkeypatch.setattr(f"decoder.{name}", 7)
+    monkeypatch.setattr("decoder.prefill._PREFILL_TOKENS", 14)
     parts = ModelRunner(model, 5, 64).prefill(slots, ids, lengths, hidden_layers=(1,))
     torch.testing.assert_close(parts.logits, whole.logits)
     torch.testing.assert_close(parts.hidden, whole.hidden)
