@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from statistics import median_low
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 _WINDOW = 9  # observations kept per arm: enough for a median, short enough to follow context
 _FULL_WEIGHT = 8.0
@@ -25,12 +25,6 @@ class RoundCost(Protocol):
     """Seconds of one whole round: drafting, verification and sampling; gamma 0 is plain AR."""
 
     def __call__(self, batch: int, gamma: int, context: int) -> float: ...
-
-
-class _Round(NamedTuple):
-    batch: int
-    context: int
-    seconds: float
 
 
 def bucket_of(count: int) -> int:
@@ -119,7 +113,7 @@ class CorrectedCost:
 
     def __init__(self, prior: RoundCost) -> None:
         self._prior = prior
-        self._rounds: dict[tuple[int, int], deque[_Round]] = {}
+        self._rounds: dict[tuple[int, int], deque[float]] = {}  # log of observed over prior time
         self._ratios: dict[tuple[int, int], float] = {}
 
     def observations(self, batch: int, gamma: int) -> int:
@@ -134,8 +128,8 @@ class CorrectedCost:
             return
         arm = (bucket_of(batch), gamma)
         window = self._rounds.setdefault(arm, deque(maxlen=_WINDOW))
-        window.append(_Round(batch, context, seconds))
-        self._ratios[arm] = self._typical_ratio(arm)
+        window.append(math.log(seconds / self._prior(batch, gamma, context)))
+        self._ratios[arm] = typical(window)
 
     def seconds(self, batch: int, gamma: int, context: int) -> float:
         """Expected seconds of a round."""
@@ -158,16 +152,7 @@ class CorrectedCost:
             total, weight = total + kernel * ratio, weight + kernel
         return prior * math.exp(total / weight)
 
-    def _typical_ratio(self, arm: tuple[int, int]) -> float:
-        """Typical log of observed over prior time."""
-        return typical(
-            [
-                math.log(r.seconds / self._prior(r.batch, arm[1], r.context))
-                for r in self._rounds[arm]
-            ]
-        )
 
-
-def typical(values: Sequence[float]) -> float:
+def typical(values: Collection[float]) -> float:
     """The fastest of up to three times, the (lower) median of more: stalls only slow down."""
     return min(values) if len(values) <= _FEW else median_low(values)
