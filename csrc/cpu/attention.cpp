@@ -10,8 +10,6 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-constexpr int64_t kMaxHeadDim = 576;
-
 void check_cache(const Tensor& q, const Tensor& cache, const char* name) {
     TORCH_CHECK_VALUE(cache.dim() == 4 && cache.stride(3) == 1, name,
                       " must be [rows, S, Hkv, D] with a contiguous last dimension, got ", cache.sizes(), " strides ",

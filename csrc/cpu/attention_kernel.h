@@ -13,7 +13,6 @@ namespace moesd::MOESD_ISA {
 constexpr int kSlotBlock = 128;
 constexpr int kScoreStride = kSlotBlock + 8;  // dot_rows may write up to three columns too many
 constexpr int kMaxRows = 24;                  // (query, head) rows that pass over the keys together
-constexpr int64_t kMaxHeadDim = 576;
 
 template <class W>
 class AttentionKernel {

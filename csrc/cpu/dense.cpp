@@ -96,7 +96,6 @@ Tensor act_and_mul(const Tensor& gate, const Tensor& up, c10::string_view activa
 
 std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Tensor& w, int64_t top_k,
                                                        bool renormalize) {
-    constexpr int64_t kMaxExperts = 1024;
     check_matrix(x, w, "E");
     TORCH_CHECK_VALUE(w.size(0) <= kMaxExperts, "w must have at most ", kMaxExperts, " experts, got ", w.size(0));
     TORCH_CHECK_VALUE(top_k >= 1 && top_k <= w.size(0), "top_k must be in [1, ", w.size(0), "], got ", top_k);

@@ -67,6 +67,14 @@ DType storage_dtype(const at::Tensor& t, const char* what) {
     }
 }
 
+void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes, const at::Tensor& like,
+                const char* like_name) {
+    TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), " like ", like_name,
+                     ", got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous, got strides ", t.strides());
+}
+
 Activation parse_activation(c10::string_view name) {
     if (name == "silu" || name == "swish") return Activation::kSilu;
     if (name == "gelu") return Activation::kGelu;

@@ -65,13 +65,13 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
     }
 }
 
-template <class W, int M>
-inline void dot_tile_of(int count, const typename Dot<W>::Act* const* xs, int64_t k0, const Group<W>& group,
-                        const Prefetch& ahead, float* out, int64_t ld) {
+// f.template operator()<count>(), for 1 <= count <= M: kernels are compiled for each size of a tile.
+template <int M, class F>
+inline void for_size(int count, const F& f) {
     if constexpr (M > 1) {
-        if (count < M) return dot_tile_of<W, M - 1>(count, xs, k0, group, ahead, out, ld);
+        if (count < M) return for_size<M - 1>(count, f);
     }
-    dot_tile<W, M>(xs, k0, group, ahead, out, ld);
+    f.template operator()<M>();
 }
 
 // Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of tiles and two groups of
@@ -137,15 +137,6 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
     }
 }
 
-template <class W, int M>
-inline void dot_short_of(int count, const typename Dot<W>::Act* const* xs, const W* w, int64_t stride, int64_t rows,
-                         int64_t depth, float* out, int64_t ld) {
-    if constexpr (M > 1) {
-        if (count < M) return dot_short_of<W, M - 1>(count, xs, w, stride, rows, depth, out, ld);
-    }
-    dot_short<W, M>(xs, w, stride, rows, depth, out, ld);
-}
-
 constexpr int64_t kShortDepth = 128;
 
 // out[m * ld + j] = xs[m] . w[j] for m < count, j < rows (columns up to the next multiple of 4 are overwritten).
@@ -159,7 +150,7 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
     if (depth <= kShortDepth) {
         for (int t = 0; t < tiles; ++t) {
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
-            dot_short_of<W, kTileTokens>(size, xs + m, w, stride, rows, depth, out + m * ld, ld);
+            for_size<kTileTokens>(size, [&]<int M>() { dot_short<W, M>(xs + m, w, stride, rows, depth, out + m * ld, ld); });
         }
         return;
     }
@@ -181,7 +172,8 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
                 for (int t = pair; t < tiles && t < pair + 2; ++t) {
                     const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, stride, length);
                     const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
-                    dot_tile_of<W, kTileTokens>(size, xs + m, k0, group, ahead, out + m * ld + j, ld);
+                    for_size<kTileTokens>(
+                        size, [&]<int M>() { dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + j, ld); });
                 }
             }
         }

@@ -31,29 +31,22 @@ private:
     std::optional<at::RecordFunction> scope_;
 };
 
-void check_weight(const Tensor& w, const char* name, at::IntArrayRef expected, at::ScalarType dtype) {
-    TORCH_CHECK_VALUE(w.sizes() == expected, name, " must be ", expected, ", got ", w.sizes());
-    TORCH_CHECK_TYPE(w.scalar_type() == dtype, name, " must be ", dtype, " like hidden, got ", w.scalar_type());
-    TORCH_CHECK_VALUE(w.is_contiguous(), name, " must be contiguous, got strides ", w.strides());
-}
-
 void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const OptTensor& gate_up_bias,
                   const OptTensor& down_bias, bool gated, bool transposed, const Tensor& out) {
     TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [T, H], got ", hidden.sizes());
     TORCH_CHECK_VALUE(w_down.dim() == 3, "w_down must be [E, H, I], got ", w_down.sizes());
     const int64_t hidden_size = hidden.size(1), experts = w_down.size(0), inter = w_down.size(transposed ? 1 : 2);
     const int64_t up_rows = gated ? 2 * inter : inter;
-    const auto dtype = hidden.scalar_type();
     if (transposed) {
-        check_weight(w_gate_up, "w_gate_up", {experts, hidden_size, up_rows}, dtype);
-        check_weight(w_down, "w_down", {experts, inter, hidden_size}, dtype);
+        check_like(w_gate_up, "w_gate_up", {experts, hidden_size, up_rows}, hidden, "hidden");
+        check_like(w_down, "w_down", {experts, inter, hidden_size}, hidden, "hidden");
     } else {
-        check_weight(w_gate_up, "w_gate_up", {experts, up_rows, hidden_size}, dtype);
-        check_weight(w_down, "w_down", {experts, hidden_size, inter}, dtype);
+        check_like(w_gate_up, "w_gate_up", {experts, up_rows, hidden_size}, hidden, "hidden");
+        check_like(w_down, "w_down", {experts, hidden_size, inter}, hidden, "hidden");
     }
-    if (gate_up_bias) check_weight(*gate_up_bias, "gate_up_bias", {experts, up_rows}, dtype);
-    if (down_bias) check_weight(*down_bias, "down_bias", {experts, hidden_size}, dtype);
-    check_weight(out, "out", hidden.sizes(), dtype);
+    if (gate_up_bias) check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
+    if (down_bias) check_like(*down_bias, "down_bias", {experts, hidden_size}, hidden, "hidden");
+    check_like(out, "out", hidden.sizes(), hidden, "hidden");
 }
 
 // The plan's arrays, filled from topk_ids and topk_weights.

@@ -13,6 +13,10 @@ const KernelTable& kernels();
 // Raises TypeError-like errors naming `what` for dtypes the kernels do not store.
 DType storage_dtype(const at::Tensor& t, const char* what);
 
+// Raises ValueError or TypeError unless t is contiguous, of these sizes, and of the dtype of `like`; names both.
+void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes, const at::Tensor& like,
+                const char* like_name);
+
 // Raises ValueError for names the kernels do not know.
 Activation parse_activation(c10::string_view name);
 

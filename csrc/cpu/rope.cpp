@@ -10,39 +10,27 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-constexpr int64_t kMaxHeadDim = 576;
-
 const void* checked_norm(const OptTensor& norm, const Tensor& qkv, int64_t head_dim, const char* name) {
     if (!norm) return nullptr;
-    TORCH_CHECK_VALUE(norm->dim() == 1 && norm->size(0) == head_dim && norm->is_contiguous(), name, " must be [",
-                      head_dim, "] and contiguous, got ", norm->sizes());
-    TORCH_CHECK_TYPE(norm->scalar_type() == qkv.scalar_type(), name, " must be ", qkv.scalar_type(), " like qkv, got ",
-                     norm->scalar_type());
+    check_like(*norm, name, {head_dim}, qkv, "qkv");
     return norm->const_data_ptr();
-}
-
-void check_matrix(const Tensor& t, const Tensor& qkv, int64_t rows, int64_t columns, const char* name) {
-    TORCH_CHECK_VALUE(t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == columns && t.is_contiguous(), name,
-                      " must be [", rows < 0 ? "rows" : std::to_string(rows), ", ", columns, "] and contiguous, got ",
-                      t.sizes());
-    TORCH_CHECK_TYPE(t.scalar_type() == qkv.scalar_type(), name, " must be ", qkv.scalar_type(), " like qkv, got ",
-                     t.scalar_type());
 }
 
 Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const OptTensor& q_norm, double q_eps,
                      const OptTensor& k_norm, double k_eps, const Tensor& index, int64_t q_heads, int64_t kv_heads,
                      Tensor& keys, Tensor& values) {
     TORCH_CHECK_VALUE(q_heads > 0 && kv_heads > 0, "heads must be positive, got ", q_heads, " and ", kv_heads);
-    const int64_t tokens = cos.size(0), head_dim = cos.size(-1);
+    TORCH_CHECK_VALUE(cos.dim() == 2, "cos must be [T, D], got ", cos.sizes());
+    const int64_t tokens = cos.size(0), head_dim = cos.size(1);
     TORCH_CHECK_VALUE(head_dim % 2 == 0 && head_dim <= kMaxHeadDim, "the head dimension must be even and at most ",
                       kMaxHeadDim, ", got ", head_dim);
-    check_matrix(qkv, qkv, tokens, (q_heads + 2 * kv_heads) * head_dim, "qkv");
-    check_matrix(cos, qkv, tokens, head_dim, "cos"), check_matrix(sin, qkv, tokens, head_dim, "sin");
-    check_matrix(keys, qkv, -1, kv_heads * head_dim, "keys");
-    check_matrix(values, qkv, keys.size(0), kv_heads * head_dim, "values");
+    TORCH_CHECK_VALUE(keys.dim() == 2, "keys must be [rows, Hkv * D], got ", keys.sizes());
+    check_like(qkv, "qkv", {tokens, (q_heads + 2 * kv_heads) * head_dim}, qkv, "qkv");
+    check_like(cos, "cos", {tokens, head_dim}, qkv, "qkv"), check_like(sin, "sin", {tokens, head_dim}, qkv, "qkv");
+    check_like(keys, "keys", {keys.size(0), kv_heads * head_dim}, qkv, "qkv");
+    check_like(values, "values", keys.sizes(), qkv, "qkv");
     TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64, got ", index.scalar_type());
-    TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == tokens && index.is_contiguous(), "index must be [", tokens,
-                      "] and contiguous, got ", index.sizes());
+    check_like(index, "index", {tokens}, index, "index");
     RopeArgs args{};
     args.index = index.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens; ++t) {

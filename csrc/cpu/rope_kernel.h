@@ -16,7 +16,7 @@ public:
     }
 
 private:
-    static constexpr int64_t kMaxHeadDim = 576, kRow = kMaxHeadDim + kLanes;
+    static constexpr int64_t kRow = kMaxHeadDim + kLanes;
 
     void work() {
         for (int64_t t; (t = tokens_.take()) < tokens_.total;) place(t);

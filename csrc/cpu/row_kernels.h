@@ -143,8 +143,6 @@ public:
     }
 
 private:
-    static constexpr int64_t kMaxExperts = 1024;
-
     void work() {
         for (int64_t t; (t = tokens_.take()) < tokens_.total;) route(t);
     }

@@ -21,6 +21,10 @@ constexpr int64_t kDepthAlign = 32;
 // To an odd multiple: rows a power of two apart would compete for the same few lines of the first-level cache.
 static constexpr int64_t align_depth(int64_t k) { return ((k + kDepthAlign - 1) / kDepthAlign | 1) * kDepthAlign; }
 
+// What the kernels' buffers hold, and the op boundary checks.
+constexpr int64_t kMaxHeadDim = 576;
+constexpr int64_t kMaxExperts = 1024;
+
 // Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their work from counters.
 using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
 
