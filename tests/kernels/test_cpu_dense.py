@@ -1,4 +1,4 @@
-"""moesd::linear, rms_norm and softmax_topk_router on the CPU: fp64 oracle and row invariance."""
+"""The dense ops on the CPU: fp64 oracle, row invariance, and equality with the ops they join."""
 
 from __future__ import annotations
 
@@ -136,12 +136,77 @@ def test_router_rows_do_not_depend_on_the_batch():
         assert all(torch.equal(a[0], b[t]) for a, b in zip(alone, whole, strict=True))
 
 
+# A width below a vector, one with a rest, whole vectors over several threads' rows.
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 3), (5, 40), (70, 256)])
+def test_add_rms_norm_is_an_addition_and_a_norm(dtype, shape):
+    x, delta, w = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate((shape, shape, shape[1:])))
+    total, normed = cpu_ops.add_rms_norm(x, delta, w, 1e-6)
+    assert torch.equal(total, x + delta)
+    assert torch.equal(normed, cpu_ops.rms_norm(x + delta, w, 1e-6))
+
+
+# Head dimensions below a vector, with a rest, and whole; grouped and single heads.
+@DTYPES
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("T, q_heads, kv_heads, D", [(1, 1, 1, 6), (5, 4, 2, 40), (70, 8, 2, 64)])
+def test_rope_to_cache_is_norms_rotation_and_a_scatter(dtype, norms, T, q_heads, kv_heads, D):
+    rows, heads = 3 * T + 1, q_heads + kv_heads
+    qkv = randn(T, (heads + kv_heads) * D, dtype=dtype)
+    cos, sin = randn(T, D, dtype=dtype, seed=1), randn(T, D, dtype=dtype, seed=2)
+    weights = [(randn(D, dtype=dtype, seed=seed), 1e-5) for seed in (3, 4)] if norms else [None] * 2
+    index = torch.randperm(rows, generator=torch.Generator().manual_seed(5))[:T]
+    keys = torch.full((rows, kv_heads * D), torch.nan, dtype=dtype)
+    values = keys.clone()
+    q = cpu_ops.rope_to_cache(qkv, cos, sin, *weights, index, keys, values)
+
+    qk = qkv[:, : heads * D].view(T, heads, D)
+    if norms:
+        parts = qk.split([q_heads, kv_heads], dim=1)
+        qk = torch.cat([cpu_ops.rms_norm(p, *w) for p, w in zip(parts, weights, strict=True)], 1)
+    turned = torch.cat([-qk[..., D // 2 :], qk[..., : D // 2]], -1)
+    qk = qk * cos[:, None] + turned * sin[:, None]
+    assert torch.equal(q, qk[:, :q_heads])
+    assert torch.equal(keys[index], qk[:, q_heads:].flatten(1))
+    assert torch.equal(values[index], qkv[:, heads * D :])
+    others = torch.ones(rows, dtype=torch.bool).index_fill(0, index, False)
+    assert keys[others].isnan().all() and values[others].isnan().all()
+
+
+def test_rope_to_cache_refuses():
+    qkv, table, index = torch.zeros(2, 24), torch.zeros(2, 6), torch.tensor([0, 3])
+    keys, values = torch.zeros(4, 6), torch.zeros(4, 6)
+    call = lambda **changed: cpu_ops.rope_to_cache(
+        *({"qkv": qkv, "cos": table, "sin": table, "q_norm": None, "k_norm": None, "index": index}
+          | {"keys": keys, "values": values} | changed).values()
+    )  # fmt: skip
+    call()
+    for changed, error, message in (
+        ({"index": torch.tensor([0, 4])}, IndexError, r"index must be in \[0, 4\), got 4"),
+        ({"index": torch.tensor([-1, 0])}, IndexError, r"index must be in \[0, 4\), got -1"),
+        ({"index": index.int()}, TypeError, "index must be int64, got Int"),
+        ({"sin": torch.zeros(2, 4)}, ValueError, r"sin must be \[2, 6\], got \[2, 4\]"),
+        ({"values": torch.zeros(3, 6)}, ValueError, r"values must be \[4, 6\], got \[3, 6\]"),
+        ({"cos": table.bfloat16()}, TypeError, "cos must be Float like qkv, got BFloat16"),
+        ({"qkv": torch.zeros(24, 2).T}, ValueError, "qkv must be contiguous"),
+        ({"k_norm": (torch.ones(5), 1e-6)}, ValueError, r"k_norm must be \[6\], got \[5\]"),
+        ({"cos": torch.zeros(2, 3), "sin": torch.zeros(2, 3)}, ValueError, "must be even"),
+    ):
+        with pytest.raises(error, match=message):
+            call(**changed)
+
+
 def test_schemas_and_fakes():
     x, w = randn(3, 8, dtype=torch.bfloat16), randn(5, 8, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.moesd.linear.default, (x, w, None))
     torch.library.opcheck(torch.ops.moesd.rms_norm.default, (x, w[0], 1e-6))
     torch.library.opcheck(torch.ops.moesd.softmax_topk_router.default, (x, w, 2, True))
     torch.library.opcheck(torch.ops.moesd.act_and_mul.default, (x, x, "silu"))
+    torch.library.opcheck(torch.ops.moesd.add_rms_norm.default, (x, x, w[0], 1e-6))
+    heads = (randn(3, 8, dtype=torch.bfloat16), x[:, :2].contiguous(), x[:, :2].contiguous())
+    index, slabs = torch.arange(3), (torch.zeros(4, 2).bfloat16(), torch.zeros(4, 2).bfloat16())
+    arguments = (*heads, None, 0.0, None, 0.0, index, 2, 1, *slabs)
+    torch.library.opcheck(torch.ops.moesd.rope_to_cache.default, arguments)
 
 
 def test_errors():
@@ -158,6 +223,10 @@ def test_errors():
         cpu_ops.linear(x.double(), w.double())
     with pytest.raises(ValueError, match=r"w must be \[8\], got \[5\]"):
         cpu_ops.rms_norm(x, torch.ones(5), 1e-6)
+    with pytest.raises(ValueError, match=r"delta must be \[3, 8\] like x, got \[5, 8\]"):
+        cpu_ops.add_rms_norm(x, w, torch.ones(8), 1e-6)
+    with pytest.raises(TypeError, match="delta must be Float like x, got BFloat16"):
+        cpu_ops.add_rms_norm(x, x.bfloat16(), torch.ones(8), 1e-6)
     with pytest.raises(ValueError, match=r"up must be \[3, 8\] like gate, got \[5, 8\]"):
         cpu_ops.act_and_mul(x, w, "silu")
     with pytest.raises(ValueError, match=r"activation must be silu.*got tanh"):
