@@ -65,31 +65,30 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
     """Measure round times and give them to the decoder's controller.
 
     Args:
-        decoder: idle, with ``gamma="auto"``; anything else is left alone.
+        decoder: idle; unless its ``gamma`` is ``"auto"`` there is nothing to do.
         budget_s: give up, and leave the controller to learn, when it would take longer.
 
     Returns:
-        Whether the controller now has a profile; a log line says why not.
+        Whether the controller now has a profile; where one could not be taken, a log line says why.
     """
     controller = decoder.controller
     if not isinstance(controller, AutoGamma):
         return False
     longest = controller.max_gamma
     recorded = 2 * (longest + 1)
-    if _PROMPT + recorded + 1 > decoder.max_length:
-        return False
     deadline = time.perf_counter() + budget_s
     seen: set[int] = set()
 
     def measure(batch: int, gamma: int) -> float:
+        if _PROMPT + recorded + 1 > decoder.max_length:
+            raise _NoProfile(f"its prompts do not fit into {decoder.max_length} tokens")
         if time.perf_counter() > deadline:
             raise _NoProfile(f"it would take longer than {budget_s:g} s")
         # The first plain run goes on for as long as drafts will: a replay drafter records it.
         plain = _PLAIN_ROUNDS if batch in seen else recorded
         seen.add(batch)
         new_tokens = 1 + (2 * (gamma + 1) if gamma else plain)
-        log = RoundLog(gamma, longest)
-        decoder.controller = log
+        log = decoder.controller = RoundLog(gamma)
         decoder.generate(
             [_prompt(row, decoder.runner.vocab_size) for row in range(batch)],
             SamplingParams(max_new_tokens=new_tokens, ignore_eos=True),

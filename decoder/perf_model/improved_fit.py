@@ -17,6 +17,7 @@ import numpy as np
 from .activation import CorrelatedActivation
 from .fit_report import Identifiability, identifiability
 from .improved_model import Adjustments, ForwardModel
+from .machine import Machine
 from .model_spec import ModelSpec
 from .observations import Observation, require_points
 
@@ -74,12 +75,16 @@ def fit_improved(
     require_points(observations)
     names = _free_parameters(model)
     low, high = _bounds(model, names)
-    # specs per K are built once: their grouped layers are cached inside
+    # specs per K are built once (their grouped layers are cached inside), and so are machines
     targets = {o.top_k: model.with_top_k(o.top_k).target for o in observations}
+    machines = {o.memory_speed: model.at_memory_speed(o.memory_speed).machine for o in observations}
 
     def residuals(x: np.ndarray) -> np.ndarray:
         return np.concatenate(
-            [_data_residuals(_with(model, names, x), targets, observations), prior_weight * x]
+            [
+                _data_residuals(_with(model, names, x), targets, machines, observations),
+                prior_weight * x,
+            ]
         )
 
     best = None
@@ -189,12 +194,13 @@ def _with(model: ForwardModel, names: Sequence[str], x: np.ndarray) -> ForwardMo
 def _data_residuals(
     model: ForwardModel,
     targets: Mapping[int | None, ModelSpec],
+    machines: Mapping[float | None, Machine],
     observations: Sequence[Observation],
 ) -> np.ndarray:
     """Log ratios, predicted over measured, of everything that was measured."""
     values = []
     for o in observations:
-        own = replace(model, target=targets[o.top_k]).at_memory_speed(o.memory_speed)
+        own = replace(model, target=targets[o.top_k], machine=machines[o.memory_speed])
         times = own.round_times(o.batch, o.gamma, o.context)
         predicted = (times.ar, times.verify, times.draft, times.reject)
         for name, guess in zip(_TIMES, predicted, strict=True):

@@ -40,6 +40,16 @@ class RowCurve:
         if min(self.seconds) <= 0 or self.rows[0] <= 0:
             raise ValueError(f"rows and seconds must be positive, got {self}")
 
+    def at_memory_speed(self, speed: float) -> RowCurve:
+        """The curve while memory is ``speed`` times as fast.
+
+        Its one-row value is what reading the weights takes; only that is rescaled.
+        """
+        reading = self.seconds[0]
+        return RowCurve(
+            self.rows, tuple(s + min(s, reading) * (1.0 / speed - 1.0) for s in self.seconds)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -111,23 +121,13 @@ class Machine:
         )
 
     def at_memory_speed(self, speed: float) -> Machine:
-        """This machine while its memory is ``speed`` times as fast: others may share it.
-
-        A row curve's one-row value is what reading the weights takes; only that is rescaled.
-        """
-        slower = lambda curve: (
-            curve
-            and RowCurve(
-                curve.rows,
-                tuple(s + min(s, curve.seconds[0]) * (1.0 / speed - 1.0) for s in curve.seconds),
-            )
-        )
+        """This machine while its memory is ``speed`` times as fast: others may share it."""
         return replace(
             self,
             bandwidth=self.bandwidth * speed,
             expert_bandwidth=self.expert_bandwidth and self.expert_bandwidth * speed,
-            dense_curve=slower(self.dense_curve),
-            expert_curve=slower(self.expert_curve),
+            dense_curve=self.dense_curve and self.dense_curve.at_memory_speed(speed),
+            expert_curve=self.expert_curve and self.expert_curve.at_memory_speed(speed),
         )
 
     def to_json(self) -> dict[str, Any]:
