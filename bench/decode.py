@@ -60,11 +60,12 @@ def run(args: argparse.Namespace) -> None:
     for head in (*heads, "efficiency", "speedup"):
         table.add_column(head, justify="right")
     probe = CeilingProbe(dtype) if torch.device(args.device).type == "cpu" else None
+    target, draft = load_subject(args.target, args.draft, dtype, args.device)
     # Described with the target's own K: cells carry theirs where it is overridden.
-    own = Subject(*load_subject(args.target, args.draft, dtype, args.device), alpha=None)
-    setup = setup_for(own, args.device, probe)
+    setup = setup_for(Subject(target, draft, alpha=None), args.device, probe)
     for top_k in numbers(args.num_experts_per_token) if args.num_experts_per_token else [None]:
-        target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
+        if top_k is not None:
+            target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
         subject = Subject(target, draft, None if args.no_replay else args.alpha)
         for batch in tqdm(numbers(args.batch_sizes), desc=f"K={subject.top_k}", disable=None):
             for pair in measure_batch(
