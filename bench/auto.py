@@ -2,7 +2,8 @@
 
 One engine, the replay drafter at each alpha with a real draft's cost. The controller takes its
 start-up profile before the first run, as the command line does. The first run is not timed, so a
-timed one starts with the acceptance seen before; ``--cold`` forgets it before every run.
+timed one starts with the acceptance seen before; ``--cold`` forgets it before every run. A second
+autoregressive decoder runs along: its ratio to the first is the noise of the machine.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.startup import profile_rounds
 
 PROMPT_TOKENS = 32
+TWIN = "0 again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64")
     parser.add_argument("--gammas", default="1,2,4,6", help="fixed gammas to compare with")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=16, help="most rounds per cell")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of rounds per cell")
     parser.add_argument("--cold", action="store_true", help="acceptance unknown in every run")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -53,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     recorder = Recorder(args.out, args.device)
     target, draft = load_subject(args.target, None, getattr(torch, args.dtype), args.device)
     table = Table(title=f"{args.target} {args.dtype}: automatic gamma")
-    for head in ("alpha", "B", "auto / AR", "best fixed", "auto / best of all", "why"):
+    heads = ("alpha", "B", "AR / AR", "auto / AR", "best fixed", "auto / best of all", "why")
+    for head in heads:
         table.add_column(head, justify="right")
     for batch in tqdm(numbers(args.batch_sizes), desc="B", disable=None):
         for alpha in map(float, args.alphas.split(",")):
@@ -62,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
             table.add_row(
                 f"{alpha:g}",
                 str(batch),
+                f"{line['noise']:.2f}",
                 f"{line['against_ar']:.2f}",
                 str(line["best_fixed"]),
                 f"{line['against_best']:.2f}",
@@ -77,9 +82,8 @@ def _measure(args: argparse.Namespace, subject: Subject, batch: int) -> dict[str
     gammas = numbers(args.gammas)
     length = PROMPT_TOKENS + args.new_tokens
     size = {"max_batch_size": batch, "max_length": length}
-    plain = SpeculativeDecoder(subject.target, None, 0, **size)
-    answers = [list(o.token_ids) for o in plain.generate(prompts, params)]
-    decoders: dict[str, SpeculativeDecoder] = {"0": plain}
+    decoders = {name: SpeculativeDecoder(subject.target, None, 0, **size) for name in ("0", TWIN)}
+    answers = [list(o.token_ids) for o in decoders["0"].generate(prompts, params)]
     for gamma in [*map(str, gammas), "auto"]:
         drafter = drafter_for(subject)
         drafter.recordings.update({tuple(p): a for p, a in zip(prompts, answers, strict=True)})
@@ -102,15 +106,22 @@ def _measure(args: argparse.Namespace, subject: Subject, batch: int) -> dict[str
 
         return one
 
-    samples = interleaved({name: timed(name) for name in decoders}, rounds=args.rounds)
-    medians = {name: summarize(seconds).median for name, seconds in samples.items()}
-    fixed = min((name for name in medians if name != "auto"), key=medians.__getitem__)
-    ratio = lambda name: (
-        summarize([a / b for a, b in zip(samples[name], samples["auto"], strict=True)]).median
+    samples = interleaved(
+        {name: timed(name) for name in decoders}, rounds=args.rounds, budget_s=args.budget
     )
+    medians = {name: summarize(seconds).median for name, seconds in samples.items()}
+    fixed = min(("0", *map(str, gammas)), key=medians.__getitem__)
+
+    def ratio(name: str, other: str = "auto") -> float:
+        """Median over rounds of the seconds of ``name`` over those of ``other``."""
+        pairs = zip(samples[name], samples[other], strict=True)
+        return summarize([a / b for a, b in pairs]).median
+
     return {
         "seconds": medians,
+        "rounds": len(samples["0"]),
         "best_fixed": int(fixed),
+        "noise": ratio("0", TWIN),
         "against_ar": ratio("0"),
         "against_best": ratio(fixed),
         "profiled": profiled,

@@ -4,30 +4,32 @@
 acceptance from a running estimate per position and costs from a profile corrected by the rounds
 actually run, or from those rounds alone. ``gamma = 0`` (plain autoregressive decoding) is one of
 the choices, so that a bad drafter, a bad batch size or a bad machine ends in ordinary decoding, not
-in a slowdown. Exploration is paid from a budget of 0.5 % of the time spent.
+in a slowdown. Exploration is paid from a budget of 0.5 % of the time spent (``probing.py``).
+
+Between decisions a round costs the controller next to nothing: rounds are kept as they come and
+learnt from when the next decision is due.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
-from statistics import median_low
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.perf_model.learned_cost import LearnedCost
 from decoder.perf_model.step_cost import CorrectedCost, RoundCost, bucket_of
+from decoder.probing import Probe, ProbeBudget
 
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
-_PROBE_SHARE = 0.005  # of the elapsed time may be lost to probing
 _PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
 _PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
+_PLAN_PLAIN = 16  # the most between decisions that held to plain decoding, where little is learnt
 _WARM_UP = 2  # rounds per arm when no costs are known
 _WARM_TRIES = 8  # rounds a batch size may spend on first timings
 _WARM_REACH = 4  # timings at one batch size serve up to this factor of it
 _TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
-_CATCH_UPS = 4  # timings kept of a drafter catching up
 _NOISE = 1.2  # times its expected time, a round has taken no longer than usual
 _STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
 
@@ -77,11 +79,17 @@ class FixedGamma:
         return f"gamma {self.gamma}: fixed by the caller"
 
 
-class _Probe(NamedTuple):
+class _Round(NamedTuple):
+    """A finished round, kept until something is to be decided."""
+
     gamma: int
-    rounds: int
-    loss: float  # seconds expected to be lost
-    credit: float  # seconds that may be lost before the budget has grown
+    batch: int
+    context: int
+    probed: bool
+    caught_up: bool  # after plain rounds the drafter first caught up on the tokens it missed
+    drafted: Sequence[int]
+    accepted: Sequence[int]
+    times: Mapping[str, float]
 
 
 class AutoGamma:
@@ -113,18 +121,16 @@ class AutoGamma:
         self._current = 0
         self._goodputs: list[float] = []
         self._planned_for: int | None = None
+        self._plan_after = _PLAN_EVERY
         self._rounds_since_plan = 0
+        self._rounds: list[_Round] = []  # not learnt from yet
         self._context = 0
         self._asked = self._asked_before = 0
         self._warm_tries: dict[int, int] = {}
+        self._probe = Probe(0, 1, 0.0, 0.0)
         self._probe_left = 0
-        self._probe = _Probe(0, 1, 0.0, 0.0)
-        self._elapsed = 0.0
-        self._probe_loss = 0.0
-        self._plain_rounds = 0  # since the last draft
-        # Seconds that a draft after plain rounds takes longer, per such round.
-        self._catch_ups: deque[float] = deque(maxlen=_CATCH_UPS)
-        self._expected_catch_up = 0.0
+        self._probing = False  # the round asked for last is a probe
+        self._budget = ProbeBudget()
         self._reason = "no round has run yet"
 
     def use_costs(self, costs: RoundCost) -> None:
@@ -143,6 +149,15 @@ class AutoGamma:
         return self._asked
 
     def _decide(self, live_batch: int) -> int:
+        self._probing = self._probe_left > 0
+        if self._probing:
+            self._probe_left -= 1
+            return self._probe.gamma
+        if live_batch == self._planned_for and self._rounds_since_plan < self._plan_after:
+            self._rounds_since_plan += 1
+            return self._current
+        self._learn()
+        self._planned_for = None
         if live_batch < 1:
             return 0
         if isinstance(self._costs, LearnedCost):
@@ -153,14 +168,12 @@ class AutoGamma:
                 self._warm_tries[bucket_of(live_batch)] = tries + 1
                 self._reason = f"gamma {arm}: first timings at batch {live_batch}"
                 return arm
-        if self._probe_left > 0:
-            self._probe_left -= 1
-            return self._probe.gamma
-        if live_batch != self._planned_for or self._rounds_since_plan >= _PLAN_EVERY:
-            self._plan(live_batch)
-            self._planned_for, self._rounds_since_plan = live_batch, 0
-        self._rounds_since_plan += 1
-        return self._probe.gamma if self._start_probe() else self._current
+        self._plan(live_batch)
+        if self._budget.allows(self._probe):
+            self._probing, self._probe_left = True, self._probe.rounds - 1
+            return self._probe.gamma  # what it shows is looked at as soon as it is over
+        self._planned_for, self._rounds_since_plan = live_batch, 1
+        return self._current
 
     def observe(
         self,
@@ -170,26 +183,32 @@ class AutoGamma:
         accepted: Sequence[int],
         times: Mapping[str, float],
     ) -> None:
-        """Learn from one finished round.
+        """Take note of one finished round.
 
         Args:
             drafted: valid drafts per row; accepted: accepted drafts per row.
             times: phase -> seconds; their sum is the round, unless ``"total"`` is given.
         """
-        seconds = times.get("total", 0.0) or sum(times.values())
-        self._elapsed += seconds
-        self.acceptance.update(gamma, drafted, accepted)
-        # After plain rounds the drafter first catches up on the tokens it missed: not this arm's
-        # lasting cost, but what a probe costs all the same.
         caught_up = gamma > 0 and self._asked_before == 0
-        if caught_up and self._costs.observations(batch, gamma):
-            extra = seconds - _NOISE * self._costs.seconds(batch, gamma, self._context)
-            self._catch_ups.append(max(extra, 0.0) / max(self._plain_rounds, 1))
-            self._probe_loss += max(self._catch_up() - self._expected_catch_up, 0.0)
-        self._plain_rounds = 0 if gamma else self._plain_rounds + 1
-        if not caught_up or self._costs.observations(batch, gamma) == 0:
-            draft = times.get("draft", 0.0)
-            self._costs.observe(batch, gamma, self._context, seconds, draft)
+        situation = gamma, batch, self._context, self._probing, caught_up
+        self._rounds.append(_Round(*situation, drafted, accepted, times))
+
+    def _learn(self) -> None:
+        for gamma, batch, context, probed, caught_up, drafted, accepted, times in self._rounds:
+            seconds = times.get("total", 0.0) or sum(times.values())
+            self.acceptance.update(gamma, drafted, accepted)
+            known = self._costs.observations(batch, gamma)
+            # Catching up is not this arm's lasting cost, but what a probe costs all the same.
+            if caught_up and known:
+                expected = self._costs.seconds(batch, gamma, context)
+                self._budget.observe_catch_up(seconds - _NOISE * expected)
+            else:
+                self._costs.observe(batch, gamma, context, seconds, times.get("draft", 0.0))
+            self._budget.spend(gamma, seconds)
+            if probed:
+                emitted = batch + sum(accepted)
+                self._budget.charge(seconds, emitted / self._goodputs[self._current])
+        self._rounds.clear()
 
     def explain(self) -> str:
         """Why the current draft length was chosen, in one line."""
@@ -197,20 +216,27 @@ class AutoGamma:
 
     def goodputs(self, batch: int, context: int) -> list[float]:
         """Predicted tokens per second of the whole batch for gamma = 0..max_gamma."""
-        return [
-            batch * tokens / self._costs.seconds(batch, gamma, context)
-            for gamma, tokens in enumerate(self.acceptance.expected_tokens())
-        ]
+        self._learn()
+        return self._predicted(batch, context)
+
+    def _predicted(self, batch: int, context: int) -> list[float]:
+        tokens = self.acceptance.expected_tokens()
+        seconds = [self._costs.seconds(batch, gamma, context) for gamma in range(len(tokens))]
+        # A longer draft cannot be cheaper: where it seems so, the shorter one's rounds stalled.
+        least = list(accumulate(reversed(seconds), min))[::-1]
+        return [batch * n / s for n, s in zip(tokens, least, strict=True)]
 
     def _plan(self, batch: int) -> None:
-        goodputs = self._goodputs = self.goodputs(batch, self._context)
+        goodputs = self._goodputs = self._predicted(batch, self._context)
         best = max(range(len(goodputs)), key=goodputs.__getitem__)
-        held = goodputs[self._current]
-        gain = goodputs[best] / held - 1.0
+        gain = goodputs[best] / goodputs[self._current] - 1.0
         # Falling back to plain decoding needs no margin: it is the safe choice.
         threshold = 0.0 if best == 0 else _SWITCH_GAIN
-        if gain > threshold:
+        held = gain <= threshold
+        if not held:
             self._current = best
+        patient = held and best == 0
+        self._plan_after = min(2 * self._plan_after, _PLAN_PLAIN) if patient else _PLAN_EVERY
         self._probe = self._plan_probe(batch)
         plain, chosen = goodputs[0], goodputs[self._current]
         rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance.conditional()[:4])
@@ -218,7 +244,7 @@ class AutoGamma:
             f"gamma {self._current} at batch {batch}: {chosen:.4g} tok/s predicted, "
             f"{chosen / plain:.2f}x plain decoding; acceptance by position {rates}; "
             f"best alternative gamma {best} {goodputs[best] / chosen - 1.0:+.1%}; "
-            f"probing lost {self._probe_loss / self._elapsed if self._elapsed else 0.0:.2%}"
+            f"probing lost {self._budget.lost_share:.2%}"
         )
 
     def _warm_up_arm(self, costs: LearnedCost, batch: int) -> int | None:
@@ -245,37 +271,19 @@ class AutoGamma:
         rate = min(max(self.acceptance.conditional()[0], 0.01), 0.99)
         return min(max(round(math.log(1 / 3) / math.log(rate)), 2), self.max_gamma)
 
-    def _start_probe(self) -> bool:
-        """Try another arm when its expected loss fits what probing may still cost."""
-        probe = self._probe
-        self._expected_catch_up = self._catch_up() if probe.gamma else 0.0
-        loss = probe.loss + self._expected_catch_up
-        allowed = probe.credit + _PROBE_SHARE * self._elapsed
-        if not self._elapsed or self._probe_loss + loss > allowed:
-            return False
-        self._probe_loss += loss
-        self._probe_left = probe.rounds - 1
-        return True
-
-    def _catch_up(self) -> float:
-        """Seconds that a drafter would now need for the tokens of the plain rounds behind it."""
-        # The lower of few: a stalled round is no catching up.
-        return median_low(self._catch_ups or (0.0,)) * self._plain_rounds
-
-    def _plan_probe(self, batch: int) -> _Probe:
+    def _plan_probe(self, batch: int) -> Probe:
         """The arm whose next probe is worth most, and what it is expected to cost."""
         arm = self._arm_to_probe(batch, self._goodputs)
         rounds = 1 if batch >= 8 or arm == 0 else 2
         plain = self._costs.seconds(batch, 0, self._context)
         seconds = rounds * self._costs.seconds(batch, arm, self._context)
         loss = seconds * max(0.0, 1.0 - self._goodputs[arm] / self._goodputs[self._current])
-        loss = max(loss, 0.05 * seconds)  # a flat optimum is no reason to probe all the time
         if self._costs.observations(batch, arm) < _TRUSTED:
             # one stalled round may be all that speaks against this arm
             loss = min(
                 loss, rounds * min(plain, self._costs.seconds(batch, self._current, self._context))
             )
-        return _Probe(arm, rounds, loss, (2.0 if self._anchor else _PROBE_CREDIT) * plain)
+        return Probe(arm, rounds, loss, (2.0 if self._anchor else _PROBE_CREDIT) * plain)
 
     def _arm_to_probe(self, batch: int, goodputs: list[float]) -> int:
         """Plain decoding until it is known; from there the best speculative arm, from a

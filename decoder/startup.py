@@ -66,7 +66,8 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
 
     Args:
         decoder: idle; unless its ``gamma`` is ``"auto"`` there is nothing to do.
-        budget_s: give up, and leave the controller to learn, when it would take longer.
+        budget_s: measure again only within this time; give up, and leave the controller to learn,
+            when one timing of each takes longer.
 
     Returns:
         Whether the controller now has a profile; where one could not be taken, a log line says why.
@@ -82,7 +83,7 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
     def measure(batch: int, gamma: int) -> float:
         if _PROMPT + recorded + 1 > decoder.max_length:
             raise _NoProfile(f"its prompts do not fit into {decoder.max_length} tokens")
-        if time.perf_counter() > deadline:
+        if batch not in seen and time.perf_counter() > deadline:
             raise _NoProfile(f"it would take longer than {budget_s:g} s")
         # The first plain run goes on for as long as drafts will: a replay drafter records it.
         plain = _PLAIN_ROUNDS if batch in seen else recorded
@@ -102,7 +103,8 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
     gammas = {gamma for gamma in _GAMMAS if gamma < longest} | {longest}
     stats = decoder.stats
     try:
-        costs = measure_costs(measure, [*sizes, decoder.max_batch_size], gammas, _REPEATS)
+        batches = [*sizes, decoder.max_batch_size]
+        costs = measure_costs(measure, batches, gammas, _REPEATS, deadline)
     except _NoProfile as reason:
         logger.info("no start-up profile: %s", reason)
         return False

@@ -8,6 +8,7 @@ batch size, gamma or context says something about its neighbours.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from statistics import median_low
@@ -88,20 +89,23 @@ def measure_costs(
     batches: Iterable[int],
     gammas: Iterable[int],
     repeats: int = 3,
+    deadline: float = math.inf,
 ) -> MeasuredCost:
     """Median round time at each (batch, gamma), measured in interleaved passes.
 
     Args:
         measure: ``(batch, gamma) -> seconds`` of one whole round, warmed up or not.
+        deadline: of ``time.perf_counter()``; no repetition starts after it.
     """
     batches, gammas = sorted(set(batches)), sorted({0, *gammas})
     seen: dict[tuple[int, int], list[float]] = {(b, g): [] for b in batches for g in gammas}
-    for batch, gamma in seen:
-        measure(batch, gamma)  # allocations and compilation of this shape
-    for _ in range(max(1, repeats)):
-        for (batch, gamma), times in seen.items():
-            times.append(measure(batch, gamma))
-    return MeasuredCost({key: median_low(times) for key, times in seen.items()})
+    # The first timing pays for allocations and compilation; it counts where there is no other.
+    first = {key: measure(*key) for key in seen}
+    for _ in range(repeats):
+        for key, times in seen.items():
+            if time.perf_counter() < deadline:
+                times.append(measure(*key))
+    return MeasuredCost({key: median_low(times or [first[key]]) for key, times in seen.items()})
 
 
 class CorrectedCost:

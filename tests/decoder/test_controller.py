@@ -226,6 +226,21 @@ def test_a_drafter_that_never_fills_the_arm_asked_for(cap: int) -> None:
     assert "first timings" not in controller.explain()
 
 
+def test_costs_past_the_deadline_are_single_timings() -> None:
+    """The first timing of an arm is dropped only where there is another."""
+    seen: list[tuple[int, int]] = []
+
+    def measure(batch: int, gamma: int) -> float:
+        seen.append((batch, gamma))
+        return len(seen) * moe_cost(batch, gamma)
+
+    costs = measure_costs(measure, [2], [1], repeats=3, deadline=time.perf_counter())
+    assert seen == [(2, 0), (2, 1)] and costs(2, 1) == pytest.approx(2 * moe_cost(2, 1))
+    seen.clear()
+    costs = measure_costs(measure, [2], [1], repeats=1)
+    assert len(seen) == 4 and costs(2, 1) == pytest.approx(4 * moe_cost(2, 1))
+
+
 def test_learned_cost_carries_over_between_batches_and_gammas() -> None:
     """Verification over 32 tokens costs the same as 32 x 1, 16 x 2 or 4 x 8."""
     costs = LearnedCost()
