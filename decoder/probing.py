@@ -11,7 +11,7 @@ from statistics import median_low
 from typing import NamedTuple
 
 _SHARE = 0.005  # of the elapsed time may be lost to probing
-_FLOOR = 0.05  # of its time is what any probe counts: a flat optimum is no reason to probe always
+_FLOOR = 0.05  # of its worth is what any probe counts: a flat optimum is no reason to probe always
 _OVERDRAWN = 2.0  # times what it was expected to lose is the most that a probe is charged
 _CATCH_UPS = 4  # timings kept of a drafter catching up
 
@@ -54,8 +54,8 @@ class ProbeBudget:
 
     def charge(self, seconds: float, worth: float) -> None:
         """Book a round that was a probe, whose tokens would otherwise have taken ``worth``."""
-        most = max(_OVERDRAWN * self._expected, _FLOOR * seconds)
-        self._lost += min(max(seconds - worth, _FLOOR * seconds), most)
+        least = _FLOOR * worth
+        self._lost += min(max(seconds - worth, least), max(_OVERDRAWN * self._expected, least))
 
     def observe_catch_up(self, seconds: float) -> None:
         """Time that the draft of the round at hand took longer, for the plain ones before it."""

@@ -9,7 +9,7 @@ import pytest
 from decoder.controller import AutoGamma, FixedGamma
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.perf_model.learned_cost import LearnedCost
-from decoder.perf_model.step_cost import MeasuredCost, measure_costs
+from decoder.perf_model.step_cost import measure_costs
 
 MAX_GAMMA = 8
 Cost = Callable[[int, int], float]
@@ -102,10 +102,10 @@ def started(measure: Cost, max_batch: int) -> AutoGamma:
 
 
 def mean_ratios(make, cost: Cost, batch: int, alpha: float, tokens: int) -> tuple[float, float]:
-    """Rate over the best fixed gamma's and over plain decoding's, mean of three seeds."""
+    """Rate over the best fixed gamma's and over plain decoding's, mean of eight seeds."""
     best = max(fixed_rate(cost, batch, gamma, alpha) for gamma in range(MAX_GAMMA + 1))
-    rates = [Simulator(make(seed), cost, seed).run(batch, alpha, tokens) for seed in range(3)]
-    rate = sum(rates) / 3
+    rates = [Simulator(make(seed), cost, seed).run(batch, alpha, tokens) for seed in range(8)]
+    rate = sum(rates) / 8
     return rate / best, rate / fixed_rate(cost, batch, 0, alpha)
 
 
@@ -226,21 +226,6 @@ def test_a_drafter_that_never_fills_the_arm_asked_for(cap: int) -> None:
     assert "first timings" not in controller.explain()
 
 
-def test_costs_past_the_deadline_are_single_timings() -> None:
-    """The first timing of an arm is dropped only where there is another."""
-    seen: list[tuple[int, int]] = []
-
-    def measure(batch: int, gamma: int) -> float:
-        seen.append((batch, gamma))
-        return len(seen) * moe_cost(batch, gamma)
-
-    costs = measure_costs(measure, [2], [1], repeats=3, deadline=time.perf_counter())
-    assert seen == [(2, 0), (2, 1)] and costs(2, 1) == pytest.approx(2 * moe_cost(2, 1))
-    seen.clear()
-    costs = measure_costs(measure, [2], [1], repeats=1)
-    assert len(seen) == 4 and costs(2, 1) == pytest.approx(4 * moe_cost(2, 1))
-
-
 def test_learned_cost_carries_over_between_batches_and_gammas() -> None:
     """Verification over 32 tokens costs the same as 32 x 1, 16 x 2 or 4 x 8."""
     costs = LearnedCost()
@@ -298,9 +283,6 @@ def test_deciding_is_cheap() -> None:
         (lambda: AutoGamma(0), "max_gamma must be at least 1, got 0"),
         (lambda: FixedGamma(-1), "gamma must be at least 0, got -1"),
         (lambda: AutoGamma(4, acceptance_prior=1.0), r"prior_mean must lie in \(0, 1\), got 1.0"),
-        (lambda: MeasuredCost({}), "at least one measurement, got none"),
-        (lambda: MeasuredCost({(1, 0): 1.0}), "needs gamma 0 and another gamma"),
-        (lambda: MeasuredCost({(1, 0): -1.0, (1, 1): 1.0}), "a positive time"),
         (lambda: AcceptanceEstimator(2).update(3, [3], [1]), "at most max_gamma=2, got 3"),
     ],
 )

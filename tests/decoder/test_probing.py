@@ -39,7 +39,7 @@ def test_a_probe_that_gained_still_counts():
     budget = spent(1000.0)
     assert budget.allows(COSTLY._replace(loss=0.0))
     budget.charge(4.0, worth=5.0)
-    assert budget.lost_share == pytest.approx(0.2 / 1000)
+    assert budget.lost_share == pytest.approx(0.25 / 1000)
 
 
 def test_catching_up_on_plain_rounds_is_expected_of_the_next_draft():
