@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .activations import canonical_activation
-from .backends import Request, choose_backend
+from .backends import Request, choose_backend, into_new
 from .validation import check_arguments
 
 
@@ -78,12 +80,9 @@ def fused_experts(
             batch_invariant,
             out,
         )
-    check_arguments(
-        hidden_states,
-        w_gate_up,
-        w_down,
-        topk_ids,
-        topk_weights,
+    check = partial(
+        check_arguments,
+        *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights),
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         gated=gated,
@@ -93,23 +92,33 @@ def fused_experts(
         activation_alpha=activation_alpha,
         out=out,
     )
-    function = choose_backend(
-        backend,
-        Request(
-            hidden_states.device.type,
+    tensors = (w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias)
+    device = hidden_states.device
+    try:
+        activation = canonical_activation(activation)
+        request = Request(
+            device.type,
             hidden_states.dtype,
-            needs_grad(hidden_states, w_gate_up, w_down, topk_weights, gate_up_bias, down_bias),
+            needs_grad(hidden_states, *tensors),
             w_gate_up.is_contiguous() and w_down.is_contiguous(),
             batch_invariant,
-        ),
-    )
+        )
+        function = choose_backend(backend, request)
+        operator = getattr(function, "operator", None)
+        # A mixture of devices would not reach the operator's own checks.
+        direct = operator is not None and out is None
+        if direct and all(t is None or t.device == device for t in tensors):
+            return into_new(
+                *(operator, hidden_states, *tensors, activation, gated, interleaved, transposed),
+                *(activation_limit, activation_alpha),
+            )
+    except (TypeError, ValueError, RuntimeError):
+        check()  # says first what is wrong with the arguments, if that is the reason
+        raise
+    check()
     return function(
-        hidden_states,
-        w_gate_up,
-        w_down,
-        topk_ids,
-        topk_weights,
-        activation=canonical_activation(activation),
+        *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights),
+        activation=activation,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         gated=gated,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .api import fused_experts, needs_grad
-from .backends import Request, choose_backend
+from .backends import Request, choose_backend, into_new
 from .gates import recognise_gate
 
 logger = logging.getLogger(__name__)
@@ -203,13 +203,11 @@ def experts_forward(
         function = choose_backend(settings.backend, request)
         operator = getattr(function, "operator", None)
         if operator is not None:
-            out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-            operator(
-                *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
+            return into_new(
+                *(operator, hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
                 *(gate_up_bias, down_bias, plan.activation, plan.gated, plan.interleaved),
-                *(plan.transposed, plan.limit, plan.alpha, out),
+                *(plan.transposed, plan.limit, plan.alpha),
             )
-            return out
     return function(
         *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
         activation=plan.activation,

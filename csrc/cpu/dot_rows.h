@@ -8,12 +8,11 @@ namespace moesd::MOESD_ISA {
 // What a tile prefetches while it computes: at every step one line of each of up to four weight rows, into the first-level
 // cache (filling only the second leaves the tile waiting for it).
 struct Prefetch {
-    const char* at;        // where the first of the rows is read on from, until step `cut` ...
-    const char* then;      // ... and from there on
+    const char* at;    // where the first of the rows is read on from, until step `cut` ...
+    const char* then;  // ... and from there on
     int64_t cut = 0;
-    int64_t row = 0;       // bytes between the first two rows
-    int64_t pair = 0;      // bytes between the first two and the other two; zero when there are only two
-    int64_t advance = 0;   // bytes a step; zero to stay on a line that is in the cache anyway
+    int64_t rest[3] = {0, 0, 0};  // bytes from the first row to the others; repeating one costs nothing
+    int64_t advance = 0;          // bytes a step; zero to stay on a line that is in the cache anyway
 };
 
 // Four weight rows: `depth` elements in whole steps, then maybe one step more from zero-padded copies.
@@ -38,13 +37,14 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
         for (int n = 0; n < 4; ++n) acc[m][n] = splat(0.0f);
     }
     const W* const w[4] = {group.rows[0], group.rows[1], group.rows[2], group.rows[3]};
-    const int64_t row = prefetch.row, pair = prefetch.pair, both = row + pair, advance = prefetch.advance;
+    const int64_t second = prefetch.rest[0], third = prefetch.rest[1], fourth = prefetch.rest[2];
+    const int64_t advance = prefetch.advance;
     const char* at = prefetch.at;
     int64_t k = 0;
     const auto run_to = [&](int64_t end) {
         for (; k < end; k += D::kStep) {
-            __builtin_prefetch(at), __builtin_prefetch(at + row);
-            __builtin_prefetch(at + pair), __builtin_prefetch(at + both);
+            __builtin_prefetch(at), __builtin_prefetch(at + second);
+            __builtin_prefetch(at + third), __builtin_prefetch(at + fourth);
             at += advance;
             D::step(acc, x, w, k);
         }
@@ -86,23 +86,30 @@ inline int64_t depth_block(int64_t depth) {
 }
 
 // The rows that visit t of `tiles` to a group of four fetches. A lone tile reads its own group, a little ahead of itself,
-// and goes on into the next group. Of several, the first two share the next group; the third and fourth find their group in
-// the cache and share what the next block of the depth has in its place (`later`). More would only repeat.
+// and goes on into the next group. Two share the next group, two rows each. Of more, the first two find it in the
+// second-level cache, because all of them have shared what the next block of the depth has in its place (`later`): memory
+// is then read all the time, and not only while some tiles run.
 template <class W>
 inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t stride,
                              int64_t depth) {
-    constexpr int64_t kSize = sizeof(W), kReach = 1024 / kSize, kAdvance = Dot<W>::kStep * kSize;
+    constexpr int64_t kSize = sizeof(W), kReach = 768 / kSize, kAdvance = Dot<W>::kStep * kSize;
     const int64_t row = stride * kSize;
     const auto address = [](const W* p) { return reinterpret_cast<const char*>(p); };
     if (tiles == 1) {
         const int64_t cut = depth > kReach ? (depth - kReach) / Dot<W>::kStep * Dot<W>::kStep : 0;
-        return {address(group + kReach), address(following ? following : group), cut, row, 2 * row, kAdvance};
+        const char* then = address(following ? following : group);
+        return {address(group + kReach), then, cut, {row, 2 * row, 3 * row}, kAdvance};
     }
-    const W* from = t < 2 ? following : t < 4 ? later : nullptr;
-    if (!from) return {address(group), address(group)};
-    const bool alone = tiles == 3 && t == 2;  // nobody shares the later group
-    const char* at = address(from + t % 2 * 2 * stride);
-    return {at, at, 0, row, alone ? 2 * row : 0, kAdvance};
+    // Of `later`, visit t has row t; of three visits the last has two.
+    const char* ahead = later && tiles > 2 && t < 4 ? address(later) + t * row : nullptr;
+    const int64_t last = ahead && tiles == 3 && t == 2 ? row : 0;
+    if (t < 2 && following) {
+        const char* at = address(following) + 2 * t * row;
+        const int64_t third = ahead ? ahead - at : 0;
+        return {at, at, 0, {row, third, third}, kAdvance};
+    }
+    if (ahead) return {ahead, ahead, 0, {last, last, last}, kAdvance};
+    return {address(group), address(group)};
 }
 
 // dot_rows for a tile of tokens and a depth of few steps, where setting up a tile and its prefetches would cost more than

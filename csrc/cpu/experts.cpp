@@ -115,7 +115,8 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
                       topk_ids.sizes());
     TORCH_CHECK_VALUE(topk_weights.sizes() == topk_ids.sizes(), "topk_weights must be ", topk_ids.sizes(), ", got ",
                       topk_weights.sizes());
-    TORCH_CHECK_VALUE(gated || !(interleaved || alpha), "interleaved and activation_alpha need gated=True");
+    TORCH_CHECK_VALUE(gated || !(interleaved || limit || alpha),
+                      "interleaved, activation_limit and activation_alpha need gated=True");
     TORCH_CHECK_TYPE(topk_ids.scalar_type() == at::kLong || topk_ids.scalar_type() == at::kInt,
                      "topk_ids must be int32 or int64, got ", topk_ids.scalar_type());
 

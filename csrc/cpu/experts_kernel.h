@@ -65,9 +65,10 @@ public:
 private:
     static constexpr int64_t kPackTokens = 4;
 
-    // Slices of the output: enough that threads end together, few enough that many tokens' activations are re-read seldom.
+    // Slices of the output: enough that threads end together, few enough that a slice is a long read and many tokens'
+    // activations are re-read seldom.
     static int64_t slice_rows(const ExpertsArgs& a) {
-        const int64_t slices = a.tokens <= 16 ? 16 : 2;
+        const int64_t slices = a.tokens <= 16 ? 4 : 2;
         const int64_t rows = a.hidden / (slices * a.threads) / 16 * 16;
         return rows < 16 ? 16 : rows > 256 ? 256 : rows;
     }
