@@ -106,8 +106,8 @@ def fused_experts(
         function = choose_backend(backend, request)
         operator = getattr(function, "operator", None)
         # A mixture of devices would not reach the operator's own checks.
-        direct = operator is not None and out is None
-        if direct and all(t is None or t.device == device for t in tensors):
+        together = all(t is None or t.device == device for t in tensors)
+        if operator is not None and out is None and together:
             return into_new(
                 *(operator, hidden_states, *tensors, activation, gated, interleaved, transposed),
                 *(activation_limit, activation_alpha),
