@@ -126,9 +126,12 @@ class LayerBenchmark:
         )
 
     def _eager(self, call: LayerCall, batches: Sequence[Batch]) -> Callable[[int], object]:
-        def one(round_: int) -> None:
+        def one(round_: int) -> float:
             b = batches[round_]
-            call(self.layers[0], b.hidden, b.topk_ids, b.topk_weights)
+            run = partial(call, self.layers[0], b.hidden, b.topk_ids, b.topk_weights)
+            # Timed here, as vLLM's worker times its own call: with cold caches even looking up the
+            # round's tensors costs several microseconds.
+            return seconds_of(run, self.settings.device)[0]
 
         return one
 
