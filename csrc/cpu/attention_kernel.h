@@ -165,9 +165,10 @@ private:
 
     // Adds the values of slots [from, to) of the block to rows m .. m + count.
     void add_values(State& s, int m, int count, const W* values, int64_t from, int64_t to, int64_t width) const {
+        constexpr int kWhole = kTileTokens == 6 ? 2 : 1;  // six rows of two pairs need 32 registers
         const int end = m + count;
-        for (; m + 6 <= end; m += 6) add_values_of<6, 1>(s, m, values, from, to, width);
-        if (m + 4 <= end) add_values_of<4, 1>(s, m, values, from, to, width), m += 4;
+        for (; m + 6 <= end; m += 6) add_values_of<6, kWhole>(s, m, values, from, to, width);
+        if (m + 4 <= end) add_values_of<4, kWhole>(s, m, values, from, to, width), m += 4;
         if (m + 2 <= end) add_values_of<2, 2>(s, m, values, from, to, width), m += 2;
         if (m < end) add_values_of<1, 4>(s, m, values, from, to, width);
     }
