@@ -46,3 +46,17 @@ def _op(name: str) -> Any:
     except ImportError:
         return None
     return getattr(torch.ops.moesd, name) if cpu_ops.unavailable() is None else None
+
+
+def layer_stack() -> Any:
+    """An empty ``LayerStack``; there is one wherever there is the attention kernel."""
+    from moesd_kernels.layer_stack import layer_stack
+
+    return layer_stack()
+
+
+def set_mlp(stack: Any, module: torch.nn.Module) -> bool:
+    """Whether the stack runs this MLP as that of the layer added last."""
+    from moesd_kernels.layer_stack import set_mlp
+
+    return set_mlp(stack, module)

@@ -1,44 +1,28 @@
 """The forward of Llama-shaped models with the interpreter's share taken out.
 
 On a CPU the decode step of a small model is mostly Python: module calls, wrappers, mask set-up,
-three projections where one does. This walks the same layers with the same kernels, reads cosines
-from a table, and projects queries, keys and values at once. It is used only where a probe finds
-its logits bit-identical to the model's own forward (``ModelRunner``), so that forward remains the
-reference; everything else keeps transformers' code.
+three projections where one does. Here ``LayerStack`` walks the same layers with the same kernels in
+C++, cosines are read from a table, and queries, keys and values projected at once. MLPs that the
+stack does not know run as the modules they are. It is used only where a probe finds its states
+bit-identical to the model's own forward (``ModelRunner``), so that forward remains the reference;
+everything else keeps transformers' code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Placement, ragged_attention
-from .cache import RaggedCache, RaggedLayer
+from . import kernels_hook
+from .attention import Placement
+from .cache import RaggedCache
 
 # Layers of exactly: norm, attention (maybe with per-head norms), add, norm, mlp, add.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "Mixtral")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cosines depend on the position alone
-
-
-class _Layer(NamedTuple):
-    """What one layer's walk touches, looked up once."""
-
-    qkv: Tensor  # [(Hq + 2 Hkv) * D, H]
-    qkv_bias: Tensor | None
-    q_norm: tuple[Tensor | None, float]
-    k_norm: tuple[Tensor | None, float]
-    out: Tensor
-    out_bias: Tensor | None
-    post_norm: tuple[Tensor, float]
-    mlp: nn.Module
-    scale: float
-    window: int
-    cache: RaggedLayer
-    q_heads: int
-    kv_heads: int
 
 
 class LeanForward:
@@ -57,17 +41,18 @@ class LeanForward:
     ) -> None:
         base = model.base_model
         self._embedding: Tensor = base.embed_tokens.weight
-        self._layers = [
-            _read_layer(layer, cache.ragged_layers[i], windows)
-            for i, layer in enumerate(base.layers)
-        ]
         # Of each layer's input, then the final one: each follows an addition, except the first.
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
+        self._mlps = [layer.mlp for layer in base.layers]
+        self._stack = kernels_hook.layer_stack()
+        for layer, following in zip(base.layers, self._norms[1:], strict=True):
+            _add_attention(self._stack, layer, following, windows)
+            kernels_hook.set_mlp(self._stack, layer.mlp)
         self._cache = cache
         self._max_length = max_length
         self._rotary = base.rotary_emb
         self._tables: tuple[Tensor, Tensor] | None = None
-        self.num_layers = len(self._layers)
+        self.num_layers = len(base.layers)
 
     def __call__(
         self,
@@ -75,6 +60,7 @@ class LeanForward:
         position_ids: Tensor,
         placement: Placement,
         hidden_layers: Sequence[int] | None = None,
+        modules: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Final hidden states ``[B, Q, H]``, and the inputs of the asked layers.
 
@@ -82,51 +68,31 @@ class LeanForward:
             input_ids: ``[B, Q]``; position_ids: ``[B, Q]``, 0 where padding.
             placement: of this forward; the cache has been told its write positions.
             hidden_layers: indices into transformers' ``hidden_states``.
+            modules: run every MLP as a module, because someone has changed what those do.
         """
-        linear, add_norm = torch.ops.moesd.linear.default, torch.ops.moesd.add_rms_norm.default
         B, Q = input_ids.shape
         wanted = _resolved(hidden_layers, self.num_layers)
+        stops = sorted({*wanted, self.num_layers})
         kept: dict[int, Tensor] = {}
         x = torch.embedding(self._embedding, input_ids.reshape(-1))  # [T, H]
         states = torch.ops.moesd.rms_norm.default(x, *self._norms[0])
-        cos, sin = self._angles(position_ids.reshape(-1))
-        for index, layer in enumerate(self._layers):
-            if index in wanted:
-                kept[index] = x.view(B, Q, -1)
-            qkv = linear(states, layer.qkv, layer.qkv_bias)
-            attended = self._attend(layer, qkv, cos, sin, placement, B, Q)
-            x, states = add_norm(x, linear(attended, layer.out, layer.out_bias), *layer.post_norm)
-            delta = layer.mlp(states.view(B, Q, -1)).view(B * Q, -1)
-            x, states = add_norm(x, delta, *self._norms[index + 1])
-        last = states.view(B, Q, -1)
-        kept[self.num_layers] = last
+        layers = self._cache.ragged_layers
+        slabs = [layer.keys for layer in layers], [layer.values for layer in layers]
+        places = self._cache.write_index, placement.positions, placement.slots
+        angles = self._angles(position_ids.reshape(-1))
+        at = 0
+        for stop in stops:
+            while at < stop:
+                x, states, at = self._stack.run(
+                    *(x, states, *angles, *places, *slabs, at, stop, not modules)
+                )
+                if at < stop:  # this layer's MLP is not the stack's
+                    delta = self._mlps[at](states.view(B, Q, -1)).view(B * Q, -1)
+                    at += 1
+                    x, states = torch.ops.moesd.add_rms_norm.default(x, delta, *self._norms[at])
+            kept[stop] = x.view(B, Q, -1)
+        kept[self.num_layers] = last = states.view(B, Q, -1)
         return last, [kept[index] for index in wanted]
-
-    def _attend(
-        self,
-        layer: _Layer,
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        placement: Placement,
-        B: int,
-        Q: int,
-    ) -> Tensor:
-        cache = layer.cache
-        assert cache.keys is not None and cache.values is not None
-        queries = torch.ops.moesd.rope_to_cache.default(
-            *(qkv, cos, sin, *layer.q_norm, *layer.k_norm, self._cache.write_index),
-            *(layer.q_heads, layer.kv_heads, *cache.flat),
-        )
-        out = ragged_attention(
-            queries.view(B, Q, layer.q_heads, -1),
-            cache.keys,
-            cache.values,
-            placement,
-            scale=layer.scale,
-            window=layer.window,
-        )
-        return out.view(B * Q, -1)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[T, D]``, from the model's own rotary module."""
@@ -158,26 +124,24 @@ def lean_forward(
         return None
 
 
-def _read_layer(layer: Any, cache: RaggedLayer, windows: dict[int, int]) -> _Layer:
+def _add_attention(
+    stack: Any, layer: Any, following: tuple[Tensor, float], windows: dict[int, int]
+) -> None:
+    """Append a layer with its attention half to the stack."""
     attention = layer.self_attn
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     biases = [p.bias for p in projections]
-    head_dim = attention.head_dim
     has_norms = getattr(attention, "q_norm", None) is not None
-    return _Layer(
+    q_norm = _norm(attention.q_norm) if has_norms else (None, 0.0)
+    k_norm = _norm(attention.k_norm) if has_norms else (None, 0.0)
+    post = _norm(layer.post_attention_layernorm)
+    stack.add_layer(
         _joined([p.weight for p in projections]),
         None if biases[0] is None else _joined(biases),
-        _norm(attention.q_norm) if has_norms else (None, 0.0),
-        _norm(attention.k_norm) if has_norms else (None, 0.0),
-        attention.o_proj.weight,
-        attention.o_proj.bias,
-        _norm(layer.post_attention_layernorm),
-        layer.mlp,
-        attention.scaling,
-        windows.get(id(attention), 0),
-        cache,
-        projections[0].weight.shape[0] // head_dim,
-        projections[1].weight.shape[0] // head_dim,
+        *(q_norm[0], k_norm[0], attention.o_proj.weight, attention.o_proj.bias),
+        *(post[0], following[0], [q_norm[1], k_norm[1], post[1], following[1]]),
+        *(attention.scaling, windows.get(id(attention), 0)),
+        *(p.weight.shape[0] // attention.head_dim for p in projections[:2]),
     )
 
 

@@ -191,7 +191,9 @@ class ModelRunner:
         placement = self._placement(slots, positions, length)
         position_ids = positions.clamp(min=0)
         if self._lean is not None:
-            states, kept = self._lean(input_ids, position_ids, placement, hidden_layers)
+            states, kept = self._lean(
+                input_ids, position_ids, placement, hidden_layers, modules=self._eager
+            )
             logits = self._head(_gather(states, logits_positions))
         else:
             with ragged.placed(placement), self._ragged_attention():

@@ -183,6 +183,7 @@ def _mlp_forward(activation: str) -> Callable[..., Tensor]:
             return type(self).forward(self, x)
         return self.down_proj(torch.ops.moesd.act_and_mul.default(gate, up, activation))
 
+    forward.activation = activation  # type: ignore[attr-defined]
     return forward
 
 
@@ -275,4 +276,25 @@ def _router_forward(rule: RouterRule, fuse: bool) -> Callable[..., Any]:
         correction = getattr(self, "e_score_correction_bias", None)
         return tuple(rule.select(_rows_apart(logits), correction, dtype=hidden_states.dtype))
 
+    fused.rule = rule  # type: ignore[attr-defined]
     return fused if fuse else composed
+
+
+def _shadow(module: nn.Module) -> Any:
+    """The function that shadows the module's forward, or None."""
+    return getattr(module.__dict__.get("forward"), "__func__", None)
+
+
+def runs_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer on our kernel."""
+    return _shadow(module) is _linear_forward
+
+
+def gated_activation_of(module: nn.Module) -> str | None:
+    """The activation of a gated MLP on our kernels; None for anything else."""
+    return getattr(_shadow(module), "activation", None)
+
+
+def fused_router_of(module: nn.Module) -> RouterRule | None:
+    """The rule of a router that is one op of ours; None for anything else."""
+    return getattr(_shadow(module), "rule", None)

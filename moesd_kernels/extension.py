@@ -41,7 +41,7 @@ _AVX512_FLAGS = (
 )
 _BOUNDARY_SOURCES = (
     *("register.cpp", "cpu/dispatch.cpp", "cpu/experts.cpp", "cpu/dense.cpp"),
-    *("cpu/attention.cpp", "cpu/rope.cpp"),
+    *("cpu/attention.cpp", "cpu/rope.cpp", "cpu/layers.cpp"),
 )
 _X86_SOURCES = {
     "cpu/isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),

@@ -8,7 +8,6 @@ namespace moesd {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 void check_cache(const Tensor& q, const Tensor& cache, const char* name) {
     TORCH_CHECK_VALUE(cache.dim() == 4 && cache.stride(3) == 1, name,
@@ -27,6 +26,8 @@ void check_indices(const Tensor& index, const char* name, int64_t bound) {
         TORCH_CHECK_INDEX(values[i] < bound, name, " must be below ", bound, ", got ", values[i]);
     }
 }
+
+}  // namespace
 
 Tensor ragged_attention(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& positions, double scale,
                         int64_t window, const OptTensor& sinks, const OptTensor& rows) {
@@ -80,8 +81,6 @@ Tensor ragged_attention(const Tensor& query, const Tensor& k, const Tensor& v, c
     kernels().attention(args);
     return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(moesd, CPU, m) { m.impl("ragged_attention", &ragged_attention); }
 

@@ -19,7 +19,30 @@ void check_matrix(const Tensor& x, const Tensor& w, const char* shape) {
     TORCH_CHECK_VALUE(w.is_contiguous(), "w must be contiguous, got strides ", w.strides());
 }
 
-Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+// Norms x, or x + delta, whose sum goes to `sum`.
+Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta, Tensor* sum) {
+    TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [..., H], got ", x.sizes());
+    TORCH_CHECK_VALUE(w.dim() == 1 && w.size(0) == x.size(-1), "w must be [", x.size(-1), "], got ", w.sizes());
+    TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "w must be ", x.scalar_type(), " like x, got ",
+                     w.scalar_type());
+    const Tensor rows = x.contiguous(), scale = w.contiguous(), added = delta ? delta->contiguous() : Tensor();
+    Tensor out = at::empty(x.sizes(), x.options());
+    if (out.numel() == 0) return out;
+    NormArgs args{};
+    args.dtype = storage_dtype(x, "x");
+    args.width = x.size(-1), args.rows = x.numel() / args.width;
+    args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(), args.eps = static_cast<float>(eps);
+    args.out = out.mutable_data_ptr();
+    if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
+    args.threads = team_size(x.numel());
+    args.run = run_team;
+    kernels().rms_norm(args);
+    return out;
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
     check_matrix(x, w, "N");
     const Tensor rows = x.contiguous();
     LinearArgs args{};
@@ -41,27 +64,6 @@ Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bia
     args.threads = team_size(args.tokens * args.depth * args.features);
     args.run = run_team;
     kernels().linear(args);
-    return out;
-}
-
-// Norms x, or x + delta, whose sum goes to `sum`.
-Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta, Tensor* sum) {
-    TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [..., H], got ", x.sizes());
-    TORCH_CHECK_VALUE(w.dim() == 1 && w.size(0) == x.size(-1), "w must be [", x.size(-1), "], got ", w.sizes());
-    TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "w must be ", x.scalar_type(), " like x, got ",
-                     w.scalar_type());
-    const Tensor rows = x.contiguous(), scale = w.contiguous(), added = delta ? delta->contiguous() : Tensor();
-    Tensor out = at::empty(x.sizes(), x.options());
-    if (out.numel() == 0) return out;
-    NormArgs args{};
-    args.dtype = storage_dtype(x, "x");
-    args.width = x.size(-1), args.rows = x.numel() / args.width;
-    args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(), args.eps = static_cast<float>(eps);
-    args.out = out.mutable_data_ptr();
-    if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
-    args.threads = team_size(x.numel());
-    args.run = run_team;
-    kernels().rms_norm(args);
     return out;
 }
 
@@ -112,8 +114,6 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
     kernels().router(args);
     return {logits, weights, ids};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(moesd, CPU, m) {
     m.impl("linear", &linear);

@@ -10,7 +10,6 @@ namespace moesd {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // The phases of one call as profiler scopes on the calling thread.
 class PhaseScopes {
@@ -104,6 +103,8 @@ struct Plan {
     }
 };
 
+}  // namespace
+
 void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_ids,
              const Tensor& topk_weights, const OptTensor& gate_up_bias, const OptTensor& down_bias,
              c10::string_view activation, bool gated, bool interleaved, bool transposed, std::optional<double> limit,
@@ -157,8 +158,6 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     }
     if (tokens > 0) kernels().experts(args);
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(moesd, CPU, m) { m.impl("experts", &experts); }
 

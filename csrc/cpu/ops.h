@@ -1,7 +1,11 @@
-// What the op boundary files share: the chosen kernels, dtype names, scratch memory and the thread team.
+// What the op boundary files share: the chosen kernels, dtype names, scratch memory, the thread team, and the ops
+// themselves as functions (register.cpp says what they do).
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
 
 #include "types.h"
 
@@ -27,5 +31,24 @@ void* scratch(size_t bytes);
 int team_size(int64_t multiply_adds);
 
 void run_team(int threads, void (*body)(void*), void* ctx);
+
+using OptTensor = std::optional<at::Tensor>;
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const OptTensor& bias);
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& w,
+                                                double eps);
+at::Tensor act_and_mul(const at::Tensor& gate, const at::Tensor& up, c10::string_view activation);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_topk_router(const at::Tensor& x, const at::Tensor& w,
+                                                                   int64_t top_k, bool renormalize);
+at::Tensor rope_to_cache(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, const OptTensor& q_norm,
+                         double q_eps, const OptTensor& k_norm, double k_eps, const at::Tensor& index, int64_t q_heads,
+                         int64_t kv_heads, at::Tensor& keys, at::Tensor& values);
+at::Tensor ragged_attention(const at::Tensor& query, const at::Tensor& k, const at::Tensor& v,
+                            const at::Tensor& positions, double scale, int64_t window, const OptTensor& sinks,
+                            const OptTensor& rows);
+void experts(const at::Tensor& hidden, const at::Tensor& w_gate_up, const at::Tensor& w_down,
+             const at::Tensor& topk_ids, const at::Tensor& topk_weights, const OptTensor& gate_up_bias,
+             const OptTensor& down_bias, c10::string_view activation, bool gated, bool interleaved, bool transposed,
+             std::optional<double> limit, std::optional<double> alpha, at::Tensor& out);
 
 }  // namespace moesd

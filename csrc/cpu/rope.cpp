@@ -8,13 +8,14 @@ namespace moesd {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 const void* checked_norm(const OptTensor& norm, const Tensor& qkv, int64_t head_dim, const char* name) {
     if (!norm) return nullptr;
     check_like(*norm, name, {head_dim}, qkv, "qkv");
     return norm->const_data_ptr();
 }
+
+}  // namespace
 
 Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const OptTensor& q_norm, double q_eps,
                      const OptTensor& k_norm, double k_eps, const Tensor& index, int64_t q_heads, int64_t kv_heads,
@@ -49,8 +50,6 @@ Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
     if (tokens > 0) kernels().rope_to_cache(args);
     return q;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(moesd, CPU, m) { m.impl("rope_to_cache", &rope_to_cache); }
 

@@ -72,6 +72,23 @@ def test_bit_identical_to_the_models_own_forward(family, dtype):
         assert torch.equal(mine, own)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_mlps_run_as_modules_where_someone_has_changed_them(family):
+    """As self-drafting does to the experts; the shared expert of Qwen2-MoE always runs so."""
+    model = build(family, torch.bfloat16)
+    runner = ModelRunner(model, 2, 64)
+    calls = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    inputs = torch.tensor([[5, 6, 7], [8, 9, 1]]), torch.arange(2), torch.arange(3).repeat(2, 1)
+    plain = runner.forward(*inputs).logits
+    assert len(calls) == (2 if family == "Qwen2Moe" else 0)
+    calls.clear()
+    with runner.eager():
+        assert torch.equal(runner.forward(*inputs).logits, plain)
+    assert len(calls) == 2
+
+
 def test_not_used_without_our_kernels_or_for_other_shapes():
     model = build("Olmoe", torch.float32, num_experts=4, num_experts_per_tok=2)
     assert ModelRunner(model, 1, 32)._lean is None
@@ -84,11 +101,13 @@ def test_not_used_without_our_kernels_or_for_other_shapes():
 def test_joined_weights_are_the_models_own_memory(tmp_path):
     model = build("Qwen3", torch.float32)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    first, second = (ModelRunner(model, 1, 32) for _ in range(2))
-    attention = model.model.layers[0].self_attn
-    joined = first._lean._layers[0].qkv
-    assert joined.data_ptr() == attention.q_proj.weight.data_ptr()
-    assert second._lean._layers[0].qkv.data_ptr() == joined.data_ptr()
+    attention, places = model.model.layers[0].self_attn, []
+    for runner in (ModelRunner(model, 1, 32), ModelRunner(model, 1, 32)):
+        assert runner._lean is not None
+        queries, keys = attention.q_proj.weight, attention.k_proj.weight
+        assert keys.data_ptr() == queries.data_ptr() + queries.nbytes
+        places.append(queries.data_ptr())
+    assert places[0] == places[1]
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -1,0 +1,161 @@
+// moesd::LayerStack: the decoder layers of a Llama-shaped model, walked without the interpreter between their ops.
+#include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
+#include <torch/custom_class.h>
+
+#include "ops.h"
+
+namespace moesd {
+namespace {
+
+using at::Tensor;
+
+struct Mlp {
+    Tensor gate, up, down;  // [I, H], [I, H], [H, I]
+    OptTensor gate_bias, up_bias, down_bias;
+    std::string activation;
+};
+
+struct Moe {
+    Tensor router;  // [E, H]
+    int64_t top_k;
+    bool renormalize, cast;
+    Tensor gate_up, down;  // [E, 2I, H], [E, H, I]
+    std::string activation;
+};
+
+struct Layer {
+    Tensor qkv;  // [(Hq + 2 Hkv) * D, H]
+    OptTensor qkv_bias, q_norm, k_norm, out_bias;
+    Tensor out, post_norm, following_norm;
+    double q_eps, k_eps, post_eps, following_eps, scale;
+    int64_t window, q_heads, kv_heads;
+    std::optional<Mlp> mlp;
+    std::optional<Moe> moe;
+};
+
+// f() as a scope of the profiler, as the op of that name is when it is called by itself.
+template <class F>
+auto scoped(const char* name, const F& f) {
+    RECORD_FUNCTION(name, {});
+    return f();
+}
+
+Tensor timed_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
+    return scoped("moesd::linear", [&] { return linear(x, w, bias); });
+}
+
+Tensor run_mlp(const Mlp& m, const Tensor& x) {
+    const Tensor gate = timed_linear(x, m.gate, m.gate_bias), up = timed_linear(x, m.up, m.up_bias);
+    const Tensor inner = scoped("moesd::act_and_mul", [&] { return act_and_mul(gate, up, m.activation); });
+    return timed_linear(inner, m.down, m.down_bias);
+}
+
+Tensor run_moe(const Moe& m, const Tensor& x) {
+    auto [logits, weights, ids] =
+        scoped("moesd::softmax_topk_router", [&] { return softmax_topk_router(x, m.router, m.top_k, m.renormalize); });
+    if (m.cast) weights = weights.to(x.scalar_type());
+    Tensor out = at::empty(x.sizes(), x.options());
+    scoped("moesd::experts", [&] {
+        experts(x, m.gate_up, m.down, ids, weights, std::nullopt, std::nullopt, m.activation, true, false, false,
+                std::nullopt, std::nullopt, out);
+        return 0;
+    });
+    return out;
+}
+
+class LayerStack : public torch::CustomClassHolder {
+public:
+    // Appends a layer: its attention, the norm after it and the norm that follows the layer. Lists in the order of the
+    // arguments' names.
+    void add_layer(Tensor qkv, OptTensor qkv_bias, OptTensor q_norm, OptTensor k_norm, Tensor out, OptTensor out_bias,
+                   Tensor post_norm, Tensor following_norm, const std::vector<double>& q_k_post_following_eps,
+                   double scale, int64_t window, int64_t q_heads, int64_t kv_heads) {
+        TORCH_CHECK_VALUE(q_k_post_following_eps.size() == 4, "expected four epsilons, got ",
+                          q_k_post_following_eps.size());
+        const auto& eps = q_k_post_following_eps;
+        layers_.push_back({qkv, qkv_bias, q_norm, k_norm, out_bias, out, post_norm, following_norm, eps[0], eps[1],
+                           eps[2], eps[3], scale, window, q_heads, kv_heads, std::nullopt, std::nullopt});
+    }
+
+    // The MLP of the layer added last; a layer without one is left to the caller (see `run`).
+    void set_mlp(Tensor gate, OptTensor gate_bias, Tensor up, OptTensor up_bias, Tensor down, OptTensor down_bias,
+                 std::string activation) {
+        last().mlp = Mlp{gate, up, down, gate_bias, up_bias, down_bias, std::move(activation)};
+    }
+    void set_moe(Tensor router, int64_t top_k, bool renormalize, bool cast, Tensor gate_up, Tensor down,
+                 std::string activation) {
+        last().moe = Moe{router, top_k, renormalize, cast, gate_up, down, std::move(activation)};
+    }
+
+    // Runs layers from `first` up to `stop` (exclusive), or up to and including the attention half of the first layer
+    // whose MLP the caller runs: one that was given none, or any unless `mlps`.
+    //
+    // x and states [T, H]: the residual stream, and the same after the norm before layer `first`. cos, sin [T, D]; index
+    // [T] where keys and values are written; positions [B, Q] and rows [B] as of ragged_attention; keys, values: each
+    // layer's slab [rows, S, Hkv, D]. Returns the stream, the same after the norm of the part that comes next, and the
+    // layer reached.
+    std::tuple<Tensor, Tensor, int64_t> run(Tensor x, Tensor states, const Tensor& cos, const Tensor& sin,
+                                            const Tensor& index, const Tensor& positions, const OptTensor& rows,
+                                            const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                                            int64_t first, int64_t stop, bool mlps) const {
+        const auto count = static_cast<int64_t>(layers_.size());
+        TORCH_CHECK_VALUE(0 <= first && first <= stop && stop <= count, "expected 0 <= first <= stop <= ", count,
+                          ", got ", first, " and ", stop);
+        TORCH_CHECK_VALUE(static_cast<int64_t>(keys.size()) == count && keys.size() == values.size(), "expected ", count,
+                          " slabs of keys and of values, got ", keys.size(), " and ", values.size());
+        TORCH_CHECK_VALUE(positions.dim() == 2, "positions must be [B, Q], got ", positions.sizes());
+        for (int64_t i = first; i < stop; ++i) {
+            const Layer& layer = layers_[i];
+            const Tensor attended = attend(layer, states, cos, sin, index, positions, rows, keys[i], values[i]);
+            const Tensor projected = timed_linear(attended, layer.out, layer.out_bias);
+            std::tie(x, states) = add_norm(x, projected, layer.post_norm, layer.post_eps);
+            if (!mlps || !(layer.mlp || layer.moe)) return {x, states, i};
+            const Tensor delta = layer.mlp ? run_mlp(*layer.mlp, states) : run_moe(*layer.moe, states);
+            std::tie(x, states) = add_norm(x, delta, layer.following_norm, layer.following_eps);
+        }
+        return {x, states, stop};
+    }
+
+private:
+    Layer& last() {
+        TORCH_CHECK_VALUE(!layers_.empty(), "expected a layer to have been added, got none");
+        return layers_.back();
+    }
+
+    static std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& delta, const Tensor& w, double eps) {
+        return scoped("moesd::add_rms_norm", [&] { return add_rms_norm(x, delta, w, eps); });
+    }
+
+    static Tensor attend(const Layer& layer, const Tensor& states, const Tensor& cos, const Tensor& sin,
+                         const Tensor& index, const Tensor& positions, const OptTensor& rows, const Tensor& keys,
+                         const Tensor& values) {
+        const Tensor qkv = timed_linear(states, layer.qkv, layer.qkv_bias);
+        const int64_t head_dim = cos.size(-1), width = layer.kv_heads * head_dim;
+        Tensor flat_keys = keys.view({-1, width}), flat_values = values.view({-1, width});
+        const Tensor queries = scoped("moesd::rope_to_cache", [&] {
+            return rope_to_cache(qkv, cos, sin, layer.q_norm, layer.q_eps, layer.k_norm, layer.k_eps, index,
+                                 layer.q_heads, layer.kv_heads, flat_keys, flat_values);
+        });
+        const Tensor placed = queries.view({positions.size(0), positions.size(1), layer.q_heads, head_dim});
+        const Tensor attended = scoped("moesd::ragged_attention", [&] {
+            return ragged_attention(placed, keys, values, positions, layer.scale, layer.window, std::nullopt, rows);
+        });
+        return attended.view({qkv.size(0), layer.q_heads * head_dim});
+    }
+
+    std::vector<Layer> layers_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(moesd, m) {
+    m.class_<LayerStack>("LayerStack")
+        .def(torch::init<>())
+        .def("add_layer", &LayerStack::add_layer)
+        .def("set_mlp", &LayerStack::set_mlp)
+        .def("set_moe", &LayerStack::set_moe)
+        .def("run", &LayerStack::run);
+}
+
+}  // namespace moesd

@@ -1,0 +1,61 @@
+"""``LayerStack`` of the C++ library: a model's decoder layers without the interpreter between ops.
+
+The class is documented in ``csrc/cpu/layers.cpp``. It runs the MLPs that ``set_mlp`` is taught;
+every other layer's MLP is left to the caller, so any block of a model fits in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dense_hook import fused_router_of, gated_activation_of, runs_linear
+from .transformers_hook import Plan, plan_of, settings_of
+
+
+def layer_stack() -> Any:
+    """An empty stack; the CPU operators must be available (``cpu_ops.unavailable``)."""
+    return torch.classes.moesd.LayerStack()
+
+
+def set_mlp(stack: Any, module: Any) -> bool:
+    """Give the layer added last its MLP, if ``module`` is one of those the stack computes.
+
+    These are gated dense MLPs, and blocks of a softmax router and gated experts and nothing else;
+    their modules must already run on our kernels (``accelerate``).
+
+    Returns:
+        Whether it was; otherwise the caller runs the module.
+    """
+    activation = gated_activation_of(module)
+    if activation is not None:
+        linears = module.gate_proj, module.up_proj, module.down_proj
+        if not all(map(runs_linear, linears)):
+            return False
+        stack.set_mlp(*(t for m in linears for t in (m.weight, m.bias)), activation)
+        return True
+    return set(module._modules) == {"gate", "experts"} and _set_moe(stack, module)
+
+
+def _set_moe(stack: Any, block: Any) -> bool:
+    rule = fused_router_of(block.gate)
+    if rule is None or not _plain_experts(block.experts, block.gate.weight.dtype):
+        return False
+    experts = block.experts
+    stack.set_moe(
+        *(block.gate.weight, rule.top_k, rule.renormalize, rule.cast),
+        *(experts.gate_up_proj, experts.down_proj, plan_of(experts).activation),
+    )
+    return True
+
+
+def _plain_experts(experts: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the C++ experts compute this module with none of their options."""
+    weights = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if not all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights):
+        return False
+    plan = plan_of(experts)
+    plain = plan._replace(activation=Plan(None).activation) == Plan(None)
+    return plain and settings_of(experts).backend in ("auto", "cpu")
