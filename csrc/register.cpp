@@ -20,6 +20,7 @@ TORCH_LIBRARY(moesd, m) {
     m.def(
         "softmax_topk_router(Tensor x, Tensor w, int top_k, bool renormalize) "
         "-> (Tensor logits, Tensor weights, Tensor ids)");
+    m.def("argmax(Tensor x) -> (Tensor ids, Tensor undefined)");
     m.def("cpu_isa() -> str");
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,12 +42,22 @@ def ragged_attention_op(device: torch.device, dtype: torch.dtype) -> RaggedOp | 
     return _op("ragged_attention")
 
 
+@functools.cache
+def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """``logits [..., V] -> (places [...], undefined [...])`` in one op, or ``None``."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return _op("argmax")
+
+
 def _op(name: str) -> Any:
     try:
         from moesd_kernels import cpu_ops
     except ImportError:
         return None
-    return getattr(torch.ops.moesd, name) if cpu_ops.unavailable() is None else None
+    if cpu_ops.unavailable() is not None:
+        return None
+    return getattr(torch.ops.moesd, name).default
 
 
 def layer_stack() -> Any:

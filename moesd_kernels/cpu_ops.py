@@ -200,6 +200,16 @@ def softmax_topk_router(x: Tensor, w: Tensor, top_k: int, renormalize: bool) -> 
     return Routed(*torch.ops.moesd.softmax_topk_router(x, w, top_k, renormalize))
 
 
+def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the largest of x [..., V] is: int64 [...], the lowest place among equals, NaN largest.
+
+    Returns:
+        The places, and bool [...]: rows that have no largest value, only NaN or -inf.
+    """
+    _require()
+    return torch.ops.moesd.argmax(x)
+
+
 def _require() -> None:
     reason = unavailable()
     if reason is not None:
@@ -242,3 +252,8 @@ def _register_fakes() -> None:
         logits = x.new_empty(x.shape[0], w.shape[0])
         weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
         return logits, weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64)
+
+    @fake("moesd::argmax")
+    def _(x):
+        ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
+        return ids, x.new_empty(x.shape[:-1], dtype=torch.bool)

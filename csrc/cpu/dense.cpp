@@ -1,4 +1,4 @@
-// moesd::linear, rms_norm, add_rms_norm, act_and_mul and softmax_topk_router: the dense ops around the experts.
+// moesd::linear, rms_norm, add_rms_norm, act_and_mul, softmax_topk_router and argmax: the dense ops around the experts.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -115,12 +115,29 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
     return {logits, weights, ids};
 }
 
+std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
+    TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) > 0, "x must be [..., V] with V > 0, got ", x.sizes());
+    const Tensor rows = x.contiguous();
+    const at::IntArrayRef sizes = x.sizes().slice(0, x.dim() - 1);
+    Tensor ids = at::empty(sizes, x.options().dtype(at::kLong)), undefined = at::empty(sizes, x.options().dtype(at::kBool));
+    ArgmaxArgs args{};
+    args.dtype = storage_dtype(x, "x");
+    args.width = x.size(-1), args.rows = x.numel() / args.width;
+    args.x = rows.const_data_ptr();
+    args.ids = ids.mutable_data_ptr<int64_t>(), args.undefined = undefined.mutable_data_ptr<bool>();
+    args.threads = team_size(x.numel());
+    args.run = run_team;
+    if (args.rows > 0) kernels().argmax(args);
+    return {ids, undefined};
+}
+
 TORCH_LIBRARY_IMPL(moesd, CPU, m) {
     m.impl("linear", &linear);
     m.impl("rms_norm", &rms_norm);
     m.impl("add_rms_norm", &add_rms_norm);
     m.impl("act_and_mul", &act_and_mul);
     m.impl("softmax_topk_router", &softmax_topk_router);
+    m.impl("argmax", &argmax);
 }
 
 }  // namespace moesd

@@ -1,6 +1,7 @@
 // Builds one instruction set's KernelTable. Included once by each isa_*.cpp after its vector header.
 #pragma once
 
+#include "argmax_kernel.h"
 #include "attention_kernel.h"
 #include "experts_kernel.h"
 #include "linear_kernel.h"
@@ -23,7 +24,7 @@ constexpr KernelTable make_table(const char* name) {
     return {name, run_for_dtype<ExpertsKernel, ExpertsArgs>, run_for_dtype<LinearKernel, LinearArgs>,
             run_for_dtype<AttentionKernel, AttentionArgs>, run_for_dtype<NormKernel, NormArgs>,
             run_for_dtype<RopeKernel, RopeArgs>, run_for_dtype<ActKernel, ActArgs>,
-            run_for_dtype<RouterKernel, RouterArgs>};
+            run_for_dtype<RouterKernel, RouterArgs>, run_for_dtype<ArgmaxKernel, ArgmaxArgs>};
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -140,6 +140,16 @@ struct RouterArgs {
     RunTeam run;
 };
 
+struct ArgmaxArgs {
+    DType dtype;
+    int64_t rows, width;
+    const void* x;    // [rows, width]
+    int64_t* ids;     // [rows]
+    bool* undefined;  // [rows] the largest is NaN or -inf
+    int threads;
+    RunTeam run;
+};
+
 struct KernelTable {
     const char* name;
     void (*experts)(const ExpertsArgs&);
@@ -149,6 +159,7 @@ struct KernelTable {
     void (*rope_to_cache)(const RopeArgs&);
     void (*act_and_mul)(const ActArgs&);
     void (*router)(const RouterArgs&);
+    void (*argmax)(const ArgmaxArgs&);
 };
 
 }  // namespace moesd

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels_hook
 from .argmax import first_argmax
 from .slots import SlotTable
 
@@ -31,6 +32,9 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     bf16 and fp16 convert to fp32 exactly, so no conversion is needed for the comparison.
     """
+    argmax = kernels_hook.argmax_op(logits.device, logits.dtype)
+    if argmax is not None:
+        return argmax(logits)
     best = first_argmax(logits)
     top = logits.gather(-1, best[..., None])[..., 0]
     return best, ~(top > float("-inf"))

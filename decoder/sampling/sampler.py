@@ -251,8 +251,11 @@ class Sampler:
         return race(probs.probs[:, 0], rng.key(seeds, positions, stream))
 
     def _record(self, undefined: Tensor, slots: Tensor, positions: Tensor) -> None:
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and not undefined.any():  # the usual case, cheaply
+            return
         rows = (undefined & (positions >= 0)).any(dim=1)
-        if self.device.type != "cpu":
+        if not on_cpu:
             self._failed[slots] |= rows
         elif bool(rows.any()):
             self._raise(slots[rows].tolist())
