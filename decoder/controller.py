@@ -25,7 +25,7 @@ from decoder.probing import Probe, ProbeBudget
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
 _PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
 _PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
-_PLAN_PLAIN = 16  # the most between decisions that held to plain decoding, where little is learnt
+_PLAN_PLAIN = 32  # the most between decisions that held to plain decoding, where little is learnt
 _WARM_UP = 2  # rounds per arm when no costs are known
 _WARM_TRIES = 8  # rounds a batch size may spend on first timings
 _WARM_REACH = 4  # timings at one batch size serve up to this factor of it
