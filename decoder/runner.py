@@ -112,9 +112,7 @@ class ModelRunner:
                 computes no logits.
             max_position: largest position, when the caller knows it: spares a device sync.
         """
-        if max_position is None:
-            max_position = int(positions.max())
-        length = max_position + 1
+        length = (int(positions.max()) if max_position is None else max_position) + 1
         self.cache.reserve(length)
         narrow = input_ids.shape[1] <= _STATIC_QUERIES
         if self._graphs is not None and narrow and not self._eager:
@@ -191,9 +189,8 @@ class ModelRunner:
         placement = self._placement(slots, positions, length)
         position_ids = positions.clamp(min=0)
         if self._lean is not None:
-            states, kept = self._lean(
-                input_ids, position_ids, placement, hidden_layers, modules=self._eager
-            )
+            where = input_ids, position_ids, placement
+            states, kept = self._lean(*where, hidden_layers, self._eager)
             logits = self._head(_gather(states, logits_positions))
         else:
             with ragged.placed(placement), self._ragged_attention():

@@ -21,7 +21,7 @@ from moesd_kernels.triton.combine_kernel import _combine_kernel
 from moesd_kernels.triton.config import select_config
 from moesd_kernels.triton.down_kernel import _down_combine_kernel, _down_kernel
 from moesd_kernels.triton.gate_up_kernel import _gate_up_kernel
-from moesd_kernels.triton.launch import MAX_INLINE_PAIRS
+from moesd_kernels.triton.layer import MAX_INLINE_PAIRS
 from moesd_kernels.triton.plan_kernel import _plan_kernel
 from moesd_kernels.triton.types import A100, B200, H200, LayerShape
 

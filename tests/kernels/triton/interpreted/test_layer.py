@@ -61,9 +61,9 @@ def test_routing(ids, why, integer):
 
 def test_more_pairs_than_inline(monkeypatch):
     """With a plan launch of its own, and several blocks of an expert in groups."""
-    from moesd_kernels.triton import launch
+    from moesd_kernels.triton import layer
 
-    monkeypatch.setattr(launch, "MAX_INLINE_PAIRS", 4)
+    monkeypatch.setattr(layer, "MAX_INLINE_PAIRS", 4)
     grouped = GemmConfig(block_m=16, block_n=32, block_k=32, group_m=3)
     case = make_case(3, 2, 48, 80, 37)
     config = MoEConfig(gate_up=grouped, down=grouped, single=SMALL)

@@ -1,0 +1,233 @@
+"""One layer call on up to ``MAX_PAIRS`` routed rows: workspaces, configuration, launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .combine_kernel import _combine_kernel
+from .common import HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTING_SINGLE
+from .config import select_config
+from .device import device_of
+from .down_kernel import _down_combine_kernel, _down_kernel
+from .gate_up_kernel import _gate_up_kernel
+from .plan_kernel import max_blocks, plan, plan_sizes
+from .types import GemmConfig, LayerShape, MoEConfig
+
+# Pairs up to which every gate_up program finds its own rows: one launch less, while scanning the
+# ids costs a program less than it takes the others on its processor to stream their weights.
+MAX_INLINE_PAIRS = 512
+# A plan program holds all ids in registers; more tokens than this go in several calls.
+MAX_PAIRS = 16384
+
+
+class Layer:
+    """One call's weights and the flags the kernels are specialised on."""
+
+    def __init__(
+        self,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: int,
+        gated: bool,
+        interleaved: bool,
+        transposed: bool,
+        limit: float | None,
+        alpha: float | None,
+    ) -> None:
+        self.w_gate_up = w_gate_up.transpose(1, 2) if transposed else w_gate_up  # [E, 2I or I, H]
+        self.w_down = w_down.transpose(1, 2) if transposed else w_down  # [E, H, I]
+        self.gate_up_bias = None if gate_up_bias is None else gate_up_bias.contiguous()
+        self.down_bias = None if down_bias is None else down_bias.contiguous()
+        self.E, self.H, self.I = self.w_down.shape
+        self.gated = gated
+        self.flags = {
+            "ACTIVATION": activation,
+            "GATED": gated,
+            "INTERLEAVED": interleaved and gated,
+            "HAS_LIMIT": limit is not None,
+            "HAS_ALPHA": alpha is not None,
+        }
+        self.limit = 0.0 if limit is None else float(limit)
+        self.alpha = 0.0 if alpha is None else float(alpha)
+
+    def run(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        out: Tensor,
+        batch_invariant: bool,
+        config: MoEConfig | None,
+    ) -> None:
+        """Launch the layer on tokens x [T, H], 1 <= T * K <= MAX_PAIRS."""
+        T, TOPK = ids.shape
+        device = device_of(x.device)
+        if config is None:
+            shape = LayerShape(self.E, TOPK, self.H, self.I, T, self.gated)
+            config = select_config(shape, x.dtype, device, batch_invariant=batch_invariant)
+        pdl = HAS_PDL and x.is_cuda and device.capability >= 90
+        act = torch.empty(T * TOPK, self.I, dtype=x.dtype, device=x.device)
+        if T == 1:
+            tables, routing = (ids, ids), ROUTING_SINGLE
+            bound = TOPK
+        elif T * TOPK <= MAX_INLINE_PAIRS:
+            bound = max_blocks(T * TOPK, self.E, config.block_m)
+            table = torch.empty(T * TOPK + 3 * bound, dtype=torch.int32, device=x.device)
+            tables, routing = (table[: T * TOPK], table[T * TOPK :]), ROUTING_INLINE
+        else:
+            bound = max_blocks(T * TOPK, self.E, config.block_m)
+            tables, routing = plan(ids, self.E, config.block_m, pdl), ROUTING_PLANNED
+        self._gate_up(x, act, ids, tables, bound, routing, config.gate_up, pdl)
+        # Transposed weights would be read in pieces of a few bytes by that kernel's narrow tiles.
+        if T == 1 and not batch_invariant and self.w_down.stride(2) == 1:
+            self._down_combine(act, ids, weights, out, config, pdl)
+            return
+        down_routing = ROUTING_SINGLE if T == 1 else ROUTING_PLANNED
+        partial = self._down(act, ids, tables, bound, down_routing, config.down, pdl)
+        self._combine(partial, ids, weights, out, pdl)
+
+    def _gate_up(
+        self,
+        x: Tensor,
+        act: Tensor,
+        ids: Tensor,
+        tables: tuple[Tensor, Tensor],
+        bound: int,
+        routing: int,
+        config: GemmConfig,
+        pdl: bool,
+    ) -> None:
+        n_pad, e_pad = plan_sizes(ids.numel(), self.E)
+        inline = routing == ROUTING_INLINE
+        w, bias = self.w_gate_up, self.gate_up_bias
+        _gate_up_kernel[(bound * triton.cdiv(self.I, config.block_n),)](
+            x,
+            w,
+            w if bias is None else bias,
+            act,
+            ids,
+            *tables,
+            ids.numel(),
+            bound,
+            config.group_m,
+            self.E,
+            self.H,
+            self.I,
+            x.stride(0),
+            *w.stride(),
+            0 if bias is None else bias.stride(0),
+            self.limit,
+            self.alpha,
+            TOPK=ids.shape[1],
+            N_PAD=n_pad if inline else 0,
+            E_PAD=e_pad if inline else 0,
+            ROUTING=routing,
+            **self.flags,
+            HAS_BIAS=bias is not None,
+            EVEN_K=self.H % config.block_k == 0,
+            **config.constexprs(),
+            # The first launch of a call may not start before the work of others is complete.
+            **_pdl(pdl, first=routing != ROUTING_PLANNED),
+            **config.options(),
+        )
+
+    def _down(
+        self,
+        act: Tensor,
+        ids: Tensor,
+        tables: tuple[Tensor, Tensor],
+        bound: int,
+        routing: int,
+        config: GemmConfig,
+        pdl: bool,
+    ) -> Tensor:
+        """Returns partial sums [SPLIT_K, T * K, H] in fp32; rows of invalid ids are not written."""
+        shape = (config.split_k, ids.numel(), self.H)
+        partial = torch.empty(shape, dtype=torch.float32, device=act.device)
+        w, bias = self.w_down, self.down_bias
+        steps = triton.cdiv(triton.cdiv(self.I, config.block_k), config.split_k)
+        _down_kernel[(bound * triton.cdiv(self.H, config.block_n), config.split_k)](
+            act,
+            w,
+            w if bias is None else bias,
+            partial,
+            ids,
+            *tables,
+            ids.numel(),
+            bound,
+            config.group_m,
+            self.E,
+            self.H,
+            self.I,
+            *w.stride(),
+            0 if bias is None else bias.stride(0),
+            ROUTING=routing,
+            HAS_BIAS=bias is not None,
+            EVEN_K=config.split_k * steps * config.block_k == self.I,
+            SPLIT_K=config.split_k,
+            **config.constexprs(),
+            **_pdl(pdl),
+            **config.options(),
+        )
+        return partial
+
+    def _combine(
+        self, partial: Tensor, ids: Tensor, weights: Tensor, out: Tensor, pdl: bool
+    ) -> None:
+        T, TOPK = ids.shape
+        block_h = min(512, max(64, triton.next_power_of_2(self.H)))
+        _combine_kernel[(T, triton.cdiv(self.H, block_h))](
+            partial,
+            ids,
+            weights,
+            out,
+            ids.numel(),
+            self.E,
+            self.H,
+            out.stride(0),
+            TOPK=TOPK,
+            SPLIT_K=partial.shape[0],
+            BLOCK_H=block_h,
+            **_pdl(pdl),
+            num_warps=2,
+        )
+
+    def _down_combine(
+        self,
+        act: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        out: Tensor,
+        config: MoEConfig,
+        pdl: bool,
+    ) -> None:
+        w, bias, single = self.w_down, self.down_bias, config.single
+        _down_combine_kernel[(triton.cdiv(self.H, single.block_n),)](
+            act,
+            w,
+            w if bias is None else bias,
+            out,
+            ids,
+            weights,
+            self.E,
+            self.H,
+            self.I,
+            *w.stride(),
+            0 if bias is None else bias.stride(0),
+            TOPK=ids.shape[1],
+            HAS_BIAS=bias is not None,
+            BLOCK_N=single.block_n,
+            BLOCK_K=single.block_k,
+            STAGES=single.num_stages,
+            **_pdl(pdl),
+            num_warps=single.num_warps,
+        )
+
+
+def _pdl(on: bool, first: bool = False) -> dict[str, bool]:
+    """Launch arguments of programmatic dependent launch; only Hopper and newer know the option."""
+    return {"PDL": True, "launch_pdl": not first} if on else {"PDL": False}
