@@ -26,12 +26,16 @@ _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise wo
 _PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
 _PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
 _PLAN_PLAIN = 32  # the most between decisions that held to plain decoding, where little is learnt
+_ALIKE = 4  # plain rounds between two decisions that are learnt from
 _WARM_UP = 2  # rounds per arm when no costs are known
 _WARM_TRIES = 8  # rounds a batch size may spend on first timings
 _WARM_REACH = 4  # timings at one batch size serve up to this factor of it
 _TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
 _NOISE = 1.2  # times its expected time, a round has taken no longer than usual
 _STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
+
+Counts = Sequence[int]  # by row
+Times = Mapping[str, float]  # phase -> seconds
 
 
 class Controller(Protocol):
@@ -40,12 +44,7 @@ class Controller(Protocol):
     def choose(self, live_batch: int, context: int) -> int: ...
 
     def observe(
-        self,
-        gamma: int,
-        batch: int,
-        drafted: Sequence[int],
-        accepted: Sequence[int],
-        times: Mapping[str, float],
+        self, gamma: int, batch: int, drafted: Counts, accepted: Counts, times: Times
     ) -> None: ...
 
     def explain(self) -> str: ...
@@ -65,12 +64,7 @@ class FixedGamma:
         return self.gamma
 
     def observe(
-        self,
-        gamma: int,
-        batch: int,
-        drafted: Sequence[int],
-        accepted: Sequence[int],
-        times: Mapping[str, float],
+        self, gamma: int, batch: int, drafted: Counts, accepted: Counts, times: Times
     ) -> None:
         """Ignore the round: nothing depends on it."""
 
@@ -87,9 +81,10 @@ class _Round(NamedTuple):
     context: int
     probed: bool
     caught_up: bool  # after plain rounds the drafter first caught up on the tokens it missed
-    drafted: Sequence[int]
-    accepted: Sequence[int]
-    times: Mapping[str, float]
+    drafted: Counts
+    accepted: Counts
+    seconds: float
+    draft_seconds: float
 
 
 class AutoGamma:
@@ -176,12 +171,7 @@ class AutoGamma:
         return self._current
 
     def observe(
-        self,
-        gamma: int,
-        batch: int,
-        drafted: Sequence[int],
-        accepted: Sequence[int],
-        times: Mapping[str, float],
+        self, gamma: int, batch: int, drafted: Counts, accepted: Counts, times: Times
     ) -> None:
         """Take note of one finished round.
 
@@ -190,24 +180,30 @@ class AutoGamma:
             times: phase -> seconds; their sum is the round, unless ``"total"`` is given.
         """
         caught_up = gamma > 0 and self._asked_before == 0
+        seconds = times.get("total", 0.0) or sum(times.values())
         situation = gamma, batch, self._context, self._probing, caught_up
-        self._rounds.append(_Round(*situation, drafted, accepted, times))
+        measured = drafted, accepted, seconds, times.get("draft", 0.0)
+        self._rounds.append(_Round(*situation, *measured))
 
     def _learn(self) -> None:
-        for gamma, batch, context, probed, caught_up, drafted, accepted, times in self._rounds:
-            seconds = times.get("total", 0.0) or sum(times.values())
-            self.acceptance.update(gamma, drafted, accepted)
-            known = self._costs.observations(batch, gamma)
+        early, last = self._rounds[:-_ALIKE], self._rounds[-_ALIKE:]
+        plain = [r for r in early if r.gamma == 0]
+        for r in plain:  # of many, the last few say it all
+            self._budget.spend(0, r.seconds)
+        self.acceptance.idle(len(plain))
+        for r in [r for r in early if r.gamma] + last:
+            self.acceptance.update(r.gamma, r.drafted, r.accepted)
+            known = self._costs.observations(r.batch, r.gamma)
             # Catching up is not this arm's lasting cost, but what a probe costs all the same.
-            if caught_up and known:
-                expected = self._costs.seconds(batch, gamma, context)
-                self._budget.observe_catch_up(seconds - _NOISE * expected)
+            if r.caught_up and known:
+                expected = self._costs.seconds(r.batch, r.gamma, r.context)
+                self._budget.observe_catch_up(r.seconds - _NOISE * expected)
             else:
-                self._costs.observe(batch, gamma, context, seconds, times.get("draft", 0.0))
-            self._budget.spend(gamma, seconds)
-            if probed:
-                emitted = batch + sum(accepted)
-                self._budget.charge(seconds, emitted / self._goodputs[self._current])
+                self._costs.observe(r.batch, r.gamma, r.context, r.seconds, r.draft_seconds)
+            self._budget.spend(r.gamma, r.seconds)
+            if r.probed:
+                emitted = r.batch + sum(r.accepted)
+                self._budget.charge(r.seconds, emitted / self._goodputs[self._current])
         self._rounds.clear()
 
     def explain(self) -> str:

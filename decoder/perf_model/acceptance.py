@@ -52,7 +52,7 @@ class AcceptanceEstimator:
             accepted: accepted drafts per row, each at most its ``drafted``.
         """
         if gamma == 0:
-            self._age()
+            self.idle(1)
             return
         if gamma > self.max_gamma:
             raise ValueError(f"gamma must be at most max_gamma={self.max_gamma}, got {gamma}")
@@ -93,11 +93,12 @@ class AcceptanceEstimator:
             totals.append(total)
         return totals
 
-    def _age(self) -> None:
+    def idle(self, rounds: int) -> None:
+        """Age the evidence by ``rounds`` without drafts."""
         trials = self.trials
         if trials <= _IDLE_FLOOR:
             return
-        keep = max(_IDLE_DECAY, _IDLE_FLOOR / trials)
+        keep = max(_IDLE_DECAY**rounds, _IDLE_FLOOR / trials)
         self._hits = [value * keep for value in self._hits]
         self._trials = [value * keep for value in self._trials]
 
