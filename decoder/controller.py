@@ -23,6 +23,7 @@ from decoder.perf_model.step_cost import CorrectedCost, RoundCost, bucket_of
 from decoder.probing import Probe, ProbeBudget
 
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
+_LEAVE_GAIN = 0.04  # the same for leaving plain decoding, where going to and fro costs catching up
 _PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
 _PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
 _PLAN_PLAIN = 32  # the most between decisions that held to plain decoding, where little is learnt
@@ -227,7 +228,7 @@ class AutoGamma:
         best = max(range(len(goodputs)), key=goodputs.__getitem__)
         gain = goodputs[best] / goodputs[self._current] - 1.0
         # Falling back to plain decoding needs no margin: it is the safe choice.
-        threshold = 0.0 if best == 0 else _SWITCH_GAIN
+        threshold = 0.0 if best == 0 else _SWITCH_GAIN if self._current else _LEAVE_GAIN
         held = gain <= threshold
         if not held:
             self._current = best
