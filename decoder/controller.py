@@ -211,12 +211,8 @@ class AutoGamma:
         """Why the current draft length was chosen, in one line."""
         return self._reason
 
-    def goodputs(self, batch: int, context: int) -> list[float]:
-        """Predicted tokens per second of the whole batch for gamma = 0..max_gamma."""
-        self._learn()
-        return self._predicted(batch, context)
-
     def _predicted(self, batch: int, context: int) -> list[float]:
+        """Tokens per second of the whole batch for gamma = 0..max_gamma."""
         tokens = self.acceptance.expected_tokens()
         seconds = [self._costs.seconds(batch, gamma, context) for gamma in range(len(tokens))]
         # A longer draft cannot be cheaper: where it seems so, the shorter one's rounds stalled.

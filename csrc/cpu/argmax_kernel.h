@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "experts_kernel.h"
+#include "row_kernels.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -40,7 +40,7 @@ private:
                 const Vec v = columns(x, i, end);
                 tops = max(v, tops), poison = fma(v, splat(0.0f), poison);
             }
-            const float best = largest(tops);
+            const float best = max_lanes(tops);
             if (best > top) top = best, place = from;  // of the span
         }
         alignas(64) float lanes[kLanes];
@@ -75,14 +75,6 @@ private:
         load_row(lanes, x + i, end - i);
         for (int64_t l = end - i; l < kLanes; ++l) lanes[l] = lanes[0];
         return load(lanes);
-    }
-
-    static float largest(Vec v) {
-        alignas(64) float lanes[kLanes];
-        store(lanes, v);
-        float top = lanes[0];
-        for (int l = 1; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
-        return top;
     }
 
     const ArgmaxArgs& a_;

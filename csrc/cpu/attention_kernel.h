@@ -144,11 +144,9 @@ private:
             store(scores + i, scaled);
             tops = max(scaled, tops);
         }
-        alignas(64) float lanes[kLanes];
-        store(lanes, tops);
-        float top = s.top[m];
-        for (int l = 0; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
+        const float top = max_lanes(tops);  // at least s.top[m], which is in every lane
         if (s.top[m] != top) {
+            alignas(64) float lanes[kLanes];
             store(lanes, exp(splat(s.top[m] - top)));
             for (int64_t d = 0; d < width; ++d) s.acc[m * width + d] *= lanes[0];
             s.sum[m] *= lanes[0];

@@ -41,14 +41,14 @@ auto scoped(const char* name, const F& f) {
     return f();
 }
 
-Tensor timed_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
+Tensor scoped_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
     return scoped("moesd::linear", [&] { return linear(x, w, bias); });
 }
 
 Tensor run_mlp(const Mlp& m, const Tensor& x) {
-    const Tensor gate = timed_linear(x, m.gate, m.gate_bias), up = timed_linear(x, m.up, m.up_bias);
+    const Tensor gate = scoped_linear(x, m.gate, m.gate_bias), up = scoped_linear(x, m.up, m.up_bias);
     const Tensor inner = scoped("moesd::act_and_mul", [&] { return act_and_mul(gate, up, m.activation); });
-    return timed_linear(inner, m.down, m.down_bias);
+    return scoped_linear(inner, m.down, m.down_bias);
 }
 
 Tensor run_moe(const Moe& m, const Tensor& x) {
@@ -59,15 +59,14 @@ Tensor run_moe(const Moe& m, const Tensor& x) {
     scoped("moesd::experts", [&] {
         experts(x, m.gate_up, m.down, ids, weights, std::nullopt, std::nullopt, m.activation, true, false, false,
                 std::nullopt, std::nullopt, out);
-        return 0;
     });
     return out;
 }
 
 class LayerStack : public torch::CustomClassHolder {
 public:
-    // Appends a layer: its attention, the norm after it and the norm that follows the layer. Lists in the order of the
-    // arguments' names.
+    // Appends a layer: its attention, the norm after it and the norm that follows the layer. The four epsilons come in the
+    // order that their argument's name gives.
     void add_layer(Tensor qkv, OptTensor qkv_bias, OptTensor q_norm, OptTensor k_norm, Tensor out, OptTensor out_bias,
                    Tensor post_norm, Tensor following_norm, const std::vector<double>& q_k_post_following_eps,
                    double scale, int64_t window, int64_t q_heads, int64_t kv_heads) {
@@ -108,7 +107,7 @@ public:
         for (int64_t i = first; i < stop; ++i) {
             const Layer& layer = layers_[i];
             const Tensor attended = attend(layer, states, cos, sin, index, positions, rows, keys[i], values[i]);
-            const Tensor projected = timed_linear(attended, layer.out, layer.out_bias);
+            const Tensor projected = scoped_linear(attended, layer.out, layer.out_bias);
             std::tie(x, states) = add_norm(x, projected, layer.post_norm, layer.post_eps);
             if (!mlps || !(layer.mlp || layer.moe)) return {x, states, i};
             const Tensor delta = layer.mlp ? run_mlp(*layer.mlp, states) : run_moe(*layer.moe, states);
@@ -130,7 +129,7 @@ private:
     static Tensor attend(const Layer& layer, const Tensor& states, const Tensor& cos, const Tensor& sin,
                          const Tensor& index, const Tensor& positions, const OptTensor& rows, const Tensor& keys,
                          const Tensor& values) {
-        const Tensor qkv = timed_linear(states, layer.qkv, layer.qkv_bias);
+        const Tensor qkv = scoped_linear(states, layer.qkv, layer.qkv_bias);
         const int64_t head_dim = cos.size(-1), width = layer.kv_heads * head_dim;
         Tensor flat_keys = keys.view({-1, width}), flat_values = values.view({-1, width});
         const Tensor queries = scoped("moesd::rope_to_cache", [&] {

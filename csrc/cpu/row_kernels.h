@@ -14,6 +14,14 @@ inline float sum_lanes(Vec v) {
     return out[0];
 }
 
+inline float max_lanes(Vec v) {
+    alignas(64) float lanes[kLanes];
+    store(lanes, v);
+    float top = lanes[0];
+    for (int l = 1; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
+    return top;
+}
+
 template <class W>
 inline void scale_step(const W* x, const W* w, Vec scale, W* out) {
     store(out, mul(load(w), rounded(mul(load(x), scale), out)));
