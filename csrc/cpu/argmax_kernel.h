@@ -12,7 +12,7 @@ class ArgmaxKernel {
     static constexpr int64_t kSpan = 32 * kLanes;  // columns whose maximum is found before any place is looked for
 
 public:
-    explicit ArgmaxKernel(const ArgmaxArgs& a) : a_(a), rows_(a.rows) {}
+    explicit ArgmaxKernel(const ArgmaxArgs& a) : a_(a), rows_(a.rows, a.threads) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<ArgmaxKernel*>(self)->work(); }, this);
@@ -20,13 +20,13 @@ public:
 
 private:
     void work() {
-        for (int64_t r; (r = rows_.take()) < rows_.total;) {
+        rows_.share([this](int64_t r) {
             const W* x = static_cast<const W*>(a_.x) + r * a_.width;
             int64_t place = 0;
             const float top = by_spans(x, place);
             a_.ids[r] = place;
             a_.undefined[r] = !(top > -INFINITY);
-        }
+        });
     }
 
     // The largest value and its place. Rows with a NaN or an infinity are left to `one_by_one`.
@@ -49,10 +49,8 @@ private:
             if (std::isnan(lanes[l])) return one_by_one(x, place);
         }
         for (int64_t i = place;; i += kLanes) {
-            store(lanes, columns(x, i, a_.width));
-            for (int l = 0; l < kLanes; ++l) {
-                if (lanes[l] == top) return place = i + l, top;
-            }
+            const int lane = first_equal(columns(x, i, a_.width), splat(top));
+            if (lane < kLanes) return place = i + lane, top;
         }
     }
 
@@ -78,7 +76,7 @@ private:
     }
 
     const ArgmaxArgs& a_;
-    Counter rows_;
+    Rows rows_;
 };
 
 }  // namespace moesd::MOESD_ISA

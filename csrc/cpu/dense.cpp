@@ -34,7 +34,7 @@ Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta,
     args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(), args.eps = static_cast<float>(eps);
     args.out = out.mutable_data_ptr();
     if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
-    args.threads = team_size(x.numel());
+    args.threads = team_size(x.numel() * 4);
     args.run = run_team;
     kernels().rms_norm(args);
     return out;

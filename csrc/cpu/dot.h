@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "types.h"
 
@@ -120,6 +121,11 @@ void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, i
 template <class W>
 void pack_row(const W* src, int64_t n, typename Dot<W>::Act* dst) {
     constexpr int kStep = Dot<W>::kStep;
+    if constexpr (std::is_same_v<W, typename Dot<W>::Act>) {  // packed as it lies
+        std::memcpy(static_cast<void*>(dst), src, n * sizeof(W));
+        std::memset(static_cast<void*>(dst + n), 0, (align_depth(n) - n) * sizeof(W));
+        return;
+    }
     for (int64_t k = 0; k < align_depth(n); k += kStep) {
         alignas(64) float step[kStep];
         if (k + kStep <= n) {

@@ -3,11 +3,11 @@
 // in ascending order. Neither pass stores anything of size T * K * H, and no pass needs a reduction between threads.
 #pragma once
 
-#include <atomic>
 #include <cstring>
 
-#include "dot_rows.h"
 #include "activation.h"
+#include "dot_rows.h"
+#include "work.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -19,26 +19,6 @@ inline int chunk_tokens(int64_t row_bytes) {
     int64_t fit = kChunkBytes / row_bytes / kTileTokens * kTileTokens;
     return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens : fit < kMaxChunk ? fit : kMaxChunk);
 }
-
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-// Work taken item by item; `wait` returns when every item taken by anyone is finished. On cache lines of its own: every
-// `take` costs the other threads the line, and they must not lose what they only read with it.
-struct alignas(128) Counter {
-    std::atomic<int64_t> taken{0};
-    int64_t total;
-    alignas(128) std::atomic<int64_t> finished{0};
-    explicit Counter(int64_t n) : total(n) {}
-    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
-    void finish(int64_t n) { finished.fetch_add(n, std::memory_order_release); }
-    void wait() const {
-        while (finished.load(std::memory_order_acquire) < total) pause();
-    }
-};
 
 template <class W>
 class ExpertsKernel {
@@ -54,7 +34,7 @@ public:
           block_(a.inter <= kBlock && a.threads > 1 ? kDepthAlign : kBlock),
           blocks_((a.inter + block_ - 1) / block_),
           slice_(slice_rows(a)),
-          pack_((a.tokens + kPackTokens - 1) / kPackTokens),
+          pack_(a.tokens, a.threads),
           up_(a.num_active * blocks_),
           down_((a.hidden + slice_ - 1) / slice_) {}
 
@@ -63,8 +43,6 @@ public:
     }
 
 private:
-    static constexpr int64_t kPackTokens = 4;
-
     // Slices of the output: enough that threads end together, few enough that a slice is a long read and many tokens'
     // activations are re-read seldom.
     static int64_t slice_rows(const ExpertsArgs& a) {
@@ -74,12 +52,12 @@ private:
     }
 
     void work() {
-        int64_t done = 0;
-        for (int64_t i; (i = pack_.take()) < pack_.total; ++done) pack_tokens(i);
-        pack_.finish(done), pack_.wait();
+        pack_.share([this](int64_t t) {
+            pack_row(static_cast<const W*>(a_.x) + t * a_.hidden, a_.hidden, const_cast<Act*>(packed_x(t)));
+        });
+        pack_.wait();
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
-        done = 0;
-        int64_t i = up_.take();
+        int64_t done = 0, i = up_.take();
         while (i < up_.total) {
             int64_t following = up_.take();
             gate_up(i, following);
@@ -97,12 +75,6 @@ private:
     }
     const W* down_of(int64_t i) const {
         return static_cast<const W*>(a_.w_down) + a_.active[i] * a_.hidden * a_.inter;
-    }
-
-    void pack_tokens(int64_t i) {
-        for (int64_t t = i * kPackTokens; t < a_.tokens && t < (i + 1) * kPackTokens; ++t) {
-            pack_row(static_cast<const W*>(a_.x) + t * a_.hidden, a_.hidden, const_cast<Act*>(packed_x(t)));
-        }
     }
 
     // First weights of a gate/up item, or of the down projection after the last one.
@@ -234,7 +206,8 @@ private:
 
     const ExpertsArgs& a_;
     const int64_t depth_x_, depth_act_, up_rows_, block_, blocks_, slice_;
-    Counter pack_, up_, down_;
+    Rows pack_;
+    Counter up_, down_;
 };
 
 }  // namespace moesd::MOESD_ISA

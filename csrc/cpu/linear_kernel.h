@@ -15,7 +15,7 @@ public:
         : a_(a),
           depth_(align_depth(a.depth)),
           block_(a.features < 2 * kBlock * a.threads ? 16 : kBlock),
-          pack_(a.tokens),
+          pack_(a.tokens, a.threads),
           rows_((a.features + block_ - 1) / block_) {}
 
     void run() {
@@ -24,11 +24,8 @@ public:
 
 private:
     void work() {
-        int64_t done = 0;
-        for (int64_t t; (t = pack_.take()) < pack_.total; ++done) {
-            pack_row(static_cast<const W*>(a_.x) + t * a_.depth, a_.depth, packed(t));
-        }
-        pack_.finish(done), pack_.wait();
+        pack_.share([this](int64_t t) { pack_row(static_cast<const W*>(a_.x) + t * a_.depth, a_.depth, packed(t)); });
+        pack_.wait();
         int64_t i = rows_.take();
         while (i < rows_.total) {
             int64_t following = rows_.take();
@@ -63,7 +60,8 @@ private:
 
     const LinearArgs& a_;
     const int64_t depth_, block_;
-    Counter pack_, rows_;
+    Rows pack_;
+    Counter rows_;
 };
 
 }  // namespace moesd::MOESD_ISA

@@ -9,7 +9,7 @@ namespace moesd::MOESD_ISA {
 template <class W>
 class RopeKernel {
 public:
-    explicit RopeKernel(const RopeArgs& a) : a_(a), tokens_(a.tokens) {}
+    explicit RopeKernel(const RopeArgs& a) : a_(a), tokens_(a.tokens, a.threads) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<RopeKernel*>(self)->work(); }, this);
@@ -19,7 +19,7 @@ private:
     static constexpr int64_t kRow = kMaxHeadDim + kLanes;
 
     void work() {
-        for (int64_t t; (t = tokens_.take()) < tokens_.total;) place(t);
+        tokens_.share([this](int64_t t) { place(t); });
     }
 
     void place(int64_t t) const {
@@ -41,6 +41,7 @@ private:
     // out = x * cos + (-x's second half, x's first half) * sin of the normalised head x.
     void turn(const W* x, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
         const int64_t D = a_.head_dim, half = D / 2;
+        if (half % kLanes == 0) return turn_whole(x, norm, eps, cos, sin, out);
         alignas(64) W normed[kRow];
         if (norm) normalise_row(x, norm, D, eps, normed), x = normed;
         alignas(64) float head[kRow], turned[kRow];
@@ -53,8 +54,24 @@ private:
         store_row(out, head, D);
     }
 
+    // The same for halves of whole vectors, in registers.
+    void turn_whole(const W* x, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
+        const int64_t half = a_.head_dim / 2;
+        const Vec scale = norm ? inverse_rms(x, a_.head_dim, eps) : splat(1.0f);
+        const auto head = [&](int64_t d) {
+            return norm ? rounded(mul(load(norm + d), rounded(mul(load(x + d), scale), x)), x) : load(x + d);
+        };
+        for (int64_t d = 0; d < half; d += kLanes) {
+            const Vec a = head(d), b = head(half + d), minus_b = mul(splat(-1.0f), b);
+            const auto turned = [&](Vec v, Vec other, int64_t i) {
+                store(out + i, add(rounded(mul(v, load(cos + i)), x), rounded(mul(other, load(sin + i)), x)));
+            };
+            turned(a, minus_b, d), turned(b, a, half + d);
+        }
+    }
+
     const RopeArgs& a_;
-    Counter tokens_;
+    Rows tokens_;
 };
 
 }  // namespace moesd::MOESD_ISA

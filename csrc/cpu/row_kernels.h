@@ -3,7 +3,7 @@
 
 #include "activation.h"
 #include "dot.h"
-#include "experts_kernel.h"
+#include "work.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -14,28 +14,15 @@ inline float sum_lanes(Vec v) {
     return out[0];
 }
 
-inline float max_lanes(Vec v) {
-    alignas(64) float lanes[kLanes];
-    store(lanes, v);
-    float top = lanes[0];
-    for (int l = 1; l < kLanes; ++l) top = lanes[l] > top ? lanes[l] : top;
-    return top;
-}
-
 template <class W>
 inline void scale_step(const W* x, const W* w, Vec scale, W* out) {
     store(out, mul(load(w), rounded(mul(load(x), scale), out)));
 }
 
-// out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as transformers does.
+// 1 / rms(x) in every lane.
 template <class W>
-void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
+Vec inverse_rms(const W* x, int64_t width, float eps) {
     const int64_t whole = width / kLanes * kLanes;
-    alignas(64) W tail[3][kLanes] = {};
-    if (whole < width) {
-        std::memcpy(tail[0], x + whole, (width - whole) * sizeof(W));
-        std::memcpy(tail[1], w + whole, (width - whole) * sizeof(W));
-    }
     Vec squares = splat(0.0f), more[3] = {squares, squares, squares};  // four chains hide the latency of fma
     int64_t i = 0;
     for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
@@ -49,10 +36,24 @@ void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
     }
     squares = add(add(squares, more[0]), add(more[1], more[2]));
     for (; i < whole; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
-    if (whole < width) squares = fma(load(tail[0]), load(tail[0]), squares);
-    const Vec scale = splat(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps));
-    for (i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
     if (whole < width) {
+        alignas(64) W tail[kLanes] = {};
+        std::memcpy(tail, x + whole, (width - whole) * sizeof(W));
+        squares = fma(load(tail), load(tail), squares);
+    }
+    return splat(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps));
+}
+
+// out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as transformers does.
+template <class W>
+void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
+    const int64_t whole = width / kLanes * kLanes;
+    const Vec scale = inverse_rms(x, width, eps);
+    for (int64_t i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
+    if (whole < width) {
+        alignas(64) W tail[3][kLanes] = {};
+        std::memcpy(tail[0], x + whole, (width - whole) * sizeof(W));
+        std::memcpy(tail[1], w + whole, (width - whole) * sizeof(W));
         scale_step(tail[0], tail[1], scale, tail[2]);
         std::memcpy(out + whole, tail[2], (width - whole) * sizeof(W));
     }
@@ -62,24 +63,20 @@ void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
 template <class W>
 class NormKernel {
 public:
-    explicit NormKernel(const NormArgs& a) : a_(a), rows_((a.rows + kRows - 1) / kRows) {}
+    explicit NormKernel(const NormArgs& a) : a_(a), rows_(a.rows, a.threads) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<NormKernel*>(self)->work(); }, this);
     }
 
 private:
-    static constexpr int64_t kRows = 4;
-
     void work() {
-        for (int64_t i; (i = rows_.take()) < rows_.total;) {
-            for (int64_t r = i * kRows; r < a_.rows && r < (i + 1) * kRows; ++r) {
-                const int64_t at = r * a_.width;
-                const W* x = static_cast<const W*>(a_.x) + at;
-                if (a_.delta) x = add_row(x, static_cast<const W*>(a_.delta) + at, static_cast<W*>(a_.sum) + at);
-                normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps, static_cast<W*>(a_.out) + at);
-            }
-        }
+        rows_.share([this](int64_t r) {
+            const int64_t at = r * a_.width;
+            const W* x = static_cast<const W*>(a_.x) + at;
+            if (a_.delta) x = add_row(x, static_cast<const W*>(a_.delta) + at, static_cast<W*>(a_.sum) + at);
+            normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps, static_cast<W*>(a_.out) + at);
+        });
     }
 
     const W* add_row(const W* x, const W* delta, W* sum) const {
@@ -96,7 +93,7 @@ private:
     }
 
     const NormArgs& a_;
-    Counter rows_;
+    Rows rows_;
 };
 
 // act(gate) * up, the activation rounded to the dtype before the product, as transformers' dense MLPs do. Elements are
@@ -144,7 +141,7 @@ private:
 template <class W>
 class RouterKernel {
 public:
-    explicit RouterKernel(const RouterArgs& a) : a_(a), tokens_(a.tokens) {}
+    explicit RouterKernel(const RouterArgs& a) : a_(a), tokens_(a.tokens, a.threads) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<RouterKernel*>(self)->work(); }, this);
@@ -152,38 +149,53 @@ public:
 
 private:
     void work() {
-        for (int64_t t; (t = tokens_.take()) < tokens_.total;) route(t);
+        tokens_.share([this](int64_t t) { route(t); });
     }
 
     void route(int64_t t) const {
         alignas(64) float probs[kMaxExperts + kLanes] = {};
         const int64_t n = a_.experts;
         load_row(probs, static_cast<const W*>(a_.logits) + t * n, n);
-        float top = probs[0];
-        for (int64_t e = 1; e < n; ++e) top = probs[e] > top ? probs[e] : top;
-        for (int64_t e = n; e < n + kLanes; ++e) probs[e] = top - 200.0f;
+        for (int64_t e = n; e < n + kLanes; ++e) probs[e] = -INFINITY;
+        const float top = max_lanes(largest(probs, n));
         Vec sums = splat(0.0f);
         for (int64_t e = 0; e < n; e += kLanes) {
             store(probs + e, exp(sub(load(probs + e), splat(top))));
-            // Lanes past the last expert add exp(-87), which is below half an ulp of the sum (at least 1).
+            // Lanes past the last expert add exp(-87.3), which is below half an ulp of the sum (at least 1).
             sums = add(sums, load(probs + e));
         }
-        const float total = sum_lanes(sums);
-        for (int64_t e = 0; e < n; ++e) probs[e] /= total;
+        const Vec total = splat(sum_lanes(sums));
+        for (int64_t e = 0; e < n; e += kLanes) store(probs + e, div(load(probs + e), total));
+        for (int64_t e = n; e < n + kLanes; ++e) probs[e] = -1.0f;
         float* weights = a_.weights + t * a_.top_k;
         int64_t* ids = a_.ids + t * a_.top_k;
         float kept = 0.0f;
         for (int64_t k = 0; k < a_.top_k; ++k) {
-            int64_t best = 0;
-            for (int64_t e = 1; e < n; ++e) best = probs[e] > probs[best] ? e : best;
+            const int64_t best = place_of(splat(max_lanes(largest(probs, n))), probs, n);
             weights[k] = probs[best], ids[k] = best, kept += probs[best];
             probs[best] = -1.0f;
         }
         for (int64_t k = 0; a_.renormalize && k < a_.top_k; ++k) weights[k] /= kept;
     }
 
+    // Each lane's largest of probs[lane], probs[lane + kLanes], ...
+    static Vec largest(const float* probs, int64_t n) {
+        Vec tops = load(probs);
+        for (int64_t e = kLanes; e < n; e += kLanes) tops = max(load(probs + e), tops);
+        return tops;
+    }
+
+    // The lowest place of `value`; 0 if there is none, because the probabilities are NaN.
+    static int64_t place_of(Vec value, const float* probs, int64_t n) {
+        for (int64_t e = 0; e < n; e += kLanes) {
+            const int lane = first_equal(load(probs + e), value);
+            if (lane < kLanes) return e + lane;
+        }
+        return 0;
+    }
+
     const RouterArgs& a_;
-    Counter tokens_;
+    Rows tokens_;
 };
 
 }  // namespace moesd::MOESD_ISA

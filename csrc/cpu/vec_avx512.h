@@ -25,6 +25,13 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 
+// The largest lane; any of them when some are NaN.
+inline float max_lanes(Vec v) { return _mm512_reduce_max_ps(v); }
+// The first lane in which a and b are equal, or kLanes.
+inline int first_equal(Vec a, Vec b) {
+    return __builtin_ctz(1u << kLanes | _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ));
+}
+
 // 2^n for integral n in [-126, 127].
 inline Vec exp2_int(Vec n) {
     __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));

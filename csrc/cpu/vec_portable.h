@@ -23,6 +23,19 @@ inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// The largest lane; any of them when some are NaN.
+inline float max_lanes(Vec v) {
+    float top = v[0];
+    for (int l = 1; l < kLanes; ++l) top = v[l] > top ? v[l] : top;
+    return top;
+}
+// The first lane in which a and b are equal, or kLanes.
+inline int first_equal(Vec a, Vec b) {
+    int lane = 0;
+    while (lane < kLanes && a[lane] != b[lane]) ++lane;
+    return lane;
+}
+
 // 2^n for integral n in [-126, 127].
 inline Vec exp2_int(Vec n) {
     IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
