@@ -7,6 +7,10 @@ TORCH_LIBRARY(moesd, m) {
         "experts(Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "
         "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
         "float? activation_limit, float? activation_alpha, Tensor(a!) out) -> ()");
+    m.def(
+        "try_experts(Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "
+        "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
+        "float? activation_limit, float? activation_alpha) -> Tensor?");
     m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
     m.def(
         "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, int window, "

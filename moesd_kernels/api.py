@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .activations import canonical_activation
-from .backends import Request, choose_backend, into_new
+from .backends import Request, choose_backend
 from .validation import check_arguments
 
 
@@ -61,7 +62,7 @@ def fused_experts(
         ValueError: Shapes, devices or options do not fit together, or a name is unknown.
         RuntimeError: The named back-end cannot run here, or not on this call.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _traced(
             hidden_states,
             w_gate_up,
@@ -80,8 +81,27 @@ def fused_experts(
             batch_invariant,
             out,
         )
-    check = partial(
-        check_arguments,
+    direct = _direct.get(backend)
+    if direct is not None and out is None:
+        try:
+            result = direct(
+                *(
+                    hidden_states,
+                    w_gate_up,
+                    w_down,
+                    topk_ids,
+                    topk_weights,
+                    gate_up_bias,
+                    down_bias,
+                ),
+                *(activation, gated, interleaved, transposed, activation_limit, activation_alpha),
+            )
+        except (TypeError, ValueError, RuntimeError):
+            result = None  # what follows says what is wrong, in this function's names
+        if result is not None:
+            return result
+    activation = canonical_activation(activation)
+    check_arguments(
         *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights),
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
@@ -93,29 +113,16 @@ def fused_experts(
         out=out,
     )
     tensors = (w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias)
-    device = hidden_states.device
-    try:
-        activation = canonical_activation(activation)
-        request = Request(
-            device.type,
-            hidden_states.dtype,
-            needs_grad(hidden_states, *tensors),
-            w_gate_up.is_contiguous() and w_down.is_contiguous(),
-            batch_invariant,
-        )
-        function = choose_backend(backend, request)
-        operator = getattr(function, "operator", None)
-        # A mixture of devices would not reach the operator's own checks.
-        together = all(t is None or t.device == device for t in tensors)
-        if operator is not None and out is None and together:
-            return into_new(
-                *(operator, hidden_states, *tensors, activation, gated, interleaved, transposed),
-                *(activation_limit, activation_alpha),
-            )
-    except (TypeError, ValueError, RuntimeError):
-        check()  # says first what is wrong with the arguments, if that is the reason
-        raise
-    check()
+    request = Request(
+        hidden_states.device.type,
+        hidden_states.dtype,
+        needs_grad(hidden_states, *tensors),
+        w_gate_up.is_contiguous() and w_down.is_contiguous(),
+        batch_invariant,
+    )
+    function = choose_backend(backend, request)
+    if hasattr(function, "direct"):
+        _direct[backend] = function.direct
     return function(
         *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights),
         activation=activation,
@@ -129,6 +136,12 @@ def fused_experts(
         batch_invariant=batch_invariant,
         out=out,
     )
+
+
+# By the name it was asked for: the entry of a back-end that was chosen before and decides by
+# itself, in compiled code, whether a call is its own. When the weights come from memory, so does
+# the interpreter's code, and what it runs between two layers costs as much as a small one.
+_direct: dict[str, Callable[..., Tensor | None]] = {}
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -82,17 +82,9 @@ def _load_cpu() -> Callable[..., Tensor]:
             return experts(hidden_states, *tensors, out=out, **options)
         return out.copy_(experts(hidden_states, *tensors, **options))
 
-    # It checks its arguments itself. Checks and keyword arguments in Python cost as much as a small
-    # layer when both the weights and the interpreter's code have to come from memory.
-    fused_experts_cpu.operator = torch.ops.moesd.experts.default  # type: ignore[attr-defined]
+    # Checks all of its arguments itself and answers None to a call that is another back-end's.
+    fused_experts_cpu.direct = torch.ops.moesd.try_experts.default  # type: ignore[attr-defined]
     return fused_experts_cpu
-
-
-def into_new(operator: Callable[..., None], hidden_states: Tensor, *arguments: Any) -> Tensor:
-    """What a back-end's ``operator`` writes for these arguments, in a tensor of its own."""
-    out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    operator(hidden_states, *arguments, out)
-    return out
 
 
 def _triton_reason() -> str | None:

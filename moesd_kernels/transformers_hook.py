@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .api import fused_experts, needs_grad
-from .backends import Request, choose_backend, into_new
+from .backends import Request, choose_backend
 from .gates import recognise_gate
 
 logger = logging.getLogger(__name__)
@@ -201,13 +201,15 @@ def experts_forward(
             settings.batch_invariant,
         )
         function = choose_backend(settings.backend, request)
-        operator = getattr(function, "operator", None)
-        if operator is not None:
-            return into_new(
-                *(operator, hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
+        direct = getattr(function, "direct", None)
+        if direct is not None:
+            result = direct(
+                *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
                 *(gate_up_bias, down_bias, plan.activation, plan.gated, plan.interleaved),
                 *(plan.transposed, plan.limit, plan.alpha),
             )
+            if result is not None:
+                return result
     return function(
         *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
         activation=plan.activation,

@@ -1,4 +1,6 @@
 // moesd::experts: checks, the routing plan (a stable counting sort of the routed rows by expert), scratch.
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
@@ -159,6 +161,30 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     if (tokens > 0) kernels().experts(args);
 }
 
+namespace {
+
+// experts() in a new tensor, or nothing where these kernels do not serve the call. All of that is decided here because
+// deciding it in Python costs more than a small layer, when the interpreter has to come from memory like the weights.
+OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_ids,
+                      const Tensor& topk_weights, const OptTensor& gate_up_bias, const OptTensor& down_bias,
+                      c10::string_view activation, bool gated, bool interleaved, bool transposed,
+                      std::optional<double> limit, std::optional<double> alpha) {
+    const bool recording = at::GradMode::is_enabled();
+    const auto served = [recording](const Tensor& t) { return t.is_cpu() && !(recording && t.requires_grad()); };
+    const bool mine = served(hidden) && served(w_gate_up) && served(w_down) && served(topk_ids) &&
+                      served(topk_weights) && (!gate_up_bias || served(*gate_up_bias)) &&
+                      (!down_bias || served(*down_bias)) && w_gate_up.is_contiguous() && w_down.is_contiguous() &&
+                      hidden.scalar_type() != at::kDouble;
+    if (!mine) return std::nullopt;
+    Tensor out = at::empty(hidden.sizes(), hidden.options());
+    experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias, activation, gated, interleaved,
+            transposed, limit, alpha, out);
+    return out;
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(moesd, CPU, m) { m.impl("experts", &experts); }
+TORCH_LIBRARY_IMPL(moesd, CompositeExplicitAutograd, m) { m.impl("try_experts", &try_experts); }
 
 }  // namespace moesd

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.oracle import check_experts, eager_experts, make_case
 
-from moesd_kernels import available_backends, fused_experts
+from moesd_kernels import api, available_backends, fused_experts
 from moesd_kernels.backends import BACKENDS, Request, choose_backend
 
 HERE = [name for name, reason in available_backends().items() if reason is None]
@@ -55,6 +55,22 @@ def run(case, backend, **more):
     result = fused_experts(*case.tensors, **case.options, backend=backend, out=out, **more)
     assert result is out
     return out
+
+
+def test_calls_the_direct_entry_does_not_serve_go_the_long_way():
+    """After a plain call: gradients, strided weights, doubles; wrong arguments by their names."""
+    case = make_case(4, 2, 3, 32, 16)
+    x, w_gate_up, w_down, ids, weights = case.tensors
+    check_experts(fused_experts(*case.tensors), case)
+    wanted = fused_experts(x, w_gate_up.clone().requires_grad_(), w_down, ids, weights)
+    assert wanted.requires_grad
+    strided = w_gate_up.mT.contiguous().mT
+    assert not strided.is_contiguous()
+    check_experts(fused_experts(x, strided, w_down, ids, weights), case)
+    double = fused_experts(x.double(), w_gate_up.double(), w_down.double(), ids, weights)
+    assert double.dtype == torch.float64
+    with pytest.raises(ValueError, match="topk_ids"):
+        fused_experts(x, w_gate_up, w_down, ids[:2], weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,8 +187,17 @@ def test_unavailable_backend_raises_with_the_reason():
                 fused_experts(*case.tensors, backend=name)
 
 
-def test_auto_logs_its_choice_once(caplog):
+@pytest.fixture
+def nothing_chosen(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(api, "_direct", {})
     choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_chosen")
+def test_auto_logs_its_choice_once(caplog):
     case = make_case(2, 1, 2, 8, 4)
     with caplog.at_level(logging.INFO, "moesd_kernels.backends"):
         fused_experts(*case.tensors)
@@ -180,16 +205,15 @@ def test_auto_logs_its_choice_once(caplog):
     assert len([r for r in caplog.records if "use backend" in r.getMessage()]) == 1
 
 
+@pytest.mark.usefixtures("nothing_chosen")
 def test_auto_falls_back_and_says_why(caplog, monkeypatch):
     from moesd_kernels import cpu_ops
 
     monkeypatch.setattr(cpu_ops, "unavailable", lambda: "no C++ compiler found")
-    choose_backend.cache_clear()
     case = make_case(4, 2, 3, 32, 16)
     with caplog.at_level(logging.WARNING, "moesd_kernels.backends"):
         check_experts(fused_experts(*case.tensors), case)
     assert "'torch'" in caplog.text and "no C++ compiler found" in caplog.text
-    choose_backend.cache_clear()
 
 
 def test_auto_never_takes_an_unmeasured_backend():
