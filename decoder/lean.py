@@ -45,9 +45,10 @@ class LeanForward:
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._mlps = [layer.mlp for layer in base.layers]
         self._stack = kernels_hook.layer_stack()
+        self.whole = True  # whether the stack has every MLP
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
             _add_attention(self._stack, layer, following, windows)
-            kernels_hook.set_mlp(self._stack, layer.mlp)
+            self.whole &= kernels_hook.set_mlp(self._stack, layer.mlp)
         self._cache = cache
         self._max_length = max_length
         self._rotary = base.rotary_emb
@@ -76,8 +77,7 @@ class LeanForward:
         kept: dict[int, Tensor] = {}
         x = torch.embedding(self._embedding, input_ids.reshape(-1))  # [T, H]
         states = torch.ops.moesd.rms_norm.default(x, *self._norms[0])
-        layers = self._cache.ragged_layers
-        slabs = [layer.keys for layer in layers], [layer.values for layer in layers]
+        slabs = self._slabs()
         places = self._cache.write_index, placement.positions, placement.slots
         angles = self._angles(position_ids.reshape(-1))
         at = 0
@@ -94,14 +94,42 @@ class LeanForward:
         kept[self.num_layers] = last = states.view(B, Q, -1)
         return last, [kept[index] for index in wanted]
 
+    def continue_greedily(
+        self, input_ids: Tensor, positions: Tensor, slots: Tensor, head: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """What ``count`` forwards, each fed the last one's most probable token, would choose.
+
+        Args:
+            input_ids: ``[B, W]`` newest tokens, the latest in the last column.
+            positions: ``[B, W]``, -1 where padding; the cache has room for ``count - 1`` more.
+            slots: ``[B]`` cache rows.
+            head: ``[V, H]`` output projection.
+            count: tokens to choose, at least 1.
+
+        Returns:
+            Tokens ``[B, count]``, and bool ``[B, count]``: logits that had no largest value.
+        """
+        return self._stack.continue_greedily(
+            *(input_ids, positions, slots, self._embedding, *self._norms[0], head),
+            *(*self._by_position(), *self._slabs(), count),
+        )
+
+    def _slabs(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        layers = self._cache.ragged_layers
+        return [layer.keys for layer in layers], [layer.values for layer in layers]
+
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[T, D]``, from the model's own rotary module."""
+        """Cosines and sines ``[T, D]`` of the positions."""
+        cos, sin = self._by_position()
+        return torch.embedding(cos, positions), torch.embedding(sin, positions)
+
+    def _by_position(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[max_length, D]``, from the model's own rotary module."""
         if self._tables is None or self._tables[0].dtype != self._embedding.dtype:
-            every = torch.arange(self._max_length, device=positions.device)[None]
+            every = torch.arange(self._max_length, device=self._embedding.device)[None]
             cos, sin = self._rotary(self._embedding, every)
             self._tables = cos[0], sin[0]
-        cos, sin = self._tables
-        return torch.embedding(cos, positions), torch.embedding(sin, positions)
+        return self._tables
 
 
 def lean_forward(

@@ -175,6 +175,20 @@ class ModelRunner:
         assert logits is not None
         return ForwardOutput(logits, hidden)
 
+    @torch.inference_mode()
+    def continue_greedily(
+        self, input_ids: Tensor, slots: Tensor, positions: Tensor, count: int, max_position: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """What ``count`` forwards would choose: see ``LeanForward.continue_greedily``.
+
+        ``None`` when this model's steps cannot be taken together. Arguments as in ``forward``.
+        """
+        lean, head = self._lean, self._head
+        if lean is None or not lean.whole or head.bias is not None or self._eager or self._graphs:
+            return None
+        self.cache.reserve(max_position + count)
+        return lean.continue_greedily(input_ids, positions, slots, head.weight, count)
+
     def _run(
         self,
         input_ids: Tensor,
@@ -193,7 +207,7 @@ class ModelRunner:
             states, kept = self._lean(*where, hidden_layers, self._eager)
             logits = self._head(_gather(states, logits_positions))
         else:
-            with ragged.placed(placement), self._ragged_attention():
+            with ragged.placed(placement), ragged.used_by(self._configs):
                 logits, kept = self._model_forward(
                     input_ids, position_ids, hidden_layers, logits_positions
                 )
@@ -239,17 +253,6 @@ class ModelRunner:
         finally:
             self._eager = previous
 
-    @contextmanager
-    def _ragged_attention(self) -> Iterator[None]:
-        previous = [config._attn_implementation_internal for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation_internal = ragged.NAME
-        try:
-            yield
-        finally:
-            for config, name in zip(self._configs, previous, strict=True):
-                config._attn_implementation_internal = name
-
     @torch.inference_mode()
     def _probe(self) -> bool:
         """Run two tokens: learn the windows, whether logits are ``lm_head(base(...))``, and
@@ -273,7 +276,7 @@ class ModelRunner:
             f"{type(self.model).__name__} cannot be decoded over a ragged cache: expected every "
             "layer to use transformers' attention interface and its cache, got "
         )
-        with ragged.placed(placement), self._ragged_attention():
+        with ragged.placed(placement), ragged.used_by(self._configs):
             try:
                 logits = self.model(**inputs).logits
             except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -296,4 +299,4 @@ def _gather(states: Tensor, index: Tensor | None) -> Tensor:
     """``states[b, index[b, i]]``: ``[B, Q, W]`` and ``[B, n]`` to ``[B, n, W]``."""
     if index is None:
         return states
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+    return states.take_along_dim(index[..., None], dim=1)

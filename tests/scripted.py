@@ -27,6 +27,12 @@ class GreedySampler:
         assert logits.shape[1] == 1 and positions.shape == logits.shape[:2]
         return SimpleNamespace(probs=None, argmax=logits.float().argmax(-1))
 
+    def takes_argmax(self, slots: Tensor) -> bool:
+        return True
+
+    def record(self, undefined: Tensor, slots: Tensor, positions: Tensor) -> None:
+        assert not undefined.any()
+
     def draw_draft(self, probs: Any, slots: Tensor, positions: Tensor) -> Tensor:
         return probs.argmax[:, 0]
 

@@ -1,5 +1,9 @@
-// moesd::LayerStack: the decoder layers of a Llama-shaped model, walked without the interpreter between their ops.
+// moesd::LayerStack: the decoder layers of a Llama-shaped model, walked without the interpreter between their ops, and
+// its greedy continuation, without the interpreter between its steps.
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
@@ -116,7 +120,57 @@ public:
         return {x, states, stop};
     }
 
+    // The `count` >= 1 tokens that follow each row greedily, [B, count], and where no token was the largest, [B, count].
+    //
+    // ids and positions [B, W]: the newest tokens of every row, the latest in the last column; -1 is padding, which goes to
+    // the cache's last slot. embedding [V, H]; norm, eps: before the first layer; head [V, H]; cos, sin [S, D] by position;
+    // rows, keys, values as of `run`. Every layer must have its MLP.
+    std::tuple<Tensor, Tensor> continue_greedily(const Tensor& ids, const Tensor& positions, const Tensor& rows,
+                                                 const Tensor& embedding, const Tensor& norm, double eps,
+                                                 const Tensor& head, const Tensor& cos, const Tensor& sin,
+                                                 const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                                                 int64_t count) const {
+        TORCH_CHECK_VALUE(ids.dim() == 2 && ids.sizes() == positions.sizes() && rows.numel() == ids.size(0),
+                          "expected ids and positions [B, W] and rows [B], got ", ids.sizes(), ", ", positions.sizes(),
+                          " and ", rows.sizes());
+        TORCH_CHECK_VALUE(!keys.empty(), "expected the slabs of at least one layer, got none");
+        const int64_t batch = ids.size(0), depth = static_cast<int64_t>(layers_.size());
+        Tensor tokens = at::empty({batch, count}, ids.options());
+        Tensor undefined = at::empty({batch, count}, ids.options().dtype(at::kBool));
+        Tensor fed = ids.contiguous(), at = positions.contiguous();
+        for (int64_t step = 0; step < count; ++step) {
+            const int64_t width = fed.size(1);
+            const auto [index, angle] = places(at, rows, keys[0].size(1));
+            const Tensor x = at::index_select(embedding, 0, fed.view(-1));
+            const Tensor states = rms_norm(x, norm, eps);
+            const auto [stream, normed, reached] =
+                run(x, states, at::index_select(cos, 0, angle), at::index_select(sin, 0, angle), index, at, rows, keys,
+                    values, 0, depth, true);
+            TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ", reached);
+            const Tensor latest = normed.view({batch, width, -1}).select(1, width - 1);
+            const auto [best, none] = argmax(scoped_linear(latest, head, std::nullopt));
+            tokens.select(1, step).copy_(best), undefined.select(1, step).copy_(none);
+            fed = best.unsqueeze(1), at = at::add(at.slice(1, width - 1), 1);
+        }
+        return {tokens, undefined};
+    }
+
 private:
+    // Where the tokens at `positions` [B, W] go in slabs of `slots` slots, and the positions of their angles: both [B * W].
+    static std::pair<Tensor, Tensor> places(const Tensor& positions, const Tensor& rows, int64_t slots) {
+        Tensor index = at::empty({positions.numel()}, positions.options()), angle = at::empty_like(index);
+        const auto position = positions.accessor<int64_t, 2>();
+        const auto row = rows.accessor<int64_t, 1>();
+        int64_t *to = index.mutable_data_ptr<int64_t>(), *turn = angle.mutable_data_ptr<int64_t>();
+        for (int64_t b = 0; b < positions.size(0); ++b) {
+            for (int64_t w = 0; w < positions.size(1); ++w) {
+                const int64_t p = position[b][w];
+                *to++ = row[b] * slots + (p < 0 ? slots - 1 : p), *turn++ = p < 0 ? 0 : p;
+            }
+        }
+        return {index, angle};
+    }
+
     Layer& last() {
         TORCH_CHECK_VALUE(!layers_.empty(), "expected a layer to have been added, got none");
         return layers_.back();
@@ -154,7 +208,8 @@ TORCH_LIBRARY_FRAGMENT(moesd, m) {
         .def("add_layer", &LayerStack::add_layer)
         .def("set_mlp", &LayerStack::set_mlp)
         .def("set_moe", &LayerStack::set_moe)
-        .def("run", &LayerStack::run);
+        .def("run", &LayerStack::run)
+        .def("continue_greedily", &LayerStack::continue_greedily);
 }
 
 }  // namespace moesd

@@ -34,6 +34,8 @@ void run_team(int threads, void (*body)(void*), void* ctx);
 
 using OptTensor = std::optional<at::Tensor>;
 
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& w, double eps);
+std::tuple<at::Tensor, at::Tensor> argmax(const at::Tensor& x);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const OptTensor& bias);
 std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& w,
                                                 double eps);

@@ -196,6 +196,16 @@ class DraftChain:
         self._positions = self._positions + 1
         return token[:, None]
 
+    def take(self, tokens: Tensor, undefined: Tensor) -> Draft:
+        """The draft of all ``tokens [B, G]`` that the model chose greedily by itself.
+
+        Raises:
+            FloatingPointError: where its logits had no largest value, ``undefined [B, G]``.
+        """
+        self._tokens = tokens
+        self._sampler.record(undefined, self._slots, self._positions)
+        return self.finish()
+
     def finish(self) -> Draft:
         lengths = torch.full_like(self._slots, self._tokens.shape[1])
         return Draft(self._tokens, torch.cat(self._probs, dim=1) if self._probs else None, lengths)

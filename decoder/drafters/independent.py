@@ -55,7 +55,7 @@ class IndependentDrafter:
         self.runner = ModelRunner(self.model, runner.max_batch_size, runner.max_length)
         self._sampler = sampler
         self._last_id = draft_size - 1
-        self._clamp = draft_size < sampler.vocab_size
+        self._same_ids = draft_size == sampler.vocab_size
         # Slots below it hold keys and values of committed tokens, or of drafts that the next
         # state will show to have been committed.
         self._synced = [0] * runner.max_batch_size
@@ -76,6 +76,12 @@ class IndependentDrafter:
         last = torch.full_like(state.slots, tokens.shape[1] - 1)[:, None]
         longest = max(state.host_lengths)
         chain = DraftChain(self._sampler, state, gamma)
+        for slot, length in state.host_rows():
+            self._synced[slot] = length + gamma
+        if self._same_ids and self._sampler.takes_argmax(state.slots):
+            whole = self.runner.continue_greedily(tokens, state.slots, positions, gamma, longest)
+            if whole is not None:
+                return chain.take(*whole)
         for step in range(gamma):
             if step:
                 positions = state.lengths[:, None] + step
@@ -87,8 +93,6 @@ class IndependentDrafter:
                 max_position=longest + step,
             )
             tokens = chain.draw(fit_vocab(out.logits, self._sampler.vocab_size))
-        for slot, length in state.host_rows():
-            self._synced[slot] = length + gamma
         return chain.finish()
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
@@ -150,7 +154,7 @@ class IndependentDrafter:
 
     def _known(self, tokens: Tensor) -> Tensor:
         """Ids past the draft's embedding table, which only the target knows, become its last."""
-        return tokens.clamp(max=self._last_id) if self._clamp else tokens
+        return tokens if self._same_ids else tokens.clamp(max=self._last_id)
 
 
 def _check_context(model: Any, max_length: int) -> None:

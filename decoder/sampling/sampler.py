@@ -102,6 +102,10 @@ class Sampler:
         """Whether an argmax decides every row. Known on the host without waiting for the device."""
         return self._table.all_greedy(slots)
 
+    def takes_argmax(self, slots: Iterable[int] | Tensor) -> bool:
+        """Whether every row's token is the largest of its logits as the model gave them."""
+        return self.all_greedy(slots) and not self._adjustments.active
+
     def distribution(
         self, logits: Tensor, slots: Tensor, positions: Tensor, prefix: Tensor | None = None
     ) -> Probs:
@@ -131,12 +135,12 @@ class Sampler:
             logits = self._adjustments.apply(logits, slots, positions, prefix)
         if greedy_only:
             best, undefined = most_probable(logits)
-            self._record(undefined, slots, positions)
+            self.record(undefined, slots, positions)
             return Probs(None, best)
         any_greedy = self._table.features.any_greedy
         choice = most_probable(logits)[0] if any_greedy else None
         probs, undefined = truncated(logits, slots, self._table)
-        self._record(undefined, slots, positions)
+        self.record(undefined, slots, positions)
         if choice is not None:
             probs = one_hot_where(self._table.greedy[slots], choice, probs)
         return Probs(probs, None)
@@ -250,7 +254,8 @@ class Sampler:
         assert probs.probs is not None
         return race(probs.probs[:, 0], rng.key(seeds, positions, stream))
 
-    def _record(self, undefined: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def record(self, undefined: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Note where logits define no distribution, ``[B, Q]``; on the CPU, raise for it."""
         on_cpu = self.device.type == "cpu"
         if on_cpu and not undefined.any():  # the usual case, cheaply
             return

@@ -89,6 +89,45 @@ def test_mlps_run_as_modules_where_someone_has_changed_them(family):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_greedy_continuation_is_that_of_single_forwards(family, dtype):
+    """From two tokens per row, one of which is padding: the same choices and the same cache."""
+    runner = ModelRunner(build(family, dtype), 4, 64)
+    slots, lengths = torch.tensor([2, 0, 3]), torch.tensor([7, 3, 9])
+    prompts, ids = torch.randint(1, VOCAB, (3, 9)), torch.randint(1, VOCAB, (3, 2))
+    start = torch.stack([lengths - 1, lengths], dim=1)
+    start[1, 0] = -1
+    runner.prefill(slots, prompts, lengths)
+    together = runner.continue_greedily(ids, slots, start, 4, 9)
+    if family == "Qwen2Moe":  # its shared expert runs as a module, between the layers
+        assert together is None
+        return
+    tokens, undefined = together
+    layers = runner.cache.ragged_layers
+    written = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
+    runner.prefill(slots, prompts, lengths)
+    fed, positions, chosen = ids, start, []
+    for _ in range(4):
+        logits = runner.forward(fed, slots, positions).logits[:, -1:]
+        fed, positions = logits.float().argmax(-1), positions[:, -1:] + 1
+        chosen.append(fed)
+    assert torch.equal(tokens, torch.cat(chosen, dim=1))
+    assert not undefined.any()
+    for layer, (keys, values) in zip(layers, written, strict=True):
+        for now, then in ((layer.keys, keys), (layer.values, values)):
+            assert torch.equal(now[slots, :14], then[slots, :14])
+
+
+def test_greedy_continuation_says_where_logits_have_no_largest():
+    model = build("Qwen3", torch.float32)
+    runner = ModelRunner(model, 1, 32)
+    model.lm_head.weight.data.fill_(float("nan"))
+    one = torch.zeros(1, 1, dtype=torch.long)
+    _, undefined = runner.continue_greedily(one, one[0], one, 2, 0)
+    assert undefined.all()
+
+
 def test_not_used_without_our_kernels_or_for_other_shapes():
     model = build("Olmoe", torch.float32, num_experts=4, num_experts_per_tok=2)
     assert ModelRunner(model, 1, 32)._lean is None

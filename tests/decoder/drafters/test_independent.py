@@ -10,6 +10,7 @@ import torch
 from scripted import GreedySampler, Script
 from tiny import VOCAB, greedy_reference, random_prompts, tiny_model
 
+from decoder import kernels_hook
 from decoder.drafters.independent import IndependentDrafter
 from decoder.drafters.vocab import fit_vocab, vocabulary_mismatch
 from decoder.runner import ModelRunner
@@ -17,9 +18,13 @@ from decoder.runner import ModelRunner
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def draft_model() -> Any:
-    return tiny_model("llama", seed=3, num_hidden_layers=1)
+@pytest.fixture(scope="module", params=["transformers", "kernels"])
+def draft_model(request: pytest.FixtureRequest) -> Any:
+    """With kernels, the drafter's greedy steps are taken together."""
+    model = tiny_model("llama", seed=3, num_hidden_layers=1)
+    if request.param == "kernels" and not kernels_hook.accelerate(model):
+        pytest.skip("the CPU kernels are not available")
+    return model
 
 
 @pytest.fixture(scope="module")
