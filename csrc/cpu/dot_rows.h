@@ -56,12 +56,14 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
         const W* const last[4] = {group.tail[0] - k, group.tail[1] - k, group.tail[2] - k, group.tail[3] - k};
         D::step(acc, x, last, k);
     }
+    if (k0 > 0) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-        float sums[4];
-        sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], sums);
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) out[m * ld + n] = k0 > 0 ? out[m * ld + n] + sums[n] : sums[n];
+        for (int m = 0; m < M; ++m, out += ld) {
+            store(out, add(load_quad(out), sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3])));
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m, out += ld) store(out, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
     }
 }
 
@@ -75,14 +77,16 @@ inline void for_size(int count, const F& f) {
 }
 
 // Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of tiles and two groups of
-// weight rows then stay in the first-level cache. Blocks depend on the depth alone, so rows keep their bits.
-constexpr int64_t kDepthBytes = 3072;
+// weight rows then stay in the first-level cache. What is a little longer stays whole: a block more costs more than that.
+// Blocks depend on the depth alone, so rows keep their bits.
+constexpr int64_t kDepthBytes = 2048, kWholeBytes = 3072;
 
 template <class W>
 inline int64_t depth_block(int64_t depth) {
-    constexpr int64_t most = kDepthBytes / sizeof(typename Dot<W>::Act), step = Dot<W>::kStep;
+    constexpr int64_t size = sizeof(typename Dot<W>::Act), most = kDepthBytes / size, step = Dot<W>::kStep;
+    if (depth * size <= kWholeBytes) return depth > 0 ? depth : step;
     const int64_t blocks = (depth + most - 1) / most;
-    return blocks == 0 ? step : ((depth + blocks - 1) / blocks + step - 1) / step * step;
+    return ((depth + blocks - 1) / blocks + step - 1) / step * step;
 }
 
 // The rows that visit t of `tiles` to a group of four fetches. A lone tile reads its own group, a little ahead of itself,
@@ -140,7 +144,7 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
             D::step(acc, x, group, whole);
         }
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3], out + m * ld + j);
+        for (int m = 0; m < M; ++m) store(out + m * ld + j, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
     }
 }
 
@@ -162,26 +166,39 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
         return;
     }
     const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
-    for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
+    // Tiles [from, to) over the four rows from j on, in the block of the depth that begins at k0.
+    const auto visit = [&](int64_t k0, int64_t j, int from, int to, const W* following, const W* later) {
         const int64_t length = whole - k0 < block ? whole - k0 : block;
-        const bool ends = k0 + length == whole, has_tail = ends && whole < depth;
-        const W* after = ends ? next : w + k0 + block;
+        const bool has_tail = k0 + length == whole && whole < depth;
+        alignas(64) W tail[4][kStep];
+        Group<W> group{{}, length, has_tail ? tail : nullptr};
+        for (int n = 0; n < 4; ++n) {
+            group.rows[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
+            if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
+        }
+        for (int t = from; t < to; ++t) {
+            const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, stride, length);
+            const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
+            for_size<kTileTokens>(size,
+                                  [&]<int M>() { dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + j, ld); });
+        }
+    };
+    if (tiles == 1) {  // waits for memory, which is fastest along whole rows
+        for (int64_t j = 0; j < rows; j += 4) {
+            const W* group = w + j * stride;
+            for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
+                const bool ends = k0 + block >= whole;
+                visit(k0, j, 0, 1, !ends ? group + k0 + block : j + 4 < rows ? group + 4 * stride : next, nullptr);
+            }
+        }
+        return;
+    }
+    for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
+        const W* after = k0 + block >= whole ? next : w + k0 + block;
         for (int pair = 0; pair < tiles; pair += 2) {
             for (int64_t j = 0; j < rows; j += 4) {
-                alignas(64) W tail[4][kStep];
-                Group<W> group{{}, length, has_tail ? tail : nullptr};
-                for (int n = 0; n < 4; ++n) {
-                    group.rows[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
-                    if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
-                }
                 const W* following = j + 4 < rows ? w + (j + 4) * stride + k0 : after;
-                const W* later = after ? after + j * stride : nullptr;
-                for (int t = pair; t < tiles && t < pair + 2; ++t) {
-                    const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, stride, length);
-                    const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
-                    for_size<kTileTokens>(
-                        size, [&]<int M>() { dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + j, ld); });
-                }
+                visit(k0, j, pair, pair + 2 < tiles ? pair + 2 : tiles, following, after ? after + j * stride : nullptr);
             }
         }
     }

@@ -10,7 +10,7 @@ namespace moesd::MOESD_ISA {
 inline float sum_lanes(Vec v) {
     float out[4];
     const Vec zero = splat(0.0f);
-    sum4(v, zero, zero, zero, out);
+    store(out, sum4(v, zero, zero, zero));
     return out[0];
 }
 

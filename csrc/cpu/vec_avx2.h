@@ -114,9 +114,14 @@ constexpr bool kSplitsEvenOdd = false;
 template <>
 inline constexpr bool kSplitsEvenOdd<bf16> = true;
 
-inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+using Quad = __m128;
+inline Quad load_quad(const float* p) { return _mm_loadu_ps(p); }
+inline Quad add(Quad a, Quad b) { return _mm_add_ps(a, b); }
+inline void store(float* p, Quad v) { _mm_storeu_ps(p, v); }
+
+inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     Vec s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -117,13 +117,18 @@ inline void pad_step(const bf16* src, int64_t n, bf16* dst) {
     _mm512_store_si512(dst, _mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, src));
 }
 
+using Quad = __m128;
+inline Quad load_quad(const float* p) { return _mm_loadu_ps(p); }
+inline Quad add(Quad a, Quad b) { return _mm_add_ps(a, b); }
+inline void store(float* p, Quad v) { _mm_storeu_ps(p, v); }
+
 // Interleaving before folding: one tree of shuffles for four sums, where four folds would need seven more instructions.
-inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
     const Vec abcd = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -112,11 +112,12 @@ inline void from_pack_order(const W*, Vec&, Vec&) {}
 template <class W>
 constexpr bool kSplitsEvenOdd = false;
 
-inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
-    out[0] = (a[0] + a[1]) + (a[2] + a[3]);
-    out[1] = (b[0] + b[1]) + (b[2] + b[3]);
-    out[2] = (c[0] + c[1]) + (c[2] + c[3]);
-    out[3] = (d[0] + d[1]) + (d[2] + d[3]);
+using Quad = Vec;
+inline Quad load_quad(const float* p) { return load(p); }
+
+inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
+    return Quad{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]),
+                (d[0] + d[1]) + (d[2] + d[3])};
 }
 
 }  // namespace moesd::MOESD_ISA
