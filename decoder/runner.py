@@ -297,6 +297,4 @@ class ModelRunner:
 
 def _gather(states: Tensor, index: Tensor | None) -> Tensor:
     """``states[b, index[b, i]]``: ``[B, Q, W]`` and ``[B, n]`` to ``[B, n, W]``."""
-    if index is None:
-        return states
-    return states.take_along_dim(index[..., None], dim=1)
+    return states if index is None else states.take_along_dim(index[..., None], dim=1)
