@@ -32,8 +32,12 @@ def transformers_norm(x, w, eps):
     return w * wide.to(x.dtype)
 
 
-# One row and column; a depth below a vector; rows not a multiple of the tile; several token chunks.
-LINEAR_SHAPES = [(1, 1, 1), (3, 7, 5), (4, 64, 130), (70, 1040, 67), (13, 256, 1024), (0, 8, 8)]
+# One row and column; a depth below a vector; rows not a multiple of the tile; several token chunks;
+# several blocks of the depth, for one tile of rows and for many.
+LINEAR_SHAPES = [
+    *[(1, 1, 1), (3, 7, 5), (4, 64, 130), (70, 1040, 67), (13, 256, 1024), (0, 8, 8)],
+    *[(2, 3333, 37), (20, 3333, 37)],
+]
 
 
 @DTYPES
@@ -48,8 +52,9 @@ def test_linear(shape, bias, dtype):
 
 
 @DTYPES
-def test_linear_rows_do_not_depend_on_the_batch(dtype, threads):
-    x, w = randn(64, 328, dtype=dtype), randn(150, 328, dtype=dtype, seed=1)
+@pytest.mark.parametrize("depth", [328, 3333])
+def test_linear_rows_do_not_depend_on_the_batch(depth, dtype, threads):
+    x, w = randn(64, depth, dtype=dtype), randn(150, depth, dtype=dtype, seed=1)
     whole = cpu_ops.linear(x, w)
     for count in (1, 2):
         threads(count)
