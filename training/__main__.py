@@ -90,13 +90,14 @@ def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
 
     from training.eagle import load_eagle
     from training.evaluate import evaluate
-    from training.teacher import load_teacher
+    from training.teacher import load_teacher, writer
 
     draft = None
     if (path / "draft").exists():
         draft = AutoModelForCausalLM.from_pretrained(path / "draft", dtype=torch.float32).eval()
     head = load_eagle(path / "eagle") if (path / "eagle").exists() else None
-    return evaluate(load_teacher(path / "target"), draft, head, tokens, tokenizer)
+    target = path / "target"
+    return evaluate(load_teacher(target), writer(target), draft, head, tokens, tokenizer)
 
 
 def install(run_dir: Path, assets: Path) -> None:

@@ -12,7 +12,7 @@ from training.teacher import boundary_prompts, continuations, random_prompts
 
 WINDOW = 512
 PROMPT = 128
-NEW_TOKENS = 96
+NEW_TOKENS = 256
 PROMPTS = 48
 EAGLE_DEPTHS = 4
 
@@ -57,10 +57,9 @@ def held_out_prompts(tokens, tokenizer) -> dict[str, list[list[int]]]:
 
 
 @torch.no_grad()
-def target_text(model, prompts: list[list[int]], temperature: float, pad: int) -> Text:
+def target_text(model, writer, prompts: list[list[int]], temperature: float, pad: int) -> Text:
     """Let the target continue the prompts, then read its features and logits in one pass."""
-    torch.manual_seed(SEED)
-    ids = continuations(model, torch.tensor(prompts), temperature, NEW_TOKENS, pad)
+    ids = continuations(writer, prompts, temperature, NEW_TOKENS, pad)
     features = model.model(input_ids=ids, use_cache=False).last_hidden_state
     generated = ids != pad
     generated[:, :-NEW_TOKENS] = False
@@ -107,7 +106,7 @@ def distinct_trigrams(text: Text) -> float:
 
 
 def evaluate(
-    target, draft, head: Eagle | None, tokens, tokenizer
+    target, writer, draft, head: Eagle | None, tokens, tokenizer
 ) -> dict[str, float | list[float]]:
     """Everything the model card states, as one flat dictionary."""
     results: dict[str, float | list[float]] = {}
@@ -121,7 +120,7 @@ def evaluate(
             results[f"draft loss {kind}"] = held_out_loss(draft, documents, eos)
     for kind, prompts in held_out_prompts(tokens, tokenizer).items():
         for temperature in (0.0, 1.0):
-            text = target_text(target, prompts, temperature, pad)
+            text = target_text(target, writer, prompts, temperature, pad)
             name = f"{kind} T={temperature:g}"
             results[f"tokens {name}"] = int(text.generated.sum())
             results[f"distinct 3-grams {name}"] = distinct_trigrams(text)

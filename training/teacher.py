@@ -16,17 +16,15 @@ from training import experts
 from training.data import SEED, TokenStream
 from training.optim import Budget
 
-ROW = 256
-PROMPT = 32
-NEW_TOKENS = 96  # two continuations fill a row
-GENERATION_BATCH = 128
-PER_ROW = ROW // (PROMPT + NEW_TOKENS)
-SLICE = 32  # rows per pass without a cache
+ROW = 512
+PROMPT = 128
+GENERATION_BATCH = 64
+SLICE = 16  # rows per pass without a cache
 TOP = 32
 ARGMAX_WEIGHT = 0.3
 TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # in turn: half of the continuations are greedy
 CODE_SHARE = 0.75
-OWN_TIME = 0.7
+OWN_TIME = 0.8
 BOUNDARY = re.compile(
     r'^[ \t]*(?:async )?def \w+\(.*\)(?: -> .*)?:\n(?:[ \t]+r?"""[^"]*"""\n)?', re.MULTILINE
 )
@@ -94,21 +92,39 @@ def random_prompts(
     return prompts
 
 
+def writer(path: Path, device: str = "cpu"):
+    """A decoder that continues texts of up to ROW tokens with the saved bf16 target."""
+    from decoder import SpeculativeDecoder
+    from decoder.loading import load_model
+
+    return SpeculativeDecoder(
+        load_model(path, device=device),
+        drafter="none",
+        gamma=0,
+        max_batch_size=GENERATION_BATCH,
+        max_length=ROW,
+    )
+
+
 def continuations(
-    model, prompts: torch.Tensor, temperature: float, new_tokens: int, pad: int
+    writer,
+    prompts: list[list[int]],
+    temperature: float,
+    new_tokens: int,
+    pad: int,
+    seed: int = SEED,
 ) -> torch.Tensor:
-    """The target's own text: prompts [B, P] -> [B, P + new_tokens], padded after its end."""
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    out = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=new_tokens,
-        pad_token_id=pad,
-        **(sampling if temperature > 0 else {"do_sample": False}),
-    )
-    return torch.nn.functional.pad(
-        out, (0, prompts.shape[1] + new_tokens - out.shape[1]), value=pad
-    )
+    """The target's own text: B prompts of P tokens -> [B, P + new_tokens], padded after its end."""
+    from decoder import SamplingParams
+
+    params = [
+        SamplingParams(temperature=temperature, max_new_tokens=new_tokens, seed=seed + i)
+        for i in range(len(prompts))
+    ]
+    outputs = writer.generate(prompts, params)
+    rows = [prompt + out.token_ids for prompt, out in zip(prompts, outputs, strict=True)]
+    length = len(prompts[0]) + new_tokens
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
 
 
 @torch.no_grad()
@@ -136,6 +152,7 @@ def build_rows(
         "prose": random_prompts(train["prose"], 4000, random),
     }
     rows: dict[str, list[Rows]] = {"own": [], "corpus": []}
+    own_writer = writer(run_dir / "target", device)
     stream = TokenStream(train, tokenizer.eos_token_id, CODE_SHARE, seed=SEED + 1)
     with tqdm(
         total=100.0, desc="teacher", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
@@ -143,14 +160,18 @@ def build_rows(
         while budget.progress < 1.0:
             own = budget.progress < OWN_TIME
             if own:
-                turn = len(rows["own"]) * SLICE * PER_ROW // GENERATION_BATCH
-                prompts = draw_prompts(pools, random).to(device)
-                temperature = TEMPERATURES[turn % len(TEMPERATURES)]
-                ids = continuations(model, prompts, temperature, NEW_TOKENS, tokenizer.pad_token_id)
-                ids = ids.view(-1, ROW)
+                done = len(rows["own"]) * SLICE
+                temperature = TEMPERATURES[done // GENERATION_BATCH % len(TEMPERATURES)]
+                prompts = draw_prompts(pools, random)
+                ids = continuations(
+                    own_writer,
+                    *(prompts, temperature, ROW - PROMPT, tokenizer.pad_token_id),
+                    seed=SEED + done,
+                )
             else:
-                ids = stream.batch(SLICE, ROW - 1).to(device)
-            rows["own" if own else "corpus"] += [annotate(model, part) for part in ids.split(SLICE)]
+                ids = stream.batch(SLICE, ROW - 1)
+            parts = ids.to(device).split(SLICE)
+            rows["own" if own else "corpus"] += [annotate(model, part) for part in parts]
             budget.tokens_done += ids.numel()
             bar.n = 100 * budget.progress
             bar.set_postfix_str(f"{budget.tokens_done / 1e6:.2f}M tokens")
@@ -158,11 +179,11 @@ def build_rows(
     torch.save(joined, run_dir / "rows.pt")
 
 
-def draw_prompts(pools: dict[str, list[list[int]]], random: torch.Generator) -> torch.Tensor:
-    """GENERATION_BATCH prompts, code or prose by CODE_SHARE: int64 [GENERATION_BATCH, PROMPT]."""
+def draw_prompts(pools: dict[str, list[list[int]]], random: torch.Generator) -> list[list[int]]:
+    """GENERATION_BATCH prompts, code or prose by CODE_SHARE, of PROMPT tokens each."""
     is_code = torch.rand(GENERATION_BATCH, generator=random) < CODE_SHARE
     picked = [pools["code" if code else "prose"] for code in is_code.tolist()]
-    return torch.tensor([p[int(torch.randint(len(p), (1,), generator=random))] for p in picked])
+    return [p[int(torch.randint(len(p), (1,), generator=random))] for p in picked]
 
 
 class TeacherBatches:
