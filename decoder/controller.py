@@ -165,7 +165,7 @@ class AutoGamma:
                 self._reason = f"gamma {arm}: first timings at batch {live_batch}"
                 return arm
         self._plan(live_batch)
-        if self._budget.allows(self._probe):
+        if self._budget.allows(self._probe, self._context):
             self._probing, self._probe_left = True, self._probe.rounds - 1
             return self._probe.gamma  # what it shows is looked at as soon as it is over
         self._planned_for, self._rounds_since_plan = live_batch, 1
@@ -198,7 +198,7 @@ class AutoGamma:
             # Catching up is not this arm's lasting cost, but what a probe costs all the same.
             if r.caught_up and known:
                 expected = self._costs.seconds(r.batch, r.gamma, r.context)
-                self._budget.observe_catch_up(r.seconds - _NOISE * expected)
+                self._budget.observe_catch_up(r.seconds - _NOISE * expected, r.context)
             else:
                 self._costs.observe(r.batch, r.gamma, r.context, r.seconds, r.draft_seconds)
             self._budget.spend(r.gamma, r.seconds)

@@ -6,6 +6,7 @@ that forgives itself is none, and a stalled round says nothing about the probe.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median_low
 from typing import NamedTuple
@@ -38,8 +39,8 @@ class ProbeBudget:
         self._elapsed = 0.0
         self._lost = 0.0
         self._expected = 0.0  # loss per round of the probe allowed last
-        self._plain_rounds = 0  # since the last draft
-        # Seconds that a draft after plain rounds takes longer, per such round.
+        self._plain_rounds = math.inf  # since the last draft; a new drafter has seen no prompt
+        # Seconds that a draft after plain rounds takes longer, per token a row missed.
         self._catch_ups: deque[float] = deque(maxlen=_CATCH_UPS)
 
     @property
@@ -57,14 +58,26 @@ class ProbeBudget:
         least = _FLOOR * worth
         self._lost += min(max(seconds - worth, least), max(_OVERDRAWN * self._expected, least))
 
-    def observe_catch_up(self, seconds: float) -> None:
+    def observe_catch_up(self, seconds: float, context: int) -> None:
         """Time that the draft of the round at hand took longer, for the plain ones before it."""
-        self._catch_ups.append(max(seconds, 0.0) / max(self._plain_rounds, 1))
+        self._catch_ups.append(max(seconds, 0.0) / max(self._missed(context), 1))
 
-    def allows(self, probe: Probe) -> bool:
-        """Whether what the probe is expected to lose fits what may still be lost."""
+    def allows(self, probe: Probe, context: int) -> bool:
+        """Whether what the probe is expected to lose fits what may still be lost.
+
+        Args:
+            context: tokens per row.
+        """
         # The lower of few catch-ups: a stalled round is none.
-        catch_up = median_low(self._catch_ups or (0.0,)) * self._plain_rounds
+        catch_up = median_low(self._catch_ups or (0.0,)) * self._missed(context)
         loss = probe.loss + (catch_up if probe.gamma else 0.0)
         self._expected = loss / probe.rounds
         return self._elapsed > 0 and self._lost + loss <= probe.credit + _SHARE * self._elapsed
+
+    def _missed(self, context: int) -> float:
+        """Tokens that a drafter has to catch up on in a row: never more than the row holds.
+
+        Without that bound a catch-up would be feared more with every plain round, faster than the
+        budget grows, and a drafter once given up would never be tried again.
+        """
+        return min(self._plain_rounds, context)

@@ -4,6 +4,7 @@ import pytest
 
 from decoder.probing import Probe, ProbeBudget
 
+CONTEXT = 100
 COSTLY = Probe(gamma=2, rounds=1, loss=1.0, credit=0.0)
 
 
@@ -14,22 +15,22 @@ def spent(seconds: float) -> ProbeBudget:
 
 
 def test_nothing_is_allowed_before_time_was_spent_unless_within_half_a_percent_of_it():
-    assert not ProbeBudget().allows(COSTLY)
-    assert not spent(199.0).allows(COSTLY)
-    assert spent(201.0).allows(COSTLY)
-    assert spent(1.0).allows(COSTLY._replace(credit=1.0))
+    assert not ProbeBudget().allows(COSTLY, CONTEXT)
+    assert not spent(199.0).allows(COSTLY, CONTEXT)
+    assert spent(201.0).allows(COSTLY, CONTEXT)
+    assert spent(1.0).allows(COSTLY._replace(credit=1.0), CONTEXT)
 
 
 def test_a_probe_is_charged_what_it_lost():
     budget = spent(1000.0)
-    assert budget.allows(COSTLY)
+    assert budget.allows(COSTLY, CONTEXT)
     budget.charge(5.0, worth=3.5)
     assert budget.lost_share == pytest.approx(1.5 / 1000)
 
 
 def test_a_stall_is_charged_up_to_twice_the_expected_loss():
     budget = spent(1000.0)
-    assert budget.allows(COSTLY)
+    assert budget.allows(COSTLY, CONTEXT)
     budget.charge(500.0, worth=3.0)
     assert budget.lost_share == pytest.approx(2.0 / 1000)
 
@@ -37,7 +38,7 @@ def test_a_stall_is_charged_up_to_twice_the_expected_loss():
 def test_a_probe_that_gained_still_counts():
     """A flat optimum would otherwise be probed all the time."""
     budget = spent(1000.0)
-    assert budget.allows(COSTLY._replace(loss=0.0))
+    assert budget.allows(COSTLY._replace(loss=0.0), CONTEXT)
     budget.charge(4.0, worth=5.0)
     assert budget.lost_share == pytest.approx(0.25 / 1000)
 
@@ -46,8 +47,22 @@ def test_catching_up_on_plain_rounds_is_expected_of_the_next_draft():
     budget = spent(201.0)
     for _ in range(10):
         budget.spend(0, 0.0)
-    budget.observe_catch_up(1.0)
-    assert not budget.allows(COSTLY)
-    assert budget.allows(COSTLY._replace(gamma=0))
+    budget.observe_catch_up(1.0, CONTEXT)
+    assert not budget.allows(COSTLY, CONTEXT)
+    assert budget.allows(COSTLY._replace(gamma=0), CONTEXT)
     budget.spend(2, 0.0)  # caught up
-    assert budget.allows(COSTLY)
+    assert budget.allows(COSTLY, CONTEXT)
+
+
+def test_catching_up_never_costs_more_than_the_row_is_long():
+    """However long drafts were not worth it, half a percent of that time pays for another look."""
+    budget = ProbeBudget()
+    budget.spend(0, 10.0)
+    budget.observe_catch_up(4.0, CONTEXT)  # the whole of every row: no draft came before
+    budget.spend(1, 0.0)
+    for _ in range(1000):
+        budget.spend(0, 0.1)
+    assert not budget.allows(COSTLY, CONTEXT)  # 4 s to catch up, 0.55 s to lose
+    for _ in range(9000):
+        budget.spend(0, 0.1)
+    assert budget.allows(COSTLY, CONTEXT)
