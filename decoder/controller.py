@@ -13,10 +13,12 @@ learnt from when the next decision is due.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from statistics import median_low
+from typing import NamedTuple
 
+from decoder.gamma import Counts, Times
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.perf_model.learned_cost import LearnedCost
 from decoder.perf_model.step_cost import CorrectedCost, RoundCost, bucket_of
@@ -33,45 +35,8 @@ _WARM_TRIES = 8  # rounds a batch size may spend on first timings
 _WARM_REACH = 4  # timings at one batch size serve up to this factor of it
 _TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
 _NOISE = 1.2  # times its expected time, a round has taken no longer than usual
+_ADMISSIONS = 4  # groups of requests whose prompts' cost to the drafter is remembered
 _STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
-
-Counts = Sequence[int]  # by row
-Times = Mapping[str, float]  # phase -> seconds
-
-
-class Controller(Protocol):
-    """What the engine asks each round."""
-
-    def choose(self, live_batch: int, context: int) -> int: ...
-
-    def observe(
-        self, gamma: int, batch: int, drafted: Counts, accepted: Counts, times: Times
-    ) -> None: ...
-
-    def explain(self) -> str: ...
-
-
-class FixedGamma:
-    """Always the same draft length."""
-
-    def __init__(self, gamma: int) -> None:
-        if gamma < 0:
-            raise ValueError(f"gamma must be at least 0, got {gamma}")
-        self.gamma = gamma
-        self.max_gamma = gamma
-
-    def choose(self, live_batch: int, context: int) -> int:
-        """Return the fixed gamma."""
-        return self.gamma
-
-    def observe(
-        self, gamma: int, batch: int, drafted: Counts, accepted: Counts, times: Times
-    ) -> None:
-        """Ignore the round: nothing depends on it."""
-
-    def explain(self) -> str:
-        """Say that the choice was the user's."""
-        return f"gamma {self.gamma}: fixed by the caller"
 
 
 class _Round(NamedTuple):
@@ -127,6 +92,8 @@ class AutoGamma:
         self._probe_left = 0
         self._probing = False  # the round asked for last is a probe
         self._budget = ProbeBudget()
+        # By whether the drafter was at work: its seconds for prompts, per token of their outputs.
+        self._prompt_costs = {idle: deque([0.0], maxlen=_ADMISSIONS) for idle in (True, False)}
         self._reason = "no round has run yet"
 
     def use_costs(self, costs: RoundCost) -> None:
@@ -186,6 +153,19 @@ class AutoGamma:
         measured = drafted, accepted, seconds, times.get("draft", 0.0)
         self._rounds.append(_Round(*situation, *measured))
 
+    def admitted(self, tokens: float, seconds: float) -> None:
+        """Take note of new requests.
+
+        Args:
+            tokens: that they are expected to emit.
+            seconds: that the drafter spent on their prompts. What it does not spend while it idles
+                is a cost of drafting, and weighs most where outputs are short.
+        """
+        costs = self._prompt_costs[self._asked == 0]
+        if not any(costs):
+            costs.clear()  # the assumption that there is no such cost
+        costs.append(seconds / max(tokens, 1.0))
+
     def _learn(self) -> None:
         early, last = self._rounds[:-_ALIKE], self._rounds[-_ALIKE:]
         plain = [r for r in early if r.gamma == 0]
@@ -215,6 +195,9 @@ class AutoGamma:
         """Tokens per second of the whole batch for gamma = 0..max_gamma."""
         tokens = self.acceptance.expected_tokens()
         seconds = [self._costs.seconds(batch, gamma, context) for gamma in range(len(tokens))]
+        idle, drafting = (median_low(self._prompt_costs[key]) for key in (True, False))
+        upkeep = batch * max(drafting - idle, 0.0)
+        seconds[1:] = [s + upkeep * n for s, n in zip(seconds[1:], tokens[1:], strict=True)]
         # A longer draft cannot be cheaper: where it seems so, the shorter one's rounds stalled.
         least = list(accumulate(reversed(seconds), min))[::-1]
         return [batch * n / s for n, s in zip(tokens, least, strict=True)]

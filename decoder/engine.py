@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import kernels_hook
 from .batch import LiveBatch, padded, token_logprobs
-from .controller import Controller
 from .drafters import Drafter, build_drafter
 from .drafters.base import Draft
 from .errors import UserError
+from .gamma import Controller
 from .loading import eos_ids, load_model, load_tokenizer
 from .metrics import DecoderStats
 from .outputs import Output, TokenLogprob
@@ -189,7 +189,9 @@ class SpeculativeDecoder:
         probs = self.sampler.distribution(out.logits, slots, lengths[:, None], None)
         first = self.sampler.draw(probs, slots, lengths)
         self.sampler.commit(slots, first[:, None], torch.ones_like(slots))
+        clock.mark("prefill")
         self.drafter.admit(slots, ids, lengths, out.hidden)
+        clock.mark("draft")
         batch.write_prompts(slots, ids)
         batch.append(sequences, slots, lengths, first, ids.gather(1, lengths[:, None] - 1)[:, 0])
         logprobs = token_logprobs(self.sampler, sequences, out.logits, probs, first[:, None])
@@ -197,7 +199,10 @@ class SpeculativeDecoder:
             sequences[row].extend([token], 0)
             sequences[row].logprobs.extend(logprobs[row][:1])
         clock.mark("prefill")
-        self.stats.seconds["prefill"] += clock.stop()["prefill"]
+        seconds = clock.stop()
+        self.stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
+        expected = sum(self.stats.mean_output(sequence.remaining) for sequence in sequences)
+        self.controller.admitted(expected, seconds["draft"])
 
     @torch.inference_mode()
     def _round(self) -> None:

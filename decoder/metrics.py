@@ -38,6 +38,10 @@ class DecoderStats:
     _forwards: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
     _emitted_speculating: int = 0
 
+    def mean_output(self, otherwise: float) -> float:
+        """Mean tokens of a finished output; ``otherwise`` before the first one."""
+        return self.tokens / self.sequences if self.sequences else otherwise
+
     def observe(
         self,
         gamma: int,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .controller import AutoGamma, Controller, FixedGamma
+from .controller import AutoGamma
 from .drafters import Drafter, NoDrafter
 from .errors import UserError
+from .gamma import Controller, FixedGamma
 from .loading import context_length
 
 _ACCELERATOR_MAX_LENGTH = 4096  # KV is allocated up front there

@@ -12,8 +12,9 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
-from .controller import AutoGamma, FixedGamma
+from .controller import AutoGamma
 from .engine import SpeculativeDecoder
+from .gamma import FixedGamma
 from .params import SamplingParams
 from .perf_model.step_cost import measure_costs
 

@@ -33,6 +33,9 @@ class GammaSchedule:
     def observe(self, *args: Any) -> None:
         pass
 
+    def admitted(self, *args: Any) -> None:
+        pass
+
     def explain(self) -> str:
         return "scheduled"
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from decoder.controller import AutoGamma, FixedGamma
+from decoder.controller import AutoGamma
+from decoder.gamma import FixedGamma
 from decoder.perf_model.acceptance import AcceptanceEstimator
 from decoder.perf_model.learned_cost import LearnedCost
 from decoder.perf_model.step_cost import measure_costs
