@@ -93,7 +93,7 @@ class AutoGamma:
         self._probing = False  # the round asked for last is a probe
         self._budget = ProbeBudget()
         # By whether the drafter was at work: its seconds for prompts, per token of their outputs.
-        self._prompt_costs = {idle: deque([0.0], maxlen=_ADMISSIONS) for idle in (True, False)}
+        self._prompt_costs = {idle: deque[float](maxlen=_ADMISSIONS) for idle in (True, False)}
         self._reason = "no round has run yet"
 
     def use_costs(self, costs: RoundCost) -> None:
@@ -161,10 +161,7 @@ class AutoGamma:
             seconds: that the drafter spent on their prompts. What it does not spend while it idles
                 is a cost of drafting, and weighs most where outputs are short.
         """
-        costs = self._prompt_costs[self._asked == 0]
-        if not any(costs):
-            costs.clear()  # the assumption that there is no such cost
-        costs.append(seconds / max(tokens, 1.0))
+        self._prompt_costs[self._asked == 0].append(seconds / max(tokens, 1.0))
 
     def _learn(self) -> None:
         early, last = self._rounds[:-_ALIKE], self._rounds[-_ALIKE:]
@@ -195,7 +192,7 @@ class AutoGamma:
         """Tokens per second of the whole batch for gamma = 0..max_gamma."""
         tokens = self.acceptance.expected_tokens()
         seconds = [self._costs.seconds(batch, gamma, context) for gamma in range(len(tokens))]
-        idle, drafting = (median_low(self._prompt_costs[key]) for key in (True, False))
+        idle, drafting = (median_low(self._prompt_costs[key] or (0.0,)) for key in (True, False))
         upkeep = batch * max(drafting - idle, 0.0)
         seconds[1:] = [s + upkeep * n for s, n in zip(seconds[1:], tokens[1:], strict=True)]
         # A longer draft cannot be cheaper: where it seems so, the shorter one's rounds stalled.

@@ -62,40 +62,16 @@ def fused_experts(
         ValueError: Shapes, devices or options do not fit together, or a name is unknown.
         RuntimeError: The named back-end cannot run here, or not on this call.
     """
+    arguments = (
+        *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias),
+        *(activation, gated, interleaved, transposed, activation_limit, activation_alpha),
+    )
     if is_compiling():
-        return _traced(
-            hidden_states,
-            w_gate_up,
-            w_down,
-            topk_ids,
-            topk_weights,
-            gate_up_bias,
-            down_bias,
-            activation,
-            gated,
-            interleaved,
-            transposed,
-            activation_limit,
-            activation_alpha,
-            backend,
-            batch_invariant,
-            out,
-        )
+        return _traced(*arguments, backend, batch_invariant, out)
     direct = _direct.get(backend)
     if direct is not None and out is None:
         try:
-            result = direct(
-                *(
-                    hidden_states,
-                    w_gate_up,
-                    w_down,
-                    topk_ids,
-                    topk_weights,
-                    gate_up_bias,
-                    down_bias,
-                ),
-                *(activation, gated, interleaved, transposed, activation_limit, activation_alpha),
-            )
+            result = direct(*arguments)
         except (TypeError, ValueError, RuntimeError):
             result = None  # what follows says what is wrong, in this function's names
         if result is not None:

@@ -90,14 +90,14 @@ def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
 
     from training.eagle import load_eagle
     from training.evaluate import evaluate
-    from training.teacher import load_teacher, writer
+    from training.teacher import load_teacher, load_writer
 
     draft = None
     if (path / "draft").exists():
         draft = AutoModelForCausalLM.from_pretrained(path / "draft", dtype=torch.float32).eval()
     head = load_eagle(path / "eagle") if (path / "eagle").exists() else None
     target = path / "target"
-    return evaluate(load_teacher(target), writer(target), draft, head, tokens, tokenizer)
+    return evaluate(load_teacher(target), load_writer(target), draft, head, tokens, tokenizer)
 
 
 def install(run_dir: Path, assets: Path) -> None:

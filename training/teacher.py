@@ -92,7 +92,7 @@ def random_prompts(
     return prompts
 
 
-def writer(path: Path, device: str = "cpu"):
+def load_writer(path: Path, device: str = "cpu"):
     """A decoder that continues texts of up to ROW tokens with the saved bf16 target."""
     from decoder import SpeculativeDecoder
     from decoder.loading import load_model
@@ -152,7 +152,7 @@ def build_rows(
         "prose": random_prompts(train["prose"], 4000, random),
     }
     rows: dict[str, list[Rows]] = {"own": [], "corpus": []}
-    own_writer = writer(run_dir / "target", device)
+    writer = load_writer(run_dir / "target", device)
     stream = TokenStream(train, tokenizer.eos_token_id, CODE_SHARE, seed=SEED + 1)
     with tqdm(
         total=100.0, desc="teacher", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
@@ -164,7 +164,7 @@ def build_rows(
                 temperature = TEMPERATURES[done // GENERATION_BATCH % len(TEMPERATURES)]
                 prompts = draw_prompts(pools, random)
                 ids = continuations(
-                    own_writer,
+                    writer,
                     *(prompts, temperature, ROW - PROMPT, tokenizer.pad_token_id),
                     seed=SEED + done,
                 )

@@ -34,7 +34,7 @@ Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta,
     args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(), args.eps = static_cast<float>(eps);
     args.out = out.mutable_data_ptr();
     if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
-    args.threads = team_size(x.numel() * 12);
+    args.threads = team_size(x.numel() * 12);  // an element is read, rounded and written more than once
     args.run = run_team;
     kernels().rms_norm(args);
     return out;
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
     args.tokens = x.size(0), args.experts = w.size(0), args.top_k = top_k, args.renormalize = renormalize;
     args.logits = logits.const_data_ptr();
     args.weights = weights.mutable_data_ptr<float>(), args.ids = ids.mutable_data_ptr<int64_t>();
-    args.threads = team_size(args.tokens * args.experts * (top_k + 8) * 8);
+    args.threads = team_size(args.tokens * args.experts * (top_k + 8) * 8);  // comparisons, mostly
     args.run = run_team;
     kernels().router(args);
     return {logits, weights, ids};

@@ -45,7 +45,7 @@ Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
     args.q_norm = checked_norm(q_norm, qkv, head_dim, "q_norm"), args.q_eps = static_cast<float>(q_eps);
     args.k_norm = checked_norm(k_norm, qkv, head_dim, "k_norm"), args.k_eps = static_cast<float>(k_eps);
     args.keys = keys.mutable_data_ptr(), args.values = values.mutable_data_ptr(), args.q = q.mutable_data_ptr();
-    args.threads = team_size(qkv.numel() * 16);
+    args.threads = team_size(qkv.numel() * 16);  // five roundings an element
     args.run = run_team;
     if (tokens > 0) kernels().rope_to_cache(args);
     return q;

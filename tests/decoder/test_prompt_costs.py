@@ -6,13 +6,13 @@ from decoder.controller import AutoGamma
 from decoder.perf_model.step_cost import MeasuredCost
 
 BATCH, CONTEXT = 8, 100
-ROUND = {0: 1.0, 1: 1.2, 4: 1.5}  # seconds by gamma
+COSTS = MeasuredCost({(BATCH, 0): 1.0, (BATCH, 4): 1.5})
 
 
 def speculating() -> AutoGamma:
     """A controller that has come to draft, because nearly everything is accepted."""
     controller = AutoGamma(4)
-    controller.use_costs(MeasuredCost({(BATCH, gamma): s for gamma, s in ROUND.items()}))
+    controller.use_costs(COSTS)
     run(controller, 200)
     assert controller.choose(BATCH, CONTEXT) > 0
     return controller
@@ -22,8 +22,8 @@ def run(controller: AutoGamma, rounds: int) -> list[int]:
     chosen = []
     for _ in range(rounds):
         gamma = controller.choose(BATCH, CONTEXT)
-        seconds = ROUND[0] + gamma * (ROUND[4] - ROUND[0]) / 4 if gamma else ROUND[0]
-        controller.observe(gamma, BATCH, [gamma] * BATCH, [gamma] * BATCH, {"verify": seconds})
+        times = {"verify": COSTS(BATCH, gamma)}
+        controller.observe(gamma, BATCH, [gamma] * BATCH, [gamma] * BATCH, times)
         chosen.append(gamma)
     return chosen
 
@@ -39,7 +39,7 @@ def test_short_outputs_do_not_repay_a_drafters_prompts(seconds: float, worth_it:
 
 def test_prompts_that_an_idle_drafter_reads_as_well_are_no_cost_of_drafting() -> None:
     controller = AutoGamma(4)
-    controller.use_costs(MeasuredCost({(BATCH, gamma): s for gamma, s in ROUND.items()}))
+    controller.use_costs(COSTS)
     for _ in range(4):
         controller.admitted(80.0, 20.0)  # before any draft
     run(controller, 200)

@@ -10,7 +10,7 @@ from training import experts
 from training.data import HELD_OUT_SHARE, TokenStream, docstrings, is_held_out, source_files
 from training.eagle import Eagle
 from training.optim import Budget, orthogonalize
-from training.teacher import continuations, writer
+from training.teacher import continuations, load_writer
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +105,12 @@ def test_eagle_depths_equal_drafting_step_by_step():
 def test_the_targets_own_text_follows_its_prompts_and_repeats_with_its_seed():
     from decoder.embedded import target_path
 
-    own = writer(target_path())
+    writer = load_writer(target_path())
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
-    greedy = continuations(own, prompts, 0.0, 6, pad=1)
+    greedy = continuations(writer, prompts, 0.0, 6, pad=1)
     assert greedy.shape == (2, 10)
     assert greedy[:, :4].tolist() == prompts
-    drawn = [continuations(own, prompts, 1.0, 6, pad=1, seed=s) for s in (3, 3, 40)]
+    drawn = [continuations(writer, prompts, 1.0, 6, pad=1, seed=s) for s in (3, 3, 40)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
