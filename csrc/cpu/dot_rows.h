@@ -2,11 +2,18 @@
 #pragma once
 
 #include "dot.h"
+#ifdef MOESD_AVX512_BF16
+#include "dot_pairs.h"
+#endif
+#include "for_size.h"
 
 namespace moesd::MOESD_ISA {
 
-// What a tile prefetches while it computes: at every step one line of each of up to four weight rows, into the first-level
-// cache (filling only the second leaves the tile waiting for it).
+constexpr int64_t kFarBytes = 2048, kNearBytes = 256;
+
+// What a tile fetches from memory while it computes: at every step one line of each of up to four weight rows. They go to
+// the second-level cache, because the first can wait for too few lines at once to keep memory busy (Zen 4: half as fast).
+// From there to the first a tile fetches its own rows, kNearBytes ahead.
 struct Prefetch {
     const char* at;    // where the first of the rows is read on from, until step `cut` ...
     const char* then;  // ... and from there on
@@ -43,8 +50,10 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
     int64_t k = 0;
     const auto run_to = [&](int64_t end) {
         for (; k < end; k += D::kStep) {
-            __builtin_prefetch(at), __builtin_prefetch(at + second);
-            __builtin_prefetch(at + third), __builtin_prefetch(at + fourth);
+            __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + second, 0, 2);
+            __builtin_prefetch(at + third, 0, 2), __builtin_prefetch(at + fourth, 0, 2);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) __builtin_prefetch(w[n] + k + kNearBytes / sizeof(W));
             at += advance;
             D::step(acc, x, w, k);
         }
@@ -67,15 +76,6 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
     }
 }
 
-// f.template operator()<count>(), for 1 <= count <= M: kernels are compiled for each size of a tile.
-template <int M, class F>
-inline void for_size(int count, const F& f) {
-    if constexpr (M > 1) {
-        if (count < M) return for_size<M - 1>(count, f);
-    }
-    f.template operator()<M>();
-}
-
 // Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of tiles and two groups of
 // weight rows then stay in the first-level cache. What is a little longer stays whole: a block more costs more than that.
 // Blocks depend on the depth alone, so rows keep their bits.
@@ -96,7 +96,7 @@ inline int64_t depth_block(int64_t depth) {
 template <class W>
 inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t stride,
                              int64_t depth) {
-    constexpr int64_t kSize = sizeof(W), kReach = 768 / kSize, kAdvance = Dot<W>::kStep * kSize;
+    constexpr int64_t kSize = sizeof(W), kReach = kFarBytes / kSize, kAdvance = Dot<W>::kStep * kSize;
     const int64_t row = stride * kSize;
     const auto address = [](const W* p) { return reinterpret_cast<const char*>(p); };
     if (tiles == 1) {
@@ -148,7 +148,10 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
     }
 }
 
-constexpr int64_t kShortDepth = 128;
+constexpr int64_t kShortDepth = 256;
+#ifdef MOESD_AVX512_BF16
+static_assert(kShortDepth <= 2 * kMaxPairs);
+#endif
 
 // out[m * ld + j] = xs[m] . w[j] for m < count, j < rows (columns up to the next multiple of 4 are overwritten).
 // `next` is where rows of the same stride will be read after these, or null.
@@ -159,6 +162,9 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
     // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
     if (depth <= kShortDepth) {
+#ifdef MOESD_AVX512_BF16
+        if constexpr (std::is_same_v<W, bf16>) return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
+#endif
         for (int t = 0; t < tiles; ++t) {
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
             for_size<kTileTokens>(size, [&]<int M>() { dot_short<W, M>(xs + m, w, stride, rows, depth, out + m * ld, ld); });
