@@ -4,6 +4,7 @@
 // keys read them together.
 #pragma once
 
+#include "add_values.h"
 #include "dot_rows.h"
 #include "experts_kernel.h"
 #include "row_kernels.h"
@@ -11,13 +12,15 @@
 namespace moesd::MOESD_ISA {
 
 constexpr int kSlotBlock = 128;
-constexpr int kScoreStride = kSlotBlock + 8;  // dot_rows may write up to three columns too many
+constexpr int kScoreStride = kSlotBlock + 16;  // dot_rows may write some columns too many
 constexpr int kMaxRows = 24;                  // (query, head) rows that pass over the keys together
 
 template <class W>
 class AttentionKernel {
     using Act = typename Dot<W>::Act;
-    static constexpr int kWide = 2 * kLanes;
+    using Weight = typename Values<W>::Weight;
+    static constexpr int kWide = Values<W>::kWide;
+    static constexpr int kWeightStride = kScoreStride * sizeof(float) / sizeof(Weight);
 
 public:
     explicit AttentionKernel(const AttentionArgs& a)
@@ -86,13 +89,14 @@ private:
         int64_t last = -1;
         for (int n = 0; n < s.queries; ++n) last = positions[n] > last ? positions[n] : last;
         for (int64_t from = first; from <= last; from += kSlotBlock) {
-            int64_t common = kSlotBlock;
+            int64_t common = kSlotBlock, most = 0;
             for (int n = 0; n < s.queries; ++n) {
                 const int64_t left = positions[n] + 1 - from;
                 s.seen[n] = left < 0 ? 0 : left < kSlotBlock ? left : kSlotBlock;
-                common = s.seen[n] < common ? s.seen[n] : common;
+                common = s.seen[n] < common ? s.seen[n] : common, most = s.seen[n] > most ? s.seen[n] : most;
             }
-            attend_block(keys + from * a_.k_slot, values + from * a_.v_slot, common, width, s);
+            attend_block(keys + from * a_.k_slot, values + from * a_.v_slot, common, most, from + kSlotBlock > last,
+                         width, s);
         }
         for (int m = 0; m < s.queries * s.heads; ++m) finish(s.acc + m * width, s.sum[m], out_row(b, j, head, m, s));
     }
@@ -116,24 +120,24 @@ private:
         std::memset(s.acc, 0, s.queries * s.heads * align_depth(a_.value_dim) * sizeof(float));
     }
 
-    // The slots that all queries see in one pass, then each query's own rest, so that no query reads what it may not
-    // see. A row's bits are the same either way: scores are independent, and values are added in ascending order.
-    void attend_block(const W* keys, const W* values, int64_t common, int64_t width, State& s) const {
+    // Scores of slots that a query may not see are computed with the others' and never looked at. Values are added to all
+    // queries together only as far as all may see them, then to each by itself, so that nothing hidden reaches a sum.
+    void attend_block(const W* keys, const W* values, int64_t common, int64_t most, bool ends, int64_t width,
+                      State& s) const {
         const int rows = s.queries * s.heads;
-        dot_rows<W>(s.xs, rows, keys, a_.k_slot, common, a_.head_dim, nullptr, s.scores, kScoreStride);
-        for (int n = 0; n < s.queries; ++n) {
-            const int m = n * s.heads;
-            dot_rows<W>(s.xs + m, s.heads, keys + common * a_.k_slot, a_.k_slot, s.seen[n] - common, a_.head_dim,
-                        nullptr, s.scores + m * kScoreStride + common, kScoreStride);
-            for (int k = m; k < m + s.heads && s.seen[n] > 0; ++k) rescale(s, k, s.seen[n], width);
+        dot_rows<W>(s.xs, rows, keys, a_.k_slot, most, a_.head_dim, ends ? nullptr : keys + most * a_.k_slot, s.scores,
+                    kScoreStride);
+        for (int m = 0; m < rows; ++m) {
+            if (s.seen[m / s.heads] > 0) rescale(s, m, s.seen[m / s.heads], width);
         }
-        add_values(s, 0, rows, values, 0, common, width);
+        common = common / Values<W>::kTogether * Values<W>::kTogether;
+        add_slots(s, 0, rows, values, 0, common, width);
         for (int n = 0; n < s.queries; ++n) {
-            if (s.seen[n] > common) add_values(s, n * s.heads, s.heads, values, common, s.seen[n], width);
+            if (s.seen[n] > common) add_slots(s, n * s.heads, s.heads, values, common, s.seen[n], width);
         }
     }
 
-    // Turns a block's scores into exp(score - top) and scales what was accumulated to the new maximum.
+    // Turns a block's scores into weights exp(score - top) and scales what was accumulated to the new maximum.
     void rescale(State& s, int m, int64_t slots, int64_t width) const {
         float* scores = s.scores + m * kScoreStride;
         const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
@@ -152,79 +156,30 @@ private:
             s.sum[m] *= lanes[0];
             s.top[m] = top;
         }
+        Weight* weights = weights_of(s, m);
         for (int64_t i = 0; i < padded; i += kLanes) {
-            store(scores + i, exp(sub(load(scores + i), splat(top))));
+            Values<W>::store_weights(weights + i, exp(sub(load(scores + i), splat(top))));
         }
-        for (int64_t i = slots; i < padded; ++i) scores[i] = 0.0f;
-        Vec sums = splat(0.0f);
-        for (int64_t i = 0; i < padded; i += kLanes) sums = add(sums, load(scores + i));
+        for (int64_t i = slots; i < padded; ++i) weights[i] = Weight{};
+        Vec sums = splat(0.0f);  // of the weights as they were rounded
+        for (int64_t i = 0; i < padded; i += kLanes) sums = add(sums, load(weights + i));
         s.sum[m] += sum_lanes(sums);
     }
 
     // Adds the values of slots [from, to) of the block to rows m .. m + count.
-    void add_values(State& s, int m, int count, const W* values, int64_t from, int64_t to, int64_t width) const {
-        constexpr int kWhole = kTileTokens == 6 ? 2 : 1;  // six rows of two pairs need 32 registers
-        const int end = m + count;
-        for (; m + 6 <= end; m += 6) add_values_of<6, kWhole>(s, m, values, from, to, width);
-        if (m + 4 <= end) add_values_of<4, kWhole>(s, m, values, from, to, width), m += 4;
-        if (m + 2 <= end) add_values_of<2, 2>(s, m, values, from, to, width), m += 2;
-        if (m < end) add_values_of<1, 4>(s, m, values, from, to, width);
+    void add_slots(State& s, int m, int count, const W* values, int64_t from, int64_t to, int64_t width) const {
+        add_values<W>(s.acc + m * width, width, count, weights_of(s, m) + from, kWeightStride,
+                      values + from * a_.v_slot, a_.v_slot, to - from, a_.value_dim);
     }
 
-    template <int M, int P>
-    void add_values_of(State& s, int m, const W* values, int64_t from, int64_t to, int64_t width) const {
-        const float* scores = s.scores + m * kScoreStride + from;
-        const W* v = values + from * a_.v_slot;
-        int64_t d = 0;
-        for (; d + P * kWide <= a_.value_dim; d += P * kWide) {
-            add_columns<M, P>(s.acc + m * width + d, width, scores, v + d, to - from, kWide);
-        }
-        for (; d < a_.value_dim; d += kWide) {
-            const int64_t columns = a_.value_dim - d < kWide ? a_.value_dim - d : kWide;
-            add_columns<M, 1>(s.acc + m * width + d, width, scores, v + d, to - from, columns);
-        }
-    }
-
-    // acc[m] += sum over slots, ascending, of scores[m][slot] * values[slot], for M rows and P pairs of vectors.
-    template <int M, int P>
-    void add_columns(float* acc, int64_t width, const float* scores, const W* values, int64_t slots,
-                     int64_t columns) const {
-        Vec low[M][P], high[M][P];
-        for (int m = 0; m < M; ++m) {
-            for (int p = 0; p < P; ++p) {
-                low[m][p] = load(acc + m * width + p * kWide), high[m][p] = load(acc + m * width + p * kWide + kLanes);
-            }
-        }
-        for (int64_t i = 0; i < slots; ++i) {
-            const W* v = values + i * a_.v_slot;
-            alignas(64) W tail[kWide];
-            if (columns < kWide) {
-                std::memset(static_cast<void*>(tail), 0, sizeof(tail));
-                std::memcpy(tail, v, columns * sizeof(W));
-                v = tail;
-            }
-#pragma GCC unroll 8
-            for (int p = 0; p < P; ++p) {
-                const Vec a = load_low(v + p * kWide), b = load_high(v + p * kWide);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) {
-                    const Vec weight = splat(scores[m * kScoreStride + i]);
-                    low[m][p] = fma(weight, a, low[m][p]), high[m][p] = fma(weight, b, high[m][p]);
-                }
-            }
-        }
-        for (int m = 0; m < M; ++m) {
-            for (int p = 0; p < P; ++p) {
-                store(acc + m * width + p * kWide, low[m][p]), store(acc + m * width + p * kWide + kLanes, high[m][p]);
-            }
-        }
-    }
+    // A row's weights take the place of its scores: none is wider.
+    static Weight* weights_of(State& s, int m) { return reinterpret_cast<Weight*>(s.scores + m * kScoreStride); }
 
     void finish(float* acc, float sum, W* out) const {
         const Vec inverse = splat(1.0f / sum);
         for (int64_t d = 0; d < a_.value_dim; d += kWide) {
             Vec a = mul(load(acc + d), inverse), b = mul(load(acc + d + kLanes), inverse);
-            from_pack_order(out, a, b);
+            Values<W>::in_order(a, b);
             store(acc + d, a), store(acc + d + kLanes, b);
         }
         store_row(out, acc, a_.value_dim);

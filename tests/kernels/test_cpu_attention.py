@@ -99,6 +99,16 @@ def test_slots_after_the_position_are_not_read():
 
 
 @DTYPES
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 17, 129, 130])
+def test_the_slot_after_an_odd_or_even_number_is_not_read(length, dtype):
+    q, k, v, _ = make(1, 1, 4, 2, 32, 40, 132, dtype)
+    positions = torch.tensor([[length - 1]])
+    clean = cpu_ops.ragged_attention(q, k, v, positions, 0.2)
+    k[:, length:], v[:, length:] = float("nan"), float("inf")
+    assert torch.equal(cpu_ops.ragged_attention(q, k, v, positions, 0.2), clean)
+
+
+@DTYPES
 def test_a_query_does_not_depend_on_the_batch(dtype, threads):
     q, k, v, positions = make(5, 4, 6, 2, 48, 48, 200, dtype)
     whole = cpu_ops.ragged_attention(q, k, v, positions, 0.1)
