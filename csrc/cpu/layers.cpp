@@ -1,5 +1,7 @@
 // moesd::LayerStack: the decoder layers of a Llama-shaped model, walked without the interpreter between their ops, and
 // its greedy continuation, without the interpreter between its steps.
+#include <ATen/Parallel.h>
+#include <ATen/ThreadLocalState.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -134,28 +136,63 @@ public:
                           "expected ids and positions [B, W] and rows [B], got ", ids.sizes(), ", ", positions.sizes(),
                           " and ", rows.sizes());
         TORCH_CHECK_VALUE(!keys.empty(), "expected the slabs of at least one layer, got none");
-        const int64_t batch = ids.size(0), depth = static_cast<int64_t>(layers_.size());
+        const int64_t batch = ids.size(0);
         Tensor tokens = at::empty({batch, count}, ids.options());
         Tensor undefined = at::empty({batch, count}, ids.options().dtype(at::kBool));
-        Tensor fed = ids.contiguous(), at = positions.contiguous();
-        for (int64_t step = 0; step < count; ++step) {
-            const int64_t width = fed.size(1);
-            const auto [index, angle] = places(at, rows, keys[0].size(1));
-            const Tensor x = at::index_select(embedding, 0, fed.view(-1));
-            const Tensor states = rms_norm(x, norm, eps);
-            const auto [stream, normed, reached] =
-                run(x, states, at::index_select(cos, 0, angle), at::index_select(sin, 0, angle), index, at, rows, keys,
-                    values, 0, depth, true);
-            TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ", reached);
-            const Tensor latest = normed.view({batch, width, -1}).select(1, width - 1);
-            const auto [best, none] = argmax(scoped_linear(latest, head, std::nullopt));
-            tokens.select(1, step).copy_(best), undefined.select(1, step).copy_(none);
-            fed = best.unsqueeze(1), at = at::add(at.slice(1, width - 1), 1);
+        const Tensor newest = ids.contiguous(), where = positions.contiguous();
+        const auto chain = [&](int64_t from, int64_t to) {
+            const auto mine = [&](const Tensor& t) { return t.slice(0, from, to); };
+            Tensor fed = mine(newest), at = mine(where);
+            for (int64_t step = 0; step < count; ++step) {
+                const Tensor logits = forward(fed, at, mine(rows), embedding, norm, eps, head, cos, sin, keys, values);
+                const auto [best, none] = argmax(logits);
+                mine(tokens).select(1, step).copy_(best), mine(undefined).select(1, step).copy_(none);
+                fed = best.unsqueeze(1), at = at::add(at.slice(1, at.size(1) - 1), 1);
+            }
+        };
+        // Rows are independent, so each thread can take some of them through all the steps alone. It then reads all the
+        // weights, which pays while they stay in its cache.
+        if (weight_bytes() + head.nbytes() > kOwnBytes || at::in_parallel_region()) {
+            chain(0, batch);
+        } else {
+            const at::ThreadLocalState state;
+            at::parallel_for(0, batch, (batch + at::get_num_threads() - 1) / at::get_num_threads(),
+                             [&](int64_t from, int64_t to) {
+                                 const at::ThreadLocalStateGuard guard(state);
+                                 chain(from, to);
+                             });
         }
         return {tokens, undefined};
     }
 
 private:
+    static constexpr size_t kOwnBytes = 4 << 20;
+
+    // Logits [B, V] of the last column; the arguments as of continue_greedily.
+    Tensor forward(const Tensor& ids, const Tensor& positions, const Tensor& rows, const Tensor& embedding,
+                   const Tensor& norm, double eps, const Tensor& head, const Tensor& cos, const Tensor& sin,
+                   const std::vector<Tensor>& keys, const std::vector<Tensor>& values) const {
+        const auto depth = static_cast<int64_t>(layers_.size());
+        const auto [index, angle] = places(positions, rows, keys[0].size(1));
+        const Tensor x = at::index_select(embedding, 0, ids.reshape(-1));
+        const auto [stream, normed, reached] =
+            run(x, rms_norm(x, norm, eps), at::index_select(cos, 0, angle), at::index_select(sin, 0, angle), index,
+                positions, rows, keys, values, 0, depth, true);
+        TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ", reached);
+        const Tensor latest = normed.view({ids.size(0), ids.size(1), -1}).select(1, ids.size(1) - 1);
+        return scoped_linear(latest, head, std::nullopt);
+    }
+
+    size_t weight_bytes() const {
+        size_t bytes = 0;
+        for (const Layer& layer : layers_) {
+            bytes += layer.qkv.nbytes() + layer.out.nbytes();
+            if (layer.mlp) bytes += layer.mlp->gate.nbytes() + layer.mlp->up.nbytes() + layer.mlp->down.nbytes();
+            if (layer.moe) bytes += layer.moe->gate_up.nbytes() + layer.moe->down.nbytes();
+        }
+        return bytes;
+    }
+
     // Where the tokens at `positions` [B, W] go in slabs of `slots` slots, and the positions of their angles: both [B * W].
     static std::pair<Tensor, Tensor> places(const Tensor& positions, const Tensor& rows, int64_t slots) {
         Tensor index = at::empty({positions.numel()}, positions.options()), angle = at::empty_like(index);

@@ -89,10 +89,18 @@ def test_mlps_run_as_modules_where_someone_has_changed_them(family):
     assert len(calls) == 2
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_greedy_continuation_is_that_of_single_forwards(family, dtype):
-    """From two tokens per row, one of which is padding: the same choices and the same cache."""
+def test_greedy_continuation_is_that_of_single_forwards(family, dtype, threads):
+    """From two tokens per row, one of which is padding: the same choices and the same cache, also
+    where two threads take the rows apart."""
     runner = ModelRunner(build(family, dtype), 4, 64)
     slots, lengths = torch.tensor([2, 0, 3]), torch.tensor([7, 3, 9])
     prompts, ids = torch.randint(1, VOCAB, (3, 9)), torch.randint(1, VOCAB, (3, 2))
