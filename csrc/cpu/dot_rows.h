@@ -10,6 +10,7 @@
 namespace moesd::MOESD_ISA {
 
 constexpr int64_t kFarBytes = 2048, kNearBytes = 256;
+constexpr int64_t kMaxQuarter = 32;  // rows of a call that one of its four streams reads
 
 // What a tile fetches from memory while it computes: at every step one line of each of up to four weight rows. They go to
 // the second-level cache, because the first can wait for too few lines at once to keep memory busy (Zen 4: half as fast).
@@ -22,7 +23,9 @@ struct Prefetch {
     int64_t advance = 0;          // bytes a step; zero to stay on a line that is in the cache anyway
 };
 
-// Four weight rows: `depth` elements in whole steps, then maybe one step more from zero-padded copies.
+// Four weight rows, a quarter of all rows apart: `depth` elements in whole steps, then maybe one step more from zero-padded
+// copies. From group to group each of the four goes on to the next row, so that memory is read as four long streams, which
+// the machine's own prefetchers follow (four rows that lie together: a quarter slower).
 template <class W>
 struct Group {
     const W* rows[4];
@@ -94,10 +97,10 @@ inline int64_t depth_block(int64_t depth) {
 // second-level cache, because all of them have shared what the next block of the depth has in its place (`later`): memory
 // is then read all the time, and not only while some tiles run.
 template <class W>
-inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t stride,
+inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t apart,
                              int64_t depth) {
     constexpr int64_t kSize = sizeof(W), kReach = kFarBytes / kSize, kAdvance = Dot<W>::kStep * kSize;
-    const int64_t row = stride * kSize;
+    const int64_t row = apart * kSize;  // to the next of the four
     const auto address = [](const W* p) { return reinterpret_cast<const char*>(p); };
     if (tiles == 1) {
         const int64_t cut = depth > kReach ? (depth - kReach) / Dot<W>::kStep * Dot<W>::kStep : 0;
@@ -153,8 +156,26 @@ constexpr int64_t kShortDepth = 256;
 static_assert(kShortDepth <= 2 * kMaxPairs);
 #endif
 
-// out[m * ld + j] = xs[m] . w[j] for m < count, j < rows (columns up to the next multiple of 4 are overwritten).
-// `next` is where rows of the same stride will be read after these, or null.
+// Sums leave the tiles group by group; sorts those of one row by the weight row, of which each group has one per quarter.
+inline void sort_quarters(float* sums, int64_t quarter) {
+    alignas(64) float groups[4 * kMaxQuarter];
+    std::memcpy(groups, sums, 4 * quarter * sizeof(float));
+    int64_t g = 0;
+    for (; g + kLanes <= quarter; g += kLanes) {
+        const float* in = groups + 4 * g;
+        Vec a = load(in), b = load(in + kLanes), c = load(in + 2 * kLanes), d = load(in + 3 * kLanes);
+        deal_quads(a, b, c, d);
+        store(sums + g, a), store(sums + quarter + g, b);
+        store(sums + 2 * quarter + g, c), store(sums + 3 * quarter + g, d);
+    }
+    for (; g < quarter; ++g) {
+        for (int n = 0; n < 4; ++n) sums[n * quarter + g] = groups[4 * g + n];
+    }
+}
+
+// out[m * ld + j] = xs[m] . w[j] for m < count, j < rows <= 4 * kMaxQuarter (columns up to the next multiple of 4, or of 16
+// where the depth is short, are overwritten). `next` is where as many rows of the same stride will be read after these, or
+// null.
 template <class W>
 void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t rows,
               int64_t depth, const W* next, float* out, int64_t ld) {
@@ -172,42 +193,46 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
         return;
     }
     const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
-    // Tiles [from, to) over the four rows from j on, in the block of the depth that begins at k0.
-    const auto visit = [&](int64_t k0, int64_t j, int from, int to, const W* following, const W* later) {
+    const int64_t quarter = (rows + 3) / 4, apart = quarter * stride;
+    // Tiles [from, to) over group g, in the block of the depth that begins at k0.
+    const auto visit = [&](int64_t k0, int64_t g, int from, int to, const W* following, const W* later) {
         const int64_t length = whole - k0 < block ? whole - k0 : block;
         const bool has_tail = k0 + length == whole && whole < depth;
         alignas(64) W tail[4][kStep];
         Group<W> group{{}, length, has_tail ? tail : nullptr};
         for (int n = 0; n < 4; ++n) {
-            group.rows[n] = w + (j + n < rows ? j + n : rows - 1) * stride + k0;
+            const int64_t row = g + n * quarter;
+            group.rows[n] = w + (row < rows ? row : rows - 1) * stride + k0;
             if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
         }
         for (int t = from; t < to; ++t) {
-            const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, stride, length);
+            const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, apart, length);
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
             for_size<kTileTokens>(size,
-                                  [&]<int M>() { dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + j, ld); });
+                                  [&]<int M>() { dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + 4 * g, ld); });
         }
     };
     if (tiles == 1) {  // waits for memory, which is fastest along whole rows
-        for (int64_t j = 0; j < rows; j += 4) {
-            const W* group = w + j * stride;
+        for (int64_t g = 0; g < quarter; ++g) {
+            const W* row = w + g * stride;
             for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
                 const bool ends = k0 + block >= whole;
-                visit(k0, j, 0, 1, !ends ? group + k0 + block : j + 4 < rows ? group + 4 * stride : next, nullptr);
+                visit(k0, g, 0, 1, !ends ? row + k0 + block : g + 1 < quarter ? row + stride : next, nullptr);
             }
         }
-        return;
-    }
-    for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
-        const W* after = k0 + block >= whole ? next : w + k0 + block;
-        for (int pair = 0; pair < tiles; pair += 2) {
-            for (int64_t j = 0; j < rows; j += 4) {
-                const W* following = j + 4 < rows ? w + (j + 4) * stride + k0 : after;
-                visit(k0, j, pair, pair + 2 < tiles ? pair + 2 : tiles, following, after ? after + j * stride : nullptr);
+    } else {
+        for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
+            const W* after = k0 + block >= whole ? next : w + k0 + block;
+            for (int pair = 0; pair < tiles; pair += 2) {
+                for (int64_t g = 0; g < quarter; ++g) {
+                    const W* following = g + 1 < quarter ? w + (g + 1) * stride + k0 : after;
+                    const W* later = after ? after + g * stride : nullptr;
+                    visit(k0, g, pair, pair + 2 < tiles ? pair + 2 : tiles, following, later);
+                }
             }
         }
     }
+    for (int m = 0; m < count; ++m) sort_quarters(out + m * ld, quarter);
 }
 
 }  // namespace moesd::MOESD_ISA

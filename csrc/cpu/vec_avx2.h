@@ -124,4 +124,14 @@ inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
+// Eight quads, two to a vector in ascending order: their first elements to a, the second ones to b, and so on.
+inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
+    const Vec ac = _mm256_permute2f128_ps(a, c, 0x20), ac2 = _mm256_permute2f128_ps(a, c, 0x31);
+    const Vec bd = _mm256_permute2f128_ps(b, d, 0x20), bd2 = _mm256_permute2f128_ps(b, d, 0x31);
+    const Vec x = _mm256_unpacklo_ps(ac, bd), y = _mm256_unpacklo_ps(ac2, bd2);
+    const Vec z = _mm256_unpackhi_ps(ac, bd), w = _mm256_unpackhi_ps(ac2, bd2);
+    a = _mm256_unpacklo_ps(x, y), b = _mm256_unpackhi_ps(x, y);
+    c = _mm256_unpacklo_ps(z, w), d = _mm256_unpackhi_ps(z, w);
+}
+
 }  // namespace moesd::MOESD_ISA

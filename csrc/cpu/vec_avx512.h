@@ -131,4 +131,14 @@ inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+// Sixteen quads, four to a vector in ascending order: their first elements to a, the second ones to b, and so on.
+inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
+    const __m512i early = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i late = _mm512_add_epi32(early, _mm512_set1_epi32(2));
+    const Vec ab = _mm512_permutex2var_ps(a, early, b), cd = _mm512_permutex2var_ps(c, early, d);
+    const Vec ab2 = _mm512_permutex2var_ps(a, late, b), cd2 = _mm512_permutex2var_ps(c, late, d);
+    a = _mm512_shuffle_f32x4(ab, cd, 0x44), b = _mm512_shuffle_f32x4(ab, cd, 0xee);
+    c = _mm512_shuffle_f32x4(ab2, cd2, 0x44), d = _mm512_shuffle_f32x4(ab2, cd2, 0xee);
+}
+
 }  // namespace moesd::MOESD_ISA

@@ -120,4 +120,10 @@ inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
                 (d[0] + d[1]) + (d[2] + d[3])};
 }
 
+// Four quads: their first elements to a, the second ones to b, and so on.
+inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
+    const Vec first{a[0], b[0], c[0], d[0]}, second{a[1], b[1], c[1], d[1]}, third{a[2], b[2], c[2], d[2]};
+    d = Vec{a[3], b[3], c[3], d[3]}, a = first, b = second, c = third;
+}
+
 }  // namespace moesd::MOESD_ISA
