@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,12 @@ class Worker:
     def __init__(self, command: list[str], threads: int) -> None:
         self.name = " ".join(command)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._log = tempfile.TemporaryFile("w+")  # looked at only when the worker dies
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._log,
             text=True,
             env=environment,
         )
@@ -53,7 +55,10 @@ class Worker:
                     return answer
         except BrokenPipeError:
             pass
-        raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
+        code = self.process.wait()
+        self._log.seek(0)
+        last = self._log.read().strip().rpartition("\n")[2]
+        raise RuntimeError(f"{self.name} ended with exit code {code}: {last}")
 
     def close(self) -> None:
         """End the worker by closing its input."""
@@ -63,6 +68,7 @@ class Worker:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        self._log.close()
 
 
 def serve(answer: Callable[[Message], Message]) -> None:
