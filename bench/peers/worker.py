@@ -26,7 +26,8 @@ class Worker:
     def __init__(self, command: list[str], threads: int) -> None:
         self.name = " ".join(command)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self._log = tempfile.TemporaryFile("w+")  # looked at only when the worker dies
+        # Looked at only when the worker dies; closed with it.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
