@@ -12,15 +12,14 @@
 namespace moesd::MOESD_ISA {
 
 constexpr int kSlotBlock = 128;
-constexpr int kScoreStride = kSlotBlock + 16;  // dot_rows may write some columns too many
-constexpr int kMaxRows = 24;                  // (query, head) rows that pass over the keys together
+constexpr int kMaxRows = 24;  // (query, head) rows that pass over the keys together
 
 template <class W>
 class AttentionKernel {
     using Act = typename Dot<W>::Act;
     using Weight = typename Values<W>::Weight;
     static constexpr int kWide = Values<W>::kWide;
-    static constexpr int kWeightStride = kScoreStride * sizeof(float) / sizeof(Weight);
+    static constexpr int kWeightStride = kSlotBlock * sizeof(float) / sizeof(Weight);
 
 public:
     explicit AttentionKernel(const AttentionArgs& a)
@@ -37,11 +36,11 @@ public:
     }
 
 private:
-    // Rows of one pass, query by query, and their online softmax; `acc` is in pack order.
+    // Rows of one pass, query by query, and their online softmax; `acc` is in the order of Values.
     struct State {
         alignas(64) Act query[kMaxRows * align_depth(kMaxHeadDim)];
         alignas(64) float acc[kMaxRows * align_depth(kMaxHeadDim)];
-        alignas(64) float scores[kMaxRows * kScoreStride];
+        alignas(64) float scores[kMaxRows * kSlotBlock];
         const Act* xs[kMaxRows];
         float top[kMaxRows], sum[kMaxRows];
         int64_t seen[kMaxRows];  // by query: the slots of the current block that it may read
@@ -126,7 +125,7 @@ private:
                       State& s) const {
         const int rows = s.queries * s.heads;
         dot_rows<W>(s.xs, rows, keys, a_.k_slot, most, a_.head_dim, ends ? nullptr : keys + most * a_.k_slot, s.scores,
-                    kScoreStride);
+                    kSlotBlock);
         for (int m = 0; m < rows; ++m) {
             if (s.seen[m / s.heads] > 0) rescale(s, m, s.seen[m / s.heads], width);
         }
@@ -139,7 +138,7 @@ private:
 
     // Turns a block's scores into weights exp(score - top) and scales what was accumulated to the new maximum.
     void rescale(State& s, int m, int64_t slots, int64_t width) const {
-        float* scores = s.scores + m * kScoreStride;
+        float* scores = s.scores + m * kSlotBlock;
         const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
         for (int64_t i = slots; i < padded; ++i) scores[i] = scores[0];  // changes no maximum
         Vec tops = splat(s.top[m]);
@@ -173,7 +172,7 @@ private:
     }
 
     // A row's weights take the place of its scores: none is wider.
-    static Weight* weights_of(State& s, int m) { return reinterpret_cast<Weight*>(s.scores + m * kScoreStride); }
+    static Weight* weights_of(State& s, int m) { return reinterpret_cast<Weight*>(s.scores + m * kSlotBlock); }
 
     void finish(float* acc, float sum, W* out) const {
         const Vec inverse = splat(1.0f / sum);

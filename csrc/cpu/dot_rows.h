@@ -151,10 +151,7 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
     }
 }
 
-constexpr int64_t kShortDepth = 256;
-#ifdef MOESD_AVX512_BF16
-static_assert(kShortDepth <= 2 * kMaxPairs);
-#endif
+constexpr int64_t kShortDepth = 128;
 
 // Sums leave the tiles group by group; sorts those of one row by the weight row, of which each group has one per quarter.
 inline void sort_quarters(float* sums, int64_t quarter) {
@@ -182,10 +179,12 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
     constexpr int64_t kStep = Dot<W>::kStep;
     // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
-    if (depth <= kShortDepth) {
 #ifdef MOESD_AVX512_BF16
-        if constexpr (std::is_same_v<W, bf16>) return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
+    if constexpr (std::is_same_v<W, bf16>) {
+        if (depth <= 2 * kMaxPairs) return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
+    }
 #endif
+    if (depth <= kShortDepth) {
         for (int t = 0; t < tiles; ++t) {
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
             for_size<kTileTokens>(size, [&]<int M>() { dot_short<W, M>(xs + m, w, stride, rows, depth, out + m * ld, ld); });

@@ -152,7 +152,7 @@ public:
         };
         // Rows are independent, so each thread can take some of them through all the steps alone. It then reads all the
         // weights, which pays while they stay in its cache.
-        if (weight_bytes() + head.nbytes() > kOwnBytes || at::in_parallel_region()) {
+        if (weight_bytes() + head.nbytes() > kOwnBytes) {
             chain(0, batch);
         } else {
             const at::ThreadLocalState state;
