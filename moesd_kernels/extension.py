@@ -47,6 +47,7 @@ _X86_SOURCES = {
     "cpu/isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "cpu/isa_avx512.cpp": _AVX512_FLAGS,
     "cpu/isa_avx512_bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
+    "cpu/isa_amx.cpp": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 
 

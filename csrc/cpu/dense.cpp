@@ -59,7 +59,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
     if (out.numel() == 0) return out;
     args.x = rows.const_data_ptr(), args.w = w.const_data_ptr();
     args.bias = bias ? offset.const_data_ptr() : nullptr;
-    args.packed_x = static_cast<float*>(scratch(args.tokens * align_depth(args.depth) * sizeof(float)));
+    const int64_t packed = kernels().panels ? panel_rows(args.tokens, 1) : args.tokens;
+    args.packed_x = static_cast<float*>(scratch(packed * align_depth(args.depth) * sizeof(float)));
     args.out = out.mutable_data_ptr();
     args.threads = team_size(args.tokens * args.depth * args.features);
     args.run = run_team;

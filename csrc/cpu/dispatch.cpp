@@ -4,6 +4,11 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -12,7 +17,7 @@ namespace moesd {
 
 extern const KernelTable kPortableTable;
 #ifdef MOESD_X86_KERNELS
-extern const KernelTable kAvx2Table, kAvx512Table, kAvx512Bf16Table;
+extern const KernelTable kAvx2Table, kAvx512Table, kAvx512Bf16Table, kAmxTable;
 #endif
 
 namespace {
@@ -22,13 +27,30 @@ struct Candidate {
     bool supported;
 };
 
+#ifdef MOESD_X86_KERNELS
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+
+// Whether the kernel lets this process use tiles, which it has to be asked for because their state is large.
+bool may_use_tiles() {
+#ifdef __linux__
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 const KernelTable& choose() {
     Candidate candidates[] = {  // best first
 #ifdef MOESD_X86_KERNELS
-        {&kAvx512Bf16Table, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-                                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")},
-        {&kAvx512Table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")},
+        {&kAmxTable, has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+                         __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
+        {&kAvx512Bf16Table, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+        {&kAvx512Table, has_avx512()},
         {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("f16c")},
 #endif

@@ -167,4 +167,11 @@ inline void load_row(float* dst, const W* src, int64_t n) {
     }
 }
 
+template <class W>
+inline float widened(W x) {
+    float wide;
+    load_row(&wide, &x, 1);
+    return wide;
+}
+
 }  // namespace moesd::MOESD_ISA

@@ -23,30 +23,12 @@ inline void transpose_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t
             for (int n = 0; n < 16; ++n) __builtin_prefetch(ahead + n * stride + k, 0, 2);
         }
         const __mmask32 inside = depth - k < 32 ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
-        __m512i a[16], b[16];
+        __m512i a[16];
 #pragma GCC unroll 16
         for (int n = 0; n < 16; ++n) {
             a[n] = _mm512_maskz_loadu_epi16(inside, w + (n < rows ? n : rows - 1) * stride + k);
         }
-#pragma GCC unroll 8
-        for (int n = 0; n < 16; n += 2) {
-            b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]), b[n + 1] = _mm512_unpackhi_epi32(a[n], a[n + 1]);
-        }
-#pragma GCC unroll 4
-        for (int n = 0; n < 16; n += 4) {  // a[n + i]: pair i of every four, rows n to n + 3
-            a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]), a[n + 1] = _mm512_unpackhi_epi64(b[n], b[n + 2]);
-            a[n + 2] = _mm512_unpacklo_epi64(b[n + 1], b[n + 3]);
-            a[n + 3] = _mm512_unpackhi_epi64(b[n + 1], b[n + 3]);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {  // a 4 x 4 transposition of quarters
-            const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44), high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
-            const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
-            const __m512i high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
-            pairs[i] = _mm512_shuffle_i32x4(low, low2, 0x88), pairs[4 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-            pairs[8 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
-            pairs[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-        }
+        transpose16(a, pairs);
     }
 }
 

@@ -127,7 +127,10 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     phases.enter("moesd::plan");
     const Tensor x = hidden.contiguous();
     const int64_t rows = topk_ids.numel(), depth_x = align_depth(hidden_size), depth_act = align_depth(inter);
-    const size_t floats = tokens * depth_x + rows * depth_act + tokens * hidden_size;
+    const bool panels = kernels().panels;
+    const int64_t packed_x = (panels ? panel_rows(rows, experts) : tokens) * depth_x;
+    const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
+    const size_t floats = packed_x + packed_act + tokens * hidden_size;
     auto* memory = static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8 + 64));
     auto* cursor = reinterpret_cast<int64_t*>(memory + (floats + 15) / 16 * 16);
     Plan plan(cursor + experts, experts, rows);
@@ -149,8 +152,8 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;
     args.active = plan.active, args.offsets = plan.offsets;
     args.sorted_token = plan.sorted_token, args.sorted_weight = plan.sorted_weight;
-    args.packed_x = memory, args.packed_act = memory + tokens * depth_x;
-    args.acc = args.packed_act + rows * depth_act;
+    args.packed_x = memory, args.packed_act = memory + packed_x;
+    args.acc = args.packed_act + packed_act;
     args.out = out.mutable_data_ptr();
     args.threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
     args.run = run_team;

@@ -20,6 +20,36 @@ inline int chunk_tokens(int64_t row_bytes) {
     return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens : fit < kMaxChunk ? fit : kMaxChunk);
 }
 
+// Rows of a slice of the output: enough slices that threads end together, few enough that a slice is a long read and many
+// tokens' activations are re-read seldom.
+inline int64_t output_slice(const ExpertsArgs& a) {
+    const int64_t slices = a.tokens <= 16 ? 4 : 2;
+    const int64_t rows = a.hidden / (slices * a.threads) / 16 * 16;
+    return rows < 16 ? 16 : rows > 256 ? 256 : rows;
+}
+
+// Columns h0 .. h1 of the output, which experts add up in fp32: before the first of them, and after the last.
+inline void clear_output(const ExpertsArgs& a, int64_t h0, int64_t h1) {
+    for (int64_t t = 0; t < a.tokens; ++t) std::memset(a.acc + t * a.hidden + h0, 0, (h1 - h0) * sizeof(float));
+}
+template <class W>
+void store_output(const ExpertsArgs& a, int64_t h0, int64_t h1) {
+    for (int64_t t = 0; t < a.tokens; ++t) {
+        store_row(static_cast<W*>(a.out) + t * a.hidden + h0, a.acc + t * a.hidden + h0, h1 - h0);
+    }
+}
+
+// activation(gate) * up after the clamps; `up` counts only where the experts are gated.
+inline Vec gated_activation(const ExpertsArgs& a, Vec gate, Vec up) {
+    if (a.has_limit) {
+        gate = min(splat(a.limit), gate);
+        if (a.gated) up = min(splat(a.limit), max(splat(-a.limit), up));
+    }
+    if (a.has_alpha) return mul(add(up, splat(1.0f)), mul(gate, sigmoid(mul(splat(a.alpha), gate))));
+    const Vec v = activate(a.activation, gate);
+    return a.gated ? mul(v, up) : v;
+}
+
 template <class W>
 class ExpertsKernel {
     using D = Dot<W>;
@@ -33,7 +63,7 @@ public:
           up_rows_(a.gated ? 2 * a.inter : a.inter),
           block_(a.inter <= kBlock && a.threads > 1 ? kDepthAlign : kBlock),
           blocks_((a.inter + block_ - 1) / block_),
-          slice_(slice_rows(a)),
+          slice_(output_slice(a)),
           pack_(a.tokens, a.threads),
           up_(a.num_active * blocks_),
           down_((a.hidden + slice_ - 1) / slice_) {}
@@ -43,14 +73,6 @@ public:
     }
 
 private:
-    // Slices of the output: enough that threads end together, few enough that a slice is a long read and many tokens'
-    // activations are re-read seldom.
-    static int64_t slice_rows(const ExpertsArgs& a) {
-        const int64_t slices = a.tokens <= 16 ? 4 : 2;
-        const int64_t rows = a.hidden / (slices * a.threads) / 16 * 16;
-        return rows < 16 ? 16 : rows > 256 ? 256 : rows;
-    }
-
     void work() {
         pack_.share([this](int64_t t) {
             pack_row(static_cast<const W*>(a_.x) + t * a_.hidden, a_.hidden, const_cast<Act*>(packed_x(t)));
@@ -135,39 +157,20 @@ private:
         if (a_.gate_up_bias) {
             const W* bias = static_cast<const W*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
             for (int64_t i = 0; i < rows; ++i) {
-                gate[i] += load_one(bias + (a_.interleaved ? 2 * (j + i) : j + i));
-                if (a_.gated) up[i] += load_one(bias + (a_.interleaved ? 2 * (j + i) + 1 : a_.inter + j + i));
+                gate[i] += widened(bias[a_.interleaved ? 2 * (j + i) : j + i]);
+                if (a_.gated) up[i] += widened(bias[a_.interleaved ? 2 * (j + i) + 1 : a_.inter + j + i]);
             }
         }
         for (int64_t i = rows; i < padded; ++i) gate[i] = up[i] = 0.0f;
         for (int64_t i = 0; i < padded; i += kLanes) {
-            Vec g = load(gate + i), u = a_.gated ? load(up + i) : splat(1.0f);
-            if (a_.has_limit) {
-                g = min(splat(a_.limit), g);
-                if (a_.gated) u = min(splat(a_.limit), max(splat(-a_.limit), u));
-            }
-            if (a_.has_alpha) {
-                Vec glu = mul(g, sigmoid(mul(splat(a_.alpha), g)));
-                store(gate + i, mul(add(u, splat(1.0f)), glu));
-            } else {
-                Vec v = activate(a_.activation, g);
-                store(gate + i, a_.gated ? mul(v, u) : v);
-            }
+            store(gate + i, gated_activation(a_, load(gate + i), a_.gated ? load(up + i) : splat(1.0f)));
         }
         for (int64_t i = rows; i < padded; ++i) gate[i] = 0.0f;
     }
 
-    static float load_one(const W* p) {
-        float wide[kLanes];
-        load_row(wide, p, 1);
-        return wide[0];
-    }
-
     void down(int64_t item) {
         const int64_t h0 = item * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
-        for (int64_t t = 0; t < a_.tokens; ++t) {
-            std::memset(a_.acc + t * a_.hidden + h0, 0, (h1 - h0) * sizeof(float));
-        }
+        clear_output(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
             const W* after = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
             for (int64_t h = h0; h < h1; h += kBlock) {
@@ -175,9 +178,7 @@ private:
                 down_block(e, h, rows, h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : after);
             }
         }
-        for (int64_t t = 0; t < a_.tokens; ++t) {
-            store_row(static_cast<W*>(a_.out) + t * a_.hidden + h0, a_.acc + t * a_.hidden + h0, h1 - h0);
-        }
+        store_output<W>(a_, h0, h1);
     }
 
     void down_block(int64_t e, int64_t h, int64_t rows, const W* next) {

@@ -31,6 +31,13 @@ using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
 // Told the name of each phase a kernel enters, by whichever threads enter it.
 using EnterPhase = void (*)(void* ctx, const char* name);
 
+// Rows of activations that lie together where kernels compute in tiles. An expert's rows begin a panel of their own, so
+// `rows` of them need no more than this.
+constexpr int64_t kPanelRows = 16;
+static constexpr int64_t panel_rows(int64_t rows, int64_t experts) {
+    return (rows / kPanelRows + (experts < rows ? experts : rows)) * kPanelRows;
+}
+
 struct ExpertsArgs {
     DType dtype;
     Activation activation;
@@ -47,8 +54,8 @@ struct ExpertsArgs {
     const int64_t* offsets;         // [num_active + 1] into the sorted rows
     const int64_t* sorted_token;    // [N]
     const float* sorted_weight;     // [N]
-    float* packed_x;                // [T, align_depth(H)] scratch
-    float* packed_act;              // [N, align_depth(I)] scratch
+    float* packed_x;                // [T, align_depth(H)] scratch, or [panel_rows(N, E), align_depth(H)] for panels
+    float* packed_act;              // [N, align_depth(I)] scratch, or [panel_rows(N, E), align_depth(I)] for panels
     float* acc;                     // [T, H] scratch
     void* out;                      // [T, H]
     EnterPhase enter_phase;         // null unless a profiler listens
@@ -63,7 +70,7 @@ struct LinearArgs {
     const void* x;     // [T, K]
     const void* w;     // [N, K]
     const void* bias;  // [N] or null
-    float* packed_x;   // [T, align_depth(K)] scratch
+    float* packed_x;   // [T, align_depth(K)] scratch, or [panel_rows(T, 1), align_depth(K)] for panels
     void* out;         // [T, N]
     int threads;
     RunTeam run;
@@ -152,6 +159,7 @@ struct ArgmaxArgs {
 
 struct KernelTable {
     const char* name;
+    bool panels;  // whether activations are packed in panels
     void (*experts)(const ExpertsArgs&);
     void (*linear)(const LinearArgs&);
     void (*attention)(const AttentionArgs&);

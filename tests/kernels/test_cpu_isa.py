@@ -48,7 +48,7 @@ def run(isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_each_instruction_set(isa):
     done = run(isa)
     if "is not supported by this processor" in done.stderr:

@@ -1,0 +1,184 @@
+// The experts layer in bf16 on AMX tiles, in the two passes of ExpertsKernel. Each expert's tokens lie in panels of sixteen.
+// The tiles of gate and up have a token in each column, as the panels of the down projection need them, so what lies between
+// the two projections needs no transposition.
+#pragma once
+
+#include "amx_tiles.h"
+#include "experts_kernel.h"
+
+namespace moesd::MOESD_ISA {
+
+class AmxExpertsKernel {
+    static constexpr int64_t kRows = 2 * kTile;  // intermediate rows of an item
+
+public:
+    explicit AmxExpertsKernel(const ExpertsArgs& a)
+        : a_(a),
+          x_size_(steps_of(a.hidden) * kStepSize),
+          act_size_(steps_of(a.inter) * kStepSize),
+          up_rows_(a.gated ? 2 * a.inter : a.inter),
+          blocks_((a.inter + kRows - 1) / kRows),
+          slice_(output_slice(a)),
+          pack_(a.num_active, a.threads),
+          up_(a.num_active * blocks_),
+          down_((a.hidden + slice_ - 1) / slice_) {}
+
+    void run() {
+        a_.run(a_.threads, [](void* self) { static_cast<AmxExpertsKernel*>(self)->work(); }, this);
+    }
+
+private:
+    void work() {
+        const Tiles tiles;
+        pack_.share([this](int64_t e) { pack(e); });
+        pack_.wait();
+        if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
+        int64_t done = 0, i = up_.take();
+        while (i < up_.total) {
+            const int64_t following = up_.take();
+            if (a_.gated) gate_up<2>(i, following);
+            else gate_up<1>(i, following);
+            i = following, ++done;
+        }
+        up_.finish(done), up_.wait();
+        if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::down_combine");
+        while ((i = down_.take()) < down_.total) down(i);
+    }
+
+    int64_t tokens_of(int64_t e) const { return a_.offsets[e + 1] - a_.offsets[e]; }
+    int64_t panels_of(int64_t e) const { return (tokens_of(e) + kTile - 1) / kTile; }
+    // Of expert e, counted among all: at least as many as the experts before it have.
+    int64_t first_panel(int64_t e) const { return a_.offsets[e] / kTile + e; }
+    bf16* x_panels(int64_t e) const { return reinterpret_cast<bf16*>(a_.packed_x) + first_panel(e) * x_size_; }
+    bf16* act_panels(int64_t e) const { return reinterpret_cast<bf16*>(a_.packed_act) + first_panel(e) * act_size_; }
+
+    const bf16* gate_up_of(int64_t e) const {
+        return static_cast<const bf16*>(a_.w_gate_up) + a_.active[e] * up_rows_ * a_.hidden;
+    }
+    const bf16* down_of(int64_t e) const {
+        return static_cast<const bf16*>(a_.w_down) + a_.active[e] * a_.hidden * a_.inter;
+    }
+
+    void pack(int64_t e) const {
+        const bf16* rows[kTile];
+        for (int64_t p = 0; p < panels_of(e); ++p) {
+            const int64_t first = a_.offsets[e] + p * kTile, left = a_.offsets[e + 1] - first;
+            const int count = static_cast<int>(left < kTile ? left : kTile);
+            for (int m = 0; m < count; ++m) {
+                rows[m] = static_cast<const bf16*>(a_.x) + a_.sorted_token[first + m] * a_.hidden;
+            }
+            pack_panel(rows, count, a_.hidden, x_panels(e) + p * x_size_);
+        }
+    }
+
+    // Sixteen rows from row j on of an expert's gate (part 0) or up projection (part 1).
+    WeightRows rows_of(int64_t e, int64_t part, int64_t j) const {
+        const int64_t left = a_.inter - j, rows = left < 0 ? 0 : left < kTile ? left : kTile;
+        if (a_.interleaved) return {gate_up_of(e) + (2 * j + part) * a_.hidden, 2 * a_.hidden, rows};
+        return {gate_up_of(e) + (part * a_.inter + j) * a_.hidden, a_.hidden, rows};
+    }
+
+    // The weights that an item reads as two stretches, as long as all of them but an expert's last; of the down projection
+    // after the last item.
+    Ahead fetch_of(int64_t item, int64_t steps) const {
+        const int64_t half = kRows * a_.hidden;
+        if (item >= up_.total) return {down_of(0), down_of(0) + half / 2, half, steps};
+        const bf16* gate = rows_of(item / blocks_, 0, item % blocks_ * kRows).at;
+        const bf16* other = a_.gated && !a_.interleaved ? gate + a_.inter * a_.hidden : gate + half / (a_.gated ? 1 : 2);
+        return {gate, other, half * (a_.gated ? 2 : 1), steps};
+    }
+
+    // One item: kRows intermediate rows for all of an expert's tokens. Parts: gate and up, or one projection.
+    template <int Parts>
+    void gate_up(int64_t item, int64_t following) const {
+        const int64_t e = item / blocks_, j = item % blocks_ * kRows, count = panels_of(e);
+        const bf16* x = x_panels(e);
+        alignas(64) float sums[4 * kTileSums];
+        Ahead ahead = fetch_of(following, (count / 2 * 2 + count % 2) * steps_of(a_.hidden));
+        WeightRows weights[2 * Parts];
+        for (int i = 0; i < 2 * Parts; ++i) weights[i] = rows_of(e, i % Parts, j + i / Parts * kTile);
+        int64_t p = 0;
+        for (; p + 2 <= count; p += 2) {
+            const bf16* const pair[2] = {x + p * x_size_, x + (p + 1) * x_size_};
+            for (int half = 0; half < 2; ++half) {
+                WeightRows part[Parts];
+                for (int i = 0; i < Parts; ++i) part[i] = weights[half * Parts + i];
+                tile_product<Parts, 2>(part, pair, a_.hidden, ahead, sums);
+                for (int t = 0; t < 2; ++t) {
+                    activate_tile(e, j + half * kTile, p + t, sums + t * kTileSums, sums + (Parts * 2 - 2 + t) * kTileSums);
+                }
+            }
+        }
+        if (p == count) return;
+        tile_product<2 * Parts, 1>(weights, {x + p * x_size_}, a_.hidden, ahead, sums);
+        for (int half = 0; half < 2; ++half) {
+            const float* gate = sums + half * Parts * kTileSums;
+            activate_tile(e, j + half * kTile, p, gate, gate + (Parts - 1) * kTileSums);
+        }
+    }
+
+    // Rows j .. j + kTile of the sums become as much of the depth of the down projection's panel.
+    void activate_tile(int64_t e, int64_t j, int64_t p, const float* gate, const float* up) const {
+        bf16* panel = act_panels(e) + p * act_size_ + j * kTile;
+        for (int64_t n = 0; n < kTile; n += 2, panel += 2 * kTile) {
+            const __m512i even = activated_bits(e, j + n, gate + n * kTile, up + n * kTile);
+            const __m512i odd = activated_bits(e, j + n + 1, gate + (n + 1) * kTile, up + (n + 1) * kTile);
+            _mm512_store_si512(panel, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        }
+    }
+
+    __m512i activated_bits(int64_t e, int64_t row, const float* gate, const float* up) const {
+        if (row >= a_.inter) return _mm512_setzero_si512();
+        Vec g = load(gate), u = load(up);
+        if (a_.gate_up_bias) {
+            const bf16* bias = static_cast<const bf16*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
+            g = add(g, splat(widened(bias[a_.interleaved ? 2 * row : row])));
+            if (a_.gated) u = add(u, splat(widened(bias[a_.interleaved ? 2 * row + 1 : a_.inter + row])));
+        }
+        return bf16_bits(gated_activation(a_, g, u));
+    }
+
+    void down(int64_t item) const {
+        const int64_t h0 = item * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
+        clear_output(a_, h0, h1);
+        for (int64_t e = 0; e < a_.num_active; ++e) {
+            const bf16* after = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
+            for (int64_t h = h0; h < h1; h += 4 * kTile) {
+                down_block(e, h, h1, h + 4 * kTile < h1 ? down_of(e) + (h + 4 * kTile) * a_.inter : after);
+            }
+        }
+        store_output<bf16>(a_, h0, h1);
+    }
+
+    void down_block(int64_t e, int64_t h, int64_t h1, const bf16* next) const {
+        const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile, half = rows * a_.inter / 2;
+        Ahead ahead(next, next + half, half * sizeof(bf16), product_steps(panels_of(e), rows, a_.inter));
+        panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles, act_panels(e), act_size_, panels_of(e),
+                       a_.inter, ahead,
+                       [&](int64_t w, int64_t p, const float* sums) { combine(e, h + w * kTile, h1, p, sums); });
+    }
+
+    // Adds sixteen outputs from h on of sixteen of an expert's tokens to what the experts before it gave.
+    void combine(int64_t e, int64_t h, int64_t h1, int64_t p, const float* sums) const {
+        const int64_t width = h1 - h < kTile ? h1 - h : kTile;
+        if (width <= 0) return;
+        Vec by_token[kTile];
+        sums_by_token(sums, by_token);
+        alignas(64) float bias[kTile] = {};
+        if (a_.down_bias) load_row(bias, static_cast<const bf16*>(a_.down_bias) + a_.active[e] * a_.hidden + h, width);
+        const __mmask16 inside = static_cast<__mmask16>((1u << width) - 1);
+        for (int64_t m = 0; m < kTile && p * kTile + m < tokens_of(e); ++m) {
+            const int64_t n = a_.offsets[e] + p * kTile + m;
+            float* acc = a_.acc + a_.sorted_token[n] * a_.hidden + h;
+            const Vec term = mul(splat(a_.sorted_weight[n]), add(by_token[m], load(bias)));
+            _mm512_mask_storeu_ps(acc, inside, add(_mm512_maskz_loadu_ps(inside, acc), term));
+        }
+    }
+
+    const ExpertsArgs& a_;
+    const int64_t x_size_, act_size_, up_rows_, blocks_, slice_;
+    Rows pack_;
+    Counter up_, down_;
+};
+
+}  // namespace moesd::MOESD_ISA

@@ -1,0 +1,35 @@
+// AVX-512-BF16, with the experts and the linear layers of bf16 weights on AMX tiles; compiled with its own flags, so it
+// includes nothing of torch.
+#define MOESD_ISA amx
+#define MOESD_AVX512_BF16
+#include "vec_avx512.h"
+
+#include "amx_experts_kernel.h"
+#include "amx_linear_kernel.h"
+#include "kernels.h"
+
+namespace moesd {
+namespace {
+
+void experts(const ExpertsArgs& args) {
+    if (args.dtype != DType::kBFloat16 || args.transposed) return amx::run_for_dtype<amx::ExpertsKernel>(args);
+    amx::AmxExpertsKernel(args).run();
+}
+
+void linear(const LinearArgs& args) {
+    if (args.dtype != DType::kBFloat16) return amx::run_for_dtype<amx::LinearKernel>(args);
+    amx::AmxLinearKernel(args).run();
+}
+
+constexpr KernelTable make_table() {
+    KernelTable table = amx::make_table("amx");
+    table.panels = true, table.experts = experts, table.linear = linear;
+    return table;
+}
+
+}  // namespace
+
+extern const KernelTable kAmxTable;
+constexpr KernelTable kAmxTable = make_table();
+
+}  // namespace moesd
