@@ -33,16 +33,24 @@ private:
         pack_.share([this](int64_t e) { pack(e); });
         pack_.wait();
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
-        int64_t done = 0, i = up_.take();
-        while (i < up_.total) {
+        int64_t done = 0, slice = -1;
+        for (int64_t i = up_.take(); i < up_.total; ++done) {
             const int64_t following = up_.take();
-            if (a_.gated) gate_up<2>(i, following);
-            else gate_up<1>(i, following);
-            i = following, ++done;
+            if (following >= up_.total) slice = down_.take();
+            const int64_t loads = tile_loads(panels_of(i / blocks_), (a_.gated ? 2 : 1) * kRows, a_.hidden);
+            Ahead ahead = following < up_.total ? fetch_gate_up(following, loads) : fetch_down(slice, loads);
+            if (a_.gated) gate_up<2>(i, ahead);
+            else gate_up<1>(i, ahead);
+            i = following;
         }
         up_.finish(done), up_.wait();
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::down_combine");
-        while ((i = down_.take()) < down_.total) down(i);
+        if (slice < 0) slice = down_.take();
+        while (slice < down_.total) {
+            const int64_t following = down_.take();
+            down(slice, following);
+            slice = following;
+        }
     }
 
     int64_t tokens_of(int64_t e) const { return a_.offsets[e + 1] - a_.offsets[e]; }
@@ -78,23 +86,30 @@ private:
         return {gate_up_of(e) + (part * a_.inter + j) * a_.hidden, a_.hidden, rows};
     }
 
-    // The weights that an item reads as two stretches, as long as all of them but an expert's last; of the down projection
-    // after the last item.
-    Ahead fetch_of(int64_t item, int64_t steps) const {
+    // The weights of a gate/up item as two stretches, as long as all of them but an expert's last have.
+    Ahead fetch_gate_up(int64_t item, int64_t loads) const {
         const int64_t half = kRows * a_.hidden;
-        if (item >= up_.total) return {down_of(0), down_of(0) + half / 2, half, steps};
-        const bf16* gate = rows_of(item / blocks_, 0, item % blocks_ * kRows).at;
-        const bf16* other = a_.gated && !a_.interleaved ? gate + a_.inter * a_.hidden : gate + half / (a_.gated ? 1 : 2);
-        return {gate, other, half * (a_.gated ? 2 : 1), steps};
+        const bf16* first = rows_of(item / blocks_, 0, item % blocks_ * kRows).at;
+        if (!a_.gated) return {first, first + half / 2, half, loads};
+        return {first, first + (a_.interleaved ? half : a_.inter * a_.hidden), 2 * half, loads};
+    }
+
+    // The first weights of a slice of the output.
+    Ahead fetch_down(int64_t slice, int64_t loads) const {
+        if (slice >= down_.total) return {nullptr, nullptr, 0, 0};
+        return fetch_rows(down_of(0) + slice * slice_ * a_.inter, slice_ < 4 * kTile ? slice_ : 4 * kTile, loads);
+    }
+    Ahead fetch_rows(const bf16* first, int64_t rows, int64_t loads) const {
+        const int64_t half = rows * a_.inter / 2;
+        return {first, first + half, half * 2, loads};
     }
 
     // One item: kRows intermediate rows for all of an expert's tokens. Parts: gate and up, or one projection.
     template <int Parts>
-    void gate_up(int64_t item, int64_t following) const {
+    void gate_up(int64_t item, Ahead& ahead) const {
         const int64_t e = item / blocks_, j = item % blocks_ * kRows, count = panels_of(e);
         const bf16* x = x_panels(e);
         alignas(64) float sums[4 * kTileSums];
-        Ahead ahead = fetch_of(following, (count / 2 * 2 + count % 2) * steps_of(a_.hidden));
         WeightRows weights[2 * Parts];
         for (int i = 0; i < 2 * Parts; ++i) weights[i] = rows_of(e, i % Parts, j + i / Parts * kTile);
         int64_t p = 0;
@@ -138,24 +153,23 @@ private:
         return bf16_bits(gated_activation(a_, g, u));
     }
 
-    void down(int64_t item) const {
-        const int64_t h0 = item * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
+    void down(int64_t slice, int64_t following) const {
+        const int64_t h0 = slice * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
         clear_output(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
-            const bf16* after = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
             for (int64_t h = h0; h < h1; h += 4 * kTile) {
-                down_block(e, h, h1, h + 4 * kTile < h1 ? down_of(e) + (h + 4 * kTile) * a_.inter : after);
+                const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile;
+                const int64_t loads = tile_loads(panels_of(e), rows, a_.inter);
+                const bool more = h + 4 * kTile < h1;
+                Ahead ahead = more                       ? fetch_rows(down_of(e) + (h + 4 * kTile) * a_.inter, rows, loads)
+                              : e + 1 < a_.num_active ? fetch_rows(down_of(e + 1) + h0 * a_.inter, rows, loads)
+                                                      : fetch_down(following, loads);
+                panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles, act_panels(e), act_size_,
+                               panels_of(e), a_.inter, ahead,
+                               [&](int64_t w, int64_t p, const float* sums) { combine(e, h + w * kTile, h1, p, sums); });
             }
         }
         store_output<bf16>(a_, h0, h1);
-    }
-
-    void down_block(int64_t e, int64_t h, int64_t h1, const bf16* next) const {
-        const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile, half = rows * a_.inter / 2;
-        Ahead ahead(next, next + half, half * sizeof(bf16), product_steps(panels_of(e), rows, a_.inter));
-        panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles, act_panels(e), act_size_, panels_of(e),
-                       a_.inter, ahead,
-                       [&](int64_t w, int64_t p, const float* sums) { combine(e, h + w * kTile, h1, p, sums); });
     }
 
     // Adds sixteen outputs from h on of sixteen of an expert's tokens to what the experts before it gave.

@@ -48,7 +48,7 @@ private:
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
         const bf16* next = following < a_.features ? weights(following) : nullptr;
         const int64_t half = block_ / 2 * a_.depth;  // the next block as two stretches
-        Ahead ahead(next, next + half, half * sizeof(bf16), product_steps(panels_, rows, a_.depth));
+        Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16), tile_loads(panels_, rows, a_.depth));
         const auto finish = [&](int64_t w, int64_t p, const float* sums) { store(j + w * kTile, p * kTile, sums); };
         panels_product(Block(weights(j), a_.depth, rows).tiles, panel(0), panel_size_, panels_, a_.depth, ahead, finish);
     }

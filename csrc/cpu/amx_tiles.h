@@ -58,25 +58,33 @@ inline __attribute__((always_inline)) void for_tiles(const F& f) {
     (std::make_integer_sequence<int, N>());
 }
 
-// Memory that is read next, fetched into the second-level cache while tiles compute: two stretches, each from its start to
-// its end. Tiles take a line of sixteen rows at a time, which the machine's own prefetchers do not follow; these they do.
+// Memory that is read next, fetched into the second-level cache while tiles compute: two stretches of the same length, each
+// as four streams that lie a quarter apart. A tile takes a line of sixteen rows at a time, which the machine's own
+// prefetchers do not follow; these streams they do, and several keep memory busier than one.
 class Ahead {
 public:
-    // `bytes` of each stretch, spread over `steps` steps; nothing when `first` is null.
-    Ahead(const void* first, const void* second, int64_t bytes, int64_t steps)
-        : at_(static_cast<const char*>(first)),
-          other_(static_cast<const char*>(second) - at_),
-          lines_(first && steps > 0 ? (bytes / 64 + steps - 1) / steps : 0) {}
+    // `bytes` of each stretch, spread over the loads of `loads` tiles of weights. Nothing when `first` is null, or when the
+    // cache would not hold this besides what is being read: tiles then wait for memory themselves.
+    Ahead(const bf16* first, const bf16* second, int64_t bytes, int64_t loads)
+        : at_(reinterpret_cast<const char*>(first)),
+          other_(first ? reinterpret_cast<const char*>(second) - at_ : 0),
+          quarter_(bytes / 4 / 64 * 64),
+          lines_(first && loads > 0 && 2 * bytes <= kMostAhead ? (bytes / 4 / 64 + loads - 1) / loads : 0) {}
 
-    void step() {
+    void fetch() {
         for (int64_t i = 0; i < lines_; ++i, at_ += 64) {
-            __builtin_prefetch(at_, 0, 2), __builtin_prefetch(at_ + other_, 0, 2);
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; ++q) {
+                __builtin_prefetch(at_ + q * quarter_), __builtin_prefetch(at_ + q * quarter_ + other_);
+            }
         }
     }
 
 private:
+    static constexpr int64_t kMostAhead = 640 * 1024;  // of a second-level cache of 2 MB: every processor with AMX has it
+
     const char* at_;
-    const int64_t other_, lines_;
+    const int64_t other_, quarter_, lines_;
 };
 
 struct WeightRows {
@@ -101,15 +109,14 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
         for_tiles<T>([]<int P>() { tile_multiply<I * T + P, 4 + I % 2, 6 + P>(); });
     };
     for (int64_t step = 0; step < whole; ++step) {
-        ahead.step();
         load_panels(step);
         for_tiles<W>([&]<int I>() {
+            ahead.fetch();
             tile_load<4 + I % 2>(weights[I].at + step * kStepDepth, weights[I].stride * sizeof(bf16));
             multiply.template operator()<I>();
         });
     }
     for (int64_t step = whole; step < steps; ++step) {
-        ahead.step();
         load_panels(step);
         const int64_t k = step * kStepDepth, left = depth - k < kStepDepth ? depth - k : kStepDepth;
         for_tiles<W>([&]<int I>() {
@@ -117,6 +124,7 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
             for (int64_t n = 0; n < weights[I].rows; ++n) {
                 std::memcpy(edge + n * kStepDepth, weights[I].at + n * weights[I].stride + k, left * sizeof(bf16));
             }
+            ahead.fetch();
             tile_load<4 + I % 2>(edge, 64);
             multiply.template operator()<I>();
         });
@@ -160,9 +168,9 @@ struct Block {
     }
 };
 
-// What `panels_product` walks through: the steps among which a prefetch is to be spread.
-constexpr int64_t product_steps(int64_t count, int64_t rows, int64_t depth) {
-    return (count / 2 * (rows > 2 * kTile ? 2 : 1) + count % 2) * steps_of(depth);
+// How many tiles of weights `count` panels load from `rows` weight rows, two panels at a time.
+constexpr int64_t tile_loads(int64_t count, int64_t rows, int64_t depth) {
+    return (count + 1) / 2 * ((rows + kTile - 1) / kTile) * steps_of(depth);
 }
 
 // A panel from `count` <= kTile rows: pairs of the depth, each of all tokens, zeros where there is no row or no more depth.
