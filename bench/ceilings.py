@@ -15,7 +15,8 @@ from bench.timer import seconds_of
 READ_BYTES = {"cpu": 2**29, "cuda": 2**32}
 PROBE_BYTES = 2**28
 SQUARE = {"cpu": 2048, "cuda": 8192}
-FAST_CPU, FAST_SQUARE = 5e11, 4096  # FLOP/s from which a CPU needs a larger product to show its peak
+# From this rate on (FLOP/s) a CPU needs a larger product to show its peak.
+FAST_CPU, FAST_SQUARE = 5e11, 4096
 ROW = 2048
 ROUNDS = 7
 
