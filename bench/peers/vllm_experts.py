@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+AMX_ALIGNMENT = 32
+
 
 class VllmExperts:
     """A running worker: ``prepare`` a layer, then ``call`` it on seeded batches."""
@@ -56,11 +58,19 @@ def _serve(threads: int) -> None:
     flush = CacheFlusher(cpu)
     state: dict[str, Any] = {}
 
+    def isa_for(shape: Shape) -> str:
+        """What vLLM's own layer would take: AMX wherever the machine and the sizes allow it."""
+        aligned = shape.H % AMX_ALIGNMENT == 0 and shape.I % AMX_ALIGNMENT == 0
+        # The process has to ask for its tiles: in vLLM a oneDNN product does it at start-up.
+        amx = aligned and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+        return "amx" if amx else "vec"
+
     def prepare(shape: Shape, seed: int) -> None:
         state.clear()
         layer = make_layer(shape, torch.bfloat16, cpu, seed)
-        state["w13"] = ops.cpu_prepack_moe_weight(layer.w_gate_up, "vec")
-        state["w2"] = ops.cpu_prepack_moe_weight(layer.w_down, "vec")
+        state["isa"] = isa_for(shape)
+        state["w13"] = ops.cpu_prepack_moe_weight(layer.w_gate_up, state["isa"])
+        state["w2"] = ops.cpu_prepack_moe_weight(layer.w_down, state["isa"])
         state["shape"] = shape
 
     def run(draw: list[Any], seed: int, union_ratio: float) -> dict[str, float]:
@@ -71,7 +81,16 @@ def _serve(threads: int) -> None:
         flush()
         begin = time.perf_counter()
         ops.cpu_fused_moe(
-            out, batch.hidden, state["w13"], state["w2"], None, None, weights, ids, "silu", "vec"
+            out,
+            batch.hidden,
+            state["w13"],
+            state["w2"],
+            None,
+            None,
+            weights,
+            ids,
+            "silu",
+            state["isa"],
         )
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "norm": out.float().norm().item()}
