@@ -93,10 +93,11 @@ struct WeightRows {
     int64_t rows;    // up to kTile; what is missing counts as zero, as does the depth beyond its end
 };
 
-// sums[w * T + t] = weights[w] times panels[t], sums of kTileSums, for W * T <= 4 tiles.
-template <int W, int T>
+// sums[w * T + t] = weights[w] times panels[t], sums of kTileSums, for W * T <= 4 tiles. Calls ahead.fetch() with every tile
+// of weights that it loads.
+template <int W, int T, class A>
 __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], const bf16* const (&panels)[T], int64_t depth,
-                                            Ahead& ahead, float* sums) {
+                                            A& ahead, float* sums) {
     static_assert(W * T <= 4 && T <= 2);
     bool whole_rows = true;
     for (const WeightRows& w : weights) whole_rows = whole_rows && w.rows == kTile;
@@ -118,11 +119,13 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
     }
     for (int64_t step = whole; step < steps; ++step) {
         load_panels(step);
-        const int64_t k = step * kStepDepth, left = depth - k < kStepDepth ? depth - k : kStepDepth;
+        const int64_t k = step * kStepDepth;
+        const __mmask32 inside = depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
         for_tiles<W>([&]<int I>() {
-            alignas(64) bf16 edge[kStepSize] = {};
-            for (int64_t n = 0; n < weights[I].rows; ++n) {
-                std::memcpy(edge + n * kStepDepth, weights[I].at + n * weights[I].stride + k, left * sizeof(bf16));
+            alignas(64) bf16 edge[kStepSize];
+            for (int64_t n = 0; n < kTile; ++n) {
+                const bf16* row = weights[I].at + n * weights[I].stride + k;
+                _mm512_store_si512(edge + n * kStepDepth, _mm512_maskz_loadu_epi16(n < weights[I].rows ? inside : 0, row));
             }
             ahead.fetch();
             tile_load<4 + I % 2>(edge, 64);
@@ -133,9 +136,9 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
 }
 
 // finish(w, p, sums) for every tile of up to four tiles of weight rows (w < 4) and `count` panels, `panel_size` apart.
-template <class F>
+template <class A, class F>
 void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count, int64_t depth,
-                    Ahead& ahead, const F& finish) {
+                    A& ahead, const F& finish) {
     alignas(64) float sums[4 * kTileSums];
     int64_t p = 0;
     for (; p + 2 <= count; p += 2) {

@@ -1,9 +1,10 @@
-// AVX-512-BF16, with the experts and the linear layers of bf16 weights on AMX tiles; compiled with its own flags, so it
+// AVX-512-BF16, with the experts, the linear layers and the attention of bf16 on AMX tiles; compiled with its own flags, so it
 // includes nothing of torch.
 #define MOESD_ISA amx
 #define MOESD_AVX512_BF16
 #include "vec_avx512.h"
 
+#include "amx_attention.h"
 #include "amx_experts_kernel.h"
 #include "amx_linear_kernel.h"
 #include "kernels.h"
@@ -21,9 +22,14 @@ void linear(const LinearArgs& args) {
     amx::AmxLinearKernel(args).run();
 }
 
+void attention(const AttentionArgs& args) {
+    if (args.dtype != DType::kBFloat16) return amx::run_for_dtype<amx::AttentionKernel>(args);
+    amx::RaggedAttention<bf16, amx::TileRows>(args).run();
+}
+
 constexpr KernelTable make_table() {
     KernelTable table = amx::make_table("amx");
-    table.panels = true, table.experts = experts, table.linear = linear;
+    table.panels = true, table.experts = experts, table.linear = linear, table.attention = attention;
     return table;
 }
 
