@@ -1,5 +1,6 @@
-// The rows of ragged attention on AMX tiles, in bf16. Keys are read as they lie, against panels of queries; the weights of
-// sixteen rows are a tile, against pairs of slots of the values, in the order of columns that Values<bf16> has.
+// The rows of ragged attention on AMX tiles, in bf16: up to sixteen of them are a tile, first of queries against transposed
+// keys, then of weights against pairs of slots of the values, in the order of columns that Values<bf16> has. A tile of few
+// rows takes little time, so a single token costs no more than it has to.
 //
 // Invariance: a row takes its slots in ascending order, thirty-two at a time counted from the first of a block, and those it
 // may not see with a weight of zero, which adds nothing.
@@ -10,146 +11,136 @@
 
 namespace moesd::MOESD_ISA {
 
-constexpr int64_t kKeys = 4 * kTile;  // keys of a product
-
-// The keys of the next product, fetched while the tiles of this one compute.
-class KeysAhead {
-public:
-    KeysAhead(const bf16* keys, int64_t stride, int64_t depth, int64_t loads)
-        : at_(keys), stride_(stride), depth_(depth), rows_(loads > 0 ? (kKeys + loads - 1) / loads : 0) {}
-
-    void fetch() {
-        for (int64_t i = 0; i < rows_; ++i, at_ += stride_) {
-            for (int64_t k = 0; k < depth_; k += kStepDepth) __builtin_prefetch(at_ + k);
-        }
-    }
-
-private:
-    const bf16* at_;
-    const int64_t stride_, depth_, rows_;
-};
-
 class TileRows : public AttentionRows<bf16, 2 * kTile> {
-    static constexpr int64_t kColumns = 64;           // of the values, at a time: four tiles
-    static constexpr int64_t kPart = Values<bf16>::kWide;
-
 public:
-    explicit TileRows(const AttentionArgs& a) : AttentionRows(a), panel_size_(steps_of(a.head_dim) * kStepSize) {}
+    using AttentionRows::AttentionRows;
 
     void start(const bf16* q, int64_t head) {
-        for (int m = 0; m < count(); m += kTile) {
-            const bf16* rows[kTile];
-            const int size = count() - m < kTile ? count() - m : kTile;
-            for (int i = 0; i < size; ++i) rows[i] = query_row(q, m + i);
-            pack_panel(rows, size, a_.head_dim, query_ + m / kTile * panel_size_);
-        }
-        start_softmax(head);
+        start_rows(q, head);
+        tile_rows(count());
     }
 
-    void add_block(const bf16* keys, const bf16* values, int64_t slots, bool ends) {
-        score(keys, slots, ends);
-        const int64_t read = (most_ + kStepDepth - 1) / kStepDepth * kStepDepth;
+    void add_block(const bf16* keys, const bf16* values, int64_t, bool ends) {
+        for (int64_t j = 0; j < most_; j += 2 * kTile) score(keys + j * a_.k_slot, j, ends);
+        const int64_t read = steps_of(most_) * kStepDepth;
         for (int m = 0; m < count(); ++m) {
             const int64_t seen = seen_[m / heads];
             if (seen > 0) rescale(m, seen);
             std::memset(static_cast<void*>(weights_of(m) + seen), 0, (read - seen) * sizeof(bf16));
         }
         for (int64_t d = 0; d < a_.value_dim; d += kColumns) {
-            const bool finite = pack_values(values, d, most_);
-            if (finite) add_values(0, count(), d, most_);
-            // A weight of zero would not hide a value that is not a number.
-            for (int n = 0; n < queries && !finite; ++n) {
-                pack_values(values, d, seen_[n]);
-                add_values(n * heads, heads, d, seen_[n]);
-            }
+            if (pack_values(values, d, most_)) add_values(0, d, most_);
+            else add_by_query(values, d);
         }
     }
 
 private:
-    // Scores of slots that nobody sees are never looked at, so the last keys may be any that the cache has.
-    void score(const bf16* keys, int64_t slots, bool ends) {
-        const int panels = (count() + kTile - 1) / kTile;
-        for (int64_t j = 0; j < most_; j += kKeys) {
-            const bf16* block = keys + j * a_.k_slot;
-            const int64_t needed = most_ - j <= kKeys / 2 ? kKeys / 2 : kKeys;
-            const int64_t rows = slots - j < needed ? slots - j : needed;
-            const bool more = !ends || j + kKeys < most_;
-            KeysAhead ahead(block + kKeys * a_.k_slot, a_.k_slot, a_.head_dim, more ? tile_loads(panels, rows, a_.head_dim) : 0);
-            panels_product(Block(block, a_.k_slot, rows).tiles, query_, panel_size_, panels, a_.head_dim, ahead,
-                           [&](int64_t w, int64_t p, const float* sums) {
-                               if (j + w * kTile < most_) store_scores(p * kTile, j + w * kTile, sums);
-                           });
+    static constexpr int64_t kColumns = Values<bf16>::kWide;  // of the values, at a time: two tiles
+
+    // Sums of the first sixteen rows in tiles 0 and 1, of the others in 2 and 3; the rows themselves in 4 and 5.
+    void tile_rows(int rows) {
+        if (rows == tiled_) return;
+        const uint8_t first = static_cast<uint8_t>(rows < kTile ? rows : kTile);
+        const uint8_t second = static_cast<uint8_t>(rows > kTile ? rows - kTile : 1);
+        tiles_.configure({first, first, second, second, first, second, kTile, kTile});
+        tiled_ = rows;
+    }
+
+    // Scores of the thirty-two slots from j on; those of slots that nobody sees are never looked at.
+    void score(const bf16* keys, int64_t j, bool ends) {
+        const int64_t left = most_ - j;
+        const bf16* ahead = left <= 2 * kTile && ends ? nullptr : keys + 2 * kTile * a_.k_slot;
+        transpose_pairs(keys, a_.k_slot, left, a_.head_dim, ahead, keys_[0]);
+        // Behind the last key there may be no more to read: then what is there already is as good.
+        if (left > kTile) {
+            transpose_pairs(keys + kTile * a_.k_slot, a_.k_slot, left - kTile, a_.head_dim,
+                            ahead ? ahead + kTile * a_.k_slot : nullptr, keys_[1]);
         }
+        for_tiles<4>([]<int I>() { tile_zero<I>(); });
+        for (int64_t step = 0; step < steps_of(a_.head_dim); ++step) {
+            multiply(query_ + step * kStepDepth, depth_, keys_[0] + step * kTile, keys_[1] + step * kTile);
+        }
+        store_sums(scores_ + j, kSlotBlock);
     }
 
-    void store_scores(int64_t m, int64_t slot, const float* sums) {
-        Vec by_row[kTile];
-        sums_by_token(sums, by_row);
-        for (int64_t i = 0; i < kTile && m + i < count(); ++i) store(scores_ + (m + i) * kSlotBlock + slot, by_row[i]);
+    // Adds the products of a tile of columns of the rows at `rows` and two tiles, to all sums.
+    void multiply(const bf16* rows, int64_t stride, const void* low, const void* high) const {
+        tile_load<4>(rows, stride * sizeof(bf16));
+        tile_load<6>(low, 64), tile_load<7>(high, 64);
+        tile_multiply<0, 4, 6>(), tile_multiply<1, 4, 7>();
+        if (tiled_ <= kTile) return;
+        tile_load<5>(rows + kTile * stride, stride * sizeof(bf16));
+        tile_multiply<2, 5, 6>(), tile_multiply<3, 5, 7>();
     }
 
-    // Columns d .. d + kColumns of values [0, slots) as tiles of thirty-two slots; false if one that some query may not see
-    // is not finite.
+    void load_sums(const float* at, int64_t stride) const {
+        tile_load<0>(at, stride * sizeof(float)), tile_load<1>(at + kTile, stride * sizeof(float));
+        if (tiled_ <= kTile) return;
+        at += kTile * stride;
+        tile_load<2>(at, stride * sizeof(float)), tile_load<3>(at + kTile, stride * sizeof(float));
+    }
+
+    void store_sums(float* at, int64_t stride) const {
+        tile_store<0>(at, stride * sizeof(float)), tile_store<1>(at + kTile, stride * sizeof(float));
+        if (tiled_ <= kTile) return;
+        at += kTile * stride;
+        tile_store<2>(at, stride * sizeof(float)), tile_store<3>(at + kTile, stride * sizeof(float));
+    }
+
+    // Columns d .. d + kColumns of values [0, slots) as pairs of slots, zeros up to thirty-two of them; false if one that some
+    // query may not see is not finite.
     bool pack_values(const bf16* values, int64_t d, int64_t slots) {
-        const __m512i infinite = _mm512_set1_epi16(0x7f80);
+        const int64_t columns = a_.value_dim - d, open = columns < kColumns ? 0 : slots < common_ ? slots : common_;
+        const __mmask32 inside = columns < kColumns ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
+        const bf16* at = values + d;
+        int64_t i = 0;
+        for (; i + 2 <= open; i += 2, at += 2 * a_.v_slot) {
+            __builtin_prefetch(at + kValuesAhead * a_.v_slot), __builtin_prefetch(at + (kValuesAhead + 1) * a_.v_slot);
+            pack_pair(_mm512_loadu_si512(at), _mm512_loadu_si512(at + a_.v_slot), i);
+        }
         bool finite = true;
-        for (int64_t c = d, part = 0; c < a_.value_dim && part < kColumns / kPart; c += kPart, ++part) {
-            const int64_t columns = a_.value_dim - c;
-            const __mmask32 inside = columns < kPart ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
-            for (int64_t i = 0; i < slots || i % kStepDepth; i += 2) {
-                const bf16* at = values + i * a_.v_slot + c;
-                __builtin_prefetch(at + kValuesAhead * a_.v_slot), __builtin_prefetch(at + (kValuesAhead + 1) * a_.v_slot);
-                const __m512i x = _mm512_maskz_loadu_epi16(i < slots ? inside : 0, at);
-                const __m512i y = _mm512_maskz_loadu_epi16(i + 1 < slots ? inside : 0, at + a_.v_slot);
-                if (i + 1 >= common_) {
-                    const __m512i exponents = _mm512_and_si512(x, infinite), exponents2 = _mm512_and_si512(y, infinite);
-                    finite = finite && !_mm512_cmpeq_epi16_mask(exponents, infinite) &&
-                             !_mm512_cmpeq_epi16_mask(exponents2, infinite);
-                }
-                bf16* pair = values_ + (i / kStepDepth * (kColumns / kTile) + 2 * part) * kStepSize + i % kStepDepth * kTile;
-                _mm512_store_si512(pair, _mm512_unpacklo_epi16(x, y));
-                _mm512_store_si512(pair + kStepSize, _mm512_unpackhi_epi16(x, y));
-            }
+        for (; i < slots || i % kStepDepth; i += 2, at += 2 * a_.v_slot) {
+            const __m512i x = _mm512_maskz_loadu_epi16(i < slots ? inside : 0, at);
+            const __m512i y = _mm512_maskz_loadu_epi16(i + 1 < slots ? inside : 0, at + a_.v_slot);
+            finite = finite && (i + 2 <= common_ || (is_finite(x) && is_finite(y)));
+            pack_pair(x, y, i);
         }
         return finite;
     }
 
-    // Adds the packed values of `slots` slots to columns d .. d + kColumns of rows m .. m + count.
-    void add_values(int m, int count, int64_t d, int64_t slots) {
-        for (int i = 0; i < count; i += kTile) {
-            const int rows = count - i < kTile ? count - i : kTile;
-            if (a_.value_dim - d > kPart) add_tiles<4>(m + i, rows, d, slots);
-            else add_tiles<2>(m + i, rows, d, slots);
-        }
+    void pack_pair(__m512i x, __m512i y, int64_t i) {
+        values_[0][i / 2] = _mm512_unpacklo_epi16(x, y), values_[1][i / 2] = _mm512_unpackhi_epi16(x, y);
     }
 
-    template <int N>
-    void add_tiles(int m, int rows, int64_t d, int64_t slots) {
-        alignas(64) float sums[N * kTileSums];
-        float* acc = acc_ + m * width_ + d;
-        const int64_t row_bytes = width_ * sizeof(float);
-        const bool shared = m + rows < count();  // others' rows follow in the tile
-        for_tiles<N>([&]<int I>() { tile_load<I>(acc + I * kTile, row_bytes); });
-        const bf16* tiles = values_;
-        for (int64_t i = 0; i < slots; i += kStepDepth, tiles += kColumns / kTile * kStepSize) {
-            tile_load<4>(weights_of(m) + i, kWeightStride * sizeof(bf16));
-            for_tiles<N>([&]<int I>() {
-                tile_load<5 + I % 2>(tiles + I * kStepSize, 64);
-                tile_multiply<I, 4, 5 + I % 2>();
-            });
-        }
-        if (!shared || rows == kTile) {
-            for_tiles<N>([&]<int I>() { tile_store<I>(acc + I * kTile, row_bytes); });
-            return;
-        }
-        for_tiles<N>([&]<int I>() { tile_store<I>(sums + I * kTile, N * kTile * sizeof(float)); });
-        for (int i = 0; i < rows; ++i) std::memcpy(acc + i * width_, sums + i * N * kTile, N * kTile * sizeof(float));
+    static bool is_finite(__m512i x) {
+        const __m512i exponent = _mm512_set1_epi16(0x7f80);
+        return !_mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
     }
 
-    const Tiles tiles_;
-    const int64_t panel_size_;
-    alignas(64) bf16 query_[2 * steps_of(kMaxHeadDim) * kStepSize];
-    alignas(64) bf16 values_[kSlotBlock / kStepDepth * (kColumns / kTile) * kStepSize];
+    // Adds the packed values of `slots` slots to columns d .. d + kColumns of the rows from m on that are tiled.
+    void add_values(int m, int64_t d, int64_t slots) {
+        load_sums(acc_ + m * width_ + d, width_);
+        for (int64_t i = 0; i < slots; i += kStepDepth) {
+            multiply(weights_of(m) + i, kWeightStride, values_[0] + i / 2, values_[1] + i / 2);
+        }
+        store_sums(acc_ + m * width_ + d, width_);
+    }
+
+    // A weight of zero would not hide a value that is not a number: every query gets what it sees and nothing else.
+    void add_by_query(const bf16* values, int64_t d) {
+        const int rows = tiled_;
+        tile_rows(heads);
+        for (int n = 0; n < queries; ++n) {
+            pack_values(values, d, seen_[n]);
+            add_values(n * heads, d, seen_[n]);
+        }
+        tile_rows(rows);
+    }
+
+    Tiles tiles_;
+    int tiled_ = 0;  // rows that the tiles are configured for
+    __m512i keys_[2][steps_of(kMaxHeadDim) * kTile] = {};
+    __m512i values_[2][kSlotBlock / 2];
 };
 
 }  // namespace moesd::MOESD_ISA

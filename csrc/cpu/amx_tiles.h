@@ -18,16 +18,19 @@ constexpr int64_t kStepSize = kTile * kStepDepth;
 
 constexpr int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kStepDepth; }
 
-// The calling thread's tiles, configured for as long as this lives: eight of sixteen rows of 64 bytes.
+// The calling thread's tiles, configured for as long as this lives: eight of up to sixteen rows of 64 bytes.
 class Tiles {
 public:
-    Tiles() {
+    Tiles() { configure({kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile}); }
+
+    // Tiles are zero afterwards. A product takes as long as its first operand has rows.
+    void configure(const uint8_t (&rows)[8]) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
             uint8_t rows[16] = {};
         } config;
-        for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = kTile;
+        for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = rows[i];
         asm volatile("ldtilecfg %0" ::"m"(config));
     }
     ~Tiles() { asm volatile("tilerelease"); }
@@ -93,11 +96,10 @@ struct WeightRows {
     int64_t rows;    // up to kTile; what is missing counts as zero, as does the depth beyond its end
 };
 
-// sums[w * T + t] = weights[w] times panels[t], sums of kTileSums, for W * T <= 4 tiles. Calls ahead.fetch() with every tile
-// of weights that it loads.
-template <int W, int T, class A>
+// sums[w * T + t] = weights[w] times panels[t], sums of kTileSums, for W * T <= 4 tiles.
+template <int W, int T>
 __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], const bf16* const (&panels)[T], int64_t depth,
-                                            A& ahead, float* sums) {
+                                            Ahead& ahead, float* sums) {
     static_assert(W * T <= 4 && T <= 2);
     bool whole_rows = true;
     for (const WeightRows& w : weights) whole_rows = whole_rows && w.rows == kTile;
@@ -136,9 +138,9 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
 }
 
 // finish(w, p, sums) for every tile of up to four tiles of weight rows (w < 4) and `count` panels, `panel_size` apart.
-template <class A, class F>
+template <class F>
 void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count, int64_t depth,
-                    A& ahead, const F& finish) {
+                    Ahead& ahead, const F& finish) {
     alignas(64) float sums[4 * kTileSums];
     int64_t p = 0;
     for (; p + 2 <= count; p += 2) {

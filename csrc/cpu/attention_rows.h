@@ -17,7 +17,7 @@ public:
     static constexpr int kMax = Max;
     int heads = 0, queries = 0;
 
-    explicit AttentionRows(const AttentionArgs& a) : a_(a), width_(align_depth(a.value_dim)) {}
+    explicit AttentionRows(const AttentionArgs& a) : a_(a), depth_(align_depth(a.head_dim)), width_(align_depth(a.value_dim)) {}
 
     int count() const { return heads * queries; }
 
@@ -46,16 +46,15 @@ protected:
     using Weight = typename Values<W>::Weight;
     static constexpr int kWeightStride = kSlotBlock * sizeof(float) / sizeof(Weight);
 
-    void start_softmax(int64_t head) {
+    // Queries that start at q, of heads from `head` on.
+    void start_rows(const W* q, int64_t head) {
         for (int m = 0; m < count(); ++m) {
+            pack_row(q + m / heads * a_.q_query + m % heads * a_.q_head, a_.head_dim, query_ + m * depth_);
             top_[m] = a_.sinks ? a_.sinks[head + m % heads] : -1e30f;
             sum_[m] = a_.sinks ? 1.0f : 0.0f;
         }
         std::memset(acc_, 0, count() * width_ * sizeof(float));
     }
-
-    // Row m of the queries that start at q.
-    const W* query_row(const W* q, int m) const { return q + m / heads * a_.q_query + m % heads * a_.q_head; }
 
     // Turns a block's scores into weights exp(score - top) and scales what was accumulated to the new maximum.
     void rescale(int m, int64_t slots) {
@@ -90,10 +89,11 @@ protected:
     Weight* weights_of(int m) { return reinterpret_cast<Weight*>(scores_ + m * kSlotBlock); }
 
     const AttentionArgs& a_;
-    const int64_t width_;
+    const int64_t depth_, width_;
     int64_t common_ = 0, most_ = 0;  // slots of the current block that every query sees, and that any does
     int64_t seen_[Max];              // by query
     float top_[Max], sum_[Max];
+    alignas(64) typename Dot<W>::Act query_[Max * align_depth(kMaxHeadDim)];
     alignas(64) float acc_[Max * align_depth(kMaxHeadDim)];  // in the order of Values
     alignas(64) float scores_[Max * kSlotBlock];
 };
@@ -107,12 +107,8 @@ public:
     using Base::Base, Base::heads, Base::queries;
 
     void start(const W* q, int64_t head) {
-        const int64_t depth = align_depth(a_.head_dim);
-        for (int m = 0; m < Base::count(); ++m) {
-            pack_row(Base::query_row(q, m), a_.head_dim, query_ + m * depth);
-            xs_[m] = query_ + m * depth;
-        }
-        Base::start_softmax(head);
+        Base::start_rows(q, head);
+        for (int m = 0; m < Base::count(); ++m) xs_[m] = Base::query_ + m * Base::depth_;
     }
 
     // Scores of slots that a query may not see are computed with the others' and never looked at. Values are added to all
@@ -138,7 +134,6 @@ private:
                       values + from * a_.v_slot, a_.v_slot, to - from, a_.value_dim);
     }
 
-    alignas(64) typename Dot<W>::Act query_[Base::kMax * align_depth(kMaxHeadDim)];
     const typename Dot<W>::Act* xs_[Base::kMax];
 };
 
