@@ -36,7 +36,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512_bf16, avx512, avx2 or portable.
+    """The instruction set in use: amx, avx512_bf16, avx512, avx2 or portable.
 
     Raises:
         RuntimeError: the operators are unavailable, or MOESD_CPU_ISA names an unknown or
@@ -84,7 +84,7 @@ def experts(
 
     Returns:
         `out`, in hidden's dtype. Intermediates and the sum over k (in ascending order of expert id)
-        are fp32; avx512_bf16 rounds the activation to bf16.
+        are fp32; amx and avx512_bf16 round the activation to bf16.
     """
     _require()
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if out is None else out
