@@ -20,7 +20,7 @@ public:
         tile_rows(count());
     }
 
-    void add_block(const bf16* keys, const bf16* values, int64_t, bool ends) {
+    void add_block(const bf16* keys, const bf16* values, bool ends) {
         for (int64_t j = 0; j < most_; j += 2 * kTile) score(keys + j * a_.k_slot, j, ends);
         const int64_t read = steps_of(most_) * kStepDepth;
         for (int m = 0; m < count(); ++m) {

@@ -71,7 +71,7 @@ private:
         for (int n = 0; n < rows.queries; ++n) last = positions[n] > last ? positions[n] : last;
         for (int64_t from = first; from <= last; from += kSlotBlock) {
             rows.look(positions, from);
-            rows.add_block(keys + from * a_.k_slot, values + from * a_.v_slot, a_.slots - from, from + kSlotBlock > last);
+            rows.add_block(keys + from * a_.k_slot, values + from * a_.v_slot, from + kSlotBlock > last);
         }
         for (int m = 0; m < rows.count(); ++m) rows.finish(m, out_row(b, j, head, m, rows));
     }

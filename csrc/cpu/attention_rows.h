@@ -113,7 +113,7 @@ public:
 
     // Scores of slots that a query may not see are computed with the others' and never looked at. Values are added to all
     // queries together only as far as all may see them, then to each by itself, so that nothing hidden reaches a sum.
-    void add_block(const W* keys, const W* values, int64_t, bool ends) {
+    void add_block(const W* keys, const W* values, bool ends) {
         const int rows = Base::count();
         dot_rows<W>(xs_, rows, keys, a_.k_slot, most_, a_.head_dim, ends ? nullptr : keys + most_ * a_.k_slot, scores_,
                     kSlotBlock);
