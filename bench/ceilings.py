@@ -6,6 +6,7 @@ too low would flatter every kernel below it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,14 @@ from bench.timer import seconds_of
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**32}
 PROBE_BYTES = 2**28
-SQUARE = {"cpu": 2048, "cuda": 8192}
 # From this rate on (FLOP/s) a CPU needs a larger product to show its peak.
-FAST_CPU, FAST_SQUARE = 5e11, 4096
+CPU_SQUARE, FAST_CPU, FAST_SQUARE = 2048, 5e11, 4096
+# Sides of the products that show the peak, each with the rate from which it is worth its time:
+# without 16-bit instructions a 16-bit product takes seconds at full size.
+SQUARES = {
+    "cpu": ((256, 0.0), (CPU_SQUARE, 2e10), (FAST_SQUARE, FAST_CPU)),
+    "cuda": ((256, 0.0), (8192, 0.0)),
+}
 ROW = 2048
 ROUNDS = 7
 
@@ -39,10 +45,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     size = READ_BYTES[device.type]
     words = torch.ones(size // 4, dtype=torch.float32, device=device)
     halves = words.view(2, -1)
-    rows = words.view(torch.bfloat16).view(-1, ROW)
-    reads = [lambda: words.sum(), lambda: words.amax(), lambda: torch.dot(halves[0], halves[1])]
-    reads.append(lambda: torch.mv(rows, rows[0]))
-    read = max(size / _fastest(call, device) for call in reads)
+    read = max(size / _fastest(call, device) for call in (*_pure_reads(words), words.amax))
     copy = size / _fastest(lambda: halves[0].copy_(halves[1]), device)
     peak = {name: _matmul_peak(name, device) for name in ("float32", "float16", "bfloat16")}
     if device.type == "cpu":
@@ -59,26 +62,30 @@ class CeilingProbe:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.words = torch.ones(PROBE_BYTES // 4)
-        self.rows = self.words.view(torch.bfloat16).view(-1, ROW)
-        self.square = torch.randn(SQUARE["cpu"], SQUARE["cpu"]).to(dtype)
+        self.square = torch.randn(CPU_SQUARE, CPU_SQUARE).to(dtype)
         self.cpu = torch.device("cpu")
         if self.peak() > FAST_CPU:
             self.square = torch.randn(FAST_SQUARE, FAST_SQUARE).to(dtype)
 
     def read(self, _round: int = 0) -> float:
         """bytes/s, the best of three pure reads."""
-        halves = self.words.view(2, -1)
-        reads = (
-            self.words.sum,
-            lambda: torch.dot(halves[0], halves[1]),
-            lambda: torch.mv(self.rows, self.rows[0]),
-        )
-        return PROBE_BYTES / min(seconds_of(call, self.cpu)[0] for call in reads)
+        seconds = min(seconds_of(call, self.cpu)[0] for call in _pure_reads(self.words))
+        return PROBE_BYTES / seconds
 
     def peak(self, _round: int = 0) -> float:
         """FLOP/s of a square matrix product."""
         seconds, _ = seconds_of(lambda: self.square @ self.square.T, self.cpu)
         return 2 * len(self.square) ** 3 / seconds
+
+
+def _pure_reads(words: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    """Operations that read all of `words` [n] fp32 once and write next to nothing."""
+    halves, rows = words.view(2, -1), words.view(torch.bfloat16).view(-1, ROW)
+    return [
+        words.sum,
+        lambda: torch.dot(halves[0], halves[1]),
+        lambda: torch.mv(rows, rows[0]),
+    ]
 
 
 def _fastest(call, device: torch.device) -> float:
@@ -87,14 +94,12 @@ def _fastest(call, device: torch.device) -> float:
 
 
 def _matmul_peak(dtype_name: str, device: torch.device) -> float:
-    # A 16-bit product without 16-bit instructions takes seconds at full size: probe it small first.
     dtype = getattr(torch, dtype_name)
     rate = 0.0
-    sides = (256, SQUARE[device.type], FAST_SQUARE)
-    for side in sides[:2] if device.type == "cuda" else sides:
+    for side, worth in SQUARES[device.type]:
+        if rate < worth:
+            break
         a = torch.randn(side, side, device=device).to(dtype)
         b = torch.randn(side, side, device=device).to(dtype)
         rate = max(rate, 2 * side**3 / _fastest(lambda a=a, b=b: a @ b.T, device))
-        if device.type == "cpu" and rate < (2e10 if side == sides[0] else FAST_CPU):
-            break
     return rate

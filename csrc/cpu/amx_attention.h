@@ -8,6 +8,7 @@
 
 #include "amx_tiles.h"
 #include "attention_rows.h"
+#include "dot_pairs.h"
 
 namespace moesd::MOESD_ISA {
 

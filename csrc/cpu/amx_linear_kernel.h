@@ -2,6 +2,7 @@
 #pragma once
 
 #include "amx_tiles.h"
+#include "dot_pairs.h"
 #include "work.h"
 
 namespace moesd::MOESD_ISA {
@@ -36,12 +37,10 @@ private:
     bf16* panel(int64_t p) const { return reinterpret_cast<bf16*>(a_.packed_x) + p * panel_size_; }
     const bf16* weights(int64_t row) const { return static_cast<const bf16*>(a_.w) + row * a_.depth; }
 
+    // A panel that is not full repeats its last token, whose copies are never stored.
     void pack(int64_t p) const {
-        const bf16* rows[kTile];
-        const int64_t left = a_.tokens - p * kTile;
-        const int count = static_cast<int>(left < kTile ? left : kTile);
-        for (int m = 0; m < count; ++m) rows[m] = static_cast<const bf16*>(a_.x) + (p * kTile + m) * a_.depth;
-        pack_panel(rows, count, a_.depth, panel(p));
+        const bf16* rows = static_cast<const bf16*>(a_.x) + p * kTile * a_.depth;
+        transpose_pairs(rows, a_.depth, a_.tokens - p * kTile, a_.depth, nullptr, reinterpret_cast<__m512i*>(panel(p)));
     }
 
     void project(int64_t j, int64_t following) const {
