@@ -136,26 +136,26 @@ private:
     void activate_tile(int64_t e, int64_t j, int64_t p, const float* gate, const float* up) const {
         bf16* panel = act_panels(e) + p * act_size_ + j * kTile;
         for (int64_t n = 0; n < kTile; n += 2, panel += 2 * kTile) {
-            const __m512i even = activated_bits(e, j + n, gate + n * kTile, up + n * kTile);
-            const __m512i odd = activated_bits(e, j + n + 1, gate + (n + 1) * kTile, up + (n + 1) * kTile);
-            _mm512_store_si512(panel, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            const Vec even = activated(e, j + n, gate + n * kTile, up + n * kTile);
+            const Vec odd = activated(e, j + n + 1, gate + (n + 1) * kTile, up + (n + 1) * kTile);
+            _mm512_store_si512(panel, rounded_pairs(even, odd));
         }
     }
 
-    __m512i activated_bits(int64_t e, int64_t row, const float* gate, const float* up) const {
-        if (row >= a_.inter) return _mm512_setzero_si512();
+    Vec activated(int64_t e, int64_t row, const float* gate, const float* up) const {
+        if (row >= a_.inter) return splat(0.0f);
         Vec g = load(gate), u = load(up);
         if (a_.gate_up_bias) {
             const bf16* bias = static_cast<const bf16*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
             g = add(g, splat(widened(bias[a_.interleaved ? 2 * row : row])));
             if (a_.gated) u = add(u, splat(widened(bias[a_.interleaved ? 2 * row + 1 : a_.inter + row])));
         }
-        return bf16_bits(gated_activation(a_, g, u));
+        return gated_activation(a_, g, u);
     }
 
     void down(int64_t slice, int64_t following) const {
         const int64_t h0 = slice * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
-        clear_output(a_, h0, h1);
+        const OutputSlice out(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
             for (int64_t h = h0; h < h1; h += 4 * kTile) {
                 const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile;
@@ -166,14 +166,18 @@ private:
                                                       : fetch_down(following, loads);
                 panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles, act_panels(e), act_size_,
                                panels_of(e), a_.inter, ahead,
-                               [&](int64_t w, int64_t p, const float* sums) { combine(e, h + w * kTile, h1, p, sums); });
+                               [&](int64_t w, int64_t p, const float* first, const float* second) {
+                                   combine(e, h + w * kTile, h1, p, first, out);
+                                   combine(e, h + (w + 1) * kTile, h1, p, second, out);
+                               });
             }
         }
-        store_output<bf16>(a_, h0, h1);
+        out.store<bf16>();
     }
 
     // Adds sixteen outputs from h on of sixteen of an expert's tokens to what the experts before it gave.
-    void combine(int64_t e, int64_t h, int64_t h1, int64_t p, const float* sums) const {
+    void combine(int64_t e, int64_t h, int64_t h1, int64_t p, const float* sums,
+                 const OutputSlice& out) const {
         const int64_t width = h1 - h < kTile ? h1 - h : kTile;
         if (width <= 0) return;
         Vec by_token[kTile];
@@ -183,7 +187,7 @@ private:
         const __mmask16 inside = static_cast<__mmask16>((1u << width) - 1);
         for (int64_t m = 0; m < kTile && p * kTile + m < tokens_of(e); ++m) {
             const int64_t n = a_.offsets[e] + p * kTile + m;
-            float* acc = a_.acc + a_.sorted_token[n] * a_.hidden + h;
+            float* acc = out.sums(a_.sorted_token[n], h);
             const Vec term = mul(splat(a_.sorted_weight[n]), add(by_token[m], load(bias)));
             _mm512_mask_storeu_ps(acc, inside, add(_mm512_maskz_loadu_ps(inside, acc), term));
         }

@@ -48,28 +48,29 @@ private:
         const bf16* next = following < a_.features ? weights(following) : nullptr;
         const int64_t half = block_ / 2 * a_.depth;  // the next block as two stretches
         Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16), tile_loads(panels_, rows, a_.depth));
-        const auto finish = [&](int64_t w, int64_t p, const float* sums) { store(j + w * kTile, p * kTile, sums); };
+        const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
+            store(j + w * kTile, p * kTile, first, second);
+        };
         panels_product(Block(weights(j), a_.depth, rows).tiles, panel(0), panel_size_, panels_, a_.depth, ahead, finish);
     }
 
-    // Sixteen features from `feature` on of sixteen tokens from `token` on, as far as there are any.
-    void store(int64_t feature, int64_t token, const float* sums) const {
-        const int64_t width = a_.features - feature < kTile ? a_.features - feature : kTile;
+    // Thirty-two features from `feature` on, in two tiles, of sixteen tokens from `token` on, as far as there are any.
+    void store(int64_t feature, int64_t token, const float* first, const float* second) const {
+        const int64_t width = a_.features - feature < 2 * kTile ? a_.features - feature : 2 * kTile;
         if (width <= 0) return;
-        Vec by_token[kTile];
-        sums_by_token(sums, by_token);
-        alignas(64) float bias[kTile] = {};
+        alignas(64) float bias[2 * kTile] = {};
         if (a_.bias) load_row(bias, static_cast<const bf16*>(a_.bias) + feature, width);
+        __m512i pairs[kTile], by_token[kTile];  // a token's sums as bf16 are half as much to turn round
+#pragma GCC unroll 16
+        for (int n = 0; n < kTile; ++n) {
+            const float* sums = n < kTile / 2 ? first + 2 * n * kTile : second + (2 * n - kTile) * kTile;
+            pairs[n] = rounded_pairs(add(load(sums), splat(bias[2 * n])), add(load(sums + kTile), splat(bias[2 * n + 1])));
+        }
+        transpose16(pairs, by_token);
+        const __mmask32 inside = width < 2 * kTile ? (uint32_t{1} << width) - 1 : ~uint32_t{0};
         bf16* out = static_cast<bf16*>(a_.out) + token * a_.features + feature;
         for (int64_t m = 0; m < kTile && token + m < a_.tokens; ++m, out += a_.features) {
-            const Vec y = add(by_token[m], load(bias));
-            if (width == kTile) {
-                MOESD_ISA::store(out, y);
-            } else {
-                alignas(64) float row[kTile];
-                MOESD_ISA::store(row, y);
-                store_row(out, row, width);
-            }
+            _mm512_mask_storeu_epi16(out, inside, by_token[m]);
         }
     }
 

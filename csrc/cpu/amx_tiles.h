@@ -137,27 +137,29 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
     for_tiles<W * T>([&]<int I>() { tile_store<I>(sums + I * kTileSums, 64); });
 }
 
-// finish(w, p, sums) for every tile of up to four tiles of weight rows (w < 4) and `count` panels, `panel_size` apart.
+// finish(w, p, first, second) for every pair of tiles w and w + 1 of up to four tiles of weight rows and each of `count`
+// panels, `panel_size` apart.
 template <class F>
 void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count, int64_t depth,
                     Ahead& ahead, const F& finish) {
     alignas(64) float sums[4 * kTileSums];
+    const auto tile = [&](int i) { return sums + i * kTileSums; };
     int64_t p = 0;
     for (; p + 2 <= count; p += 2) {
         const bf16* const pair[2] = {panels + p * panel_size, panels + (p + 1) * panel_size};
         for (int half = 0; half < 4 && w[half].rows > 0; half += 2) {
             tile_product<2, 2>({w[half], w[half + 1]}, pair, depth, ahead, sums);
-            for (int i = 0; i < 4; ++i) finish(half + i / 2, p + i % 2, sums + i * kTileSums);
+            for (int t = 0; t < 2; ++t) finish(half, p + t, tile(t), tile(2 + t));
         }
     }
     if (p == count) return;
     const bf16* const last[1] = {panels + p * panel_size};
     if (w[2].rows > 0) {
         tile_product<4, 1>(w, last, depth, ahead, sums);
-        for (int i = 0; i < 4; ++i) finish(i, p, sums + i * kTileSums);
+        for (int half = 0; half < 4; half += 2) finish(half, p, tile(half), tile(half + 1));
     } else {
         tile_product<2, 1>({w[0], w[1]}, last, depth, ahead, sums);
-        for (int i = 0; i < 2; ++i) finish(i, p, sums + i * kTileSums);
+        finish(0, p, tile(0), tile(1));
     }
 }
 
@@ -189,6 +191,17 @@ inline void pack_panel(const bf16* const* rows, int count, int64_t depth, bf16* 
         }
         transpose16(a, reinterpret_cast<__m512i*>(panel));
     }
+}
+
+// Both rounded to bf16, lane by lane `even` below `odd`.
+inline __m512i rounded_pairs(Vec even, Vec odd) {
+    alignas(64) static constexpr auto kInterleaved = [] {
+        struct { uint16_t lane[32]; } order{};
+        for (int i = 0; i < 32; ++i) order.lane[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+        return order;
+    }();
+    const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(&kInterleaved), apart);
 }
 
 // Sums by token: out[t] holds token t's sixteen outputs.

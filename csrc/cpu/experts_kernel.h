@@ -28,16 +28,28 @@ inline int64_t output_slice(const ExpertsArgs& a) {
     return rows < 16 ? 16 : rows > 256 ? 256 : rows;
 }
 
-// Columns h0 .. h1 of the output, which experts add up in fp32: before the first of them, and after the last.
-inline void clear_output(const ExpertsArgs& a, int64_t h0, int64_t h1) {
-    for (int64_t t = 0; t < a.tokens; ++t) std::memset(a.acc + t * a.hidden + h0, 0, (h1 - h0) * sizeof(float));
-}
-template <class W>
-void store_output(const ExpertsArgs& a, int64_t h0, int64_t h1) {
-    for (int64_t t = 0; t < a.tokens; ++t) {
-        store_row(static_cast<W*>(a.out) + t * a.hidden + h0, a.acc + t * a.hidden + h0, h1 - h0);
+// Columns h0 .. h1 of the output, which experts add up in fp32. Tokens lie side by side: as far apart as rows of the output
+// they would share a few lines of the first-level cache.
+class OutputSlice {
+public:
+    OutputSlice(const ExpertsArgs& a, int64_t h0, int64_t h1) : a_(a), h0_(h0), width_(h1 - h0) {
+        std::memset(sums(0, h0), 0, a.tokens * width_ * sizeof(float));
     }
-}
+
+    // Where token t's sums from column h on are.
+    float* sums(int64_t t, int64_t h) const { return a_.acc + h0_ * a_.tokens + t * width_ + (h - h0_); }
+
+    template <class W>
+    void store() const {
+        for (int64_t t = 0; t < a_.tokens; ++t) {
+            store_row(static_cast<W*>(a_.out) + t * a_.hidden + h0_, sums(t, h0_), width_);
+        }
+    }
+
+private:
+    const ExpertsArgs& a_;
+    const int64_t h0_, width_;
+};
 
 // activation(gate) * up after the clamps; `up` counts only where the experts are gated.
 inline Vec gated_activation(const ExpertsArgs& a, Vec gate, Vec up) {
@@ -170,18 +182,18 @@ private:
 
     void down(int64_t item) {
         const int64_t h0 = item * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
-        clear_output(a_, h0, h1);
+        const OutputSlice out(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
             const W* after = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
             for (int64_t h = h0; h < h1; h += kBlock) {
                 const int64_t rows = h1 - h < kBlock ? h1 - h : kBlock;
-                down_block(e, h, rows, h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : after);
+                down_block(e, h, rows, out, h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : after);
             }
         }
-        store_output<W>(a_, h0, h1);
+        out.template store<W>();
     }
 
-    void down_block(int64_t e, int64_t h, int64_t rows, const W* next) {
+    void down_block(int64_t e, int64_t h, int64_t rows, const OutputSlice& out, const W* next) {
         const int limit = chunk_tokens(depth_act_ * sizeof(Act));
         const Act* xs[kMaxChunk];
         alignas(64) float sums[kMaxChunk * kBlock];
@@ -198,7 +210,7 @@ private:
                 dot_rows(xs, count, down_of(e) + h * a_.inter, a_.inter, rows, a_.inter, next, sums, kBlock);
             }
             for (int m = 0; m < count; ++m) {
-                float* acc = a_.acc + a_.sorted_token[n + m] * a_.hidden + h;
+                float* acc = out.sums(a_.sorted_token[n + m], h);
                 const float weight = a_.sorted_weight[n + m];
                 for (int64_t i = 0; i < rows; ++i) acc[i] += weight * (sums[m * kBlock + i] + bias[i]);
             }

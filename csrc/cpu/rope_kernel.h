@@ -27,21 +27,30 @@ private:
         const W* row = static_cast<const W*>(a_.qkv) + t * (a_.q_heads + 2 * a_.kv_heads) * D;
         alignas(64) float cos[kRow], sin[kRow];  // beyond D: lanes that are computed and not kept
         load_row(cos, static_cast<const W*>(a_.cos) + t * D, D), load_row(sin, static_cast<const W*>(a_.sin) + t * D, D);
-        W* q = static_cast<W*>(a_.q) + t * a_.q_heads * D;
-        for (int64_t h = 0; h < a_.q_heads; ++h, row += D) {
-            turn(row, static_cast<const W*>(a_.q_norm), a_.q_eps, cos, sin, q + h * D);
-        }
-        W* keys = static_cast<W*>(a_.keys) + a_.index[t] * kv;
-        for (int64_t h = 0; h < a_.kv_heads; ++h, row += D) {
-            turn(row, static_cast<const W*>(a_.k_norm), a_.k_eps, cos, sin, keys + h * D);
-        }
-        std::memcpy(static_cast<W*>(a_.values) + a_.index[t] * kv, row, kv * sizeof(W));
+        turn(row, a_.q_heads, static_cast<const W*>(a_.q_norm), a_.q_eps, cos, sin,
+             static_cast<W*>(a_.q) + t * a_.q_heads * D);
+        row += a_.q_heads * D;
+        turn(row, a_.kv_heads, static_cast<const W*>(a_.k_norm), a_.k_eps, cos, sin,
+             static_cast<W*>(a_.keys) + a_.index[t] * kv);
+        std::memcpy(static_cast<W*>(a_.values) + a_.index[t] * kv, row + kv, kv * sizeof(W));
     }
 
-    // out = x * cos + (-x's second half, x's first half) * sin of the normalised head x.
-    void turn(const W* x, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
+    // Every head x: out = n * cos + (-n's second half, n's first half) * sin of the normalised head n.
+    void turn(const W* x, int64_t heads, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
+        const int64_t D = a_.head_dim;
+        alignas(64) float scales[kLanes];  // of four heads
+        for (int64_t h = 0; h < heads; ++h) {
+            if (D / 2 % kLanes) {
+                turn_any(x + h * D, norm, eps, cos, sin, out + h * D);
+                continue;
+            }
+            if (norm && h % 4 == 0) inverse_rms4(x + h * D, heads - h < 4 ? heads - h : 4, D, eps, scales);
+            turn_whole(x + h * D, norm, splat(norm ? scales[h % 4] : 1.0f), cos, sin, out + h * D);
+        }
+    }
+
+    void turn_any(const W* x, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
         const int64_t D = a_.head_dim, half = D / 2;
-        if (half % kLanes == 0) return turn_whole(x, norm, eps, cos, sin, out);
         alignas(64) W normed[kRow];
         if (norm) normalise_row(x, norm, D, eps, normed), x = normed;
         alignas(64) float head[kRow], turned[kRow];
@@ -54,10 +63,9 @@ private:
         store_row(out, head, D);
     }
 
-    // The same for halves of whole vectors, in registers.
-    void turn_whole(const W* x, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
+    // Halves of whole vectors, in registers. `scale`: 1 / rms of the head.
+    void turn_whole(const W* x, const W* norm, Vec scale, const float* cos, const float* sin, W* out) const {
         const int64_t half = a_.head_dim / 2;
-        const Vec scale = norm ? inverse_rms(x, a_.head_dim, eps) : splat(1.0f);
         const auto head = [&](int64_t d) {
             return norm ? rounded(mul(load(norm + d), rounded(mul(load(x + d), scale), x)), x) : load(x + d);
         };

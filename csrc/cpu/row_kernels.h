@@ -19,9 +19,9 @@ inline void scale_step(const W* x, const W* w, Vec scale, W* out) {
     store(out, mul(load(w), rounded(mul(load(x), scale), out)));
 }
 
-// 1 / rms(x) in every lane.
+// The squares of x, added up by lanes.
 template <class W>
-Vec inverse_rms(const W* x, int64_t width, float eps) {
+inline Vec squares_of(const W* x, int64_t width) {
     const int64_t whole = width / kLanes * kLanes;
     Vec squares = splat(0.0f), more[3] = {squares, squares, squares};  // four chains hide the latency of fma
     int64_t i = 0;
@@ -41,7 +41,22 @@ Vec inverse_rms(const W* x, int64_t width, float eps) {
         std::memcpy(tail, x + whole, (width - whole) * sizeof(W));
         squares = fma(load(tail), load(tail), squares);
     }
-    return splat(1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(width) + eps));
+    return squares;
+}
+
+// 1 / rms(x) in every lane.
+template <class W>
+Vec inverse_rms(const W* x, int64_t width, float eps) {
+    return splat(1.0f / std::sqrt(sum_lanes(squares_of(x, width)) / static_cast<float>(width) + eps));
+}
+
+// The same of each of `count` <= 4 rows, one after another in memory, which share the long way from squares to result.
+template <class W>
+void inverse_rms4(const W* x, int64_t count, int64_t width, float eps, float (&out)[kLanes]) {
+    const auto squares = [&](int64_t row) { return row < count ? squares_of(x + row * width, width) : splat(0.0f); };
+    alignas(64) float sums[kLanes] = {};
+    store(sums, sum4(squares(0), squares(1), squares(2), squares(3)));
+    store(out, div(splat(1.0f), sqrt(add(div(load(sums), splat(static_cast<float>(width))), splat(eps)))));
 }
 
 // out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as transformers does.

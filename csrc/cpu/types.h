@@ -56,7 +56,7 @@ struct ExpertsArgs {
     const float* sorted_weight;     // [N]
     float* packed_x;                // [T, align_depth(H)] scratch, or [panel_rows(N, E), align_depth(H)] for panels
     float* packed_act;              // [N, align_depth(I)] scratch, or [panel_rows(N, E), align_depth(I)] for panels
-    float* acc;                     // [T, H] scratch
+    float* acc;                     // [T * H] scratch, by slices of the output
     void* out;                      // [T, H]
     EnterPhase enter_phase;         // null unless a profiler listens
     void* phase_ctx;

@@ -20,6 +20,7 @@ inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // min and max return the second operand when either is NaN.
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -51,6 +52,14 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store(half* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+#ifdef MOESD_AVX512_BF16
+// One instruction, which takes numbers too small for a normal bf16 for zero, as the dot products do.
+inline void store(bf16* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+}
+// Each lane rounded to bf16, in the lower half of 32 bits.
+inline __m512i bf16_bits(Vec v) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)); }
+#else
 // Each lane rounded to bf16, in the lower half of 32 bits.
 inline __m512i bf16_bits(Vec v) {
     __m512i bits = _mm512_castps_si512(v);
@@ -62,6 +71,7 @@ inline __m512i bf16_bits(Vec v) {
 inline void store(bf16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v)));
 }
+#endif
 
 // v with every lane rounded to what storing it would keep.
 inline Vec rounded(Vec v, const float*) { return v; }

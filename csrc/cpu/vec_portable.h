@@ -18,6 +18,7 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec sqrt(Vec a) { return Vec{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 // min and max return the second operand when either is NaN.
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
