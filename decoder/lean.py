@@ -62,16 +62,19 @@ class LeanForward:
         placement: Placement,
         hidden_layers: Sequence[int] | None = None,
         modules: bool = False,
+        columns: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states ``[B, Q, H]``, and the inputs of the asked layers.
+        """Final hidden states ``[B, n, H]``, and the inputs of the asked layers.
 
         Args:
             input_ids: ``[B, Q]``; position_ids: ``[B, Q]``, 0 where padding.
             placement: of this forward; the cache has been told its write positions.
             hidden_layers: indices into transformers' ``hidden_states``.
             modules: run every MLP as a module, because someone has changed what those do.
+            columns: ``[B, n]`` indices into Q of the final states wanted, which the last layer
+                then computes alone; ``None`` is all of them, as asked layers need it.
         """
-        B, Q = input_ids.shape
+        B, H = len(input_ids), self._embedding.shape[1]
         wanted = _resolved(hidden_layers, self.num_layers)
         stops = sorted({*wanted, self.num_layers})
         kept: dict[int, Tensor] = {}
@@ -84,14 +87,14 @@ class LeanForward:
         for stop in stops:
             while at < stop:
                 x, states, at = self._stack.run(
-                    *(x, states, *angles, *places, *slabs, at, stop, not modules)
+                    *(x, states, *angles, *places, *slabs, at, stop, not modules, columns)
                 )
                 if at < stop:  # this layer's MLP is not the stack's
-                    delta = self._mlps[at](states.view(B, Q, -1)).view(B * Q, -1)
+                    delta = self._mlps[at](states.view(B, len(x) // B, H)).view(-1, H)
                     at += 1
                     x, states = torch.ops.moesd.add_rms_norm.default(x, delta, *self._norms[at])
-            kept[stop] = x.view(B, Q, -1)
-        kept[self.num_layers] = last = states.view(B, Q, -1)
+            kept[stop] = x.view(B, len(x) // B, H)
+        kept[self.num_layers] = last = states.view(B, len(x) // B, H)
         return last, [kept[index] for index in wanted]
 
     def continue_greedily(

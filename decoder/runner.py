@@ -203,9 +203,10 @@ class ModelRunner:
         placement = self._placement(slots, positions, length)
         position_ids = positions.clamp(min=0)
         if self._lean is not None:
+            columns = logits_positions if hidden_layers is None else None
             where = input_ids, position_ids, placement
-            states, kept = self._lean(*where, hidden_layers, self._eager)
-            logits = self._head(_gather(states, logits_positions))
+            states, kept = self._lean(*where, hidden_layers, self._eager, columns)
+            logits = self._head(_gather(states, logits_positions if columns is None else None))
         else:
             with ragged.placed(placement), ragged.used_by(self._configs):
                 logits, kept = self._model_forward(

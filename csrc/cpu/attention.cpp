@@ -1,5 +1,4 @@
 // moesd::ragged_attention: checks, among them that every position and row lies inside the cache.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -53,7 +52,8 @@ Tensor ragged_attention(const Tensor& query, const Tensor& k, const Tensor& v, c
                           "], got ", at_rows.sizes());
         check_indices(at_rows, "rows", k.size(0));
         for (int64_t b = 0; b < args.batch; ++b) {
-            TORCH_CHECK_INDEX(at_rows.const_data_ptr<int64_t>()[b] >= 0, "rows must not be negative, got ", at_rows);
+            const int64_t row = at_rows.const_data_ptr<int64_t>()[b];
+            TORCH_CHECK_INDEX(row >= 0, "rows must not be negative, got ", row);
         }
     } else {
         TORCH_CHECK_VALUE(k.size(0) >= args.batch, "k_cache must have at least ", args.batch, " rows, got ",
@@ -62,7 +62,7 @@ Tensor ragged_attention(const Tensor& query, const Tensor& k, const Tensor& v, c
     const Tensor sink_logits = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
     TORCH_CHECK_VALUE(!sinks || (sink_logits.dim() == 1 && sink_logits.size(0) == args.q_heads), "sinks must be [",
                       args.q_heads, "], got ", sinks->sizes());
-    Tensor out = at::empty({args.batch, args.queries, args.q_heads, args.value_dim}, q.options());
+    Tensor out = fresh({args.batch, args.queries, args.q_heads, args.value_dim}, q.scalar_type());
     if (out.numel() == 0) return out;
     args.dtype = storage_dtype(q, "q");
     args.q = q.const_data_ptr(), args.k = k.const_data_ptr(), args.v = v.const_data_ptr();

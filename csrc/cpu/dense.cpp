@@ -1,6 +1,4 @@
 // moesd::linear, rms_norm, add_rms_norm, act_and_mul, softmax_topk_router and argmax: the dense ops around the experts.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -26,7 +24,7 @@ Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta,
     TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "w must be ", x.scalar_type(), " like x, got ",
                      w.scalar_type());
     const Tensor rows = x.contiguous(), scale = w.contiguous(), added = delta ? delta->contiguous() : Tensor();
-    Tensor out = at::empty(x.sizes(), x.options());
+    Tensor out = fresh(x.sizes(), x.scalar_type());
     if (out.numel() == 0) return out;
     NormArgs args{};
     args.dtype = storage_dtype(x, "x");
@@ -55,7 +53,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
                          bias->scalar_type());
     }
     const Tensor offset = bias ? bias->contiguous() : Tensor();
-    Tensor out = at::empty({args.tokens, args.features}, x.options());
+    Tensor out = fresh({args.tokens, args.features}, x.scalar_type());
     if (out.numel() == 0) return out;
     args.x = rows.const_data_ptr(), args.w = w.const_data_ptr();
     args.bias = bias ? offset.const_data_ptr() : nullptr;
@@ -74,7 +72,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& delta, co
     TORCH_CHECK_VALUE(delta.sizes() == x.sizes(), "delta must be ", x.sizes(), " like x, got ", delta.sizes());
     TORCH_CHECK_TYPE(delta.scalar_type() == x.scalar_type(), "delta must be ", x.scalar_type(), " like x, got ",
                      delta.scalar_type());
-    Tensor sum = at::empty(x.sizes(), x.options());
+    Tensor sum = fresh(x.sizes(), x.scalar_type());
     Tensor out = normed(x, w, eps, &delta, &sum);
     return {sum, out};
 }
@@ -84,7 +82,7 @@ Tensor act_and_mul(const Tensor& gate, const Tensor& up, c10::string_view activa
     TORCH_CHECK_TYPE(up.scalar_type() == gate.scalar_type(), "up must be ", gate.scalar_type(), " like gate, got ",
                      up.scalar_type());
     const Tensor g = gate.contiguous(), u = up.contiguous();
-    Tensor out = at::empty(gate.sizes(), gate.options());
+    Tensor out = fresh(gate.sizes(), gate.scalar_type());
     ActArgs args{};
     args.dtype = storage_dtype(gate, "gate");
     args.activation = parse_activation(activation);
@@ -103,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
     TORCH_CHECK_VALUE(w.size(0) <= kMaxExperts, "w must have at most ", kMaxExperts, " experts, got ", w.size(0));
     TORCH_CHECK_VALUE(top_k >= 1 && top_k <= w.size(0), "top_k must be in [1, ", w.size(0), "], got ", top_k);
     Tensor logits = linear(x, w, std::nullopt);
-    Tensor weights = at::empty({x.size(0), top_k}, x.options().dtype(at::kFloat));
-    Tensor ids = at::empty({x.size(0), top_k}, x.options().dtype(at::kLong));
+    Tensor weights = fresh({x.size(0), top_k}, at::kFloat);
+    Tensor ids = fresh({x.size(0), top_k}, at::kLong);
     RouterArgs args{};
     args.dtype = storage_dtype(x, "x");
     args.tokens = x.size(0), args.experts = w.size(0), args.top_k = top_k, args.renormalize = renormalize;
@@ -120,7 +118,7 @@ std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
     TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) > 0, "x must be [..., V] with V > 0, got ", x.sizes());
     const Tensor rows = x.contiguous();
     const at::IntArrayRef sizes = x.sizes().slice(0, x.dim() - 1);
-    Tensor ids = at::empty(sizes, x.options().dtype(at::kLong)), undefined = at::empty(sizes, x.options().dtype(at::kBool));
+    Tensor ids = fresh(sizes, at::kLong), undefined = fresh(sizes, at::kBool);
     ArgmaxArgs args{};
     args.dtype = storage_dtype(x, "x");
     args.width = x.size(-1), args.rows = x.numel() / args.width;

@@ -1,6 +1,5 @@
 // moesd::experts: checks, the routing plan (a stable counting sort of the routed rows by expert), scratch.
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
 
@@ -179,7 +178,7 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
                       (!down_bias || served(*down_bias)) && w_gate_up.is_contiguous() && w_down.is_contiguous() &&
                       hidden.scalar_type() != at::kDouble;
     if (!mine) return std::nullopt;
-    Tensor out = at::empty(hidden.sizes(), hidden.options());
+    Tensor out = fresh(hidden.sizes(), hidden.scalar_type());
     experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias, activation, gated, interleaved,
             transposed, limit, alpha, out);
     return out;

@@ -2,14 +2,12 @@
 // its greedy continuation, without the interpreter between its steps.
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/index_select.h>
+#include <ATen/ops/full.h>
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
 #include "ops.h"
+#include "places.h"
 
 namespace moesd {
 namespace {
@@ -61,7 +59,7 @@ Tensor run_moe(const Moe& m, const Tensor& x) {
     auto [logits, weights, ids] =
         scoped("moesd::softmax_topk_router", [&] { return softmax_topk_router(x, m.router, m.top_k, m.renormalize); });
     if (m.cast) weights = weights.to(x.scalar_type());
-    Tensor out = at::empty(x.sizes(), x.options());
+    Tensor out = fresh(x.sizes(), x.scalar_type());
     scoped("moesd::experts", [&] {
         experts(x, m.gate_up, m.down, ids, weights, std::nullopt, std::nullopt, m.activation, true, false, false,
                 std::nullopt, std::nullopt, out);
@@ -98,12 +96,13 @@ public:
     //
     // x and states [T, H]: the residual stream, and the same after the norm before layer `first`. cos, sin [T, D]; index
     // [T] where keys and values are written; positions [B, Q] and rows [B] as of ragged_attention; keys, values: each
-    // layer's slab [rows, S, Hkv, D]. Returns the stream, the same after the norm of the part that comes next, and the
-    // layer reached.
+    // layer's slab [rows, S, Hkv, D]; columns [B, n]: of each sequence's Q tokens, those that are wanted after the last layer,
+    // which computes no others. Returns the stream, the same after the norm of the part that comes next, and the layer
+    // reached.
     std::tuple<Tensor, Tensor, int64_t> run(Tensor x, Tensor states, const Tensor& cos, const Tensor& sin,
                                             const Tensor& index, const Tensor& positions, const OptTensor& rows,
                                             const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                                            int64_t first, int64_t stop, bool mlps) const {
+                                            int64_t first, int64_t stop, bool mlps, const OptTensor& columns) const {
         const auto count = static_cast<int64_t>(layers_.size());
         TORCH_CHECK_VALUE(0 <= first && first <= stop && stop <= count, "expected 0 <= first <= stop <= ", count,
                           ", got ", first, " and ", stop);
@@ -112,7 +111,10 @@ public:
         TORCH_CHECK_VALUE(positions.dim() == 2, "positions must be [B, Q], got ", positions.sizes());
         for (int64_t i = first; i < stop; ++i) {
             const Layer& layer = layers_[i];
-            const Tensor attended = attend(layer, states, cos, sin, index, positions, rows, keys[i], values[i]);
+            OptTensor wanted;
+            if (columns && i + 1 == count) wanted = flat_index(*columns, positions.size(0), positions.size(1));
+            const Tensor attended = attend(layer, states, cos, sin, index, positions, rows, keys[i], values[i], wanted);
+            if (wanted) x = rows_of(x, *wanted);
             const Tensor projected = scoped_linear(attended, layer.out, layer.out_bias);
             std::tie(x, states) = add_norm(x, projected, layer.post_norm, layer.post_eps);
             if (!mlps || !(layer.mlp || layer.moe)) return {x, states, i};
@@ -137,17 +139,21 @@ public:
                           " and ", rows.sizes());
         TORCH_CHECK_VALUE(!keys.empty(), "expected the slabs of at least one layer, got none");
         const int64_t batch = ids.size(0);
-        Tensor tokens = at::empty({batch, count}, ids.options());
-        Tensor undefined = at::empty({batch, count}, ids.options().dtype(at::kBool));
+        Tensor tokens = fresh({batch, count}, at::kLong), undefined = fresh({batch, count}, at::kBool);
         const Tensor newest = ids.contiguous(), where = positions.contiguous();
+        int64_t* token = tokens.mutable_data_ptr<int64_t>();
+        bool* no_largest = undefined.mutable_data_ptr<bool>();
         const auto chain = [&](int64_t from, int64_t to) {
-            const auto mine = [&](const Tensor& t) { return t.slice(0, from, to); };
-            Tensor fed = mine(newest), at = mine(where);
+            const Tensor own = rows.slice(0, from, to);
+            Tensor fed = newest.slice(0, from, to), at = where.slice(0, from, to);
             for (int64_t step = 0; step < count; ++step) {
-                const Tensor logits = forward(fed, at, mine(rows), embedding, norm, eps, head, cos, sin, keys, values);
-                const auto [best, none] = argmax(logits);
-                mine(tokens).select(1, step).copy_(best), mine(undefined).select(1, step).copy_(none);
-                fed = best.unsqueeze(1), at = at::add(at.slice(1, at.size(1) - 1), 1);
+                const auto [best, none] =
+                    argmax(forward(fed, at, own, embedding, norm, eps, head, cos, sin, keys, values));
+                for (int64_t b = from; b < to; ++b) {
+                    token[b * count + step] = best.const_data_ptr<int64_t>()[b - from];
+                    no_largest[b * count + step] = none.const_data_ptr<bool>()[b - from];
+                }
+                fed = best.view({-1, 1}), at = following(at);
             }
         };
         // Rows are independent, so each thread can take some of them through all the steps alone. It then reads all the
@@ -173,14 +179,12 @@ private:
                    const Tensor& norm, double eps, const Tensor& head, const Tensor& cos, const Tensor& sin,
                    const std::vector<Tensor>& keys, const std::vector<Tensor>& values) const {
         const auto depth = static_cast<int64_t>(layers_.size());
-        const auto [index, angle] = places(positions, rows, keys[0].size(1));
-        const Tensor x = at::index_select(embedding, 0, ids.reshape(-1));
-        const auto [stream, normed, reached] =
-            run(x, rms_norm(x, norm, eps), at::index_select(cos, 0, angle), at::index_select(sin, 0, angle), index,
-                positions, rows, keys, values, 0, depth, true);
+        const auto [index, angle] = cache_places(positions, rows, keys[0].size(1));
+        const Tensor x = rows_of(embedding, ids), latest = at::full({ids.size(0), 1}, ids.size(1) - 1, ids.options());
+        const auto [stream, normed, reached] = run(x, rms_norm(x, norm, eps), rows_of(cos, angle), rows_of(sin, angle),
+                                                   index, positions, rows, keys, values, 0, depth, true, latest);
         TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ", reached);
-        const Tensor latest = normed.view({ids.size(0), ids.size(1), -1}).select(1, ids.size(1) - 1);
-        return scoped_linear(latest, head, std::nullopt);
+        return scoped_linear(normed, head, std::nullopt);
     }
 
     size_t weight_bytes() const {
@@ -191,21 +195,6 @@ private:
             if (layer.moe) bytes += layer.moe->gate_up.nbytes() + layer.moe->down.nbytes();
         }
         return bytes;
-    }
-
-    // Where the tokens at `positions` [B, W] go in slabs of `slots` slots, and the positions of their angles: both [B * W].
-    static std::pair<Tensor, Tensor> places(const Tensor& positions, const Tensor& rows, int64_t slots) {
-        Tensor index = at::empty({positions.numel()}, positions.options()), angle = at::empty_like(index);
-        const auto position = positions.accessor<int64_t, 2>();
-        const auto row = rows.accessor<int64_t, 1>();
-        int64_t *to = index.mutable_data_ptr<int64_t>(), *turn = angle.mutable_data_ptr<int64_t>();
-        for (int64_t b = 0; b < positions.size(0); ++b) {
-            for (int64_t w = 0; w < positions.size(1); ++w) {
-                const int64_t p = position[b][w];
-                *to++ = row[b] * slots + (p < 0 ? slots - 1 : p), *turn++ = p < 0 ? 0 : p;
-            }
-        }
-        return {index, angle};
     }
 
     Layer& last() {
@@ -219,19 +208,24 @@ private:
 
     static Tensor attend(const Layer& layer, const Tensor& states, const Tensor& cos, const Tensor& sin,
                          const Tensor& index, const Tensor& positions, const OptTensor& rows, const Tensor& keys,
-                         const Tensor& values) {
+                         const Tensor& values, const OptTensor& wanted) {
         const Tensor qkv = scoped_linear(states, layer.qkv, layer.qkv_bias);
         const int64_t head_dim = cos.size(-1), width = layer.kv_heads * head_dim;
         Tensor flat_keys = keys.view({-1, width}), flat_values = values.view({-1, width});
-        const Tensor queries = scoped("moesd::rope_to_cache", [&] {
+        Tensor queries = scoped("moesd::rope_to_cache", [&] {
             return rope_to_cache(qkv, cos, sin, layer.q_norm, layer.q_eps, layer.k_norm, layer.k_eps, index,
                                  layer.q_heads, layer.kv_heads, flat_keys, flat_values);
         });
-        const Tensor placed = queries.view({positions.size(0), positions.size(1), layer.q_heads, head_dim});
+        Tensor at = positions;
+        if (wanted) {
+            queries = rows_of(queries.flatten(1), *wanted);
+            at = rows_of(positions.reshape({-1, 1}), *wanted).view(wanted->sizes());
+        }
+        const Tensor placed = queries.view({at.size(0), at.size(1), layer.q_heads, head_dim});
         const Tensor attended = scoped("moesd::ragged_attention", [&] {
-            return ragged_attention(placed, keys, values, positions, layer.scale, layer.window, std::nullopt, rows);
+            return ragged_attention(placed, keys, values, at, layer.scale, layer.window, std::nullopt, rows);
         });
-        return attended.view({qkv.size(0), layer.q_heads * head_dim});
+        return attended.view({at.numel(), layer.q_heads * head_dim});
     }
 
     std::vector<Layer> layers_;

@@ -2,6 +2,7 @@
 // themselves as functions (register.cpp says what they do).
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -23,6 +24,11 @@ void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes, co
 
 // Raises ValueError for names the kernels do not know.
 Activation parse_activation(c10::string_view name);
+
+// An uninitialised tensor. at::empty takes as long to find its kernel as some of these ops take.
+inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+    return at::Tensor(at::detail::empty_cpu(sizes, dtype));
+}
 
 // Grow-only memory of the calling thread, valid until its next call.
 void* scratch(size_t bytes);

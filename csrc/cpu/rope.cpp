@@ -1,5 +1,4 @@
 // moesd::rope_to_cache: checks, among them that every index lies inside the cache.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -38,7 +37,7 @@ Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
         TORCH_CHECK_INDEX(args.index[t] >= 0 && args.index[t] < keys.size(0), "index must be in [0, ", keys.size(0),
                           "), got ", args.index[t]);
     }
-    Tensor q = at::empty({tokens, q_heads, head_dim}, qkv.options());
+    Tensor q = fresh({tokens, q_heads, head_dim}, qkv.scalar_type());
     args.dtype = storage_dtype(qkv, "qkv");
     args.tokens = tokens, args.q_heads = q_heads, args.kv_heads = kv_heads, args.head_dim = head_dim;
     args.qkv = qkv.const_data_ptr(), args.cos = cos.const_data_ptr(), args.sin = sin.const_data_ptr();

@@ -72,6 +72,26 @@ def test_bit_identical_to_the_models_own_forward(family, dtype):
         assert torch.equal(mine, own)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.inference_mode()
+def test_few_logits_are_those_of_all_and_the_cache_is_written_whole(family, dtype):
+    """Where few logits are wanted, the last layer computes nothing else."""
+    runner = ModelRunner(build(family, dtype), 3, 64)
+    inputs = torch.randint(1, VOCAB, (2, 5)), torch.tensor([2, 0]), torch.arange(5).repeat(2, 1)
+    every = runner.forward(*inputs).logits
+    layers = runner.cache.ragged_layers
+    written = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
+    for columns in ([[4], [1]], [[3, 0, 3], [2, 4, 1]], [[], []]):
+        wanted = torch.tensor(columns, dtype=torch.long)
+        for layer in layers:
+            layer.keys.zero_(), layer.values.zero_()
+        some = runner.forward(*inputs, logits_positions=wanted).logits
+        assert torch.equal(some, every.take_along_dim(wanted[..., None], dim=1))
+        for layer, (keys, values) in zip(layers, written, strict=True):
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_mlps_run_as_modules_where_someone_has_changed_them(family):
     """As self-drafting does to the experts; the shared expert of Qwen2-MoE always runs so."""

@@ -73,7 +73,7 @@ def run(stack, **changes):
         "x": torch.randn(T, 32), "states": torch.randn(T, 32), "cos": torch.ones(T, 16),
         "sin": torch.zeros(T, 16), "index": torch.arange(T), "positions": torch.arange(T)[None],
         "rows": torch.zeros(1, dtype=torch.long), "keys": [torch.zeros(1, 8, 1, 16)],
-        "values": [torch.zeros(1, 8, 1, 16)], "first": 0, "stop": 1, "mlps": True,
+        "values": [torch.zeros(1, 8, 1, 16)], "first": 0, "stop": 1, "mlps": True, "columns": None,
     }  # fmt: skip
     return stack.run(*(arguments | changes).values())
 
@@ -81,6 +81,17 @@ def run(stack, **changes):
 def test_a_layer_without_an_mlp_stops_after_its_attention():
     _, states, reached = run(stack_of_one())
     assert reached == 0 and states.shape == (3, 32)
+
+
+@pytest.mark.parametrize("columns", [[[2]], [[0, 2, 1]], [[]]])
+def test_the_last_layer_computes_the_columns_that_are_wanted(columns):
+    torch.manual_seed(0)
+    stack, columns = stack_of_one(), torch.tensor(columns, dtype=torch.long)
+    x, states = torch.randn(2, 3, 32)
+    everything = run(stack, x=x, states=states)
+    wanted = run(stack, x=x, states=states, columns=columns)
+    for some, all_of_them in zip(wanted[:2], everything[:2], strict=True):
+        assert torch.equal(some, all_of_them[columns[0]])
 
 
 @pytest.mark.parametrize(
@@ -91,6 +102,9 @@ def test_a_layer_without_an_mlp_stops_after_its_attention():
         ({"keys": []}, "expected 1 slabs of keys and of values, got 0 and 1"),
         ({"positions": torch.arange(3)}, r"positions must be \[B, Q\], got \[3\]"),
         ({"index": torch.tensor([0, 1, 8])}, r"index must be in \[0, 8\), got 8"),
+        ({"columns": torch.tensor([[3]])}, r"columns must be in \[0, 3\), got 3"),
+        ({"columns": torch.tensor([[-1]])}, r"columns must be in \[0, 3\), got -1"),
+        ({"columns": torch.tensor([0])}, r"columns must be \[1, n\], got \[1\]"),
     ],
 )
 def test_errors(changes, message):
