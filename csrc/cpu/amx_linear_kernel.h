@@ -1,4 +1,5 @@
-// y = x w^T + bias in bf16 on AMX tiles: items are blocks of weight rows, all panels of tokens pass over each.
+// y = x w^T + bias in bf16 on AMX tiles: items are blocks of weight rows, all panels of tokens pass over each. Where there
+// are too few blocks for the threads, as of a router's, items are parts of the panels, too.
 #pragma once
 
 #include "amx_tiles.h"
@@ -14,8 +15,10 @@ public:
           panel_size_(steps_of(a.depth) * kStepSize),
           panels_((a.tokens + kTile - 1) / kTile),
           block_(a.features < 8 * kTile * a.threads ? 2 * kTile : 4 * kTile),
+          blocks_((a.features + block_ - 1) / block_),
+          part_(panels_of_part()),
           pack_(panels_, a.threads),
-          blocks_((a.features + block_ - 1) / block_) {}
+          items_(blocks_ * ((panels_ + part_ - 1) / part_)) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<AmxLinearKernel*>(self)->work(); }, this);
@@ -26,12 +29,18 @@ private:
         const Tiles tiles;
         pack_.share([this](int64_t p) { pack(p); });
         pack_.wait();
-        int64_t i = blocks_.take();
-        while (i < blocks_.total) {
-            const int64_t following = blocks_.take();
-            project(i * block_, following * block_);
+        int64_t i = items_.take();
+        while (i < items_.total) {
+            const int64_t following = items_.take();
+            project(i % blocks_ * block_, i / blocks_ * part_, following < items_.total ? following % blocks_ * block_ : -1);
             i = following;
         }
+    }
+
+    // An even number, since two panels share the tiles of weights.
+    int64_t panels_of_part() const {
+        const int64_t parts = blocks_ < 2 * a_.threads ? 2 * a_.threads / blocks_ : 1;
+        return ((panels_ + parts - 1) / parts + 1) / 2 * 2;
     }
 
     bf16* panel(int64_t p) const { return reinterpret_cast<bf16*>(a_.packed_x) + p * panel_size_; }
@@ -43,15 +52,18 @@ private:
         transpose_pairs(rows, a_.depth, a_.tokens - p * kTile, a_.depth, nullptr, reinterpret_cast<__m512i*>(panel(p)));
     }
 
-    void project(int64_t j, int64_t following) const {
+    // Features from j on of a part's panels; `following`: the first feature of the thread's next item, if there is one.
+    void project(int64_t j, int64_t first_panel, int64_t following) const {
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
-        const bf16* next = following < a_.features ? weights(following) : nullptr;
+        const int64_t count = panels_ - first_panel < part_ ? panels_ - first_panel : part_;
+        const bf16* next = following >= 0 && following != j ? weights(following) : nullptr;
         const int64_t half = block_ / 2 * a_.depth;  // the next block as two stretches
-        Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16), tile_loads(panels_, rows, a_.depth));
+        Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16), tile_loads(count, rows, a_.depth));
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
-            store(j + w * kTile, p * kTile, first, second);
+            store(j + w * kTile, (first_panel + p) * kTile, first, second);
         };
-        panels_product(Block(weights(j), a_.depth, rows).tiles, panel(0), panel_size_, panels_, a_.depth, ahead, finish);
+        panels_product(Block(weights(j), a_.depth, rows).tiles, panel(first_panel), panel_size_, count, a_.depth, ahead,
+                       finish);
     }
 
     // Thirty-two features from `feature` on, in two tiles, of sixteen tokens from `token` on, as far as there are any.
@@ -75,9 +87,9 @@ private:
     }
 
     const LinearArgs& a_;
-    const int64_t panel_size_, panels_, block_;
+    const int64_t panel_size_, panels_, block_, blocks_, part_;
     Rows pack_;
-    Counter blocks_;
+    Counter items_;
 };
 
 }  // namespace moesd::MOESD_ISA

@@ -34,10 +34,10 @@ def transformers_norm(x, w, eps):
 
 # One row and column; a depth below a vector; rows not a multiple of the tile; several token chunks;
 # several blocks of the depth, for one tile of rows and for many; depths that are transposed, with
-# one, two and three blocks of sixteen outputs.
+# one, two and three blocks of sixteen outputs; many tokens for few outputs.
 LINEAR_SHAPES = [
     *[(1, 1, 1), (3, 7, 5), (4, 64, 130), (70, 1040, 67), (13, 256, 1024), (0, 8, 8)],
-    *[(2, 3333, 37), (20, 3333, 37), (17, 250, 33), (9, 48, 16), (7, 31, 32)],
+    *[(2, 3333, 37), (20, 3333, 37), (17, 250, 33), (9, 48, 16), (7, 31, 32), (150, 96, 40)],
 ]
 
 
@@ -53,9 +53,10 @@ def test_linear(shape, bias, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("features", [20, 150])
 @pytest.mark.parametrize("depth", [50, 256, 328, 3333])
-def test_linear_rows_do_not_depend_on_the_batch(depth, dtype, threads):
-    x, w = randn(64, depth, dtype=dtype), randn(150, depth, dtype=dtype, seed=1)
+def test_linear_rows_do_not_depend_on_the_batch(depth, features, dtype, threads):
+    x, w = randn(64, depth, dtype=dtype), randn(features, depth, dtype=dtype, seed=1)
     whole = cpu_ops.linear(x, w)
     for count in (1, 2):
         threads(count)
