@@ -54,6 +54,14 @@ def ragged_prompts(count: int, seed: int = 0, longest: int = 12) -> list[list[in
     return [torch.randint(6, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
+def decoder(target: Any, drafter: Any = None, gamma: Any = 3, **options: Any) -> Any:
+    """A decoder of four slots on transformers' code alone."""
+    from decoder import SpeculativeDecoder
+
+    options = {"max_batch_size": 4, "kernels": False, "attention": "portable"} | options
+    return SpeculativeDecoder(target, drafter, gamma, **options)
+
+
 class LetterTokenizer:
     """Ids to characters one to one, as much of a tokenizer as the engine uses."""
 

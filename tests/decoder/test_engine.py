@@ -6,16 +6,15 @@ import pytest
 import torch
 from engine_models import (
     EOS,
-    VOCAB,
     LetterTokenizer,
     NoisyOracle,
+    decoder,
     ragged_prompts,
     reference_greedy,
     tiny_moe,
 )
 
-from decoder import SamplingParams, SpeculativeDecoder
-from decoder.errors import UserError
+from decoder import SamplingParams
 
 torch.set_num_threads(1)
 NEW = 14
@@ -41,11 +40,6 @@ def oracle(target, prompts):
     texts = [reference_greedy(target, prompt, NEW + 10, eos=False) for prompt in prompts]
     table = {tuple(p): text for p, text in zip(prompts, texts, strict=True)}
     return lambda period: NoisyOracle(table, period)
-
-
-def decoder(target, drafter=None, gamma=3, **options):
-    options = {"max_batch_size": 4, "kernels": False, "attention": "portable"} | options
-    return SpeculativeDecoder(target, drafter, gamma, **options)
 
 
 def tokens(outputs):
@@ -213,55 +207,6 @@ def test_interruption_leaves_the_decoder_usable(target, prompts, expected):
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, SamplingParams(max_new_tokens=NEW), on_output=stop)
     assert tokens(engine.generate(prompts, SamplingParams(max_new_tokens=NEW))) == expected
-
-
-def test_outputs_arrive_as_they_finish(target, prompts):
-    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (9, 2, 5)]
-    order = [o.index for o in decoder(target).stream(prompts[:3], params)]
-    assert order == [1, 2, 0]
-    seen = []
-    outputs = decoder(target).generate(prompts[:3], params, on_output=seen.append)
-    assert [o.index for o in seen] == [1, 2, 0]
-    assert [o.index for o in outputs] == [0, 1, 2]
-
-
-def test_mapping_prompts_carry_ids_and_parameters(target, prompts):
-    outputs = decoder(target).generate(
-        [{"token_ids": prompts[0], "id": "a", "max_new_tokens": 3, "ignore_eos": True}, prompts[1]],
-        SamplingParams(max_new_tokens=6, ignore_eos=True),
-    )
-    assert [(o.id, len(o.token_ids)) for o in outputs] == [("a", 3), (None, 6)]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ([], "at least one token"),
-        ([VOCAB], rf"must be in \[0, {VOCAB}\), got {VOCAB}"),
-        ("text", "needs a tokenizer"),
-        ({"prompt": "a", "token_ids": [1]}, "exactly one of"),
-        ({"token_ids": [7], "top_q": 1}, "unknown sampling parameter 'top_q'"),
-        ([7] * 300, "300 tokens leave no room in a context"),
-        (3.5, "expected text or a list of token ids, got float"),
-        ({"token_ids": [7], "stop": ["x"]}, "stop strings need a tokenizer"),
-    ],
-)
-def test_bad_prompts_are_named(target, prompt, message):
-    with pytest.raises(UserError, match=message):
-        decoder(target).generate([[7], prompt])
-
-
-def test_bad_settings_are_refused(target):
-    with pytest.raises(UserError, match="gamma must be 'auto' or an integer >= 0, got -1"):
-        decoder(target, "ngram", -1)
-    with pytest.raises(UserError, match="gamma must be 'auto' or an integer >= 0, got 'x'"):
-        decoder(target, "ngram", "x")
-    with pytest.raises(UserError, match="max_batch_size must be at least 1, got 0"):
-        decoder(target, max_batch_size=0)
-    with pytest.raises(UserError, match="max_length must be in"):
-        decoder(target, max_length=1)
-    with pytest.raises(TypeError, match="got a single string"):
-        decoder(target).generate("abc")
 
 
 def test_a_full_context_is_used_to_the_last_token(target, oracle):
