@@ -4,7 +4,7 @@
 acceptance from a running estimate per position and costs from a profile corrected by the rounds
 actually run, or from those rounds alone. ``gamma = 0`` (plain autoregressive decoding) is one of
 the choices, so that a bad drafter, a bad batch size or a bad machine ends in ordinary decoding, not
-in a slowdown. Exploration is paid from a budget of 0.5 % of the time spent (``probing.py``).
+in a slowdown. Exploration is paid from a budget of at most 0.5 % of the time (``probing.py``).
 
 Between decisions a round costs the controller next to nothing: rounds are kept as they come and
 learnt from when the next decision is due.
@@ -250,13 +250,15 @@ class AutoGamma:
         rounds = 1 if batch >= 8 or arm == 0 else 2
         plain = self._costs.seconds(batch, 0, self._context)
         seconds = rounds * self._costs.seconds(batch, arm, self._context)
-        loss = seconds * max(0.0, 1.0 - self._goodputs[arm] / self._goodputs[self._current])
+        promise = min(self._goodputs[arm] / self._goodputs[self._current], 1.0)
+        loss = seconds * (1.0 - promise)
         if self._costs.observations(batch, arm) < _TRUSTED:
             # one stalled round may be all that speaks against this arm
+            promise = 1.0
             loss = min(
                 loss, rounds * min(plain, self._costs.seconds(batch, self._current, self._context))
             )
-        return Probe(arm, rounds, loss, (2.0 if self._anchor else _PROBE_CREDIT) * plain)
+        return Probe(arm, rounds, loss, (2.0 if self._anchor else _PROBE_CREDIT) * plain, promise)
 
     def _arm_to_probe(self, batch: int, goodputs: list[float]) -> int:
         """Plain decoding until it is known; from there the best speculative arm, from a

@@ -12,6 +12,7 @@ from statistics import median_low
 from typing import NamedTuple
 
 _SHARE = 0.005  # of the elapsed time may be lost to probing
+_DOUBT = 2  # power of its promise that a probe's share goes with: what is far off can wait
 _FLOOR = 0.05  # of its worth is what any probe counts: a flat optimum is no reason to probe always
 _OVERDRAWN = 2.0  # times what it was expected to lose is the most that a probe is charged
 _CATCH_UPS = 4  # timings kept of a drafter catching up
@@ -24,12 +25,14 @@ class Probe(NamedTuple):
         gamma: the draft length; rounds: how many.
         loss: seconds expected to be lost in all of them.
         credit: seconds that may be lost before the budget has grown.
+        promise: its expected rate of tokens over that of the draft length held best, at most 1.
     """
 
     gamma: int
     rounds: int
     loss: float
     credit: float
+    promise: float = 1.0
 
 
 class ProbeBudget:
@@ -72,7 +75,8 @@ class ProbeBudget:
         catch_up = median_low(self._catch_ups or (0.0,)) * self._missed(context)
         loss = probe.loss + (catch_up if probe.gamma else 0.0)
         self._expected = loss / probe.rounds
-        return self._elapsed > 0 and self._lost + loss <= probe.credit + _SHARE * self._elapsed
+        share = _SHARE * probe.promise**_DOUBT
+        return self._elapsed > 0 and self._lost + loss <= probe.credit + share * self._elapsed
 
     def _missed(self, context: int) -> float:
         """Tokens that a drafter has to catch up on in a row: never more than the row holds.

@@ -21,6 +21,12 @@ def test_nothing_is_allowed_before_time_was_spent_unless_within_half_a_percent_o
     assert spent(1.0).allows(COSTLY._replace(credit=1.0), CONTEXT)
 
 
+def test_what_promises_less_waits_longer():
+    doubtful = COSTLY._replace(promise=0.5)
+    assert not spent(799.0).allows(doubtful, CONTEXT)
+    assert spent(801.0).allows(doubtful, CONTEXT)
+
+
 def test_a_probe_is_charged_what_it_lost():
     budget = spent(1000.0)
     assert budget.allows(COSTLY, CONTEXT)
