@@ -90,11 +90,11 @@ class LeanForward:
                     *(x, states, *angles, *places, *slabs, at, stop, not modules, columns)
                 )
                 if at < stop:  # this layer's MLP is not the stack's
-                    delta = self._mlps[at](states.view(B, len(x) // B, H)).view(-1, H)
+                    delta = self._mlps[at](states.view(B, -1, H)).view(-1, H)
                     at += 1
                     x, states = torch.ops.moesd.add_rms_norm.default(x, delta, *self._norms[at])
-            kept[stop] = x.view(B, len(x) // B, H)
-        kept[self.num_layers] = last = states.view(B, len(x) // B, H)
+            kept[stop] = x.view(B, -1, H)
+        kept[self.num_layers] = last = states.view(B, -1, H)
         return last, [kept[index] for index in wanted]
 
     def continue_greedily(

@@ -206,7 +206,7 @@ class ModelRunner:
             columns = logits_positions if hidden_layers is None else None
             where = input_ids, position_ids, placement
             states, kept = self._lean(*where, hidden_layers, self._eager, columns)
-            logits = self._head(_gather(states, logits_positions if columns is None else None))
+            logits = self._head(_gather(states, logits_positions) if columns is None else states)
         else:
             with ragged.placed(placement), ragged.used_by(self._configs):
                 logits, kept = self._model_forward(

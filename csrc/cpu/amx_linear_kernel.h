@@ -32,7 +32,7 @@ private:
         int64_t i = items_.take();
         while (i < items_.total) {
             const int64_t following = items_.take();
-            project(i % blocks_ * block_, i / blocks_ * part_, following < items_.total ? following % blocks_ * block_ : -1);
+            project(i, following);
             i = following;
         }
     }
@@ -52,11 +52,13 @@ private:
         transpose_pairs(rows, a_.depth, a_.tokens - p * kTile, a_.depth, nullptr, reinterpret_cast<__m512i*>(panel(p)));
     }
 
-    // Features from j on of a part's panels; `following`: the first feature of the thread's next item, if there is one.
-    void project(int64_t j, int64_t first_panel, int64_t following) const {
+    // A block of features of a part of the panels; `following`: the thread's next item.
+    void project(int64_t item, int64_t following) const {
+        const int64_t j = item % blocks_ * block_, first_panel = item / blocks_ * part_;
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
         const int64_t count = panels_ - first_panel < part_ ? panels_ - first_panel : part_;
-        const bf16* next = following >= 0 && following != j ? weights(following) : nullptr;
+        const int64_t then = following % blocks_ * block_;
+        const bf16* next = following < items_.total && then != j ? weights(then) : nullptr;
         const int64_t half = block_ / 2 * a_.depth;  // the next block as two stretches
         Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16), tile_loads(count, rows, a_.depth));
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {

@@ -180,7 +180,9 @@ private:
                    const std::vector<Tensor>& keys, const std::vector<Tensor>& values) const {
         const auto depth = static_cast<int64_t>(layers_.size());
         const auto [index, angle] = cache_places(positions, rows, keys[0].size(1));
-        const Tensor x = rows_of(embedding, ids), latest = at::full({ids.size(0), 1}, ids.size(1) - 1, ids.options());
+        const Tensor x = rows_of(embedding, ids);
+        OptTensor latest;  // all there are, from the second step on
+        if (ids.size(1) > 1) latest = at::full({ids.size(0), 1}, ids.size(1) - 1, ids.options());
         const auto [stream, normed, reached] = run(x, rms_norm(x, norm, eps), rows_of(cos, angle), rows_of(sin, angle),
                                                    index, positions, rows, keys, values, 0, depth, true, latest);
         TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ", reached);
