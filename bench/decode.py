@@ -137,6 +137,8 @@ def fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
         "speedup_p20_p80": pair.speedup_range,
         "ar_tokens_per_s": pair.batch / pair.ar.total,
         "identical": pair.identical,
+        "forced": subject.forced,
+        "agreement": pair.agreement,
         "experts_ar": pair.experts_ar,
         "experts_verify": pair.experts_verify,
         "read_bandwidth": pair.read_bandwidth,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from bench.forced import ForcedSampler, force
 from bench.prompts import random_prompts
 from bench.telemetry import count_experts
 from bench.timer import summarize
@@ -19,6 +20,8 @@ from decoder.startup import RoundLog
 from moesd_kernels import accelerate
 
 Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase
+# Experts are counted outside the graphs, where a step of a large model costs host time.
+COUNTED_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,11 @@ class Subject:
         return "coupled" if self.temperature and self.alpha is not None else "standard"
 
     @property
+    def forced(self) -> bool:
+        """Whether replay decides instead of the target: where rounding depends on shapes."""
+        return self.alpha is not None and self.target.device.type == "cuda"
+
+    @property
     def top_k(self) -> int | None:
         """Experts per token, None for a dense target."""
         return getattr(self.target.config, "num_experts_per_tok", None)
@@ -66,7 +74,13 @@ class RoundTimes:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One (B, gamma): both modes, measured in the same repetitions."""
+    """One (B, gamma): both modes, measured in the same repetitions.
+
+    Attributes:
+        identical: whether speculative outputs were the autoregressive ones; None where verdicts
+            were forced, which makes them so by construction.
+        agreement: with forced verdicts, how often the target's own choice was the recorded token.
+    """
 
     batch: int
     gamma: int
@@ -76,10 +90,28 @@ class Pair:
     sigma: float
     speedup: float
     speedup_range: tuple[float, float]
-    identical: bool
+    identical: bool | None
+    agreement: float | None
     experts_ar: float | None
     experts_verify: float | None
     read_bandwidth: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen beside the times of a batch.
+
+    Attributes:
+        context: tokens a row held on average.
+        experts: tokens entering a layer -> mean distinct experts.
+        read_bandwidth: bytes/s that memory gave.
+        agreement: see `Pair`.
+    """
+
+    context: int
+    experts: dict[int, float]
+    read_bandwidth: float | None
+    agreement: float | None
 
 
 def measure_batch(
@@ -110,8 +142,10 @@ def measure_batch(
     replay = drafter_for(subject)
     fast = _decoder(subject, replay, batch, prompt_tokens + new_tokens, max(gammas))
     wanted = [list(o.token_ids) for o in plain.generate(prompts, params)]
+    forced: ForcedSampler | None = None
     if isinstance(replay, ReplayDrafter):
         replay.recordings.update({tuple(p): t for p, t in zip(prompts, wanted, strict=True)})
+        forced = force(fast, replay) if subject.forced else None
     runs: dict[int, list[list[Round]]] = {gamma: [] for gamma in (0, *gammas)}
     identical = dict.fromkeys(gammas, True)
     reads: list[float] = []
@@ -126,13 +160,16 @@ def measure_batch(
                 runs[gamma].append(log.full(batch))
                 if read:
                     reads.append(read())
-    experts = _experts(subject, plain, fast, gammas, prompts, params)
-    context = prompt_tokens + new_tokens // 2
-    bandwidth = statistics.median(reads) if reads else None
+    seen = Seen(
+        context=prompt_tokens + new_tokens // 2,
+        experts=_experts(subject, plain, fast, gammas, prompts, params),
+        read_bandwidth=statistics.median(reads) if reads else None,
+        agreement=forced.agreement() if forced else None,
+    )
     return [
-        _pair(batch, g, context, runs[0], runs[g], identical[g], experts, bandwidth)
-        for g in gammas
-        if runs[g]
+        _pair(batch, gamma, runs[0], runs[gamma], None if forced else identical[gamma], seen)
+        for gamma in gammas
+        if runs[gamma]
     ]
 
 
@@ -171,10 +208,12 @@ def _experts(
     if subject.top_k is None:
         return {}
     means: dict[int, float] = {}
+    params = replace(params, max_new_tokens=min(COUNTED_TOKENS, params.max_new_tokens))
     for gamma in (0, *gammas):
         decoder = fast if gamma else plain
         decoder.controller = RoundLog(gamma, max(gammas))
-        with count_experts(subject.target) as counter:
+        # Modules must really be called: neither a graph's replay nor a walk in C++ runs hooks.
+        with count_experts(subject.target) as counter, decoder.runner.eager():
             decoder.generate(prompts, params)
         means |= counter.mean_by_tokens()
     return means
@@ -183,12 +222,10 @@ def _experts(
 def _pair(
     batch: int,
     gamma: int,
-    context: int,
     plain: list[list[Round]],
     fast: list[list[Round]],
-    identical: bool,
-    experts: dict[int, float],
-    read_bandwidth: float | None,
+    identical: bool | None,
+    seen: Seen,
 ) -> Pair:
     rate = lambda run: sum(e for e, _ in run) / sum(sum(t.values()) for _, t in run)
     ratios = [rate(f) / rate(p) for p, f in zip(plain, fast, strict=True) if p and f]
@@ -198,16 +235,17 @@ def _pair(
     return Pair(
         batch=batch,
         gamma=gamma,
-        context=context,
+        context=seen.context,
         ar=_times(plain),
         spec=_times(fast),
         sigma=emitted / (rounds * batch * (gamma + 1)),
         speedup=spread.median,
         speedup_range=(spread.p20, spread.p80),
         identical=identical,
-        experts_ar=experts.get(batch),
-        experts_verify=experts.get(batch * (gamma + 1)),
-        read_bandwidth=read_bandwidth,
+        agreement=seen.agreement,
+        experts_ar=seen.experts.get(batch),
+        experts_verify=seen.experts.get(batch * (gamma + 1)),
+        read_bandwidth=seen.read_bandwidth,
     )
 
 

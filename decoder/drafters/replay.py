@@ -112,7 +112,7 @@ class ReplayDrafter:
         self._reserve(max(state.host_lengths) + 1 + gamma)
         step = torch.arange(1, gamma + 1, device=state.slots.device)
         positions = state.lengths[:, None] + step  # [B, G]
-        recorded = self._tokens[state.slots[:, None], positions]
+        recorded, _ = self.recorded(state.slots, positions)
         noise = position_noise(self._seeds[state.slots], positions)
         # The noise below alpha decides; above it, it also picks which wrong token to propose.
         spread = ((noise - self.alpha) / max(1.0 - self.alpha, 1e-12)).clamp(0.0, 1.0 - 1e-9)
@@ -120,6 +120,12 @@ class ReplayDrafter:
         corrupted = (recorded + shift) % self._vocab_size
         remaining = (self._end[state.slots] - state.lengths - 1).clamp(0, gamma)
         return Draft(torch.where(noise < self.alpha, recorded, corrupted), None, remaining)
+
+    def recorded(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Recorded tokens at ``positions`` ``[B, Q]`` of slots ``[B]``, and where there are any."""
+        known = positions < self._end[slots][:, None]
+        tokens = self._tokens[slots[:, None], positions.clamp(max=self._tokens.shape[1] - 1)]
+        return tokens, known
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         if self.cost is not None:
