@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,6 +15,9 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("csrc", "moesd_kernels", "decoder", "bench")
+SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 LIBRARIES = ("torch", "transformers", "triton", "numpy", "scipy")
 
 
@@ -30,16 +35,28 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 
 def git_commit() -> str:
-    """Short commit of the checkout, with ``+`` when the tree has uncommitted changes."""
-    root = Path(__file__).parents[1]
+    """Short commit of the checkout, with ``+`` when the tree has uncommitted changes.
+
+    In a copy without its repository, as it is carried to a machine for a measurement, a digest of
+    the sources instead: ``sources-…``, the same wherever they are the same.
+    """
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
 
-    commit = git("rev-parse", "--short", "HEAD")
-    dirty = git("status", "--porcelain", "--untracked-files=no")
-    return f"{commit}{'+' if dirty else ''}" if commit else "unknown"
+    if shutil.which("git") is None or not (commit := git("rev-parse", "--short", "HEAD")):
+        return f"sources-{sources_digest()}"
+    return f"{commit}{'+' if git('status', '--porcelain', '--untracked-files=no') else ''}"
+
+
+def sources_digest() -> str:
+    """Twelve hexadecimal digits of everything that is compiled or interpreted."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*")):
+        if path.suffix in SOURCE_SUFFIXES:
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

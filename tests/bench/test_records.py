@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 
 from bench.prompts import load_prompts, random_prompts
-from bench.record import Recorder, read_lines
+from bench.record import Recorder, git_commit, read_lines, sources_digest
 from bench.routing import ROUTINGS, distinct_experts, route
 from bench.shapes import Shape, parse_shape
 from bench.timer import interleaved, summarize
@@ -22,6 +24,12 @@ def test_a_line_carries_its_environment_and_reads_back(tmp_path):
     (line,) = read_lines([tmp_path], "kernel")
     assert line["T"] == 4
     assert {"device", "threads", "versions", "commit", "command"} <= line["env"].keys()
+
+
+def test_a_copy_without_its_repository_is_known_by_its_sources(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert re.fullmatch("sources-[0-9a-f]{12}", git_commit())
+    assert git_commit() == f"sources-{sources_digest()}"
 
 
 def test_a_broken_line_is_named(tmp_path):
