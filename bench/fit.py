@@ -111,26 +111,35 @@ def fit_cells(cells: Cells, points: int, design: str) -> Fits:
     return Fits(cells, chosen, paper)
 
 
+def record_errors(
+    recorder: Recorder, cells: Cells, fits: Fits, design: str
+) -> dict[str, ErrorSummary]:
+    """A ``fit`` line for each model's errors on held-out cells, which are returned."""
+    errors = fits.errors()
+    for model, error in errors.items():
+        recorder.write(
+            "fit",
+            target=cells.model.target.name,
+            model=model,
+            design=design,
+            points=len(fits.fitted),
+            error=error.to_json(),
+        )
+    return errors
+
+
 def _print(cells: Cells, fits: Fits, args: argparse.Namespace) -> None:
-    console, recorder = Console(), Recorder(args.out)
+    console = Console()
     name = cells.model.target.name
     table = Table(title=f"{name}: {len(fits.fitted)} cells fitted ({args.design})")
     for head in ("model", "held out", "median", "p90", "worst", "MSE"):
         table.add_column(head, justify="right")
-    for model, error in fits.errors().items():
+    for model, error in record_errors(Recorder(args.out), cells, fits, args.design).items():
         table.add_row(
             model,
             str(error.count),
             *(f"{100 * e:.1f} %" for e in (error.median, error.p90, error.worst)),
             f"{error.mse:.4f}",
-        )
-        recorder.write(
-            "fit",
-            target=name,
-            model=model,
-            design=args.design,
-            points=len(fits.fitted),
-            error=error.to_json(),
         )
     console.print(table)
     for warning in _warnings(fits):

@@ -9,14 +9,22 @@ import matplotlib.pyplot as plt
 
 from bench.pictures.style import Lines, axes, heat_map, save
 
-LABELS = {"moesd": "moesd", "grouped_mm": "transformers grouped_mm", "vllm": "vLLM cpu_fused_moe"}
+LABELS = {
+    "grouped_mm": "transformers grouped_mm",
+    "batched_mm": "transformers batched_mm",
+    "vllm": "vLLM cpu_fused_moe",
+    "batch_invariant": "moesd, batch_invariant",
+}
 
 
 def _by_layer(lines: Lines) -> dict[str, Lines]:
     layers: dict[str, Lines] = defaultdict(list)
     for line in sorted(lines, key=lambda line: line["T"]):
-        shape = ",".join(map(str, line["shape"]))
-        layers[f"{shape} {line['dtype']} {line['routing']}"].append(line)
+        words = [",".join(map(str, line["shape"])), line["dtype"], line["routing"]]
+        # A back-end asked for by name and tiles found by tuning are pictures of their own.
+        words += [line["backend"]] if line["backend"] != "auto" else []
+        words += ["tuned"] if line.get("tuned") else []
+        layers[" ".join(words)].append(line)
     return layers
 
 
