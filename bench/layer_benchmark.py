@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ from bench.shapes import Shape
 from bench.timer import CacheFlusher, interleaved, seconds_of, summarize
 from moesd_kernels import fused_experts
 
+if TYPE_CHECKING:
+    from bench.peers.fused_moe_triton import FusedMoeTriton
+
+logger = logging.getLogger(__name__)
+
 BATCHED_LIMIT_BYTES = 4 * 2**30  # batched_mm copies the weights of every (token, expert) pair
 ROUND_SEED = 1_000
 PROFILED_ROUNDS = 5
@@ -31,7 +38,14 @@ SLOW_S = 1.0  # a peer this slow is timed once, in its correctness gate
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What stays the same over all points of a run."""
+    """What stays the same over all points of a run.
+
+    Attributes:
+        graph: time CUDA graphs of a stack of layers instead of single calls.
+        peers: names of transformers' implementations.
+        fused_moe_source: folder with vLLM's ``fused_moe.py`` and ``configs/``; needs ``graph``,
+            since the host's time around that kernel would not be vLLM's.
+    """
 
     dtype: torch.dtype
     device: torch.device
@@ -43,6 +57,11 @@ class Settings:
     batch_invariant: bool
     graph: bool
     peers: Sequence[str]
+    fused_moe_source: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.fused_moe_source and not self.graph:
+            raise ValueError("fused_moe_source is timed in CUDA graphs only: on a GPU, not eagerly")
 
 
 class LayerBenchmark:
@@ -68,6 +87,14 @@ class LayerBenchmark:
         self.probe = CeilingProbe(settings.dtype) if on_cpu else None
         self.calls: dict[str, LayerCall] = {"moesd": self._ours}
         self.calls |= {name: TransformersExperts(name) for name in settings.peers}
+        self.fused_moe: dict[str, FusedMoeTriton] = {}
+        if settings.fused_moe_source:
+            from bench.peers.fused_moe_triton import fused_moe_peers  # the one that needs Triton
+
+            self.fused_moe = fused_moe_peers(
+                settings.fused_moe_source, shape, settings.dtype, settings.device
+            )
+        self.calls |= self.fused_moe
         if vllm:
             vllm.prepare(shape, seed=0)
 
@@ -85,15 +112,15 @@ class LayerBenchmark:
     def measure(self, batch: int, rows: int) -> dict[str, Any]:
         """One point: correctness gate, interleaved rounds with new routing each, one JSON line."""
         settings, tokens = self.settings, batch * rows
-        gated = self._gate(batch, rows)
+        gated, not_run = self._gate(batch, rows)
         slow = {name: [seconds] for name, seconds in gated.items() if seconds > SLOW_S}
+        not_captured = dict.fromkeys(slow, f"slower than {SLOW_S} s") if settings.graph else {}
         batches = [self._draw(batch, rows, ROUND_SEED + r) for r in range(settings.rounds)]
-        fits = lambda name: name != "batched_mm" or self._pair_bytes(tokens) <= BATCHED_LIMIT_BYTES
-        variants, eager = {}, []
-        for name in filter(fits, self.calls.keys() - slow.keys()):
-            variants[name], captured = self._variant(self.calls[name], batches)
-            if settings.graph and not captured:
-                eager.append(name)
+        variants = {}
+        for name in ("moesd", *(name for name in gated if name not in slow)):
+            variants[name], why_eager = self._variant(self.calls[name], batches)
+            if why_eager:
+                not_captured[name] = why_eager
         if self.vllm:
             worker = self.vllm
             variants["vllm"] = lambda r: worker.call(
@@ -115,15 +142,28 @@ class LayerBenchmark:
                 self.flush,
                 settings.device,
             )
-        distinct = [float(b.distinct) for b in batches[: len(samples["moesd"])]]
+        turns = [self._turn(batches, round_) for round_ in range(len(samples["moesd"]))]
+        distinct = [sum(b.distinct for b in turn) / len(turn) for turn in turns]
         rates = {name: samples.pop(name) for name in RATES if name in samples}
-        return self._record(batch, rows, distinct, samples | slow, launches, eager, rates)
+        remarks: dict[str, dict[str, Any]] = {
+            "not_captured": not_captured,
+            "not_run": not_run,
+            "fused_moe": {
+                name: peer.describe(self.shape, tokens, settings.dtype)
+                for name, peer in self.fused_moe.items()
+            },
+        }
+        return self._record(batch, rows, distinct, samples | slow, launches, rates, remarks)
 
     def _draw(self, batch: int, rows: int, seed: int) -> Batch:
         s = self.settings
         return make_batch(
             self.shape, batch, rows, s.routing, s.dtype, s.device, seed, s.union_ratio
         )
+
+    def _turn(self, batches: Sequence[Batch], round_: int) -> list[Batch]:
+        """What a round gives to the layers of the stack, one batch each."""
+        return [batches[(round_ + index) % len(batches)] for index in range(len(self.layers))]
 
     def _eager(self, call: LayerCall, batches: Sequence[Batch]) -> Callable[[int], object]:
         def one(round_: int) -> float:
@@ -137,25 +177,25 @@ class LayerBenchmark:
 
     def _variant(
         self, call: LayerCall, batches: Sequence[Batch]
-    ) -> tuple[Callable[[int], object], bool]:
-        """The timed callable, and whether it replays a graph."""
+    ) -> tuple[Callable[[int], object], str | None]:
+        """The timed callable, and why it replays no graph although one was asked for."""
         if not self.settings.graph:
-            return self._eager(call, batches), False
+            return self._eager(call, batches), None
         try:
             stack = CapturedStack(call, self.layers, batches[0])
-        except RuntimeError:  # a peer that synchronises cannot be captured; it is timed eagerly
-            torch.cuda.synchronize()
-            return self._eager(call, batches), False
-        return lambda round_: stack.seconds([*batches[round_:], *batches[:round_]]), True
+        except RuntimeError as error:  # a peer that synchronises cannot be captured
+            torch.cuda.synchronize()  # raises where the device did not survive it
+            return self._eager(call, batches), _first_line(error)
+        return lambda round_: stack.seconds(self._turn(batches, round_)), None
 
     def _pair_bytes(self, tokens: int) -> int:
         return tokens * self.shape.K * self.shape.expert_bytes(self.settings.dtype.itemsize)
 
-    def _gate(self, batch_size: int, rows: int) -> dict[str, float]:
+    def _gate(self, batch_size: int, rows: int) -> tuple[dict[str, float], dict[str, str]]:
         """Refuse to time a variant whose output is not ours up to rounding.
 
         Returns:
-            Seconds that each peer's call took, cold.
+            Seconds that each peer's call took, cold; and why the others cannot be called.
 
         Raises:
             RuntimeError: names the variant and its relative error.
@@ -163,7 +203,9 @@ class LayerBenchmark:
         settings = self.settings
         # Peers round gate_up, activation and output to the storage type: 4 roundings at most.
         tolerance = 4 * torch.finfo(settings.dtype).eps
-        batch, seconds = self._draw(batch_size, rows, seed=0), {}
+        batch = self._draw(batch_size, rows, seed=0)
+        seconds: dict[str, float] = {}
+        not_run: dict[str, str] = {}
         inputs = (self.layers[0], batch.hidden, batch.topk_ids, batch.topk_weights)
         with torch.inference_mode():
             ours = self._ours(*inputs).float()
@@ -171,10 +213,16 @@ class LayerBenchmark:
                 too_big = self._pair_bytes(len(ours)) > BATCHED_LIMIT_BYTES
                 if call == self._ours or (name == "batched_mm" and too_big):
                     continue
-                seconds[name], theirs = seconds_of(partial(call, *inputs), settings.device)
-                if seconds[name] > SLOW_S:  # a first call may have built primitives: time another
-                    seconds[name], theirs = seconds_of(partial(call, *inputs), settings.device)
-                theirs = theirs.float()
+                timed = partial(seconds_of, partial(call, *inputs), settings.device)
+                try:
+                    spent, theirs = timed()
+                    if spent > SLOW_S:  # a first call may have built primitives: time another
+                        spent, theirs = timed()
+                except Exception as lack:  # whatever a peer lacks here must not cost ours its line
+                    not_run[name] = f"{type(lack).__name__}: {_first_line(lack)}"
+                    logger.warning("%s does not run at T=%d: %s", name, len(ours), not_run[name])
+                    continue
+                seconds[name], theirs = spent, theirs.float()
                 error = ((ours - theirs).norm() / theirs.norm()).item()
                 if not error <= tolerance:
                     raise RuntimeError(f"{name} differs from moesd by {error:.2e} at T={len(ours)}")
@@ -183,7 +231,7 @@ class LayerBenchmark:
             error = abs(answer["norm"] / ours.norm().item() - 1)
             if not error <= tolerance:
                 raise RuntimeError(f"vllm's output norm differs by {error:.2e} at T={len(ours)}")
-        return seconds
+        return seconds, not_run
 
     def _record(
         self,
@@ -192,8 +240,8 @@ class LayerBenchmark:
         distinct_by_round: list[float],
         samples: dict[str, list[float]],
         launches: dict[str, float],
-        eager: list[str],
         rates: dict[str, list[float]],
+        remarks: dict[str, dict[str, Any]],
     ) -> dict[str, Any]:
         settings, tokens = self.settings, batch * rows
         dtype = str(settings.dtype).removeprefix("torch.")
@@ -218,7 +266,7 @@ class LayerBenchmark:
             backend=settings.backend,
             batch_invariant=settings.batch_invariant,
             graph=settings.graph,
-            not_captured=eager,
+            **remarks,
             B=batch,
             gamma=rows - 1,
             T=tokens,
@@ -237,6 +285,10 @@ class LayerBenchmark:
                 if name != "moesd"
             },
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or "no reason given").splitlines()[0]
 
 
 def efficiency(times: dict[tuple[int, int], float], batch: int, rows: int) -> float:
