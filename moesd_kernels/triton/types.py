@@ -14,7 +14,7 @@ class Device:
         capability: 10 * major + minor.
         sms: Streaming multiprocessors.
         shared_bytes: Shared memory a program may use.
-        bandwidth: DRAM bytes per second.
+        bandwidth: DRAM bytes per second that a copy reaches.
         matrix_flops: Dense bf16 operations per second.
     """
 
@@ -28,6 +28,7 @@ class Device:
 
 # One device of each architecture the kernels are compiled for without having it.
 A100 = Device("NVIDIA A100-SXM4-80GB", 80, 108, 166912, 1.8e12, 2.8e14)
+H100 = Device("NVIDIA H100 80GB HBM3", bandwidth=3.0e12)
 H200 = Device()
 B200 = Device("NVIDIA B200", 100, 148, 232448, 7.0e12, 2.0e15)
 
