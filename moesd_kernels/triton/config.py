@@ -1,7 +1,8 @@
 """Which tiles to use: an analytic model of a bandwidth-bound grouped product, or a tuned file.
 
 ``select_config`` is a pure function of the layer's shape, dtype and device. It depends on T only
-through the bucket of tokens per expert, so that few kernels are compiled and a table stays small.
+through the bucket of tokens per expert and the height of a block, so that few kernels are compiled
+and a table stays small.
 The model's constants are estimates until a file tuned on the device replaces its choices.
 """
 
@@ -19,6 +20,13 @@ from .types import Device, GemmConfig, LayerShape, MoEConfig
 
 # Up to here a block holds every token, so that no expert is read twice however tokens are routed.
 READ_ONCE_TOKENS = 64
+# Beyond, a block holds the mean share of tokens and this many standard deviations of independent
+# routing: one expert in 700 overflows. Draft tokens of a sequence route alike, which multiplies the
+# variance by 2.2 (by 3 with 2 of 8 experts): at most one expert in 40 overflows at five tokens a
+# sequence. An overflow costs a second program on the same weight tile, next in launch order, so
+# that it reads the cache; a block twice as high would cost every program of every expert twice the
+# arithmetic and more shared memory.
+DEVIATIONS = 3.0
 # Bytes a multiprocessor must have under way to keep DRAM busy: latency times bandwidth, with slack.
 BYTES_IN_FLIGHT = 64 * 1024
 # Seconds from a program's start to its first product, hidden only by its neighbours.
@@ -80,11 +88,13 @@ def bucket(shape: LayerShape) -> float:
 
 
 def block_rows(shape: LayerShape) -> int:
-    """BLOCK_M: holds any expert's tokens up to READ_ONCE_TOKENS, then two mean shares of them."""
+    """BLOCK_M: holds any expert's tokens up to READ_ONCE_TOKENS, then nearly any expert's."""
     if shape.T <= READ_ONCE_TOKENS:
         return max(16, _next_power_of_2(shape.T))
-    mean = shape.T * shape.K / shape.E
-    return min(128, max(READ_ONCE_TOKENS, _next_power_of_2(math.ceil(2 * mean))))
+    share = shape.K / shape.E
+    mean = shape.T * share
+    most = mean + DEVIATIONS * math.sqrt(mean * max(0.0, 1.0 - share))
+    return min(128, max(16, _next_power_of_2(math.ceil(most))))
 
 
 def _next_power_of_2(n: int) -> int:

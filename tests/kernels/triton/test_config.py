@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from bench.routing import DEFAULT_UNION_RATIO, route
 from moesd_kernels.triton import config, tuned
 from moesd_kernels.triton.config import (
     READ_ONCE_TOKENS,
@@ -50,11 +51,41 @@ def test_a_block_holds_every_token_up_to_64(T):
     assert block_rows(LayerShape(*LAYERS["qwen3-30b"], T)) >= T
 
 
-def test_depends_on_tokens_per_expert_only():
+@pytest.mark.parametrize(
+    ("name", "T", "rows"),
+    [
+        ("qwen2-57b", 320, 64),  # mean 40: twice the mean would be 128 rows
+        ("qwen2-57b", 128, 32),
+        ("qwen3-30b", 96, 16),
+        ("qwen3-30b", 256, 32),
+        ("mixtral", 128, 64),
+        ("mixtral", 8192, 128),
+    ],
+)
+def test_a_block_holds_nearly_every_experts_tokens_beyond(name, T, rows):
+    assert block_rows(LayerShape(*LAYERS[name], T)) == rows
+
+
+@pytest.mark.parametrize(("routing", "share"), [("uniform", 1 / 200), ("correlated", 1 / 25)])
+@pytest.mark.parametrize("name", ["qwen2-57b", "qwen3-30b", "mixtral", "deepseek-v3"])
+def test_few_experts_overflow_their_block(name, routing, share):
+    """64 sequences verify five tokens each, drawn 20 times."""
+    E, K = LAYERS[name][:2]
+    block_m = block_rows(LayerShape(*LAYERS[name], 320))
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        route(routing, 64, 5, E, K, generator, DEFAULT_UNION_RATIO).flatten() for _ in range(20)
+    ]
+    counts = torch.stack([ids.bincount(minlength=E) for ids in draws])
+    assert (counts > block_m).float().mean() <= share
+
+
+def test_depends_on_tokens_per_expert_and_height_only():
     layer = LAYERS["qwen3-30b"]
-    for low, high in ((33, 64), (65, 128), (129, 256)):
+    for low, high in ((33, 64), (65, 96), (129, 256)):
         first, last = (LayerShape(*layer, T) for T in (low, high))
         assert bucket(first) == bucket(last)
+        assert block_rows(first) == block_rows(last)
         assert select_config(first, torch.bfloat16, H200) == select_config(
             last, torch.bfloat16, H200
         )
