@@ -194,10 +194,10 @@ def _tune_tokens(
     expected = bench.output(batches[0], best).float()
     first = fastest = bench.seconds(batches, best)
     gate_up, down = _gemms(shape, bench.dtype.itemsize)
-    last = "single" if shape.T == 1 else "down"
+    last = "single_down" if shape.T == 1 else "down"
     for name, gemm in (("gate_up", gate_up), (last, down)):
         end = time.perf_counter() + budget / 2
-        tiles = candidates(gemm, getattr(best, name), device, limit, single=name == "single")
+        tiles = candidates(gemm, getattr(best, name), device, limit, single=name == "single_down")
         for tile in tqdm(tiles[1:], desc=f"T={shape.T} {name}", leave=False):
             if time.perf_counter() > end:
                 break

@@ -39,7 +39,8 @@ DRAW = 1.25
 CACHE_RATIO = 2.0
 # Fraction of the matrix peak that small tiles reach.
 MATRIX_EFFICIENCY = 0.55
-SINGLE_BLOCK_K = 512
+# Bytes of a weight row in one step of the one-token kernels: 16 for each thread of a warp.
+SINGLE_ROW_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,12 @@ def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: D
         choices = [c for c in _candidates(gemm, block_m, group_m) if fits(gemm, c, device)]
         return min(choices, key=lambda c: predicted_seconds(gemm, c, device))
 
-    return MoEConfig(best(gate_up), best(down), _single(shape, device))
+    return MoEConfig(
+        best(gate_up),
+        best(down),
+        _single_gate_up(shape, itemsize, device),
+        _single_down(shape, itemsize, device),
+    )
 
 
 def _candidates(gemm: Gemm, block_m: int, group_m: int) -> Iterator[GemmConfig]:
@@ -182,12 +188,25 @@ def predicted_seconds(gemm: Gemm, config: GemmConfig, device: Device) -> float:
     return max(stream, flops / (MATRIX_EFFICIENCY * device.matrix_flops)) + exposed + cached
 
 
-def _single(shape: LayerShape, device: Device) -> GemmConfig:
-    """Tiles of the one-token down projection: a column per program, no matrix instruction."""
+def _single_gate_up(shape: LayerShape, itemsize: int, device: Device) -> GemmConfig:
+    """Tiles of the one-token gate_up: 16 rows of each half a program, unless 8 balance better."""
+    block_n = min((16, 8), key=lambda n: _deepest(shape.K * math.ceil(shape.I / n), device) * n)
+    return _single(block_n, shape.H, itemsize, 4)
 
-    def deepest(block_n: int) -> int:
-        return math.ceil(math.ceil(shape.H / block_n) / device.sms) * block_n
 
-    block_n = min((16, 8), key=deepest)
-    block_k = min(SINGLE_BLOCK_K, _next_power_of_2(max(64, shape.I)))
-    return GemmConfig(block_m=16, block_n=block_n, block_k=block_k, num_warps=4, num_stages=4)
+def _single_down(shape: LayerShape, itemsize: int, device: Device) -> GemmConfig:
+    """Tiles of the one-token down projection; few programs need more stages under way each."""
+    block_n = min((16, 8), key=lambda n: _deepest(math.ceil(shape.H / n), device) * n)
+    few = math.ceil(shape.H / block_n) <= 2 * device.sms
+    return _single(block_n, shape.I, itemsize, 8 if few else 4)
+
+
+def _deepest(programs: int, device: Device) -> int:
+    """Programs of the multiprocessor that has most."""
+    return math.ceil(programs / device.sms)
+
+
+def _single(block_n: int, columns: int, itemsize: int, stages: int) -> GemmConfig:
+    """A one-token tile: rows in pieces of 512 bytes, which a warp loads at once."""
+    block_k = min(SINGLE_ROW_BYTES // itemsize, _next_power_of_2(max(64, columns)))
+    return GemmConfig(block_m=16, block_n=block_n, block_k=block_k, num_stages=stages)

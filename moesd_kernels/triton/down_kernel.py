@@ -1,4 +1,4 @@
-"""Down projection over the rows of each active expert, and its one-token form."""
+"""Down projection over the rows of each active expert."""
 
 import triton
 import triton.language as tl
@@ -90,58 +90,3 @@ def _down_kernel(
     out_row = split.to(tl.int64) * num_pairs + pair
     out_ptrs = partial_ptr + out_row[:, None] * H + column[None, :]
     tl.store(out_ptrs, acc, mask=row_mask[:, None] & (column < H)[None, :])
-
-
-@triton.jit
-def _down_combine_kernel(
-    act_ptr,  # [K, I]
-    w_ptr,  # [E, H, I], any strides
-    bias_ptr,  # [E, H] or unused
-    out_ptr,  # [1, H]
-    ids_ptr,  # [K]
-    weights_ptr,  # [K]
-    E,
-    H,
-    I,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    stride_be,
-    TOPK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Grid: (cdiv(H, BLOCK_N),); one token's K experts in order, so nothing is left to combine.
-
-    The K loops over I are one loop: the pipeline does not drain between experts.
-    """
-    pdl_wait(PDL)
-    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = column < H
-    steps = tl.cdiv(I, BLOCK_K)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for step in tl.range(0, TOPK * steps, num_stages=STAGES):
-        slot = step // steps
-        k = (step - slot * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        e = tl.load(ids_ptr + slot).to(tl.int64)
-        k_mask = k < tl.where((e >= 0) & (e < E), I, 0)
-        weight = tl.load(weights_ptr + slot).to(tl.float32)
-        a = tl.load(act_ptr + slot * I + k, mask=k_mask, other=0.0).to(tl.float32)
-        w_ptrs = w_ptr + e * stride_we + column[:, None] * stride_wn + k[None, :] * stride_wk
-        w_mask = n_mask[:, None] & k_mask[None, :]
-        w = tl.load(w_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_first")
-        # A skipped slot's weight may be anything, NaN included: it must not be multiplied.
-        a = tl.where(k_mask, a * weight, 0.0)
-        acc += w.to(tl.float32) * a[None, :]
-    out = tl.sum(acc, 1)
-    if HAS_BIAS:
-        for slot in tl.static_range(TOPK):
-            e = tl.load(ids_ptr + slot).to(tl.int64)
-            valid = column < tl.where((e >= 0) & (e < E), H, 0)
-            bias = tl.load(bias_ptr + e * stride_be + column, mask=valid, other=0.0).to(tl.float32)
-            weight = tl.load(weights_ptr + slot).to(tl.float32)
-            out += tl.where(valid, bias * weight, 0.0)
-    tl.store(out_ptr + column, out.to(out_ptr.dtype.element_ty), mask=n_mask)

@@ -10,14 +10,12 @@ from .combine_kernel import _combine_kernel
 from .common import HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTING_SINGLE
 from .config import select_config
 from .device import device_of
-from .down_kernel import _down_combine_kernel, _down_kernel
+from .down_kernel import _down_kernel
 from .gate_up_kernel import _gate_up_kernel
 from .plan_kernel import max_blocks, plan, plan_sizes
+from .single_kernel import _down_combine_kernel, _gate_up_single_kernel
 from .types import GemmConfig, LayerShape, MoEConfig
 
-# Pairs up to which every gate_up program finds its own rows: one launch less, while scanning the
-# ids costs a program less than it takes the others on its processor to stream their weights.
-MAX_INLINE_PAIRS = 512
 # A plan program holds all ids in registers; more tokens than this go in several calls.
 MAX_PAIRS = 16384
 
@@ -70,24 +68,46 @@ class Layer:
             shape = LayerShape(self.E, TOPK, self.H, self.I, T, self.gated)
             config = select_config(shape, x.dtype, device, batch_invariant=batch_invariant)
         pdl = HAS_PDL and x.is_cuda and device.capability >= 90
-        act = torch.empty(T * TOPK, self.I, dtype=x.dtype, device=x.device)
+        pairs = T * TOPK
+        act = torch.empty(pairs, self.I, dtype=x.dtype, device=x.device)
         if T == 1:
-            tables, routing = (ids, ids), ROUTING_SINGLE
-            bound = TOPK
-        elif T * TOPK <= MAX_INLINE_PAIRS:
-            bound = max_blocks(T * TOPK, self.E, config.block_m)
-            table = torch.empty(T * TOPK + 3 * bound, dtype=torch.int32, device=x.device)
-            tables, routing = (table[: T * TOPK], table[T * TOPK :]), ROUTING_INLINE
+            self._run_single(x, act, ids, weights, out, batch_invariant, config, pdl)
+            return
+        bound = max_blocks(pairs, self.E, config.block_m)
+        if pairs <= config.inline_pairs:
+            table = torch.empty(pairs + 3 * bound, dtype=torch.int32, device=x.device)
+            tables, routing = (table[:pairs], table[pairs:]), ROUTING_INLINE
         else:
-            bound = max_blocks(T * TOPK, self.E, config.block_m)
             tables, routing = plan(ids, self.E, config.block_m, pdl), ROUTING_PLANNED
         self._gate_up(x, act, ids, tables, bound, routing, config.gate_up, pdl)
-        # Transposed weights would be read in pieces of a few bytes by that kernel's narrow tiles.
-        if T == 1 and not batch_invariant and self.w_down.stride(2) == 1:
-            self._down_combine(act, ids, weights, out, config, pdl)
+        partial = self._down(act, ids, tables, bound, ROUTING_PLANNED, config.down, pdl)
+        self._combine(partial, ids, weights, out, pdl)
+
+    def _run_single(
+        self,
+        x: Tensor,
+        act: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        out: Tensor,
+        batch_invariant: bool,
+        config: MoEConfig,
+        pdl: bool,
+    ) -> None:
+        """One token: no tables, and kernels of its own unless rows must be as in any batch.
+
+        Transposed weights would be read in pieces of a few bytes by those kernels' narrow tiles.
+        """
+        tables, bound = (ids, ids), ids.shape[1]
+        own = config.single_gate_up
+        if own and not batch_invariant and self.w_gate_up.stride(2) == 1:
+            self._gate_up_single(x, act, ids, own, pdl)
+        else:
+            self._gate_up(x, act, ids, tables, bound, ROUTING_SINGLE, config.gate_up, pdl)
+        if not batch_invariant and self.w_down.stride(2) == 1:
+            self._down_combine(act, ids, weights, out, config.single_down, pdl)
             return
-        down_routing = ROUTING_SINGLE if T == 1 else ROUTING_PLANNED
-        partial = self._down(act, ids, tables, bound, down_routing, config.down, pdl)
+        partial = self._down(act, ids, tables, bound, ROUTING_SINGLE, config.down, pdl)
         self._combine(partial, ids, weights, out, pdl)
 
     def _gate_up(
@@ -196,17 +216,38 @@ class Layer:
             num_warps=2,
         )
 
-    def _down_combine(
-        self,
-        act: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        out: Tensor,
-        config: MoEConfig,
-        pdl: bool,
+    def _gate_up_single(
+        self, x: Tensor, act: Tensor, ids: Tensor, config: GemmConfig, pdl: bool
     ) -> None:
-        w, bias, single = self.w_down, self.down_bias, config.single
-        _down_combine_kernel[(triton.cdiv(self.H, single.block_n),)](
+        w, bias = self.w_gate_up, self.gate_up_bias
+        _gate_up_single_kernel[(ids.shape[1] * triton.cdiv(self.I, config.block_n),)](
+            x,
+            w,
+            w if bias is None else bias,
+            act,
+            ids,
+            self.E,
+            self.H,
+            self.I,
+            w.stride(0),
+            w.stride(1),
+            0 if bias is None else bias.stride(0),
+            self.limit,
+            self.alpha,
+            **self.flags,
+            HAS_BIAS=bias is not None,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            STAGES=config.num_stages,
+            **_pdl(pdl, first=True),
+            num_warps=config.num_warps,
+        )
+
+    def _down_combine(
+        self, act: Tensor, ids: Tensor, weights: Tensor, out: Tensor, config: GemmConfig, pdl: bool
+    ) -> None:
+        w, bias = self.w_down, self.down_bias
+        _down_combine_kernel[(triton.cdiv(self.H, config.block_n),)](
             act,
             w,
             w if bias is None else bias,
@@ -216,15 +257,16 @@ class Layer:
             self.E,
             self.H,
             self.I,
-            *w.stride(),
+            w.stride(0),
+            w.stride(1),
             0 if bias is None else bias.stride(0),
             TOPK=ids.shape[1],
             HAS_BIAS=bias is not None,
-            BLOCK_N=single.block_n,
-            BLOCK_K=single.block_k,
-            STAGES=single.num_stages,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            STAGES=config.num_stages,
             **_pdl(pdl),
-            num_warps=single.num_warps,
+            num_warps=config.num_warps,
         )
 
 

@@ -1,8 +1,8 @@
 """Checked-in tuning results: ``configs/<device>.json``, written by ``python -m bench tune``.
 
 A file is ``{"device", "triton", "entries": [...]}``; an entry names the layer (E, K, H, I, gated),
-dtype and bucket (tokens per expert, a power of two) and gives the tiles of gate_up, down and
-single. BLOCK_M is not tuned: it is what guarantees that an expert is read once.
+dtype and bucket (tokens per expert, a power of two) and gives a configuration's fields. BLOCK_M is
+not tuned: it is what guarantees that an expert is read once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from .types import GemmConfig, LayerShape, MoEConfig
 
 FOLDER = Path(__file__).parent / "configs"
+
+TILES = ("gate_up", "down", "single_gate_up", "single_down")
 
 Key = tuple[tuple[int, int, int, int, bool], str, float]
 
@@ -43,9 +45,8 @@ def load(path: Path) -> dict[Key, MoEConfig]:
         try:
             dimensions = (entry["E"], entry["K"], entry["H"], entry["I"], entry["gated"])
             key = (dimensions, entry["dtype"], float(entry["bucket"]))
-            configs[key] = MoEConfig(
-                **{name: GemmConfig(**entry[name]) for name in ("gate_up", "down", "single")}
-            )
+            tiles = {name: entry[name] and GemmConfig(**entry[name]) for name in TILES}
+            configs[key] = MoEConfig(**tiles, inline_pairs=entry["inline_pairs"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: entry {number} cannot be used: {error!r}") from error
     return configs

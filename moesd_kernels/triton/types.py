@@ -99,11 +99,21 @@ class GemmConfig:
 
 @dataclass(frozen=True, slots=True)
 class MoEConfig:
-    """Tiles of a layer: both products, and the one-token down projection."""
+    """Tiles of a layer: both products, and their one-token forms (block_m has no meaning there).
+
+    Attributes:
+        gate_up: The first product.
+        down: The second product.
+        single_gate_up: One token's gate_up without matrix instructions; None multiplies with them.
+        single_down: One token's down projection and combine.
+        inline_pairs: Routed pairs up to which gate_up's programs find their rows by themselves.
+    """
 
     gate_up: GemmConfig
     down: GemmConfig
-    single: GemmConfig
+    single_gate_up: GemmConfig | None
+    single_down: GemmConfig
+    inline_pairs: int = 512
 
     def __post_init__(self) -> None:
         if self.gate_up.block_m != self.down.block_m:
@@ -121,6 +131,8 @@ class MoEConfig:
 
     def with_block_m(self, block_m: int) -> MoEConfig:
         """The same tiles on blocks of another height."""
-        return MoEConfig(
-            replace(self.gate_up, block_m=block_m), replace(self.down, block_m=block_m), self.single
+        return replace(
+            self,
+            gate_up=replace(self.gate_up, block_m=block_m),
+            down=replace(self.down, block_m=block_m),
         )

@@ -19,10 +19,10 @@ from triton.compiler import ASTSource
 
 from moesd_kernels.triton.combine_kernel import _combine_kernel
 from moesd_kernels.triton.config import select_config
-from moesd_kernels.triton.down_kernel import _down_combine_kernel, _down_kernel
+from moesd_kernels.triton.down_kernel import _down_kernel
 from moesd_kernels.triton.gate_up_kernel import _gate_up_kernel
-from moesd_kernels.triton.layer import MAX_INLINE_PAIRS
 from moesd_kernels.triton.plan_kernel import _plan_kernel
+from moesd_kernels.triton.single_kernel import _down_combine_kernel, _gate_up_single_kernel
 from moesd_kernels.triton.types import A100, B200, H200, LayerShape
 
 DEVICES = {80: A100, 90: H200, 100: B200}
@@ -37,6 +37,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 KERNELS = {
     "gate_up": _gate_up_kernel,
     "down": _down_kernel,
+    "gate_up_single": _gate_up_single_kernel,
     "down_combine": _down_combine_kernel,
     "plan": _plan_kernel,
     "combine": _combine_kernel,
@@ -80,23 +81,29 @@ def jobs(arch):
                 chosen = select_config(
                     shape, torch.bfloat16, DEVICES[arch], batch_invariant=invariant
                 )
-                gate_up, down, single = chosen.gate_up, chosen.down, chosen.single
-                routing = 2 if T == 1 else 1 if T * K <= MAX_INLINE_PAIRS else 0
+                if T == 1 and not invariant:
+                    add("gate_up_single", *single(chosen.single_gate_up))
+                    add("down_combine", *single(chosen.single_down))
+                    continue
+                gate_up, down = chosen.gate_up, chosen.down
+                pairs = T * K
+                routing = 2 if T == 1 else 1 if pairs <= chosen.inline_pairs else 0
                 # TOPK and the padded sizes do not change what is checked: one value for each.
                 sizes = {"TOPK": 8, "N_PAD": 512, "E_PAD": 512, "ROUTING": routing}
                 add("gate_up", sizes | gate_up.constexprs(), gate_up.options())
-                if T == 1 and not invariant:
-                    tile = {"TOPK": 8, "BLOCK_N": single.block_n, "BLOCK_K": single.block_k}
-                    tile["STAGES"] = single.num_stages
-                    add("down_combine", tile, {"num_warps": single.num_warps})
-                else:
-                    split = {"SPLIT_K": down.split_k, "ROUTING": 2 if T == 1 else 0}
-                    add("down", split | down.constexprs(), down.options())
+                split = {"SPLIT_K": down.split_k, "ROUTING": 2 if T == 1 else 0}
+                add("down", split | down.constexprs(), down.options())
     for n_pad, warps in ((1024, 4), (16384, 8)):
         add("plan", {"N_PAD": n_pad, "E_PAD": 512, "BLOCK_M": 64}, {"num_warps": warps})
     for split in (1, 8):
         add("combine", {"TOPK": 8, "SPLIT_K": split, "BLOCK_H": 512}, {"num_warps": 2})
     return list(found.values())
+
+
+def single(tile):
+    """(constexprs, options) of a one-token tile."""
+    constexprs = {"TOPK": 8, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    return constexprs | {"STAGES": tile.num_stages}, {"num_warps": tile.num_warps}
 
 
 # Layouts, gates and dtypes the interpreter accepts more readily than the compiler: name -> values.
@@ -133,8 +140,11 @@ def variant_jobs():
         common = {"variant": name} | sizes | tile
         yield "gate_up", common | {"ROUTING": 1} | values, options
         yield "down", common | {"ROUTING": 0, "SPLIT_K": 2} | values, options
-        single = {"BLOCK_N": 16, "BLOCK_K": 256, "STAGES": 4}
-        yield "down_combine", {"variant": name} | sizes | values | single, {"num_warps": 4}
+        if values.get("stride_wk"):
+            continue  # one token's kernels take contiguous rows only
+        one_token = {"TOPK": 1, "BLOCK_N": 16, "BLOCK_K": 128 if name == "fp32" else 256}
+        for kernel in ("gate_up_single", "down_combine"):
+            yield kernel, {"variant": name} | values | one_token | {"STAGES": 4}, {"num_warps": 4}
         if name in ("odd", "int32 ids", "fp16", "fp32"):
             yield "combine", common | {"SPLIT_K": 2, "BLOCK_H": 512} | values, {"num_warps": 2}
     yield "plan", sizes | {"BLOCK_M": 16, "ids_ptr": "*i32", "variant": "int32 ids"}, {}

@@ -138,9 +138,9 @@ def test_config_rejects(change, message):
 def test_one_plan_serves_both_products():
     tall, low = GemmConfig(32, 64, 64), GemmConfig(16, 64, 64)
     with pytest.raises(ValueError, match=r"block_m must be equal, got 32 and 16"):
-        MoEConfig(tall, low, low)
+        MoEConfig(tall, low, low, low)
     with pytest.raises(ValueError, match=r"gate_up.split_k must be 1, got 2"):
-        MoEConfig(dataclasses.replace(low, split_k=2), low, low)
+        MoEConfig(dataclasses.replace(low, split_k=2), low, low, low)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def tuned_file(tmp_path, monkeypatch):
 def test_tuned_file_overrides_the_model(tuned_file):
     shape = LayerShape(*LAYERS["olmoe"], 40)
     tile = GemmConfig(16, 32, 256, num_stages=2)
-    mine = MoEConfig(tile, tile, tile)
+    mine = MoEConfig(tile, tile, None, tile, inline_pairs=128)
     tuned_file([tuned.entry_of(shape, "torch.bfloat16", bucket(shape), mine)])
     chosen = select_config(shape, torch.bfloat16, H200)
     assert chosen == mine.with_block_m(64), "the height of a block is not the file's to choose"

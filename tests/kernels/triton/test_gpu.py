@@ -110,7 +110,7 @@ def test_tilings(tile, split_k, poisoned_empty):
     case = make_case(6, 2, 256, 320, 16, torch.bfloat16, "cuda")
     down = dataclasses.replace(tile, split_k=split_k)
     single = GemmConfig(16, 16, 512, num_stages=4)
-    check(case, case.run(fused_experts_triton, config=MoEConfig(tile, down, single)))
+    check(case, case.run(fused_experts_triton, config=MoEConfig(tile, down, single, single)))
 
 
 @pytest.mark.parametrize("T", [1, 5, 64, 100])

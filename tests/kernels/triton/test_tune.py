@@ -26,7 +26,7 @@ def test_candidates_fit_and_start_with_the_models_choice():
 
 def test_one_token_candidates():
     chosen = select_config(SHAPE, torch.bfloat16, H200)
-    tiles = tune.candidates(tune._gemms(SHAPE, 2)[1], chosen.single, H200, 100, single=True)
+    tiles = tune.candidates(tune._gemms(SHAPE, 2)[1], chosen.single_down, H200, 100, single=True)
     assert len(tiles) > 5
     assert all(tile.block_n * tile.block_k <= 2048 * tile.num_warps for tile in tiles)
 

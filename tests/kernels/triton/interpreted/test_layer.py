@@ -8,12 +8,14 @@ from moesd_kernels.triton import fused_experts_triton
 from moesd_kernels.triton.types import GemmConfig, MoEConfig
 
 SMALL = GemmConfig(block_m=16, block_n=32, block_k=32)
-CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single=SMALL)
+CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)
 
 SHAPES = [
     # E, K, H, I, T, why
     (4, 2, 32, 32, 0, "no tokens"),
     (4, 2, 32, 32, 1, "one token: two launches"),
+    (7, 3, 33, 17, 1, "one token: every mask"),
+    (3, 1, 70, 40, 1, "one token of one expert"),
     (4, 2, 64, 32, 5, "fewer tokens than a block"),
     (7, 3, 33, 17, 9, "prime E, odd H and I: every mask"),
     (4, 1, 32, 48, 6, "K = 1"),
@@ -28,6 +30,12 @@ SHAPES = [
 def test_matches_oracle(E, K, H, I, T, why, dtype):
     case = make_case(E, K, H, I, T, dtype)
     check(case, case.run(fused_experts_triton, config=CONFIG))
+
+
+def test_one_token_through_the_matrix_product():
+    case = make_case(5, 3, 48, 40, 1)
+    config = MoEConfig(SMALL, SMALL, single_gate_up=None, single_down=SMALL)
+    check(case, case.run(fused_experts_triton, config=config))
 
 
 @pytest.mark.parametrize("T", [1, 4])
@@ -59,14 +67,12 @@ def test_routing(ids, why, integer):
     check(case, case.run(fused_experts_triton, config=CONFIG))
 
 
-def test_more_pairs_than_inline(monkeypatch):
-    """With a plan launch of its own, and several blocks of an expert in groups."""
-    from moesd_kernels.triton import layer
-
-    monkeypatch.setattr(layer, "MAX_INLINE_PAIRS", 4)
+@pytest.mark.parametrize("inline_pairs", [0, 4, 74])
+def test_plan_of_its_own_or_inline(inline_pairs):
+    """37 tokens of two experts each; several blocks of an expert in groups."""
     grouped = GemmConfig(block_m=16, block_n=32, block_k=32, group_m=3)
     case = make_case(3, 2, 48, 80, 37)
-    config = MoEConfig(gate_up=grouped, down=grouped, single=SMALL)
+    config = MoEConfig(grouped, grouped, SMALL, SMALL, inline_pairs)
     check(case, case.run(fused_experts_triton, config=config))
 
 

@@ -10,7 +10,7 @@ from moesd_kernels.triton import fused_experts_triton
 from moesd_kernels.triton.types import GemmConfig, MoEConfig
 
 SMALL = GemmConfig(block_m=16, block_n=32, block_k=32)
-CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single=SMALL)
+CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)
 
 VARIANTS = {
     "transposed": {"transposed": True},
@@ -31,10 +31,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize(
+    ("T", "dtype"),
+    [(1, torch.float32), (1, torch.float16), (5, torch.float32), (5, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variant(name, T):
-    case = make_case(3, 2, 40, 24, T, **VARIANTS[name])
+def test_variant(name, T, dtype):
+    case = make_case(3, 2, 40, 24, T, dtype, **VARIANTS[name])
     check(case, case.run(fused_experts_triton, config=CONFIG))
 
 
@@ -51,5 +55,5 @@ TILINGS = {
 def test_tiling(name, dtype):
     tiling = TILINGS[name]
     case = make_case(3, 2, 48, 80, 7, dtype, bias=True)
-    config = MoEConfig(gate_up=replace(tiling, split_k=1), down=tiling, single=SMALL)
+    config = MoEConfig(replace(tiling, split_k=1), tiling, SMALL, SMALL)
     check(case, case.run(fused_experts_triton, config=config))

@@ -1,0 +1,133 @@
+"""The layer of a single token: matrix times vector, without matrix instructions.
+
+A tile of a matrix product has at least 16 rows, of which one token fills one. Here every thread
+multiplies what it loads, programs are narrow, so that few experts still occupy every processor, and
+weight rows must be contiguous.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import activate, glu, pdl_wait
+
+
+@triton.jit
+def _gate_up_single_kernel(
+    x_ptr,  # [1, H]
+    w_ptr,  # [E, 2I, H] (or [E, I, H] when not GATED), rows contiguous
+    bias_ptr,  # [E, 2I] or unused
+    act_ptr,  # [K, I]
+    ids_ptr,  # [K]
+    E,
+    H,
+    I,
+    stride_we,
+    stride_wn,
+    stride_be,
+    limit,
+    alpha,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (K * cdiv(I, BLOCK_N),); each program makes BLOCK_N values of one slot."""
+    pdl_wait(PDL)
+    tiles = tl.cdiv(I, BLOCK_N)
+    slot = tl.program_id(0) // tiles
+    e = tl.load(ids_ptr + slot).to(tl.int64)
+    if (e < 0) | (e >= E):
+        return
+    column = (tl.program_id(0) - slot * tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = column < I
+    # Rows 2j and 2j + 1 of interleaved weights, else j and I + j.
+    row = 2 * column if INTERLEAVED else column
+    up_row = row + (1 if INTERLEAVED else I)
+    w_ptrs = w_ptr + e * stride_we + row.to(tl.int64) * stride_wn
+    up_ptrs = w_ptr + e * stride_we + up_row.to(tl.int64) * stride_wn
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc_up = acc
+    for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
+        mask = n_mask[:, None] & (k < H)[None, :]
+        w = tl.load(w_ptrs[:, None] + k[None, :], mask, 0.0, eviction_policy="evict_first")
+        acc += w.to(tl.float32) * x
+        if GATED:
+            w = tl.load(up_ptrs[:, None] + k[None, :], mask, 0.0, eviction_policy="evict_first")
+            acc_up += w.to(tl.float32) * x
+    out = tl.sum(acc, 1)
+    up = tl.sum(acc_up, 1)
+    if HAS_BIAS:
+        bias_ptr += e * stride_be
+        out += tl.load(bias_ptr + row, mask=n_mask, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(bias_ptr + up_row, mask=n_mask, other=0.0).to(tl.float32)
+    if GATED:
+        out = glu(out, up, limit, alpha, ACTIVATION, HAS_LIMIT, HAS_ALPHA)
+    else:
+        out = activate(out, ACTIVATION)
+    act_ptrs = act_ptr + slot * I + column
+    tl.store(act_ptrs, out.to(act_ptr.dtype.element_ty), mask=n_mask)
+
+
+@triton.jit
+def _down_combine_kernel(
+    act_ptr,  # [K, I]
+    w_ptr,  # [E, H, I], rows contiguous
+    bias_ptr,  # [E, H] or unused
+    out_ptr,  # [1, H]
+    ids_ptr,  # [K]
+    weights_ptr,  # [K]
+    E,
+    H,
+    I,
+    stride_we,
+    stride_wn,
+    stride_be,
+    TOPK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (cdiv(H, BLOCK_N),); one token's K experts in order, so nothing is left to combine.
+
+    The K loops over I are one loop: the pipeline does not drain between experts. Experts and their
+    weights are picked from registers: loaded inside, they would cost every weight a stage.
+    """
+    pdl_wait(PDL)
+    slots = tl.arange(0, triton.next_power_of_2(TOPK))
+    experts = tl.load(ids_ptr + slots, mask=slots < TOPK, other=-1).to(tl.int64)
+    used = (experts >= 0) & (experts < E)
+    experts = tl.where(used, experts, -1)
+    # A skipped slot's weight may be anything, NaN included: it must not be multiplied.
+    weights = tl.load(weights_ptr + slots, mask=used, other=0.0).to(tl.float32)
+    column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = column < H
+    steps = tl.cdiv(I, BLOCK_K)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for step in tl.range(0, TOPK * steps, num_stages=STAGES):
+        slot = step // steps
+        k = (step - slot * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        e = tl.sum(tl.where(slots == slot, experts, 0), 0)
+        weight = tl.sum(tl.where(slots == slot, weights, 0.0), 0)
+        k_mask = k < tl.where(e >= 0, I, 0)
+        a = tl.load(act_ptr + slot * I + k, mask=k_mask, other=0.0).to(tl.float32) * weight
+        w_ptrs = w_ptr + e * stride_we + column[:, None] * stride_wn + k[None, :]
+        w_mask = n_mask[:, None] & k_mask[None, :]
+        w = tl.load(w_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_first")
+        acc += w.to(tl.float32) * a[None, :]
+    out = tl.sum(acc, 1)
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + experts[:, None] * stride_be + column[None, :]
+        bias = tl.load(bias_ptrs, mask=used[:, None] & n_mask[None, :], other=0.0).to(tl.float32)
+        out += tl.sum(bias * weights[:, None], 0)
+    tl.store(out_ptr + column, out.to(out_ptr.dtype.element_ty), mask=n_mask)
