@@ -1,8 +1,9 @@
 """``bench tune``: measure tiles on this GPU and write the file the selector reads.
 
-For every layer and number of tokens the selector's own candidates, best first by its model, are
-timed in CUDA graphs over rotated weights: first gate_up's, then down's (at T = 1 the one-token
-form's). A candidate that changes the result beyond rounding is dropped. Not run on a GPU yet.
+For every layer and number of tokens the model's choice and the hand-picked ones of `bench.tiles`
+are timed in CUDA graphs over rotated weights: first gate_up's tiles and the height of a block, then
+down's, then whether gate_up finds its rows by itself; at T = 1 the one-token forms'. A candidate
+that changes the result beyond rounding is dropped. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -12,44 +13,43 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from bench import tiles
 from bench.graph import CapturedStack, stack_size
 from bench.layer import Batch, Layer, make_batch, make_layer
 from bench.routing import DEFAULT_UNION_RATIO
 from bench.shapes import Shape, parse_shape
-from moesd_kernels.triton.config import (
-    Gemm,
-    block_rows,
-    bucket,
-    fits,
-    predicted_seconds,
-    select_config,
-)
+from moesd_kernels.triton.config import Gemm, bucket, model_choice
 from moesd_kernels.triton.tuned import FOLDER, config_path, entry_of
-from moesd_kernels.triton.types import H200, Device, GemmConfig, LayerShape, MoEConfig
+from moesd_kernels.triton.types import H200, Device, LayerShape, MoEConfig
 
 TOKENS = "1,2,4,8,16,32,64,128,256,512"
+CANDIDATES = 16
+ROUNDS = 15
+BUDGET_S = 480.0
 DISTINCT_BATCHES = 8
 # Results of two tilings differ by the order of fp32 sums and one rounding to the output's dtype.
 ROUNDINGS = 4.0
+
+# What changes in one step of the search: the best so far -> configurations to try.
+Step = Callable[[MoEConfig], list[MoEConfig]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench tune``."""
     parser.add_argument("--shape", action="append", required=True, help="name or E,K,H,I")
-    parser.add_argument("--tokens", default=TOKENS, help="one T for each bucket to tune")
+    parser.add_argument("--tokens", default=TOKENS, help="the largest T of each bucket to tune")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--candidates", type=int, default=16, help="per product, best by model")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds for each shape")
+    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="per step, the first n")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for each shape")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the file is written")
     parser.add_argument("--force", action="store_true", help="tune entries the file already has")
     parser.add_argument("--dry-run", action="store_true", help="list candidates; needs no GPU")
@@ -67,44 +67,72 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("tune needs a CUDA device, found none; --dry-run lists the candidates")
     for shape in shapes:
-        _tune_shape(shape, tokens, dtype, args)
+        todo = [T for T in tokens if args.force or not _is_tuned(shape, T, dtype, args.folder)]
+        limits = (args.candidates, args.rounds, args.budget, args.folder)
+        done = 0
+        for result in _tune(shape, todo, dtype, *limits):
+            done += 1
+            times = f"{result['micros']:.1f} us, the model's {result['model_micros']:.1f} us"
+            print(f"{shape} T={result['T']}: {times}, {result['config']}", flush=True)
+            for dropped in result["dropped"]:
+                print(f"  dropped, {dropped}")
+        if done < len(todo):
+            print(f"{shape}: out of time before T = {todo[done]}; run again to go on")
     return 0
 
 
-def candidates(
-    gemm: Gemm, start: GemmConfig, device: Device, limit: int, *, single: bool = False
-) -> list[GemmConfig]:
-    """`start` and the `limit` tilings the model likes best, of the height of `start`."""
-    grid = _single_grid(start) if single else _grid(start, gemm.may_split)
-    if not single:
-        grid = (tile for tile in grid if fits(gemm, tile, device))
-    ranked = sorted(grid, key=lambda tile: predicted_seconds(gemm, tile, device))
-    return [start, *(tile for tile in ranked if tile != start)][: limit + 1]
+def tune_shape(
+    shape: Shape,
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    candidates: int = CANDIDATES,
+    rounds: int = ROUNDS,
+    budget_s: float = BUDGET_S,
+    folder: Path = FOLDER,
+) -> list[dict[str, Any]]:
+    """Tune a shape on the current device and write the results as ``<folder>/<device>.json``.
+
+    Prints nothing. :func:`moesd_kernels.triton.tuned.use_folder` makes the selector read the file.
+
+    Args:
+        shape: The layer; several sets of its weights are made.
+        tokens: Values of T, best the largest of its bucket each.
+        dtype: bf16 or fp16.
+        candidates: How many of the list to try in each step, the first ones.
+        rounds: Timed replays of each.
+        budget_s: Seconds after which no further T is begun and no further candidate tried.
+        folder: Any folder; made if it is missing.
+
+    Returns:
+        For each T that was reached: T, micros (of the best configuration, per layer), model_micros
+        (of the model's choice), config (a :class:`MoEConfig`) and dropped (what failed, in words).
+    """
+    return list(_tune(shape, tokens, dtype, candidates, rounds, budget_s, folder))
 
 
-def _grid(start: GemmConfig, may_split: bool) -> Iterator[GemmConfig]:
-    for n, k, stages, warps, split, swap in itertools.product(
-        (32, 64, 128), (64, 128, 256), (3, 4, 5, 6), (4, 8), (1, 2, 4, 8), (False, True)
-    ):
-        # Swapped, a tile's weight rows must fill the 64-row instruction.
-        if (split > 1 and not may_split) or (swap and n < 64):
-            continue
-        yield replace(
-            start,
-            block_n=n,
-            block_k=k,
-            num_stages=stages,
-            num_warps=warps,
-            split_k=split,
-            swap_ab=swap,
-        )
+def search_steps(
+    shape: LayerShape, dtype: torch.dtype, device: Device, limit: int
+) -> list[tuple[str, Step]]:
+    """Names and candidates of the search's steps, in order."""
+    if shape.T == 1:
+        steps: list[tuple[str, Step]] = [
+            ("single_gate_up", tiles.single_gate_up_choices),
+            ("single_down", tiles.single_down_choices),
+        ]
+    else:
+        gate_up, down = _gemms(shape, dtype.itemsize)
+        steps = [
+            ("gate_up", lambda best: tiles.gate_up_choices(shape, gate_up, best, device)),
+            ("down", lambda best: tiles.down_choices(down, best, device)),
+            ("inline_pairs", lambda best: tiles.inline_choices(shape, best)),
+        ]
+    return [(name, partial(_first, step, limit)) for name, step in steps]
 
 
-def _single_grid(start: GemmConfig) -> Iterator[GemmConfig]:
-    for n, k, stages, warps in itertools.product((8, 16, 32), (256, 512, 1024), (3, 4, 5), (4, 8)):
-        # Accumulators and a stage are n * k elements; 48 KB of stages fit every device.
-        if 512 <= n * k <= 2048 * warps and n * k * 2 * stages <= 96 * 1024:
-            yield replace(start, block_n=n, block_k=k, num_stages=stages, num_warps=warps)
+def _first(step: Step, limit: int, best: MoEConfig) -> list[MoEConfig]:
+    """The first `limit` candidates of a step that are not the best so far itself."""
+    return [config for config in step(best) if config != best][:limit]
 
 
 def _gemms(shape: LayerShape, itemsize: int) -> tuple[Gemm, Gemm]:
@@ -118,12 +146,10 @@ def _gemms(shape: LayerShape, itemsize: int) -> tuple[Gemm, Gemm]:
 
 
 def _print_candidates(shape: LayerShape, dtype: torch.dtype, limit: int) -> None:
-    gate_up, down = _gemms(shape, dtype.itemsize)
-    chosen = select_config(shape, dtype, H200)
-    for name, gemm, start in (("gate_up", gate_up, chosen.gate_up), ("down", down, chosen.down)):
-        for tile in candidates(gemm, start, H200, limit):
-            micros = 1e6 * predicted_seconds(gemm, tile, H200)
-            print(f"{shape.layer} T={shape.T} {name} {micros:8.1f} us predicted  {tile}")
+    chosen = model_choice(shape, dtype, H200)
+    for name, step in search_steps(shape, dtype, H200, limit):
+        for config in (chosen, *step(chosen)):
+            print(f"{shape.layer} T={shape.T} {name} {getattr(config, name)}")
 
 
 class _Bench:
@@ -164,55 +190,67 @@ def _caller(config: MoEConfig) -> Callable[[Layer, Tensor, Tensor, Tensor], Tens
     )
 
 
-def _tune_shape(shape: Shape, tokens: list[int], dtype: torch.dtype, args: Any) -> None:
+def _tune(
+    shape: Shape,
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    candidates: int,
+    rounds: int,
+    budget_s: float,
+    folder: Path,
+) -> Iterator[dict[str, Any]]:
+    """The results of `tune_shape` one by one, each already written."""
     from moesd_kernels.triton.device import device_of
 
+    end = time.perf_counter() + budget_s
     device = device_of(torch.device("cuda", torch.cuda.current_device()))
-    path = config_path(device.name, args.folder)
-    bench = _Bench(shape, dtype, args.rounds)
-    end = time.perf_counter() + args.budget
+    bench = _Bench(shape, dtype, rounds) if tokens else None
     for number, T in enumerate(tokens):
-        layer = LayerShape(*shape, T)
-        if not args.force and has_entry(path, layer, str(dtype)):
-            continue
         # What earlier buckets did not use goes to those that are left.
         share = (end - time.perf_counter()) / (len(tokens) - number)
-        if share <= 0:
-            print(f"{shape}: out of time before T = {T}; run again to go on")
+        if share <= 0 or bench is None:
             return
-        best, micros, model_micros = _tune_tokens(bench, layer, device, args.candidates, share)
-        write_entry(path, device.name, entry_of(layer, str(dtype), bucket(layer), best))
-        print(f"{shape} T={T}: {micros:.1f} us, the model's choice {model_micros:.1f} us")
+        layer = LayerShape(*shape, T)
+        result = _tune_tokens(bench, layer, device, candidates, share)
+        entry = entry_of(layer, str(dtype), bucket(layer), result["config"])
+        write_entry(config_path(device.name, folder), device.name, entry)
+        yield result
 
 
 def _tune_tokens(
-    bench: _Bench, shape: LayerShape, device: Device, limit: int, budget: float
-) -> tuple[MoEConfig, float, float]:
-    """The best configuration found, its microseconds, and those of the model's choice."""
+    bench: _Bench, shape: LayerShape, device: Device, limit: int, budget_s: float
+) -> dict[str, Any]:
+    """One result of `tune_shape`."""
+    end = time.perf_counter() + budget_s
     batches = bench.batches(shape.T)
-    best = select_config(shape, bench.dtype, device).with_block_m(block_rows(shape))
+    best = model_choice(shape, bench.dtype, device)
     expected = bench.output(batches[0], best).float()
     first = fastest = bench.seconds(batches, best)
-    gate_up, down = _gemms(shape, bench.dtype.itemsize)
-    last = "single_down" if shape.T == 1 else "down"
-    for name, gemm in (("gate_up", gate_up), (last, down)):
-        end = time.perf_counter() + budget / 2
-        tiles = candidates(gemm, getattr(best, name), device, limit, single=name == "single_down")
-        for tile in tqdm(tiles[1:], desc=f"T={shape.T} {name}", leave=False):
-            if time.perf_counter() > end:
+    dropped = []
+    steps = search_steps(shape, bench.dtype, device, limit)
+    for number, (name, step) in enumerate(steps):
+        stop = time.perf_counter() + (end - time.perf_counter()) / (len(steps) - number)
+        for config in step(best):
+            if time.perf_counter() > stop:
                 break
-            config = replace(best, **{name: tile})
+            what = f"{name} {getattr(config, name)}"
             try:
                 if not close(bench.output(batches[0], config).float(), expected, bench.dtype):
-                    print(f"dropped, wrong result: {name} {tile}")
+                    dropped.append(f"wrong result: {what}")
                     continue
                 seconds = bench.seconds(batches, config)
             except Exception as error:  # whatever a compiler or launch refuses is no candidate
-                print(f"dropped, {type(error).__name__}: {name} {tile}")
+                dropped.append(f"{type(error).__name__}: {what}")
                 continue
             if seconds < fastest:
                 best, fastest = config, seconds
-    return best, 1e6 * fastest, 1e6 * first
+    return {
+        "T": shape.T,
+        "micros": 1e6 * fastest,
+        "model_micros": 1e6 * first,
+        "config": best,
+        "dropped": dropped,
+    }
 
 
 def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
@@ -228,6 +266,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(entry[name] for name in ("E", "K", "H", "I", "gated", "dtype", "bucket"))
+
+
+def _is_tuned(shape: Shape, T: int, dtype: torch.dtype, folder: Path) -> bool:
+    path = config_path(torch.cuda.get_device_name(), folder)
+    return has_entry(path, LayerShape(*shape, T), str(dtype))
 
 
 def has_entry(path: Path, shape: LayerShape, dtype: str) -> bool:

@@ -27,6 +27,8 @@ READ_ONCE_TOKENS = 64
 # that it reads the cache; a block twice as high would cost every program of every expert twice the
 # arithmetic and more shared memory.
 DEVIATIONS = 3.0
+# Blocks whose equal tiles are adjacent in launch order where an expert may have several blocks.
+GROUP_M = 4
 # Bytes a multiprocessor must have under way to keep DRAM busy: latency times bandwidth, with slack.
 BYTES_IN_FLIGHT = 64 * 1024
 # Seconds from a program's start to its first product, hidden only by its neighbours.
@@ -56,7 +58,6 @@ class Gemm:
     may_split: bool
 
 
-@functools.lru_cache(maxsize=1024)
 def select_config(
     shape: LayerShape, dtype: torch.dtype, device: Device, *, batch_invariant: bool = False
 ) -> MoEConfig:
@@ -73,13 +74,20 @@ def select_config(
 
     Returns:
         The tuned file's choice for this device, shape and bucket if it has one, else the model's.
+        The model's blocks are `block_rows` high; a file's may be lower.
     """
     if batch_invariant:
         shape = replace(shape, T=READ_ONCE_TOKENS)
-    else:
-        tuned = tuned_configs(device.name).get((shape.layer, str(dtype), bucket(shape)))
+    elif entries := tuned_configs(device.name):
+        tuned = entries.get((shape.layer, str(dtype), bucket(shape)))
         if tuned is not None:
-            return tuned.with_block_m(block_rows(shape))
+            return tuned.with_block_m(min(tuned.block_m, block_rows(shape)))
+    return model_choice(shape, dtype, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def model_choice(shape: LayerShape, dtype: torch.dtype, device: Device) -> MoEConfig:
+    """The model's configuration, whatever a tuned file says."""
     return _model_config(_representative(shape), block_rows(shape), dtype, device)
 
 
@@ -114,7 +122,7 @@ def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: D
     itemsize = dtype.itemsize
     gate_up = Gemm(active, rows, shape.I, shape.H, 1 + shape.gated, itemsize, False)
     down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True)
-    group_m = 1 if shape.T <= READ_ONCE_TOKENS else 4
+    group_m = 1 if shape.T <= READ_ONCE_TOKENS else GROUP_M
 
     def best(gemm: Gemm) -> GemmConfig:
         choices = [c for c in _candidates(gemm, block_m, group_m) if fits(gemm, c, device)]

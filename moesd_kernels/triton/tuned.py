@@ -1,8 +1,9 @@
-"""Checked-in tuning results: ``configs/<device>.json``, written by ``python -m bench tune``.
+"""Tuning results: ``<device>.json`` here in ``configs`` or in a folder that the caller names.
 
 A file is ``{"device", "triton", "entries": [...]}``; an entry names the layer (E, K, H, I, gated),
-dtype and bucket (tokens per expert, a power of two) and gives a configuration's fields. BLOCK_M is
-not tuned: it is what guarantees that an expert is read once.
+dtype and bucket (tokens per expert, a power of two) and gives a configuration's fields.
+``python -m bench tune`` writes such files. A file may make blocks lower than the selector would,
+where rereading a few experts through the cache was measured to cost less; never taller.
 """
 
 from __future__ import annotations
@@ -27,11 +28,26 @@ def config_path(device_name: str, folder: Path = FOLDER) -> Path:
     return folder / f"{device_name.replace(' ', '_')}.json"
 
 
+_folders = [FOLDER]
+
+
+def use_folder(folder: Path | None) -> None:
+    """Read files of `folder` too, from the next call on; its entries go before the package's.
+
+    Files are read once: call this again when one has changed. None forgets the folder.
+    """
+    _folders[1:] = [] if folder is None else [Path(folder)]
+    tuned_configs.cache_clear()
+
+
 @functools.cache
 def tuned_configs(device_name: str) -> dict[Key, MoEConfig]:
-    """The device's entries; none if it has no file. Read once per process."""
-    path = config_path(device_name)
-    return load(path) if path.exists() else {}
+    """The device's entries; none if it has no file. Read once per process and folder."""
+    found: dict[Key, MoEConfig] = {}
+    for folder in _folders:
+        path = config_path(device_name, folder)
+        found |= load(path) if path.exists() else {}
+    return found
 
 
 def load(path: Path) -> dict[Key, MoEConfig]:

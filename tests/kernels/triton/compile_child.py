@@ -1,8 +1,10 @@
 """Child of test_static.py: compiles every selectable kernel for one architecture, prints facts.
 
-Run as ``python compile_child.py {80,90,100,variants}``; no GPU needed. One JSON line a kernel.
+Run as ``python compile_child.py {80,90,100,variants,candidates}``; needs no GPU. One JSON line a
+kernel.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.tune import CANDIDATES, search_steps
 from moesd_kernels.triton.combine_kernel import _combine_kernel
-from moesd_kernels.triton.config import select_config
+from moesd_kernels.triton.config import model_choice, select_config
 from moesd_kernels.triton.down_kernel import _down_kernel
 from moesd_kernels.triton.gate_up_kernel import _gate_up_kernel
 from moesd_kernels.triton.plan_kernel import _plan_kernel
@@ -97,6 +100,29 @@ def jobs(arch):
         add("plan", {"N_PAD": n_pad, "E_PAD": 512, "BLOCK_M": 64}, {"num_warps": warps})
     for split in (1, 8):
         add("combine", {"TOPK": 8, "SPLIT_K": split, "BLOCK_H": 512}, {"num_warps": 2})
+    return list(found.values())
+
+
+def candidate_jobs():
+    """What tuning may try on sm_90 beside the selector's choices."""
+    found = {}
+    for layer, T in itertools.product(LAYERS.values(), TOKENS):
+        shape = LayerShape(*layer, T)
+        start = model_choice(shape, torch.bfloat16, H200)
+        for name, step in search_steps(shape, torch.bfloat16, H200, CANDIDATES):
+            for config in step(start):
+                tile = getattr(config, name)
+                if name.startswith("single") and tile:
+                    kernel = name.replace("single_gate_up", "gate_up_single")
+                    kernel = kernel.replace("single_down", "down_combine")
+                    job = (kernel, *single(tile))
+                elif name in ("gate_up", "down") and tile.block_m > 16:
+                    # 16 rows are the code of 32 with half the accumulators.
+                    extra = {"TOPK": 8, "N_PAD": 0, "E_PAD": 0, "SPLIT_K": 1, "ROUTING": 0}
+                    job = (name, extra | tile.constexprs(), tile.options())
+                else:
+                    continue
+                found.setdefault(str(job), job)
     return list(found.values())
 
 
@@ -197,9 +223,9 @@ def resources(cubin):
 
 
 def main():
-    variants = sys.argv[1] == "variants"
-    arch = 90 if variants else int(sys.argv[1])
-    work = list(variant_jobs()) if variants else jobs(arch)
+    what = {"variants": variant_jobs, "candidates": candidate_jobs}.get(sys.argv[1])
+    arch = 90 if what else int(sys.argv[1])
+    work = list(what()) if what else jobs(arch)
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for facts in pool.map(compile_one, [arch] * len(work), *zip(*work, strict=True)):
             print(json.dumps(facts), flush=True)

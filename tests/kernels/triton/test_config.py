@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.routing import DEFAULT_UNION_RATIO, route
-from moesd_kernels.triton import config, tuned
+from moesd_kernels.triton import tuned
 from moesd_kernels.triton.config import (
     READ_ONCE_TOKENS,
     Gemm,
@@ -144,28 +144,28 @@ def test_one_plan_serves_both_products():
 
 
 @pytest.fixture
-def tuned_file(tmp_path, monkeypatch):
+def tuned_file(tmp_path):
     """Write entries as H200's file and make the selector read it."""
 
     def write(entries):
         path = tuned.config_path(H200.name, tmp_path)
         path.write_text(json.dumps({"device": H200.name, "triton": "3.6.0", "entries": entries}))
-        monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-        monkeypatch.setattr(config, "tuned_configs", lambda name: tuned.load(path))
-        select_config.cache_clear()
+        tuned.use_folder(tmp_path)
         return path
 
     yield write
-    select_config.cache_clear()
+    tuned.use_folder(None)
 
 
-def test_tuned_file_overrides_the_model(tuned_file):
+@pytest.mark.parametrize(("block_m", "used"), [(16, 16), (128, 64)])
+def test_tuned_file_overrides_the_model(tuned_file, block_m, used):
+    """Blocks may be lower than the selector's, which hold every token, never taller."""
     shape = LayerShape(*LAYERS["olmoe"], 40)
-    tile = GemmConfig(16, 32, 256, num_stages=2)
+    tile = GemmConfig(block_m, 32, 256, num_stages=2)
     mine = MoEConfig(tile, tile, None, tile, inline_pairs=128)
     tuned_file([tuned.entry_of(shape, "torch.bfloat16", bucket(shape), mine)])
     chosen = select_config(shape, torch.bfloat16, H200)
-    assert chosen == mine.with_block_m(64), "the height of a block is not the file's to choose"
+    assert chosen == mine.with_block_m(used)
     assert select_config(shape, torch.float16, H200) != chosen
     invariant = select_config(shape, torch.bfloat16, H200, batch_invariant=True)
     assert invariant.gate_up != chosen.gate_up

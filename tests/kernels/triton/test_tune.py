@@ -1,39 +1,77 @@
 """``bench tune`` as far as it goes without a GPU: candidates, the file, what counts as wrong."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from bench import tune
 from bench.__main__ import main
+from bench.shapes import Shape
 from moesd_kernels.triton import tuned
-from moesd_kernels.triton.config import bucket, fits, select_config
+from moesd_kernels.triton.config import Gemm, bucket, model_choice, select_config, shared_bytes
 from moesd_kernels.triton.types import H200, LayerShape
 
 SHAPE = LayerShape(64, 8, 2048, 1024, 16)
+BF16 = torch.bfloat16
 
 
-def test_candidates_fit_and_start_with_the_models_choice():
-    chosen = select_config(SHAPE, torch.bfloat16, H200)
-    gate_up, down = tune._gemms(SHAPE, 2)
-    for gemm, start in ((gate_up, chosen.gate_up), (down, chosen.down)):
-        tiles = tune.candidates(gemm, start, H200, 20)
-        assert tiles[0] == start
-        assert len(tiles) == len(set(tiles)) == 21
-        assert all(fits(gemm, tile, H200) for tile in tiles)
-        assert {tile.block_m for tile in tiles} == {start.block_m}
-        assert gemm.may_split or {tile.split_k for tile in tiles} == {1}
+def choices(shape, step, limit=16):
+    """(the model's choice, what a step of the search tries first)."""
+    start = model_choice(shape, BF16, H200)
+    return start, dict(tune.search_steps(shape, BF16, H200, limit))[step](start)
+
+
+@pytest.mark.parametrize("T", [2, 16, 64, 128, 512])
+def test_candidates_are_distinct_and_fit(T):
+    shape = LayerShape(*SHAPE.layer[:4], T)
+    for step, streams, columns in (("gate_up", 2, 2048), ("down", 1, 1024)):
+        start, configs = choices(shape, step)
+        assert len({start, *configs}) == len(configs) + 1 > 7
+        for config in configs:
+            tile = getattr(config, step)
+            assert shared_bytes(Gemm(1, 1, 64, columns, streams, 2, True), tile) < H200.shared_bytes
+            assert columns / tile.split_k / tile.block_k >= 4 or tile.split_k == 1
+
+
+def test_candidates_are_diverse():
+    _, configs = choices(SHAPE, "gate_up")
+    tiles = [config.gate_up for config in configs]
+    for field in ("block_n", "block_k", "num_stages", "num_warps", "swap_ab"):
+        assert len({getattr(tile, field) for tile in tiles}) > 1, field
+    mixtral = LayerShape(8, 2, 4096, 14336, 16)
+    assert {config.down.split_k for config in choices(mixtral, "down")[1]} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(("T", "rows"), [(16, {16}), (64, {16, 32, 64}), (128, {16, 32})])
+def test_height_of_a_block_is_tried_lower(T, rows):
+    """Both products change together, and blocks of an expert are then neighbours."""
+    start, configs = choices(LayerShape(*SHAPE.layer[:4], T), "gate_up", 5)
+    assert {start.block_m, *(config.block_m for config in configs)} == rows
+    for config in configs:
+        lower = config.block_m < start.block_m
+        assert config.down.group_m == (4 if lower else start.down.group_m)
+
+
+def test_inline_is_tried_the_other_way():
+    for T, expected in ((16, [0]), (100, [1024]), (200, [])):
+        _, configs = choices(LayerShape(*SHAPE.layer[:4], T), "inline_pairs")
+        assert [config.inline_pairs for config in configs] == expected
 
 
 def test_one_token_candidates():
-    chosen = select_config(SHAPE, torch.bfloat16, H200)
-    tiles = tune.candidates(tune._gemms(SHAPE, 2)[1], chosen.single_down, H200, 100, single=True)
-    assert len(tiles) > 5
-    assert all(tile.block_n * tile.block_k <= 2048 * tile.num_warps for tile in tiles)
+    one = LayerShape(*SHAPE.layer[:4], 1)
+    start, configs = choices(one, "single_gate_up")
+    assert len(configs) > 5
+    assert None in [config.single_gate_up for config in configs], "the matrix product is one"
+    assert {config.single_down for config in configs} == {start.single_down}
+    assert len(choices(one, "single_down")[1]) > 5
 
 
 def test_file_is_merged_and_readable(tmp_path):
     path = tuned.config_path("NVIDIA H200", tmp_path)
-    chosen = select_config(SHAPE, torch.bfloat16, H200)
+    chosen = model_choice(SHAPE, BF16, H200)
+    chosen = dataclasses.replace(chosen, single_gate_up=None, inline_pairs=0)
     for T in (16, 64, 16):
         shape = LayerShape(*SHAPE.layer[:4], T)
         entry = tuned.entry_of(shape, "torch.bfloat16", bucket(shape), chosen)
@@ -47,35 +85,70 @@ def test_file_is_merged_and_readable(tmp_path):
 class FakeBench:
     """Times and results by rule: one tile is fast, one fast but wrong, one not compilable."""
 
-    dtype = torch.bfloat16
+    dtype = BF16
+
+    def __init__(self, *_):
+        pass
 
     def batches(self, T):
         return [None]
 
     def output(self, batch, config):
-        if config.down.num_stages == 6:
+        if config.down.block_k == 256:
             raise RuntimeError("out of resource")
         return torch.full((2, 8), 2.0 if config.down.block_n == 32 else 1.0)
 
     def seconds(self, batches, config):
-        tile = config.gate_up
-        return 1e-3 - 1e-4 * (tile.block_k == 128) - 1e-4 * (config.down.block_n == 32)
+        gain = (config.gate_up.block_k == 128) + 2 * (config.down.split_k == 2)
+        gain += 4 * (config.inline_pairs == 0) + 8 * (config.down.block_n == 32)
+        return 1e-3 - 1e-4 * gain
 
 
-def test_search_takes_the_fastest_right_tiles(capsys):
-    best, micros, model = tune._tune_tokens(FakeBench(), SHAPE, H200, 200, 60.0)
+def test_search_takes_the_fastest_right_tiles():
+    result = tune._tune_tokens(FakeBench(), SHAPE, H200, 16, 60.0)
+    best = result["config"]
     assert best.gate_up.block_k == 128
-    assert best.down.block_n != 32 and best.down.num_stages != 6
-    assert micros <= model
-    said = capsys.readouterr().out
-    assert "dropped, wrong result: down" in said
-    assert "dropped, RuntimeError: down" in said
+    assert best.down.split_k == 2
+    assert best.inline_pairs == 0
+    assert (result["micros"], result["model_micros"]) == (pytest.approx(300), pytest.approx(1000))
+    assert any(text.startswith("wrong result: down") for text in result["dropped"])
+    assert any(text.startswith("RuntimeError: down") for text in result["dropped"])
 
 
 def test_search_stops_in_time():
-    chosen = select_config(SHAPE, torch.bfloat16, H200)
-    best, _, _ = tune._tune_tokens(FakeBench(), SHAPE, H200, 200, 0.0)
-    assert best == chosen
+    result = tune._tune_tokens(FakeBench(), SHAPE, H200, 16, 0.0)
+    assert result["config"] == model_choice(SHAPE, BF16, H200)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    monkeypatch.setattr(tune, "_Bench", FakeBench)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H200.name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("moesd_kernels.triton.device.device_of", lambda device: H200)
+    yield
+    tuned.use_folder(None)
+
+
+def test_tuning_from_python_is_silent_and_what_it_writes_is_used(fake_gpu, tmp_path, capsys):
+    shape, folder = Shape(*SHAPE.layer[:4]), tmp_path / "new" / "folder"
+    results = tune.tune_shape(shape, [16, 64], BF16, budget_s=60.0, folder=folder)
+    assert [result["T"] for result in results] == [16, 64]
+    assert capsys.readouterr().out == ""
+    before = select_config(SHAPE, BF16, H200)
+    tuned.use_folder(folder)
+    assert select_config(SHAPE, BF16, H200) == results[0]["config"] != before
+    tuned.use_folder(None)
+    assert select_config(SHAPE, BF16, H200) == before
+
+
+def test_command_prints_and_goes_on_where_it_stopped(fake_gpu, tmp_path, capsys):
+    command = ["tune", "--shape", "olmoe", "--folder", str(tmp_path), "--tokens"]
+    assert main([*command, "16"]) == 0
+    assert "T=16: 300.0 us, the model's 1000.0 us" in capsys.readouterr().out
+    assert main([*command, "16,32", "--budget", "0"]) == 0
+    assert "out of time before T = 32" in capsys.readouterr().out
 
 
 def test_one_wrong_element_is_seen():
@@ -91,8 +164,10 @@ def test_one_wrong_element_is_seen():
 def test_dry_run_needs_no_gpu(capsys):
     assert main(["tune", "--shape", "olmoe", "--tokens", "8", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 17
-    assert all("us predicted" in line for line in lines)
+    shape = LayerShape(*SHAPE.layer[:4], 8)
+    steps = ("gate_up", "down", "inline_pairs")
+    assert len(lines) == sum(1 + len(choices(shape, step)[1]) for step in steps)
+    assert all("block_k" in line or "inline_pairs" in line for line in lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
