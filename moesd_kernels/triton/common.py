@@ -31,6 +31,19 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch(ptrs):
+    """Start fetching the cache lines at ``ptrs`` (global memory) into L2; nothing is waited for."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [ptrs.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def tile_order(pid, num_blocks, num_tiles, group_m):
     """Program number -> (block, tile): equal tiles of ``group_m`` blocks are adjacent."""
     group = pid // (group_m * num_tiles)

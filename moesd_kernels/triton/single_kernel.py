@@ -8,7 +8,9 @@ weight rows must be contiguous.
 import triton
 import triton.language as tl
 
-from .common import activate, glu, pdl_wait
+from .common import activate, glu, pdl_wait, prefetch
+
+LINE_BYTES = tl.constexpr(128)
 
 
 @triton.jit
@@ -78,6 +80,38 @@ def _gate_up_single_kernel(
 
 
 @triton.jit
+def _prefetch_weights(
+    w_ptr,
+    ids_ptr,
+    column,
+    E,
+    H,
+    I,
+    stride_we,
+    stride_wn,
+    TOPK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Bring what fills down_combine's pipeline into L2, before gate_up is complete.
+
+    This reads nothing that gate_up writes. Weights and ids come from before the call, and gate_up,
+    the call's first launch, starts when all of that is complete (it is not launched early itself).
+    A prefetch returns no value, so a line that changed later would still be read as it then is.
+    """
+    line: tl.constexpr = LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    lines: tl.constexpr = triton.next_power_of_2(STAGES) * BLOCK_K // line
+    steps = tl.cdiv(I, BLOCK_K)
+    step = tl.arange(0, lines) * line // BLOCK_K
+    slot = step // steps
+    k = (step - slot * steps) * BLOCK_K + tl.arange(0, lines) * line % BLOCK_K
+    e = tl.load(ids_ptr + slot, mask=slot < TOPK, other=-1).to(tl.int64)
+    valid = ((e >= 0) & (e < E) & (k < I))[None, :] & (column < H)[:, None]
+    offset = (e * stride_we + k)[None, :] + column[:, None] * stride_wn
+    prefetch(w_ptr + tl.where(valid, offset, 0))
+
+
+@triton.jit
 def _down_combine_kernel(
     act_ptr,  # [K, I]
     w_ptr,  # [E, H, I], rows contiguous
@@ -103,7 +137,6 @@ def _down_combine_kernel(
     The K loops over I are one loop: the pipeline does not drain between experts. Experts and their
     weights are picked from registers: loaded inside, they would cost every weight a stage.
     """
-    pdl_wait(PDL)
     slots = tl.arange(0, triton.next_power_of_2(TOPK))
     experts = tl.load(ids_ptr + slots, mask=slots < TOPK, other=-1).to(tl.int64)
     used = (experts >= 0) & (experts < E)
@@ -113,6 +146,11 @@ def _down_combine_kernel(
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = column < H
     steps = tl.cdiv(I, BLOCK_K)
+    if PDL:
+        _prefetch_weights(
+            w_ptr, ids_ptr, column, E, H, I, stride_we, stride_wn, TOPK, BLOCK_K, STAGES
+        )
+    pdl_wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for step in tl.range(0, TOPK * steps, num_stages=STAGES):
         slot = step // steps

@@ -202,11 +202,13 @@ def compile_one(arch, kernel, constexprs, options):
         "copy_bytes": sorted({int(size, 0) for size in re.findall(COPY, ptx)}),
         "mma": sorted(set(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx))),
         "dependent_launch": "griddepcontrol.wait" in ptx,
+        "early": sorted(set(re.findall(ACCESS, ptx.partition("griddepcontrol.wait")[0]))),
         **resources(done.asm["cubin"]),
     }
 
 
 COPY = r"cp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\], *\[[^\]]*\], *(0x\w+|\d+)"
+ACCESS = r"\b(prefetch|ld|st|atom|red|cp\.async)\.\S*global"
 
 
 def resources(cubin):

@@ -54,6 +54,10 @@ def problems_of(fact, what):
     arch = 90 if what == "candidates" else what
     if fact["dependent_launch"] != (arch >= 90):
         yield f"{name}: programmatic dependent launch is {fact['dependent_launch']}"
+    # Before the former launch is complete: ids, routing weights and prefetches, by one kernel only.
+    early = ["ld", "prefetch"] if fact["kernel"] == "down_combine" else []
+    if arch >= 90 and fact["early"] != early:
+        yield f"{name}: {fact['early']} before the dependency wait, expected {early}"
     if fact["kernel"] in ("gate_up", "down"):
         wide = fact["constexprs"]["BLOCK_M"] >= 64 or fact["constexprs"]["SWAP_AB"]
         expected = [WIDE[arch] if wide else "mma.sync"]
