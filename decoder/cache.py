@@ -36,7 +36,7 @@ class RaggedCache(Cache):
         # Layers appear as the model first writes to them; the list keeps their precise type.
         self.ragged_layers: list[RaggedLayer] = []
         super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
-        self.max_batch_size = max_batch_size
+        self.num_rows = max_batch_size
         self.max_length = max_length
         self.slots_per_row = min(initial_length or _BUCKET - 1, max_length) + 1
         self.write_index: Tensor | None = None  # [B * Q] into the flattened (row, slot) axis
@@ -94,7 +94,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate slabs for ``[B, kv_heads, Q, D]`` states."""
-        shape = (self._owner.max_batch_size, self._owner.slots_per_row)
+        shape = (self._owner.num_rows, self._owner.slots_per_row)
         # Zeros, never empty: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
         heads, width = key_states.shape[1], key_states.shape[3]
         self._hold(
