@@ -7,6 +7,7 @@ reason. Nothing is written onto the model's modules: decisions live in a weak ta
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import weakref
 from collections.abc import Callable
@@ -70,9 +71,8 @@ def register(name: str = "moesd") -> None:
     """
     from transformers.integrations.moe import ExpertsInterface
 
-    # Dynamo runs these once while tracing and inlines what they return.
-    torch._dynamo.assume_constant_result(plan_of)
-    torch._dynamo.assume_constant_result(settings_of)
+    # Dynamo runs this once while tracing and inlines what it returns.
+    torch._dynamo.assume_constant_result(_decisions_at)
     ExpertsInterface.register(name, experts_forward)
     try:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
@@ -164,6 +164,13 @@ def settings_of(experts: nn.Module) -> Settings:
     return _settings.get(experts, _DEFAULTS)
 
 
+def _decisions_at(address: int) -> tuple[Plan, Settings]:
+    """Both, for the module whose ``id`` this is. Only Dynamo calls it, with a module it guards:
+    torch 2.11's passes numbers but no modules to a function whose result is a constant."""
+    experts = ctypes.cast(address, ctypes.py_object).value
+    return plan_of(experts), settings_of(experts)
+
+
 def experts_forward(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -179,7 +186,10 @@ def experts_forward(
         [T, H] in the dtype of `hidden_states`.
     """
     compiling = torch.compiler.is_compiling()
-    plan = plan_of(self)
+    if compiling:
+        plan, settings = _decisions_at(id(self))
+    else:
+        plan, settings = plan_of(self), settings_of(self)
     w_gate_up = self.gate_up_proj if plan.gated else self.up_proj
     w_down = self.down_proj
     reason = plan.refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
@@ -189,7 +199,6 @@ def experts_forward(
     if plan.has_bias:
         gate_up_bias = self.gate_up_proj_bias if plan.gated else self.up_proj_bias
         down_bias = self.down_proj_bias
-    settings = settings_of(self)
     function: Callable[..., Tensor] = partial(fused_experts, backend=settings.backend)
     if not compiling:
         # Straight to the back-end: transformers' shapes are right by construction.

@@ -196,7 +196,8 @@ def test_expert_parallel_sentinels_contribute_nothing():
     with torch.no_grad():
         actual = hook.experts_forward(experts, x, ids, weights)
         experts.config._experts_implementation = "eager"
-        expected = experts(x, ids, weights)
+        # Clamped, where weights are 0: not every version's eager loop takes sentinels.
+        expected = experts(x, ids.clamp(max=E - 1), weights)
         assert hook.experts_forward(experts, x[:0], ids[:0], weights[:0]).shape == (0, 32)
     torch.testing.assert_close(actual, expected)
     assert (actual[1] == 0).all()
