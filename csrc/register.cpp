@@ -1,5 +1,4 @@
 // The only place where op schemas are written. (a!) marks what an op mutates.
-#include <Python.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(moesd, m) {
@@ -26,10 +25,4 @@ TORCH_LIBRARY(moesd, m) {
         "-> (Tensor logits, Tensor weights, Tensor ids)");
     m.def("argmax(Tensor x) -> (Tensor ids, Tensor undefined)");
     m.def("cpu_isa() -> str");
-}
-
-// The module has no Python content: importing it loads the library, which registers the ops.
-PyMODINIT_FUNC PyInit__C() {
-    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-    return PyModule_Create(&definition);
 }

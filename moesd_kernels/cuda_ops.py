@@ -8,19 +8,12 @@ H and I multiples of 64, at most 8192 routed rows; everything else raises.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
-import shutil
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import extension
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-# wgmma exists on sm_90a only, not on plain sm_90, which is what torch would compile for by itself.
-ARCH_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a",)
 MAX_PAIRS = 8192
 
 
@@ -30,12 +23,7 @@ def unavailable_reason() -> str | None:
         return "no CUDA device"
     if torch.cuda.get_device_capability()[0] != 9:
         return f"compute capability is {torch.cuda.get_device_capability()}, (9, 0) is needed"
-    if importlib.util.find_spec("moesd_kernels._C_cuda") is None:
-        if not SOURCES.is_dir():
-            return f"moesd_kernels._C_cuda is not built, and its sources are not at {SOURCES}"
-        if shutil.which("nvcc") is None:
-            return "moesd_kernels._C_cuda is not built, and there is no nvcc to build it"
-    return None
+    return extension.missing("cuda")
 
 
 @functools.cache
@@ -45,20 +33,10 @@ def _load() -> None:
     Raises:
         RuntimeError: The operators could not be built or loaded.
     """
-    # Holds the schema that the CUDA kernel implements.
-    reason = extension.load()
+    # The CPU's library holds the schema that the CUDA kernel implements.
+    reason = extension.load("cpu") or extension.load("cuda")
     if reason is not None:
-        raise RuntimeError(f"the operators' schemas cannot be loaded: {reason}")
-    if importlib.util.find_spec("moesd_kernels._C_cuda") is not None:
-        importlib.import_module("moesd_kernels._C_cuda")
-        return
-    from torch.utils import cpp_extension
-
-    cpp_extension.load(
-        name="_C_cuda",
-        sources=sorted(str(path) for path in SOURCES.glob("*.cu")),
-        extra_cuda_cflags=["-O3", *ARCH_FLAGS],
-    )
+        raise RuntimeError(reason)
 
 
 def fused_experts_cuda(

@@ -1,8 +1,13 @@
 """Loads the C++ operators: the built module if there is one, else compiled once into a cache.
 
 `torch.utils.cpp_extension.load` gives every file the same flags, but each instruction set needs its
-own, so the few compiler calls are made here; `setup.py` uses the same `compile_library`. Importing
-this module does nothing; without a compiler `load` returns the reason and raises nothing.
+own, and it guesses where CUDA's libraries are, which nvcc knows; so the few compiler calls are made
+here, and `setup.py` makes the same ones. Devices are "cpu" and "cuda"; the CUDA library implements
+schemas that the CPU library holds, and building it needs no GPU.
+
+A built module carries in its name the torch it was built for: another torch does not find it, where
+it would load it and break. Importing this module does nothing; without a compiler `load` returns
+the reason and raises nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +16,13 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import importlib
 import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +34,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent / "csrc"
+_TORCH = Path(torch.__file__).parent
 
 # fp-contract=off: a multiply-add is fused only where the source says so, which keeps rows
 # bit-identical across code paths.
@@ -43,6 +48,10 @@ _BOUNDARY_SOURCES = (
     *("register.cpp", "cpu/dispatch.cpp", "cpu/experts.cpp", "cpu/dense.cpp"),
     *("cpu/attention.cpp", "cpu/rope.cpp", "cpu/layers.cpp"),
 )
+_CUDA_FLAGS = (
+    *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    "-gencode=arch=compute_90a,code=sm_90a",  # wgmma exists there only, not on plain sm_90
+)
 _X86_SOURCES = {
     "cpu/isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "cpu/isa_avx512.cpp": _AVX512_FLAGS,
@@ -55,16 +64,16 @@ def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _source_flags() -> dict[str, tuple[str, ...]]:
+def _source_flags(device: str) -> dict[str, tuple[str, ...]]:
     """Each source below `SOURCE_ROOT` and the flags it is compiled with."""
-    include = [Path(sysconfig.get_paths()["include"])]
-    torch_root = Path(torch.__file__).parent / "include"
-    include += [torch_root, torch_root / "torch" / "csrc" / "api" / "include"]
-    boundary = ["-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    boundary = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    boundary += ["-isystem", str(_TORCH / "include")]
+    if device == "cuda":
+        sources = sorted((SOURCE_ROOT / "cuda").glob("*.cu"))
+        return {f"cuda/{path.name}": (*_CUDA_FLAGS, *boundary) for path in sources}
+    boundary.append("-fopenmp")
     if _is_x86():
         boundary.append("-DMOESD_X86_KERNELS")
-    for path in include:
-        boundary += ["-isystem", str(path)]
     flags = dict.fromkeys(_BOUNDARY_SOURCES, (*_COMMON_FLAGS, *boundary))
     flags["cpu/isa_portable.cpp"] = _COMMON_FLAGS
     if _is_x86():
@@ -80,53 +89,105 @@ def _run(command: Sequence[str]) -> None:
         logger.debug("%s", done.stderr)
 
 
-def find_compiler() -> str | None:
-    """$CXX, c++ or g++; None when there is none."""
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+def find_compiler(device: str) -> str:
+    """A C++20 compiler that takes GCC's flags, or the nvcc that belongs to this torch.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if device == "cpu":
+        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+        if not compiler:
+            raise RuntimeError("no C++ compiler found (c++, g++ or $CXX)")
+        return compiler
+    if torch.version.cuda is None:
+        raise RuntimeError("torch is built without CUDA")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    compiler = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if not compiler:
+        raise RuntimeError(f"no nvcc found (on the path or in {home}/bin, which is $CUDA_HOME)")
+    release = re.search(r"release (\d+)", _version(compiler))
+    if release is None or release[1] != torch.version.cuda.partition(".")[0]:
+        found = "unknown" if release is None else release[1]
+        raise RuntimeError(f"torch is built for CUDA {torch.version.cuda}, nvcc is of CUDA {found}")
+    return compiler
 
 
-def compile_library(target: Path, compiler: str) -> None:
-    """Compiles every CPU source and links them into the shared library `target`.
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+
+
+def _link_flags(device: str) -> list[str]:
+    libraries = str(_TORCH / "lib")
+    flags = ["-shared", f"-L{libraries}", "-Xlinker", f"-rpath={libraries}"]
+    flags += ["-ltorch_cpu", "-ltorch", "-lc10"]
+    if device == "cuda":
+        return [*flags, "-cudart=shared", "-ltorch_cuda", "-lc10_cuda"]
+    return [*flags, "-fopenmp"]
+
+
+def compile_library(device: str, target: Path, compiler: str) -> None:
+    """Compiles every source of a device and links them into the shared library `target`.
 
     Args:
+        device: "cpu" or "cuda".
         target: path of the library; its directory must exist.
-        compiler: a C++20 compiler that takes GCC's flags.
+        compiler: what `find_compiler` found.
 
     Raises:
         RuntimeError: the compiler failed; carries its last output.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         jobs = []
-        for name, flags in _source_flags().items():
+        for name, flags in _source_flags(device).items():
             compiled = Path(folder) / (Path(name).stem + ".o")
             jobs.append([compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(compiled)])
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(_run, jobs))
-        libraries = Path(torch.__file__).parent / "lib"
         linked = Path(folder) / target.name
-        link = (f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-ltorch", "-lc10")
         objects = [job[-1] for job in jobs]
-        _run([compiler, "-shared", "-fopenmp", "-o", str(linked), *objects, *link])
+        _run([compiler, "-o", str(linked), *objects, *_link_flags(device)])
         os.replace(linked, target)
 
 
-def _source_files() -> list[Path]:
-    return sorted([*SOURCE_ROOT.glob("*.cpp"), *(SOURCE_ROOT / "cpu").glob("*.*")])
+def module_name(device: str) -> str:
+    """The module that `setup.py` builds for a device with this torch."""
+    return f"moesd_kernels._C_{device}_torch_{re.sub(r'[^0-9a-z]', '_', torch.__version__)}"
 
 
-def _built_module_is_current() -> bool:
-    """Whether moesd_kernels._C exists and is no older than the sources beside it, if any."""
-    spec = importlib.util.find_spec("moesd_kernels._C")
+def built_module(device: str) -> Path | None:
+    """The module built for `device`, unless it is older than one of the sources beside it."""
+    spec = importlib.util.find_spec(module_name(device))
     if spec is None or spec.origin is None:
-        return False
-    built = Path(spec.origin).stat().st_mtime
-    return all(path.stat().st_mtime <= built for path in _source_files())
+        return None
+    path = Path(spec.origin)
+    built = path.stat().st_mtime
+    current = all(source.stat().st_mtime <= built for source in _source_files(device))
+    return path if current else None
 
 
-def _cache_key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(f"{torch.__version__}\n{version}\n{_source_flags()}".encode())
-    for path in _source_files():
+def missing(device: str) -> str | None:
+    """Why `load` would fail before it compiles anything, or None."""
+    if built_module(device) is not None:
+        return None
+    unbuilt = f"{module_name(device)} is not built"
+    if not SOURCE_ROOT.is_dir():
+        return f"{unbuilt}, and there are no sources at {SOURCE_ROOT}"
+    try:
+        find_compiler(device)
+    except RuntimeError as error:
+        return f"{unbuilt}, and it cannot be: {error}"
+    return None
+
+
+def _source_files(device: str) -> list[Path]:
+    return sorted([*SOURCE_ROOT.glob("*.*"), *(SOURCE_ROOT / device).glob("*.*")])
+
+
+def _cache_key(device: str, compiler: str) -> str:
+    facts = (torch.__version__, _version(compiler), _source_flags(device), _link_flags(device))
+    digest = hashlib.sha256(repr(facts).encode())
+    for path in _source_files(device):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -138,41 +199,38 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compiled_library() -> Path:
+def _compiled_library(device: str) -> Path:
     """The cached library for these sources, this torch and this compiler; built when missing."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise RuntimeError("no C++ compiler found (c++, g++ or $CXX)")
-    if not SOURCE_ROOT.is_dir():
-        raise RuntimeError(f"no built module moesd_kernels._C and no sources at {SOURCE_ROOT}")
+    reason = missing(device)
+    if reason is not None:
+        raise RuntimeError(reason)
+    compiler = find_compiler(device)
     root = os.environ.get("MOESD_CACHE_DIR") or (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesd"
     )
-    folder = Path(root) / _cache_key(compiler)
+    folder = Path(root) / _cache_key(device, compiler)
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "moesd_cpu.so"
+    library = folder / f"moesd_{device}.so"
     with _locked(folder / "lock"):
         if not library.exists():
             started = time.perf_counter()
-            compile_library(library, compiler)
-            logger.info("compiled the CPU kernels in %.0f s", time.perf_counter() - started)
+            compile_library(device, library, compiler)
+            seconds = time.perf_counter() - started
+            logger.info("compiled the %s kernels in %.0f s", device.upper(), seconds)
     return library
 
 
 @functools.cache
-def load() -> str | None:
-    """Registers the `torch.ops.moesd` operators.
+def load(device: str = "cpu") -> str | None:
+    """Registers the `torch.ops.moesd` operators of a device; the CPU's first.
 
     Returns:
         None when they can be called, otherwise why not; the reason is logged once.
     """
     try:
-        if _built_module_is_current():
-            importlib.import_module("moesd_kernels._C")
-        else:
-            torch.ops.load_library(str(_compiled_library()))
-    except (RuntimeError, OSError, ImportError) as error:
-        reason = f"C++ CPU kernels unavailable: {error}"
+        torch.ops.load_library(str(built_module(device) or _compiled_library(device)))
+    except (RuntimeError, OSError) as error:
+        reason = f"C++ {device.upper()} kernels unavailable: {error}"
         logger.warning("%s", reason)
         return reason
     return None

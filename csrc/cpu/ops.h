@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../experts_op.h"
 #include "types.h"
 
 namespace moesd {
@@ -54,9 +55,6 @@ at::Tensor rope_to_cache(const at::Tensor& qkv, const at::Tensor& cos, const at:
 at::Tensor ragged_attention(const at::Tensor& query, const at::Tensor& k, const at::Tensor& v,
                             const at::Tensor& positions, double scale, int64_t window, const OptTensor& sinks,
                             const OptTensor& rows);
-void experts(const at::Tensor& hidden, const at::Tensor& w_gate_up, const at::Tensor& w_down,
-             const at::Tensor& topk_ids, const at::Tensor& topk_weights, const OptTensor& gate_up_bias,
-             const OptTensor& down_bias, c10::string_view activation, bool gated, bool interleaved, bool transposed,
-             std::optional<double> limit, std::optional<double> alpha, at::Tensor& out);
+ExpertsOp experts;
 
 }  // namespace moesd

@@ -1,7 +1,5 @@
 // Binds the CUDA kernels to torch: `moesd::experts` has the schema of csrc/register.cpp, whose library must be
 // loaded first; `plan` and `combine` exist on CUDA only. Needs a torch built for CUDA.
-#include <Python.h>
-
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -9,8 +7,10 @@
 #include <torch/library.h>
 
 #include <optional>
-#include <string>
+#include <string_view>
+#include <type_traits>
 
+#include "../experts_op.h"
 #include "launchers.h"
 #include "layout.h"
 
@@ -106,7 +106,7 @@ void check_weights(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& 
 
 void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_ids,
              const Tensor& topk_weights, const std::optional<Tensor>& gate_up_bias,
-             const std::optional<Tensor>& down_bias, const std::string& activation, bool gated, bool interleaved,
+             const std::optional<Tensor>& down_bias, std::string_view activation, bool gated, bool interleaved,
              bool transposed, std::optional<double> activation_limit, std::optional<double> activation_alpha,
              Tensor& out) {
     const c10::cuda::CUDAGuard guard(hidden.device());
@@ -149,6 +149,8 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     combine(partial, topk_ids, topk_weights, E, out);
 }
 
+static_assert(std::is_same_v<decltype(experts), ExpertsOp>, "moesd::experts has one type on every device");
+
 }  // namespace
 }  // namespace moesd
 
@@ -163,11 +165,4 @@ TORCH_LIBRARY_IMPL(moesd, CUDA, m) {
     m.impl("plan", moesd::plan);
     m.impl("combine", moesd::combine);
     m.impl("experts", moesd::experts);
-}
-
-// The module has no Python content: importing it loads the library, which registers the ops.
-PyMODINIT_FUNC PyInit__C_cuda() {
-    static PyModuleDef definition = {
-        PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-    return PyModule_Create(&definition);
 }

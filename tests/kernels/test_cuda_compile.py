@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,50 @@ def test_hopper_code_uses_wgmma_and_tma(tmp_path):
         )
         assert ("cp.async.bulk.tensor.2d" in text) == bool(expected)
         assert ("trap;" in text) == (not expected), "another architecture must fail, not return"
+
+
+def implemented(device):
+    """The ops that csrc/<device> registers kernels for."""
+    texts = [path.read_text() for path in (ROOT / "csrc" / device).glob("*.c*")]
+    return set(re.findall(r'm\.impl\("(\w+)"', "".join(texts)))
+
+
+def test_kernels_of_one_schema_have_one_type():
+    """Written once: the CPU's kernel is declared by it, the CUDA kernel asserted to have it."""
+    assert implemented("cpu") & implemented("cuda") == {"experts"}
+    assert "\nExpertsOp experts;\n" in (ROOT / "csrc" / "cpu" / "ops.h").read_text()
+    held = "static_assert(std::is_same_v<decltype(experts), ExpertsOp>"
+    assert held in (SOURCES / "register_cuda.cu").read_text()
+
+
+@needs_nvcc
+def test_registration_compiles_against_this_torch():
+    """Its types and torch's headers, also those of a torch built without CUDA."""
+    command = ["nvcc", "-std=c++20", "-x", "c++", "-c", "-Xcompiler", "-fsyntax-only"]
+    command += ["-isystem", str(Path(torch.__file__).parent / "include")]
+    command += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]  # a header that only CUDA builds have
+    command += [str(SOURCES / "register_cuda.cu"), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_library_loads_beside_the_cpu_library():
+    """In a child, which torch would end where the two libraries disagree."""
+    code = (
+        "import torch\n"
+        "from moesd_kernels import cuda_ops\n"
+        "cuda_ops._load()\n"
+        "has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "for op in ('experts', 'plan', 'combine'):\n"
+        "    assert has_kernel(f'moesd::{op}', 'CUDA'), op\n"
+        "assert has_kernel('moesd::experts', 'CPU')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
