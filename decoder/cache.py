@@ -10,6 +10,9 @@ This file stores keys and values. It does not mask (``attention.py``) and does n
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -35,15 +38,13 @@ class RaggedCache(Cache):
     ) -> None:
         # Layers appear as the model first writes to them; the list keeps their precise type.
         self.ragged_layers: list[RaggedLayer] = []
+        # Weakly: slabs of gigabytes go when the cache does, not when the collector next runs.
+        self._new_layer = partial(RaggedLayer, weakref.proxy(self))
         super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
         self.num_rows = max_batch_size
         self.max_length = max_length
         self.slots_per_row = min(initial_length or _BUCKET - 1, max_length) + 1
         self.write_index: Tensor | None = None  # [B * Q] into the flattened (row, slot) axis
-
-    def _new_layer(self) -> RaggedLayer:
-        self.ragged_layers.append(RaggedLayer(self))
-        return self.ragged_layers[-1]
 
     def select(self, rows: Tensor, positions: Tensor) -> None:
         """Choose where the next forward writes.
@@ -83,7 +84,11 @@ class RaggedCache(Cache):
 
 
 class RaggedLayer(CacheLayerMixin):
-    """One layer's slabs; created by the model's first forward, which tells heads, widths, dtype."""
+    """One layer's slabs; created by the model's first forward, which tells heads, widths, dtype.
+
+    Args:
+        owner: the cache, or a weak proxy of it; the layer takes the next place in its list.
+    """
 
     is_compileable = True
     is_sliding = False
@@ -91,6 +96,7 @@ class RaggedLayer(CacheLayerMixin):
     def __init__(self, owner: RaggedCache) -> None:
         super().__init__()
         self._owner = owner
+        owner.ragged_layers.append(self)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate slabs for ``[B, kv_heads, Q, D]`` states."""

@@ -19,6 +19,9 @@ Outputs = tuple[Tensor, Tensor | None]
 StaticForward = Callable[..., Outputs]
 
 _MIN_VIEW = 256
+# Shapes kept. A run of a hundred rows that end one by one needs some sixty, each the size of its
+# logits; what is dropped is captured again when it comes back.
+MAX_ENTRIES = 128
 
 
 class Key(NamedTuple):
@@ -44,8 +47,6 @@ class ForwardGraphs:
     """Runs a forward through fixed buffers, captured where ``capture`` says so.
 
     Args:
-        forward: ``(input_ids, slots, positions, view, hidden_layers, logits_positions)`` to
-            ``(logits, hidden or None)``; no host synchronisation, shapes a function of shapes.
         max_batch_size: largest batch.
         max_view: cache slots per row.
         device: of the buffers.
@@ -53,17 +54,11 @@ class ForwardGraphs:
     """
 
     def __init__(
-        self,
-        forward: StaticForward,
-        max_batch_size: int,
-        max_view: int,
-        device: torch.device,
-        capture: bool,
+        self, max_batch_size: int, max_view: int, device: torch.device, capture: bool
     ) -> None:
-        self._forward = forward
         self._max_batch_size, self._max_view = max_batch_size, max_view
         self._device, self._capture = device, capture
-        self._entries: dict[Key, _Entry] = {}
+        self._entries: dict[Key, _Entry] = {}  # the least recently used first
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -71,6 +66,7 @@ class ForwardGraphs:
 
     def __call__(
         self,
+        forward: StaticForward,
         input_ids: Tensor,
         slots: Tensor,
         positions: Tensor,
@@ -81,17 +77,20 @@ class ForwardGraphs:
         """The forward of ``[B, Q]`` tokens, computed in a bucket of rows.
 
         Args:
+            forward: ``(input_ids, slots, positions, view, hidden_layers, logits_positions)`` to
+                ``(logits, hidden or None)``, the same in every call; no host synchronisation,
+                shapes a function of shapes. It is not kept: it is mostly a method of the owner.
             length: cache slots that some query may see.
 
         Returns:
-            Views of static logits, valid until the next call with the same shapes, and a copy of
-            the hidden states, which a drafter may keep for a round.
+            Views of static logits, valid until the next call (the graphs share their memory), and
+            a copy of the hidden states, which a drafter may keep for a round.
         """
         B, Q = input_ids.shape
         layers = None if hidden_layers is None else tuple(hidden_layers)
         columns = None if logits_positions is None else logits_positions.shape[1]
         key = Key(self.bucket(B), Q, self.view(length), layers, columns)
-        entry = self._entries.get(key) or self._new_entry(key)
+        entry = self._entry(key)
         entry.input_ids[:B].copy_(input_ids)
         entry.slots[:B].copy_(slots)
         entry.positions[:B].copy_(positions)
@@ -100,9 +99,9 @@ class ForwardGraphs:
         if entry.logits_positions is not None and logits_positions is not None:
             entry.logits_positions[:B].copy_(logits_positions)
         if not self._capture:
-            entry.outputs[:] = [self._run(key, entry)]
+            entry.outputs[:] = [_run(forward, key, entry)]
         elif entry.graph is None:
-            entry = self._entries[key] = self._captured(key, entry)
+            entry = self._entries[key] = self._captured(forward, key, entry)
             entry.graph.replay()
         else:
             entry.graph.replay()
@@ -125,12 +124,20 @@ class ForwardGraphs:
             view *= 2
         return min(view, self._max_view)
 
+    def _entry(self, key: Key) -> _Entry:
+        """The buffers of ``key``, now the most recently used."""
+        entry = self._entries.pop(key, None) or self._new_entry(key)
+        self._entries[key] = entry
+        if len(self._entries) > MAX_ENTRIES:
+            del self._entries[next(iter(self._entries))]
+        return entry
+
     def _new_entry(self, key: Key) -> _Entry:
         zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
         logits_positions = None
         if key.logits_columns is not None:
             logits_positions = zeros((key.batch, key.logits_columns))
-        entry = _Entry(
+        return _Entry(
             zeros((key.batch, key.queries)),
             zeros((key.batch,)),
             zeros((key.batch, key.queries)),
@@ -138,29 +145,28 @@ class ForwardGraphs:
             None,
             [],
         )
-        self._entries[key] = entry
-        return entry
 
-    def _run(self, key: Key, entry: _Entry) -> Outputs:
-        return self._forward(
-            entry.input_ids,
-            entry.slots,
-            entry.positions,
-            key.view,
-            key.hidden_layers,
-            entry.logits_positions,
-        )
-
-    def _captured(self, key: Key, entry: _Entry) -> _Entry:
+    def _captured(self, forward: StaticForward, key: Key, entry: _Entry) -> _Entry:
         """Capture on the buffers as they are: repeating a forward writes the same slots again."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # lazy initialisation must not happen inside the capture
-                self._run(key, entry)
+                _run(forward, key, entry)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            outputs = self._run(key, entry)
+            outputs = _run(forward, key, entry)
         self._pool = graph.pool()
         return entry._replace(graph=graph, outputs=[outputs])
+
+
+def _run(forward: StaticForward, key: Key, entry: _Entry) -> Outputs:
+    return forward(
+        entry.input_ids,
+        entry.slots,
+        entry.positions,
+        key.view,
+        key.hidden_layers,
+        entry.logits_positions,
+    )

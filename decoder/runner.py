@@ -87,7 +87,7 @@ class ModelRunner:
         self._eager = False
         if is_static:
             slots = self.cache.slots_per_row
-            self._graphs = ForwardGraphs(self._run, max_batch_size, slots, self.device, cuda)
+            self._graphs = ForwardGraphs(max_batch_size, slots, self.device, cuda)
 
     @torch.inference_mode()
     def forward(
@@ -115,13 +115,10 @@ class ModelRunner:
         length = (int(positions.max()) if max_position is None else max_position) + 1
         self.cache.reserve(length)
         narrow = input_ids.shape[1] <= _STATIC_QUERIES
+        where = input_ids, slots, positions, length, hidden_layers, logits_positions
         if self._graphs is not None and narrow and not self._eager:
-            return ForwardOutput(
-                *self._graphs(input_ids, slots, positions, length, hidden_layers, logits_positions)
-            )
-        return ForwardOutput(
-            *self._run(input_ids, slots, positions, length, hidden_layers, logits_positions)
-        )
+            return ForwardOutput(*self._graphs(self._run, *where))
+        return ForwardOutput(*self._run(*where))
 
     @torch.inference_mode()
     def prefill(

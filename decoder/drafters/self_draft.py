@@ -54,18 +54,18 @@ def find_experts(model: nn.Module) -> list[nn.Module]:
 
 
 class ReducedRouting:
-    """Forward pre-hooks on a model's experts that shrink the routing while active."""
+    """Forward pre-hooks on a model's experts that shrink the routing.
+
+    They are there only while it is in use: a hook that stayed would outlive the drafter, and the
+    next drafter of the same model would add its own.
+    """
 
     def __init__(self, experts: list[nn.Module], top_k: int) -> None:
         self.top_k = top_k
         self.calls = 0
-        self._active = False
-        for module in experts:
-            module.register_forward_pre_hook(self._hook, with_kwargs=True)
+        self._experts = experts
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._active:
-            return None
         self.calls += 1
         hidden, index, weights = (*args, *kwargs.values())[:3]
         if index.shape[-1] <= self.top_k:
@@ -74,11 +74,15 @@ class ReducedRouting:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        self._active = True
+        handles = [
+            module.register_forward_pre_hook(self._hook, with_kwargs=True)
+            for module in self._experts
+        ]
         try:
             yield
         finally:
-            self._active = False
+            for handle in handles:
+                handle.remove()
 
 
 def experts_per_token(model: Any) -> int | None:

@@ -12,11 +12,11 @@ torch.set_num_threads(1)
 
 
 def test_buckets_cover_every_batch_and_length():
-    graphs = ForwardGraphs(lambda *_: None, 20, 700, torch.device("cpu"), capture=False)
+    graphs = ForwardGraphs(20, 704, torch.device("cpu"), capture=False)
     assert [graphs.bucket(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 20)] == [
         1, 2, 4, 8, 8, 16, 16, 20, 20,
     ]  # fmt: skip
-    assert [graphs.view(n) for n in (1, 256, 257, 513, 700)] == [256, 256, 512, 700, 700]
+    assert [graphs.view(n) for n in (1, 256, 257, 513, 700)] == [256, 256, 512, 704, 704]
 
 
 def test_static_forward_equals_plain_and_padding_touches_nothing():
@@ -51,6 +51,26 @@ def test_one_entry_per_bucket_and_width():
             positions = torch.full((batch, queries), 2) + torch.arange(queries)
             runner.forward(torch.full_like(positions, 7), torch.arange(batch), positions)
     assert len(runner._graphs) == before + 2
+
+
+def test_the_least_recently_used_shapes_are_dropped(monkeypatch):
+    monkeypatch.setattr("decoder.graphs.MAX_ENTRIES", 2)
+    graphs = ForwardGraphs(4, 64, torch.device("cpu"), capture=False)
+    made = []
+
+    def forward(ids, slots, positions, *_):
+        made.append(ids.shape[1])
+        return ids + positions, None
+
+    new_entry = graphs._new_entry
+    built = []
+    monkeypatch.setattr(graphs, "_new_entry", lambda key: built.append(key) or new_entry(key))
+    for queries in (1, 2, 1, 3, 1, 2):
+        ids = torch.full((1, queries), queries)
+        logits, _ = graphs(forward, ids, torch.zeros(1).long(), torch.ones_like(ids), 5)
+        assert torch.equal(logits, ids + 1)
+    assert made == [1, 2, 1, 3, 1, 2] and len(graphs) == 2
+    assert [key.queries for key in built] == [1, 2, 3, 2], "2 was used least recently, then again"
 
 
 @pytest.mark.parametrize("drafter", ["self", "independent"])

@@ -1,0 +1,129 @@
+"""A decoder that goes out of scope is freed then and there, without the garbage collector.
+
+Two decoders beside a large model do not fit a GPU, and capturing a graph collects nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from eagle_reference import LAYER, H, random_layer, save
+from engine_models import ragged_prompts, tiny_moe
+
+from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import ReplayDrafter
+from decoder.drafters.eagle import EagleDrafter
+from decoder.drafters.independent import IndependentDrafter
+from decoder.runner import ModelRunner
+
+F32 = torch.float32
+PARTS = ("runner", "cache", "sampler", "drafter", "cost", "model", "head", "_reduced", "_lean")
+PARTS += ("_graphs", "_batch", "_table", "_adjustments", "ragged_layers")
+
+
+def eagle(folder: Path) -> EagleDrafter:
+    weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
+    return EagleDrafter(save(folder, LAYER, weights, False))
+
+
+def independent() -> IndependentDrafter:
+    return IndependentDrafter(tiny_moe(seed=1, layers=1, dtype=F32))
+
+
+DRAFTERS: dict[str, Callable[[Path], Any]] = {
+    "none": lambda _: None,
+    "ngram": lambda _: "ngram",
+    "self": lambda _: "self",
+    "independent": lambda _: independent(),
+    "eagle": eagle,
+    "replay": lambda _: ReplayDrafter(0.8, cost=independent()),
+    "replay of eagle": lambda folder: ReplayDrafter(0.8, cost=eagle(folder)),
+}
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def parts(thing: Any, path: str, found: dict[str, Any], kept: list[Any]) -> dict[str, Any]:
+    """Weak references to what ``thing`` is made of, by path, but for what others own."""
+    for name in PARTS:
+        part = getattr(thing, name, None)
+        owned = part is not None and all(part is not other for other in kept)
+        if owned and f"{path}.{name}".count(".") < 5:
+            for item in part if isinstance(part, list) else [part]:
+                found[f"{path}.{name}"] = weakref.ref(item)
+                parts(item, f"{path}.{name}", found, kept)
+    return found
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_released_decoder_leaves_nothing_behind(name, static, tmp_path):
+    target = tiny_moe(dtype=F32)
+    for kernels, attention in ((False, "portable"), (True, "auto")):
+        drafter = DRAFTERS[name](tmp_path)
+        options = {"static": static, "kernels": kernels, "attention": attention}
+        engine = SpeculativeDecoder(target, drafter, 3, max_batch_size=3, max_length=60, **options)
+        engine.generate(ragged_prompts(5), SamplingParams(max_new_tokens=10))
+        found = parts(engine, "decoder", {"decoder": weakref.ref(engine)}, [target])
+        assert "decoder.runner.cache.ragged_layers" in found and "decoder.sampler" in found
+        del engine, drafter
+        assert [path for path, ref in found.items() if ref() is not None] == []
+    hooks = [module for module in target.modules() if module._forward_pre_hooks]
+    assert hooks == [], "the model is as it was"
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_a_released_runner_leaves_no_graph_behind(monkeypatch):
+    graphs: list[Any] = []
+    runner = ModelRunner(tiny_moe(dtype=F32), 2, 40, attention="portable", static=True)
+    fake_capture(monkeypatch, graphs)
+    runner._graphs._capture = True
+    for queries in (1, 2):
+        positions = torch.arange(queries)[None]
+        for _ in range(3):
+            runner.forward(torch.full_like(positions, 7), torch.zeros(1).long(), positions)
+    assert [graph().replays for graph in graphs] == [3, 3]
+    del runner
+    assert [graph() for graph in graphs] == [None, None]
+
+
+def fake_capture(monkeypatch: pytest.MonkeyPatch, graphs: list[Any]) -> None:
+    """A CPU's stand-in for ``torch.cuda``'s capture; replaying counts and computes nothing."""
+
+    class Graph:
+        replays = 0
+
+        def __init__(self) -> None:
+            graphs.append(weakref.ref(self))
+
+        def pool(self) -> tuple[int, int]:
+            return (0, 1)
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    class Nothing:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: Nothing())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Nothing())
