@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import whole_blocks
+
 NAME = "moesd_ragged"
 
 RaggedOp = Callable[..., Tensor]
@@ -36,7 +38,8 @@ class Placement:
         slots: ``[B]`` int64 cache rows; ``None`` when row b is cache row b for all b.
         positions: ``[B, Q]`` int64 absolute positions; -1 marks a padding query, whose output is
             unspecified but finite.
-        view_length: slots that the portable forms look at; at least the largest position + 1.
+        view_length: slots that the portable forms look at; at least the largest position + 1. On a
+            GPU rounded up to whole blocks, of which cache rows are made.
         op: the kernel, or ``None`` for the portable forms.
         windows: sliding window of each attention module, by ``id``, as its model's own mask says;
             0 is none. Modules not listed pass theirs with the call.
@@ -50,6 +53,11 @@ class Placement:
     windows: dict[int, int] = field(default_factory=dict)
     probing: bool = False
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.positions.device.type != "cpu":
+            self.view_length = whole_blocks(self.view_length)
 
     def visible(self, window: int, group: int = 1) -> Tensor:
         """``[B, 1, group * Q, view_length]`` bool: may a query see a slot. Built once a forward."""
@@ -67,19 +75,48 @@ class Placement:
             self._masks[key] = mask
         return self._masks[key]
 
+    def sdpa_mask(self, window: int, group: int, dtype: torch.dtype) -> Tensor:
+        """``visible`` in the form that SDPA computes with: bool on the CPU, else 0 and -inf.
+
+        On a GPU it would make that of a bool mask in every layer, and copy it once more where the
+        rows are not aligned.
+        """
+        if self.positions.device.type == "cpu":
+            return self.visible(window, group)
+        key = (window, group, dtype)
+        if key not in self._biases:
+            bias = additive(self.visible(window), dtype)
+            self._biases[key] = bias.repeat(1, 1, group, 1) if group > 1 else bias
+        return self._biases[key]
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to scores: 0 where ``visible``, else -inf; same shape, in ``dtype``."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return bias.masked_fill_(~visible, -torch.inf)
+
 
 _active = threading.local()
 
 
 @contextmanager
 def placed(placement: Placement) -> Iterator[None]:
-    """Make ``placement`` the one that attention calls of this thread use."""
+    """Make ``placement`` the one that attention calls of this thread use.
+
+    On a GPU also without cuDNN: Hopper prefers its attention, which plans for tens of milliseconds
+    at each new shape, and shapes change with every bucket of rows and slots.
+    """
     previous = getattr(_active, "placement", None)
+    cudnn = placement.positions.device.type != "cpu" and torch.backends.cuda.cudnn_sdp_enabled()
     _active.placement = placement
+    if cudnn:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         _active.placement = previous
+        if cudnn:
+            torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @contextmanager
@@ -131,7 +168,7 @@ def ragged_attention(
         )
     B, Q, Hq, _ = query.shape
     group = Hq // keys.shape[2]
-    mask = placement.visible(window, group)
+    mask = placement.sdpa_mask(window, group, query.dtype)
     # [B, Q, Hkv, g, D] -> [B, Hkv, g * Q, D]; the mask repeats Q rows g times to match.
     packed = query.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     out = torch.nn.functional.scaled_dot_product_attention(

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _BUCKET = 256  # slots are added in multiples of it, doubling
+ROW_BLOCK = 64  # a row is whole blocks: a GPU's attention takes views of them without padding
 
 
 class RaggedCache(Cache):
     """Key/value slabs ``[slots, S, kv_heads, D]``, one per layer, for transformers models.
 
-    The last slot of every row is the bin: a padding query (position -1) writes there, and no
-    query's position ever reaches it.
+    Rows are a multiple of ``ROW_BLOCK`` slots long. The last slot of each is the bin: a padding
+    query (position -1) writes there, and no query's position ever reaches it.
 
     Args:
         max_batch_size: number of rows.
@@ -43,7 +44,7 @@ class RaggedCache(Cache):
         super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
         self.num_rows = max_batch_size
         self.max_length = max_length
-        self.slots_per_row = min(initial_length or _BUCKET - 1, max_length) + 1
+        self.slots_per_row = whole_blocks(min(initial_length or _BUCKET - 1, max_length) + 1)
         self.write_index: Tensor | None = None  # [B * Q] into the flattened (row, slot) axis
 
     def select(self, rows: Tensor, positions: Tensor) -> None:
@@ -66,14 +67,14 @@ class RaggedCache(Cache):
         Raises:
             ValueError: ``length`` exceeds ``max_length``.
         """
-        if length < self.slots_per_row:
-            return
         if length > self.max_length:
             raise ValueError(f"a row must hold at most {self.max_length} tokens, got {length}")
+        if length < self.slots_per_row:
+            return
         slots = self.slots_per_row
         while slots <= length:
             slots = 2 * slots if slots > _BUCKET else slots + _BUCKET
-        self.slots_per_row = min(slots, self.max_length + 1)
+        self.slots_per_row = min(slots, whole_blocks(self.max_length + 1))
         for layer in self.ragged_layers:
             layer.grow(self.slots_per_row)
 
@@ -81,6 +82,11 @@ class RaggedCache(Cache):
         """Bytes held by all layers."""
         slabs = [slab for layer in self.ragged_layers for slab in (layer.keys, layer.values)]
         return sum(slab.nbytes for slab in slabs if slab is not None)
+
+
+def whole_blocks(slots: int) -> int:
+    """``slots`` rounded up to a multiple of ``ROW_BLOCK``."""
+    return -(-slots // ROW_BLOCK) * ROW_BLOCK
 
 
 class RaggedLayer(CacheLayerMixin):

@@ -48,7 +48,7 @@ class ForwardGraphs:
 
     Args:
         max_batch_size: largest batch.
-        max_view: cache slots per row.
+        max_view: cache slots per row, a multiple of 64.
         device: of the buffers.
         capture: replay CUDA graphs; otherwise call ``forward`` on the padded buffers each time.
     """

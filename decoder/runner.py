@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import attention as ragged
 from . import kernels_hook
-from .cache import RaggedCache
+from .cache import RaggedCache, whole_blocks
 from .errors import UserError
 from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward
@@ -238,7 +238,7 @@ class ModelRunner:
     def _placement(self, slots: Tensor, positions: Tensor, length: int) -> ragged.Placement:
         if self._op is not None:
             return ragged.Placement(slots, positions, length, self._op, self._windows)
-        view = min(-(-length // 64) * 64, self.cache.slots_per_row)
+        view = min(whole_blocks(length), self.max_length + 1)
         identity = slots.device.type == "cpu" and slots.tolist() == list(range(len(slots)))
         return ragged.Placement(None if identity else slots, positions, view, None, self._windows)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import Placement
+from ..attention import Placement, placed
 from ..cache import RaggedCache
 from ..errors import UserError
 from ..kernels_hook import accelerate, ragged_attention_op
@@ -162,7 +162,8 @@ class EagleDrafter:
         self.cache.reserve(extent)
         self.cache.select(slots, positions)
         placement = Placement(slots, positions, extent, self._attention)
-        return self.head(tokens, hidden, self.cache, placement)
+        with placed(placement):
+            return self.head(tokens, hidden, self.cache, placement)
 
 
 def _present(hidden: Tensor | None) -> Tensor:

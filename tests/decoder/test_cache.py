@@ -27,10 +27,10 @@ def test_writes_each_row_at_its_own_positions():
 
 
 def test_padding_is_written_to_the_last_slot_only():
-    cache = RaggedCache(2, 7)
+    cache = RaggedCache(2, 63)
     cache.select(torch.tensor([1]), torch.tensor([[3, -1, -1]]))
     keys, _ = cache.update(states(1, 3), states(1, 3), 0)
-    assert set(keys[1].abs().sum((0, 2)).nonzero()[:, 0].tolist()) == {3, 7}
+    assert set(keys[1].abs().sum((0, 2)).nonzero()[:, 0].tolist()) == {3, 63}
     assert not keys[0].any()
 
 
@@ -46,14 +46,27 @@ def test_growth_keeps_contents_and_bounds_length():
     assert torch.equal(keys[0, :, 254], states(1, 1)[0, :, 0])
     assert torch.equal(keys[1, :, 255], states(1, 1, seed=2)[0, :, 0])
     cache.reserve(1000)
+    # The row's last block has room for more, which no one may use: its last slot is the bin.
     with pytest.raises(ValueError, match="at most 1000 tokens, got 1001"):
         cache.reserve(1001)
 
 
+@pytest.mark.parametrize("max_length", [1, 63, 64, 255, 256, 300, 1000])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_rows_are_whole_blocks_with_the_bin_behind_every_token(max_length, fixed):
+    cache = RaggedCache(1, max_length, max_length if fixed else None)
+    for length in range(1, max_length + 1):
+        cache.reserve(length)
+        assert cache.slots_per_row % 64 == 0
+        assert length < cache.slots_per_row <= max(256, max_length + 64)
+    cache.select(torch.tensor([0]), torch.tensor([[max_length - 1, -1]]))
+    assert cache.write_index.tolist() == [max_length - 1, cache.slots_per_row - 1]
+
+
 def test_slabs_start_as_zeros_and_count_their_bytes():
-    cache = RaggedCache(2, 15)
+    cache = RaggedCache(2, 63)
     assert cache.nbytes() == 0
     cache.select(torch.tensor([0]), torch.tensor([[0]]))
     keys, _ = cache.update(states(1, 1), states(1, 1), 0)
     assert keys.isfinite().all()
-    assert cache.nbytes() == 2 * 2 * 16 * 2 * 4 * 4
+    assert cache.nbytes() == 2 * 2 * 64 * 2 * 4 * 4

@@ -1,0 +1,117 @@
+"""What holds on an accelerator, on tensors without data: anything that looks at one fails here.
+
+A ``meta`` tensor stands for one on a device: to wait for its value is impossible, not just slow.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from eagle_reference import LAYER, H, random_layer, save
+from engine_models import VOCAB, tiny_moe
+from torch import Tensor
+
+from decoder.attention import Placement, additive, reference_attention, register
+from decoder.drafters.base import StepState
+from decoder.drafters.eagle import EagleDrafter
+from decoder.runner import ModelRunner
+from decoder.sampling import Sampler
+
+META, BF16 = torch.device("meta"), torch.bfloat16
+ROWS, LENGTH = 2, 45
+
+
+def meta_runner(monkeypatch: pytest.MonkeyPatch, static: bool = False, **changes: Any) -> Any:
+    """A runner of a model without data; the probe, which compares values, is left out."""
+    monkeypatch.setattr(ModelRunner, "_probe", lambda self: True)
+    register()
+    model = tiny_moe(dtype=BF16)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    model.set_experts_implementation("grouped_mm")
+    return ModelRunner(model.to(META), ROWS, LENGTH + 10, static=static)
+
+
+@pytest.fixture
+def sdpa(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, bool]]:
+    """Keys, masks and whether cuDNN was allowed, of each call of SDPA."""
+    calls: list[tuple[Tensor, Tensor, bool]] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+        calls.append((keys, options["attn_mask"], torch.backends.cuda.cudnn_sdp_enabled()))
+        return original(query, keys, values, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return calls
+
+
+def check_masks(calls: list[tuple[Tensor, Tensor, bool]], layers: int) -> None:
+    assert len(calls) == layers
+    assert len({id(mask) for _, mask, _ in calls}) == 1, "one mask for all layers"
+    for keys, mask, cudnn in calls:
+        assert mask.dtype == BF16 and not cudnn
+        assert mask.shape[-1] == keys.shape[2] and mask.shape[-1] % 64 == 0
+        assert mask.stride(-1) == 1 and mask.stride(-2) % 64 == 0
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_forward_waits_for_nothing_and_makes_one_aligned_mask(monkeypatch, sdpa, static):
+    runner = meta_runner(monkeypatch, static)
+    tokens = torch.zeros(ROWS, 3, dtype=torch.int64, device=META)
+    out = runner.forward(
+        tokens,
+        torch.zeros(ROWS, dtype=torch.int64, device=META),
+        tokens,
+        hidden_layers=(0, 2),
+        logits_positions=tokens[:, :1],
+        max_position=LENGTH,
+    )
+    assert out.logits.shape == (ROWS, 1, VOCAB) and out.logits.device == META
+    check_masks(sdpa, layers=2)
+
+
+def meta_state() -> StepState:
+    rows = torch.zeros(ROWS, dtype=torch.int64, device=META)
+    history = torch.zeros(ROWS, LENGTH + 10, dtype=torch.int64, device=META)
+    return StepState(rows, rows, rows, rows, history, [LENGTH - 2, LENGTH], [0, 1])
+
+
+def test_an_eagle_round_waits_for_nothing(monkeypatch, sdpa, tmp_path):
+    runner = meta_runner(monkeypatch)
+    weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
+    drafter = EagleDrafter(save(tmp_path, LAYER, weights, False))
+    sampler = Sampler(ROWS, VOCAB, META)
+    drafter.bind(runner, sampler, 3)
+    drafter._host_synced = [LENGTH - 3, LENGTH - 2]
+    draft = drafter.propose(meta_state(), 3)
+    assert draft.tokens.shape == (ROWS, 3)
+    check_masks(sdpa[:1], layers=1)
+    assert all(mask.shape[-1] % 64 == 0 for _, mask, _ in sdpa)
+    verdict = SimpleNamespace(tokens=torch.zeros(ROWS, 4, dtype=torch.int64, device=META))
+    hidden = torch.zeros(ROWS, 4, H, dtype=BF16, device=META)
+    drafter.commit(meta_state(), verdict, hidden)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_an_additive_mask_means_what_the_bool_one_does(window):
+    q = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, 64, 2, 8, dtype=torch.float64).unbind(0)
+    placement = Placement(None, torch.tensor([[4, 5, 6], [0, 1, -1]]), 64)
+    visible = placement.visible(window, 2)
+    assert placement.sdpa_mask(window, 2, q.dtype) is visible, "a CPU keeps the bool mask"
+    packed = q.unflatten(2, (-1, 2)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        packed,
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=additive(visible, q.dtype),
+        scale=0.3,
+    )
+    out = out.unflatten(2, (2, 3)).permute(0, 3, 1, 2, 4).reshape(2, 3, 4, 8)
+    expected = reference_attention(q, keys, values, placement.visible(window), 0.3, None, None)
+    torch.testing.assert_close(out, expected)
