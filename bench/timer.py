@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from decoder.perf_model.gpu_timer import event_seconds
+
 CACHE_FLUSH_BYTES = 96 * 2**20  # above any last-level cache we measure on; see flush_cache
 
 
@@ -55,12 +57,7 @@ class CacheFlusher:
 def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Wall seconds of one call (on a GPU, event seconds around it), and what it returned."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        returned = call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3, returned
+        return event_seconds(call)
     begin = time.perf_counter()
     returned = call()
     return time.perf_counter() - begin, returned

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench import graph
 from bench.graph import CapturedStack, stack_size
 from bench.layer import make_batch, make_layer
 from bench.shapes import SHAPES, Shape
+from decoder.perf_model import gpu_timer
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 8, 8)
@@ -33,7 +33,7 @@ class Device:
             *("current_stream", "_sleep", "Event", "Stream", "CUDAGraph"),
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(graph, "_ABANDONED", [])
+        monkeypatch.setattr(gpu_timer, "_ABANDONED", [])
 
     def note(self, text):
         self.log.append(text)
@@ -157,7 +157,7 @@ def test_a_failed_capture_gives_the_stream_back_and_keeps_its_graph(device):
     with pytest.raises(RuntimeError, match="invalidated"):
         stack_of(call)
     assert device.current == "default"
-    assert len(graph._ABANDONED) == 1
+    assert len(gpu_timer._ABANDONED) == 1
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b", "qwen2-57b", "mixtral", "olmoe", "deepseek-v3"])

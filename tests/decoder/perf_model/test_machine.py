@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decoder.perf_model.machine import MACHINES, Machine, RowCurve, named_machine
+from decoder.perf_model.measure_gpu import measure_gpu
 from decoder.perf_model.measure_machine import measure_machine
 
 
@@ -77,3 +78,44 @@ def test_slower_memory_costs_reading_and_nothing_else():
     assert slow.expert_curve is not None and slow.dense_curve is None
     assert slow.expert_curve.seconds == pytest.approx((4e-11, 5e-11, 11e-11))
     assert machine.at_memory_speed(1.0) == machine
+
+
+def test_a_gpu_is_measured_in_graphs_of_cold_weights(monkeypatch):
+    monkeypatch.setattr("decoder.perf_model.measure_gpu._READ_BYTES", 2**20)
+    calls, timed = [], []
+
+    def linear(x, weight):
+        calls.append((len(x), weight.data_ptr()))
+        return torch.nn.functional.linear(x, weight)
+
+    def best(run, repeats):
+        run()  # the capture
+        timed.append(repeats)
+        return 0.5
+
+    cache, width = 3e5, 64
+    bandwidth, launch, curve = measure_gpu(
+        torch.device("cpu"), torch.float32, linear, width, cache, best
+    )
+    assert len(timed) == 2 + len(curve.rows) and min(timed) >= 3
+    assert bandwidth == 2 * 2**20 and launch == 0.5 / 200
+    for rows in curve.rows:
+        weights = [weight for tokens, weight in calls if tokens == rows]
+        assert len(weights) == len(set(weights)), "no weight is read twice in a graph"
+        assert len(weights) * width * width * 4 >= 4 * cache
+    assert curve.seconds[0] == pytest.approx(0.5 / len(weights) / width**2)
+
+
+def test_a_gpu_takes_the_graph_path(monkeypatch):
+    seen = []
+
+    def fake(device, dtype, linear, width, cache):
+        seen.append((device.type, width, cache))
+        return 3e12, 2e-6, RowCurve((1.0, 2.0), (1e-12, 1e-12))
+
+    monkeypatch.setattr("decoder.perf_model.measure_machine.measure_gpu", fake)
+    monkeypatch.setattr("decoder.perf_model.measure_machine._cache_bytes", lambda device: 5e7)
+    monkeypatch.setattr("decoder.perf_model.measure_machine._device_name", lambda device: "gpu")
+    machine = measure_machine("cuda")
+    assert seen == [("cuda", 4096, 5e7)] and machine.bandwidth == 3e12
+    assert "in CUDA graphs" in machine.source
