@@ -20,7 +20,7 @@ COMMANDS = {
     "plot": "draw pictures from JSON lines",
     "report": "one HTML page for a folder of results",
     "tune": "search kernel configurations on this GPU and write the JSON the selector reads",
-    "suite": "everything for one GPU machine, in resumable pieces",
+    "suite": "a GPU's first minutes: a run-book that may be cut off and goes on",
 }
 
 

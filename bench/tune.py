@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,8 @@ from bench.graph import CapturedStack, stack_size
 from bench.layer import Batch, Layer, make_batch, make_layer
 from bench.routing import DEFAULT_UNION_RATIO
 from bench.shapes import Shape, parse_shape
+from bench.tiles_file import has_entry, write_entry
+from bench.timer import seconds_of
 from moesd_kernels.triton.config import Gemm, bucket, model_choice
 from moesd_kernels.triton.tuned import FOLDER, config_path, entry_of
 from moesd_kernels.triton.types import H200, Device, LayerShape, MoEConfig
@@ -90,8 +91,9 @@ def tune_shape(
     rounds: int = ROUNDS,
     budget_s: float = BUDGET_S,
     folder: Path = FOLDER,
+    device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
-    """Tune a shape on the current device and write the results as ``<folder>/<device>.json``.
+    """Tune a shape on a device and write the results as ``<folder>/<device>.json``.
 
     Prints nothing. :func:`moesd_kernels.triton.tuned.use_folder` makes the selector read the file.
 
@@ -103,12 +105,14 @@ def tune_shape(
         rounds: Timed replays of each.
         budget_s: Seconds after which no further T is begun and no further candidate tried.
         folder: Any folder; made if it is missing.
+        device: The current CUDA device by default. A CPU's interpreted kernels show that all of
+            this works and nothing else: their file would name the device they stand in for.
 
     Returns:
         For each T that was reached: T, micros (of the best configuration, per layer), model_micros
         (of the model's choice), config (a :class:`MoEConfig`) and dropped (what failed, in words).
     """
-    return list(_tune(shape, tokens, dtype, candidates, rounds, budget_s, folder))
+    return list(_tune(shape, tokens, dtype, candidates, rounds, budget_s, folder, device))
 
 
 def search_steps(
@@ -155,8 +159,7 @@ def _print_candidates(shape: LayerShape, dtype: torch.dtype, limit: int) -> None
 class _Bench:
     """One shape's weights and inputs, and the time of a configuration on them."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, rounds: int) -> None:
-        device = torch.device("cuda")
+    def __init__(self, shape: Shape, dtype: torch.dtype, rounds: int, device: torch.device) -> None:
         stack = stack_size(shape.E * shape.expert_bytes(dtype.itemsize))
         self.shape, self.dtype, self.rounds, self.device = shape, dtype, rounds, device
         self.layers = [make_layer(shape, dtype, device, seed) for seed in range(stack)]
@@ -175,9 +178,13 @@ class _Bench:
         return _caller(config)(self.layers[0], batch.hidden, batch.topk_ids, batch.topk_weights)
 
     def seconds(self, batches: list[Batch], config: MoEConfig) -> float:
-        """Median seconds of a layer in a graph."""
+        """Median seconds of a layer: in graphs, and interpreted simply as long as it takes."""
+        if self.device.type == "cpu":
+            calls = (partial(self.output, batch, config) for batch in batches[: self.rounds])
+            return statistics.median(seconds_of(call, self.device)[0] for call in calls)
         captured = CapturedStack(_caller(config), self.layers, batches[0])
-        turns = [batches[r % len(batches) :] + batches[: r % len(batches)] for r in range(9)]
+        count = len(self.layers)
+        turns = [[batches[(r + i) % len(batches)] for i in range(count)] for r in range(9)]
         times = [captured.seconds(turns[r % len(turns)]) for r in range(self.rounds)]
         return statistics.median(times)
 
@@ -198,13 +205,15 @@ def _tune(
     rounds: int,
     budget_s: float,
     folder: Path,
+    on: torch.device | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The results of `tune_shape` one by one, each already written."""
     from moesd_kernels.triton.device import device_of
 
     end = time.perf_counter() + budget_s
-    device = device_of(torch.device("cuda", torch.cuda.current_device()))
-    bench = _Bench(shape, dtype, rounds) if tokens else None
+    on = on or torch.device("cuda", torch.cuda.current_device())
+    device = device_of(on)
+    bench = _Bench(shape, dtype, rounds, on) if tokens else None
     for number, T in enumerate(tokens):
         # What earlier buckets did not use goes to those that are left.
         share = (end - time.perf_counter()) / (len(tokens) - number)
@@ -260,35 +269,6 @@ def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return bool(((got - expected).abs() <= bound).all())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {"entries": []}
-
-
-def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry[name] for name in ("E", "K", "H", "I", "gated", "dtype", "bucket"))
-
-
 def _is_tuned(shape: Shape, T: int, dtype: torch.dtype, folder: Path) -> bool:
     path = config_path(torch.cuda.get_device_name(), folder)
     return has_entry(path, LayerShape(*shape, T), str(dtype))
-
-
-def has_entry(path: Path, shape: LayerShape, dtype: str) -> bool:
-    """Whether the file has tiles for this layer, dtype and bucket."""
-    key = (*shape.layer, dtype, bucket(shape))
-    return any(_key(entry) == key for entry in _read(path)["entries"])
-
-
-def write_entry(path: Path, device_name: str, entry: dict[str, Any]) -> None:
-    """Put one entry into the device's file, in place of one with the same key."""
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = None
-    others = [old for old in _read(path)["entries"] if _key(old) != _key(entry)]
-    entries = sorted([*others, entry], key=_key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"device": device_name, "triton": triton_version, "entries": entries}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)

@@ -13,6 +13,8 @@ LABELS = {
     "grouped_mm": "transformers grouped_mm",
     "batched_mm": "transformers batched_mm",
     "vllm": "vLLM cpu_fused_moe",
+    "vllm_triton": "vLLM fused_moe (Triton)",
+    "vllm_triton_h200": "vLLM fused_moe, tiles of an H200",
     "batch_invariant": "moesd, batch_invariant",
 }
 

@@ -1,41 +1,212 @@
-"""The suite's pieces: resumable, bounded, and runnable dry before a GPU is at hand."""
+"""The suite: nothing stops it, nothing found is lost, nothing is done twice; and its dry run."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from bench.__main__ import COMMANDS
-from bench.suite import Piece, decode_pieces, kernel_pieces, run_piece
+from bench.__main__ import main
+from bench.suite.progress import FILE, Lines, drop_half_a_line
+from bench.suite.runbook import run_book
+from bench.suite.sizes import DRY, FULL, fitting_preset
+from bench.suite.supervisor import supervise
+
+ROOT = Path(__file__).resolve().parents[2]
+# A worker with pieces of its own: they write a line each time they run.
+WORKER = """
+import os, sys, time, pathlib, torch
+from bench.suite.progress import Lines
+from bench.suite.runbook import Piece
+from bench.suite.session import OutOfTimeError, Session
+from bench.suite.sizes import DRY
+from bench.suite.worker import work
+
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+session = Session(torch.device("cpu"), DRY, Lines(folder), folder, grace_s=2.0)
+
+def ran(name, then=lambda: None):
+    def run(session):
+        session.lines.write("ran", name=name)
+        then()
+    return run
+
+def fail():
+    raise ValueError("told so")
+
+def point_by_point():
+    while len(session.lines.find("ran", name="long")) < 3:
+        if len(session.lines.find("ran", name="long")) % 2:
+            raise OutOfTimeError
+        session.lines.write("ran", name="long")
+
+pieces = [
+    Piece("good", 9, ran("good")),
+    Piece("bad", 9, ran("bad", fail)),
+    Piece("refused", 9, ran("refused"), lambda session: "no such tool"),
+    Piece("dies", 9, ran("dies", lambda: os._exit(3))),
+    Piece("hangs", 0.1, ran("hangs", lambda: time.sleep(600))),
+    Piece("long", 9, ran("long", point_by_point)),
+    Piece("last", 9, ran("last")),
+]
+import bench.suite.worker
+bench.suite.worker.LEAST_S = 0.0
+work(session, pieces, seconds)
+"""
 
 
-def test_a_finished_piece_is_not_run_again(tmp_path):
-    witness = tmp_path / "witness"
-    script = f"open({str(witness)!r}, 'a').write('x')"
-    piece = Piece("once", (sys.executable, "-c", script))
-    assert run_piece(piece, tmp_path).startswith("done in")
-    assert run_piece(piece, tmp_path) == "done before"
-    assert witness.read_text() == "x"
+def suite_of_fakes(folder: Path) -> dict[str, str]:
+    command = lambda seconds: [sys.executable, "-c", WORKER, str(folder), str(seconds)]
+    return supervise(command, folder, minutes=2.0, dry_run=True)
 
 
-def test_a_failed_piece_keeps_its_log_and_runs_again(tmp_path):
-    piece = Piece("bad", (sys.executable, "-c", "print('why'); raise SystemExit(3)"))
-    assert "exit code 3" in run_piece(piece, tmp_path)
-    assert (tmp_path / "bad.log").read_text() == "why\n"
-    assert not (tmp_path / "bad.done").exists()
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fakes")
+    return folder, suite_of_fakes(folder)
 
 
-def test_a_piece_without_its_tool_is_reported_as_not_run(tmp_path):
-    piece = Piece("tool", (sys.executable, "-c", ""), needs="no-such-tool-anywhere")
-    assert run_piece(piece, tmp_path) == "not run: no no-such-tool-anywhere here"
+def test_no_piece_stops_the_next(fakes):
+    folder, trouble = fakes
+    states = {name: line["state"] for name, line in Lines(folder).states().items()}
+    assert states == {
+        "good": "done",
+        "bad": "failed",
+        "refused": "not run",
+        "dies": "failed",
+        "hangs": "failed",
+        "long": "done",
+        "last": "done",
+    }
+    assert trouble.keys() == {"bad", "dies", "hangs"}
+    assert trouble["bad"] == "ValueError: told so"
+    assert "code 3" in trouble["dies"] and trouble["hangs"].startswith("hung")
+    assert "told so" in (folder / "suite.log").read_text()
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_pieces_have_distinct_names_and_known_commands(tmp_path, dry_run):
-    pieces = kernel_pieces(tmp_path, dry_run) + decode_pieces(tmp_path, dry_run)
-    names = [piece.name for piece in pieces]
-    assert len(set(names)) == len(names)
-    for piece in pieces:
-        if "bench" in piece.command:
-            assert piece.command[piece.command.index("bench") + 1] in COMMANDS
+def test_within_a_start_nothing_runs_twice_but_what_was_cut(fakes):
+    folder, _ = fakes
+    ran = [line["name"] for line in Lines(folder).find("ran")]
+    assert ran.count("long") == 3  # begun twice, and its one point
+    assert sorted(name for name in ran if name != "long") == [
+        "bad",
+        "dies",
+        "good",
+        "hangs",
+        "last",
+    ]
+
+
+def test_a_second_start_tries_what_failed_again_and_nothing_else(fakes):
+    folder, _ = fakes
+    before = len(Lines(folder).find("ran"))
+    suite_of_fakes(folder)
+    again = [line["name"] for line in Lines(folder).find("ran")][before:]
+    assert again == ["bad", "dies", "hangs"]
+
+
+def test_half_a_line_is_cut_off_and_whole_ones_are_kept(tmp_path):
+    Lines(tmp_path).write("kernel", T=4)
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"kind": "ker')
+    assert [line["T"] for line in Lines(tmp_path).find("kernel")] == [4]
+    drop_half_a_line(tmp_path)
+    Lines(tmp_path).write("kernel", T=5)
+    assert [json.loads(text)["T"] for text in (tmp_path / FILE).read_text().splitlines()] == [4, 5]
+
+
+def test_a_worker_that_cannot_start_is_trouble_at_once(tmp_path):
+    command = lambda seconds: [sys.executable, "-c", "raise SystemExit('no torch')"]
+    begin = time.monotonic()
+    assert "code 1" in supervise(command, tmp_path, minutes=1.0)["worker"]
+    assert time.monotonic() - begin < 30
+
+
+def test_time_ends_the_suite_and_keeps_what_was_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.suite.supervisor.CLOSING_S", 0.0)
+    script = (
+        "import pathlib, sys, time; from bench.suite.progress import Lines;"
+        "Lines(pathlib.Path(sys.argv[1])).write('ran', name='a'); time.sleep(600)"
+    )
+    command = lambda seconds: [sys.executable, "-c", script, str(tmp_path)]
+    assert supervise(command, tmp_path, minutes=0.2) == {}
+    assert len(Lines(tmp_path).find("ran")) == 1
+
+
+def test_pieces_have_distinct_names_and_the_named_tests_exist():
+    from bench.suite.testing import CUDA, DECODER, KERNELS, MEMORY
+
+    for sizes in (FULL, DRY):
+        names = [piece.name for piece in run_book(sizes)]
+        assert len(set(names)) == len(names)
+    for selection in (CUDA, DECODER, KERNELS, MEMORY):
+        assert all((ROOT / file).exists() for file in selection.files)
+
+
+def test_the_map_is_large_enough_to_be_held_out():
+    cells = {(batch, gamma) for batch, gammas in FULL.cells for gamma in gammas}
+    assert len(cells) == sum(len(gammas) for _, gammas in FULL.cells) >= 2 * FULL.fit_points
+    assert {(32, 4), (100, 4)} <= cells
+    assert {name for name, _ in FULL.tuned} <= FULL.shapes.keys()
+
+
+@pytest.mark.parametrize(
+    ("gib", "preset"), [(139, "qwen2-57b-a14b"), (78, "qwen3-30b-a3b"), (24, "olmoe")]
+)
+def test_the_target_is_what_fits(gib, preset):
+    assert fitting_preset(gib * 2**30) == preset
+
+
+def test_too_little_memory_says_how_much_is_needed():
+    with pytest.raises(ValueError, match=r"needs 20 GiB of device memory, got 8 GiB free"):
+        fitting_preset(8 * 2**30)
+
+
+def test_a_dry_run_does_all_of_it_and_a_second_start_nothing_again(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bench", "suite", "--dry-run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start() -> float:
+        begin = time.monotonic()
+        done = subprocess.run(
+            [*command, "--out", str(out)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + (out / "suite.log").read_text()[-4000:]
+        assert "dry run: no figure means anything" in done.stdout
+        return time.monotonic() - begin
+
+    assert start() < 180
+    lines = Lines(out)
+    states = {name: line["state"] for name, line in lines.states().items()}
+    assert states.keys() == {piece.name for piece in run_book(DRY)}
+    needs_gpu = {name for name, line in lines.states().items() if line["state"] == "not run"}
+    assert all(state == "done" for name, state in states.items() if name not in needs_gpu)
+    if not torch.cuda.is_available():
+        assert needs_gpu == {"cuda-tests", "cuda-dry", "memcheck"}
+    assert len(list(out.iterdir())) <= 8
+    measured = [line for line in lines.seen if line["kind"] in ("kernel", "decode", "tune", "fit")]
+    cells = sum(len(gammas) for _, gammas in DRY.cells)
+    assert len(lines.find("decode")) == cells
+    start()
+    again = Lines(out)
+    assert [x for x in again.seen if x["kind"] in ("kernel", "decode", "tune", "fit")] == measured
+    assert main(["suite", "--out", str(out)]) == 2
+    assert "must be empty or hold a GPU's lines, got a dry run's" in capsys.readouterr().err
+
+
+def test_bad_arguments_are_one_clear_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["suite"])
+    assert "--out" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""The decoder's pieces: a profiled step, the B x gamma map, the model fitted on 21 cells of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cells import load_cells, setup_fields
+from bench.decode import fields
+from bench.decode_run import Subject, measure_batch
+from bench.fit import fit_cells, record_errors
+from bench.models import random_model
+from bench.scaling import scaled_config
+from bench.suite.progress import FILE
+from bench.suite.session import OutOfTimeError, Session
+from bench.suite.sizes import DRAFT, fitting_preset
+from decoder.perf_model.config_spec import spec_from_config
+from decoder.perf_model.machine import Machine
+from decoder.perf_model.theory import alpha_from_sigma
+from decoder.runner import ModelRunner
+from moesd_kernels import accelerate
+
+# The paper's best sigma at this gamma; acceptance is imposed by replay.
+SIGMA, AT_GAMMA = 0.90, 4
+CELL_S = 8.0
+PROFILED_ROWS = (1, 5)
+PROFILED_BATCH = 8
+TOP_KERNELS = 25
+DESIGN = "d-optimal"
+
+
+def subject(session: Session) -> tuple[str, Subject, dict[str, Any]]:
+    """The target that fits, with a draft of its own cost, its name, and what describes both."""
+    if "subject" not in session.kept:
+        session.release()
+        sizes = session.sizes
+        name = sizes.preset or fitting_preset(session.free_bytes())
+        begin = time.monotonic()
+        target = random_model(scaled_config(name, sizes.scale), device=session.device)
+        config = scaled_config(DRAFT, sizes.draft_scale)
+        config.vocab_size = target.config.vocab_size
+        draft = random_model(config, device=session.device, seed=1)
+        label = name if sizes.scale == 1.0 else f"{name}@{sizes.scale:g}"
+        session.lines.write("models", target=label, seconds=round(time.monotonic() - begin, 1))
+        alpha = float(alpha_from_sigma(SIGMA, AT_GAMMA))
+        session.kept["subject"] = (
+            label,
+            Subject(target, draft, alpha),
+            _setup(session, target, draft),
+        )
+    return session.kept["subject"]
+
+
+def _setup(session: Session, target: Any, draft: Any) -> dict[str, Any]:
+    found = session.lines.find("machine")
+    if not found:
+        raise RuntimeError("expected this machine's description, which was not measured")
+    machine = Machine.from_json(found[-1]["machine"])
+    specs = spec_from_config(target.config), spec_from_config(draft.config)
+    return setup_fields(*specs, machine, "bf16")
+
+
+def measure(session: Session) -> None:
+    """Every cell of the map that has no line yet, best ones first.
+
+    Raises:
+        RuntimeError: batches failed; the others were measured.
+        OutOfTimeError: cells are left.
+    """
+    failed = []
+    for batch, gammas in session.sizes.cells:
+        done = {line["gamma"] for line in session.lines.find("decode", batch=batch)}
+        missing = [gamma for gamma in gammas if gamma not in done]
+        if not missing:
+            continue
+        name, measured, setup = subject(session)
+        session.need(CELL_S)
+        try:
+            _measure_batch(session, name, measured, setup, batch, missing)
+        except (RuntimeError, ValueError) as error:
+            failed.append(f"B={batch}: {type(error).__name__}: {error}"[:300])
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _measure_batch(
+    session: Session,
+    name: str,
+    measured: Subject,
+    setup: dict[str, Any],
+    batch: int,
+    gammas: list[int],
+) -> None:
+    sizes = session.sizes
+    pairs = measure_batch(
+        measured,
+        batch,
+        gammas,
+        prompt_tokens=sizes.prompt_tokens,
+        new_tokens=sizes.new_tokens,
+        repetitions=sizes.repetitions,
+    )
+    for pair in pairs:
+        session.lines.write("decode", **fields(name, measured, pair), **setup)
+
+
+def profile_steps(session: Session) -> None:
+    """Kernels of one replayed forward of the target: how many, how long, which; of 1 and 5 rows."""
+    name, measured, _ = subject(session)
+    runner = ModelRunner(accelerate(measured.target), PROFILED_BATCH, 320)
+    rows = torch.arange(PROFILED_BATCH, device=session.device)
+    for queries in PROFILED_ROWS:
+        if session.lines.find("step", target=name, queries=queries):
+            continue
+        session.need(CELL_S)
+        steps = torch.arange(queries, device=session.device)
+        positions = (steps + 40).expand(PROFILED_BATCH, -1).contiguous()
+        ids = torch.randint(3, runner.vocab_size, positions.shape, device=session.device)
+
+        def step(ids: Any = ids, positions: Any = positions) -> None:
+            runner.forward(ids, rows, positions, max_position=60)
+
+        session.lines.write(
+            "step", target=name, B=PROFILED_BATCH, queries=queries, **_profiled(session, step)
+        )
+
+
+def _profiled(session: Session, step: Any) -> dict[str, Any]:
+    """Wall milliseconds of a step, and of its kernels by name (on a CPU: of its operators)."""
+    synchronize = torch.cuda.synchronize if session.cuda else lambda: None
+    activity = ProfilerActivity.CUDA if session.cuda else ProfilerActivity.CPU
+    for _ in range(3):  # compiles, then captures
+        step()
+    synchronize()
+    begin, count = time.perf_counter(), 5
+    for _ in range(count):
+        step()
+    synchronize()
+    wall = (time.perf_counter() - begin) / count
+    with profile(activities=[activity]) as profiler:
+        step()
+        synchronize()
+    launches, micros = Counter[str](), Counter[str]()
+    for event in profiler.events():
+        own = event.device_time_total if session.cuda else event.self_cpu_time_total
+        if own > 0:
+            launches[event.name[:60]] += 1
+            micros[event.name[:60]] += own
+    return {
+        "wall_ms": 1e3 * wall,
+        "kernels": sum(launches.values()),
+        "busy_ms": sum(micros.values()) / 1e3,
+        "top": [[name, launches[name], round(us)] for name, us in micros.most_common(TOP_KERNELS)],
+    }
+
+
+def fit(session: Session) -> None:
+    """Both performance models on 21 cells of the map, judged on the others.
+
+    Raises:
+        OutOfTimeError: the map has too few cells yet.
+    """
+    points = session.sizes.fit_points
+    if len(session.lines.find("decode")) <= points:
+        raise OutOfTimeError
+    for cells in load_cells([session.folder / FILE]):
+        record_errors(session.lines, cells, fit_cells(cells, points, DESIGN), DESIGN)
