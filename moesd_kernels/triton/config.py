@@ -125,7 +125,7 @@ def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: D
     group_m = 1 if shape.T <= READ_ONCE_TOKENS else GROUP_M
 
     def best(gemm: Gemm) -> GemmConfig:
-        choices = [c for c in _candidates(gemm, block_m, group_m) if fits(gemm, c, device)]
+        choices = [c for c in _candidates(gemm, block_m, group_m, device) if fits(gemm, c, device)]
         return min(choices, key=lambda c: predicted_seconds(gemm, c, device))
 
     return MoEConfig(
@@ -136,9 +136,11 @@ def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: D
     )
 
 
-def _candidates(gemm: Gemm, block_m: int, group_m: int) -> Iterator[GemmConfig]:
+def _candidates(gemm: Gemm, block_m: int, group_m: int, device: Device) -> Iterator[GemmConfig]:
     """Tiles worth considering; fp32 multiplies without matrix instructions and needs small ones."""
     half = gemm.itemsize == 2
+    # Blackwell's accumulators come from a memory of their own into registers all at once.
+    most = 128 if device.capability < 100 else 64
     for block_n in (128, 64, 32) if half else (32, 16):
         for block_k in (128, 64) if half else (32,):
             for stages in (4, 3, 5) if half else (3,):
@@ -146,7 +148,7 @@ def _candidates(gemm: Gemm, block_m: int, group_m: int) -> Iterator[GemmConfig]:
                     # Fewer steps than this and a program is all ramp.
                     if split > 1 and 8 * block_k * split > gemm.K:
                         continue
-                    wide = block_m * block_n * gemm.streams >= 16384
+                    wide = block_m * block_n * gemm.streams >= 128 * most
                     yield GemmConfig(
                         block_m=block_m,
                         block_n=block_n,

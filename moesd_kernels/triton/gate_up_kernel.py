@@ -32,6 +32,7 @@ def _find_rows(
     E,
     N_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROUTING: tl.constexpr,
 ):
@@ -49,8 +50,8 @@ def _find_rows(
             E,
             N_PAD,
             E_PAD,
+            CHUNKS,
             BLOCK_M,
-            True,
         )
     else:
         entry = blocks_ptr + block * 3
@@ -96,6 +97,7 @@ def _gate_up_kernel(
     TOPK: tl.constexpr,
     N_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ROUTING: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -114,7 +116,17 @@ def _gate_up_kernel(
     pdl_wait(PDL)
     block, tile = tile_order(tl.program_id(0), num_blocks, tl.cdiv(I, BLOCK_N), group_m)
     e, first, rows = _find_rows(
-        block, ids_ptr, sorted_to_pair_ptr, blocks_ptr, num_pairs, E, N_PAD, E_PAD, BLOCK_M, ROUTING
+        block,
+        ids_ptr,
+        sorted_to_pair_ptr,
+        blocks_ptr,
+        num_pairs,
+        E,
+        N_PAD,
+        E_PAD,
+        CHUNKS,
+        BLOCK_M,
+        ROUTING,
     )
     if e < 0:
         return

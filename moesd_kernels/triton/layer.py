@@ -16,7 +16,7 @@ from .plan_kernel import max_blocks, plan, plan_sizes
 from .single_kernel import _down_combine_kernel, _gate_up_single_kernel
 from .types import GemmConfig, LayerShape, MoEConfig
 
-# A plan program holds all ids in registers; more tokens than this go in several calls.
+# A plan program reads all ids twice; more tokens than this go in several calls.
 MAX_PAIRS = 16384
 
 
@@ -121,8 +121,9 @@ class Layer:
         config: GemmConfig,
         pdl: bool,
     ) -> None:
-        n_pad, e_pad = plan_sizes(ids.numel(), self.E)
-        inline = routing == ROUTING_INLINE
+        sizes = {"N_PAD": 0, "E_PAD": 0, "CHUNKS": 0}
+        if routing == ROUTING_INLINE:
+            sizes = plan_sizes(ids.numel(), self.E)
         w, bias = self.w_gate_up, self.gate_up_bias
         _gate_up_kernel[(bound * triton.cdiv(self.I, config.block_n),)](
             x,
@@ -143,8 +144,7 @@ class Layer:
             self.limit,
             self.alpha,
             TOPK=ids.shape[1],
-            N_PAD=n_pad if inline else 0,
-            E_PAD=e_pad if inline else 0,
+            **sizes,
             ROUTING=routing,
             **self.flags,
             HAS_BIAS=bias is not None,

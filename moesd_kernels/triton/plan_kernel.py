@@ -11,6 +11,16 @@ from torch import Tensor
 
 from .common import pdl_wait
 
+# Ids a program holds in registers at a time.
+CHUNK = 4096
+
+
+@triton.jit
+def _experts(ids_ptr, pair, num_pairs, E):
+    """Expert of each pair; ids outside [0, E) fall into bin E, which no block is made of."""
+    ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1)
+    return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+
 
 @triton.jit
 def route_block(
@@ -22,20 +32,21 @@ def route_block(
     E,
     N_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    STORE_BLOCK: tl.constexpr,
 ):
-    """Find ``block`` from the ids alone; write its rows (and its table entry if STORE_BLOCK).
+    """Find ``block`` from the ids alone; write its rows and its table entry.
 
+    The ids are CHUNKS times N_PAD; with one chunk the loops are none and ids are loaded once.
     Programs that find the same block write the same values, so they need no order among them;
     the barrier makes a program's own rows readable to it.
     """
-    pair = tl.arange(0, N_PAD)
-    ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1)
-    # Ids outside [0, E) fall into bin E, which no block is made of.
-    ids = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
     expert = tl.arange(0, E_PAD)
-    count = tl.where(expert < E, tl.histogram(ids, E_PAD), 0)
+    count = tl.zeros([E_PAD], tl.int32)
+    for chunk in range(CHUNKS):
+        pair = chunk * N_PAD + tl.arange(0, N_PAD)
+        count += tl.histogram(_experts(ids_ptr, pair, num_pairs, E), E_PAD)
+    count = tl.where(expert < E, count, 0)
     blocks = (count + BLOCK_M - 1) // BLOCK_M
     block_end = tl.cumsum(blocks, 0)
     mine = (block >= block_end - blocks) & (block < block_end)
@@ -45,15 +56,18 @@ def route_block(
     first = tl.sum(tl.where(expert < e, count, 0), 0) + row0
     rows = tl.minimum(tl.sum(tl.where(mine, count, 0), 0) - row0, BLOCK_M)
 
-    match = ids == e
-    rank = tl.cumsum(match.to(tl.int32), 0) - 1 - row0
-    inside = match & (rank >= 0) & (rank < rows)
-    tl.store(sorted_to_pair_ptr + first + rank, pair, mask=inside)
+    seen = 0
+    for chunk in range(CHUNKS):
+        pair = chunk * N_PAD + tl.arange(0, N_PAD)
+        match = (_experts(ids_ptr, pair, num_pairs, E) == e).to(tl.int32)
+        rank = seen + tl.cumsum(match, 0) - 1 - row0
+        inside = (match > 0) & (rank >= 0) & (rank < rows)
+        tl.store(sorted_to_pair_ptr + first + rank, pair, mask=inside)
+        seen += tl.sum(match, 0)
     rows = tl.where(found, rows, 0)
-    if STORE_BLOCK:
-        tl.store(blocks_ptr + block * 3 + 0, e)
-        tl.store(blocks_ptr + block * 3 + 1, first)
-        tl.store(blocks_ptr + block * 3 + 2, rows)
+    tl.store(blocks_ptr + block * 3 + 0, e)
+    tl.store(blocks_ptr + block * 3 + 1, first)
+    tl.store(blocks_ptr + block * 3 + 2, rows)
     tl.debug_barrier()
     return e, first, rows
 
@@ -67,6 +81,7 @@ def _plan_kernel(
     E,
     N_PAD: tl.constexpr,
     E_PAD: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -81,8 +96,8 @@ def _plan_kernel(
         E,
         N_PAD,
         E_PAD,
+        CHUNKS,
         BLOCK_M,
-        True,
     )
 
 
@@ -95,10 +110,13 @@ def max_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
     return active + (num_pairs - active) // block_m
 
 
-def plan_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
-    """The powers of two (N_PAD, E_PAD) that hold all pairs, and all experts plus the spare bin."""
-    n_pad = max(128, triton.next_power_of_2(num_pairs))
-    return n_pad, max(32, triton.next_power_of_2(num_experts + 1))
+def plan_sizes(num_pairs: int, num_experts: int) -> dict[str, int]:
+    """Powers of two: N_PAD holds all pairs or a chunk, E_PAD all experts plus the spare bin."""
+    return {
+        "N_PAD": min(CHUNK, max(128, triton.next_power_of_2(num_pairs))),
+        "E_PAD": max(32, triton.next_power_of_2(num_experts + 1)),
+        "CHUNKS": triton.cdiv(num_pairs, CHUNK),
+    }
 
 
 def plan(
@@ -114,17 +132,16 @@ def plan(
     bound = max_blocks(num_pairs, num_experts, block_m)
     table = torch.empty(num_pairs + 3 * bound, dtype=torch.int32, device=topk_ids.device)
     sorted_to_pair, blocks = table[:num_pairs], table[num_pairs:]
-    n_pad, e_pad = plan_sizes(num_pairs, num_experts)
+    sizes = plan_sizes(num_pairs, num_experts)
     _plan_kernel[(bound,)](
         topk_ids,
         sorted_to_pair,
         blocks,
         num_pairs,
         num_experts,
-        N_PAD=n_pad,
-        E_PAD=e_pad,
+        **sizes,
         BLOCK_M=block_m,
         PDL=pdl,
-        num_warps=4 if n_pad <= 2048 else 8,
+        num_warps=4 if sizes["N_PAD"] <= 2048 else 8,
     )
     return sorted_to_pair, blocks.view(bound, 3)

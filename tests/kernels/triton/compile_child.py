@@ -24,7 +24,8 @@ from moesd_kernels.triton.combine_kernel import _combine_kernel
 from moesd_kernels.triton.config import model_choice, select_config
 from moesd_kernels.triton.down_kernel import _down_kernel
 from moesd_kernels.triton.gate_up_kernel import _gate_up_kernel
-from moesd_kernels.triton.plan_kernel import _plan_kernel
+from moesd_kernels.triton.layer import MAX_PAIRS
+from moesd_kernels.triton.plan_kernel import _plan_kernel, plan_sizes
 from moesd_kernels.triton.single_kernel import _down_combine_kernel, _gate_up_single_kernel
 from moesd_kernels.triton.types import A100, B200, H200, LayerShape
 
@@ -91,13 +92,13 @@ def jobs(arch):
                 gate_up, down = chosen.gate_up, chosen.down
                 pairs = T * K
                 routing = 2 if T == 1 else 1 if pairs <= chosen.inline_pairs else 0
-                # TOPK and the padded sizes do not change what is checked: one value for each.
-                sizes = {"TOPK": 8, "N_PAD": 512, "E_PAD": 512, "ROUTING": routing}
+                # One value for sizes that change no tile, the largest that tuning may ask for.
+                sizes = {"TOPK": 8, "N_PAD": 1024, "E_PAD": 512, "CHUNKS": 1, "ROUTING": routing}
                 add("gate_up", sizes | gate_up.constexprs(), gate_up.options())
                 split = {"SPLIT_K": down.split_k, "ROUTING": 2 if T == 1 else 0}
                 add("down", split | down.constexprs(), down.options())
-    for n_pad, warps in ((1024, 4), (16384, 8)):
-        add("plan", {"N_PAD": n_pad, "E_PAD": 512, "BLOCK_M": 64}, {"num_warps": warps})
+    for pairs, warps in ((1024, 4), (2048, 4), (MAX_PAIRS, 8)):
+        add("plan", plan_sizes(pairs, 300) | {"BLOCK_M": 64}, {"num_warps": warps})
     for split in (1, 8):
         add("combine", {"TOPK": 8, "SPLIT_K": split, "BLOCK_H": 512}, {"num_warps": 2})
     return list(found.values())
@@ -118,7 +119,14 @@ def candidate_jobs():
                     job = (kernel, *single(tile))
                 elif name in ("gate_up", "down") and tile.block_m > 16:
                     # 16 rows are the code of 32 with half the accumulators.
-                    extra = {"TOPK": 8, "N_PAD": 0, "E_PAD": 0, "SPLIT_K": 1, "ROUTING": 0}
+                    extra = {
+                        "TOPK": 8,
+                        "N_PAD": 0,
+                        "E_PAD": 0,
+                        "CHUNKS": 0,
+                        "SPLIT_K": 1,
+                        "ROUTING": 0,
+                    }
                     job = (name, extra | tile.constexprs(), tile.options())
                 else:
                     continue
@@ -160,7 +168,7 @@ VARIANTS = {
 def variant_jobs():
     """Each variant of each kernel once, on a tile of middling size."""
     tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "SWAP_AB": False}
-    sizes = {"TOPK": 4, "N_PAD": 128, "E_PAD": 32}
+    sizes = {"TOPK": 4, "N_PAD": 128, "E_PAD": 32, "CHUNKS": 1}
     for name, values in VARIANTS.items():
         options = {"num_warps": 4, "num_stages": 3}
         common = {"variant": name} | sizes | tile

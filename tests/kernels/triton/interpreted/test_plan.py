@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moesd_kernels.triton import plan_kernel
 from moesd_kernels.triton.config import READ_ONCE_TOKENS, block_rows
 from moesd_kernels.triton.plan_kernel import max_blocks, plan
 from moesd_kernels.triton.types import LayerShape
@@ -25,9 +26,11 @@ def rows_by_block(ids, E, block_m):
         (5, 2, 60, 16, "several blocks of an expert"),
         (40, 2, 3, 16, "more experts than pairs"),
         (1, 1, 33, 16, "one expert"),
+        (5, 3, 90, 16, "three chunks of ids, the last not full"),
     ],
 )
-def test_plan_is_a_stable_sort(E, K, T, block_m, why):
+def test_plan_is_a_stable_sort(E, K, T, block_m, why, monkeypatch):
+    monkeypatch.setattr(plan_kernel, "CHUNK", 128)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(-1, E + 1, (T, K), generator=generator)
     expected = {e: (ids.flatten() == e).nonzero().flatten().tolist() for e in range(E)}
