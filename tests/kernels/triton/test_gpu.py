@@ -1,7 +1,11 @@
 """The Triton and CUDA back-ends on a GPU: precision, graphs, torch.compile, invariance, launches.
 
-Written without a GPU at hand; the same kernels run interpreted in ``interpreted/``.
+Written without a GPU at hand; the same kernels run interpreted in ``interpreted/``. The tests
+marked ``first`` take every path once: ``-m "gpu and first"`` says within seconds whether the rest
+is worth running.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +19,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(unavailable_reason() is not None, reason=f"triton: {unavailable_reason()}"),
 ]
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = (*HALF, torch.float32)
 
 
 @pytest.fixture
@@ -40,42 +42,70 @@ def exact_matmul():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-SHAPES = [
-    # E, K, H, I, why
-    (8, 2, 512, 1792, "few large experts"),
-    (64, 8, 1024, 512, "many small experts"),
-    (7, 3, 136, 72, "prime E, sizes that fill no tile"),
-    (5, 2, 33, 17, "odd sizes: no vector loads"),
-    (4, 4, 256, 128, "K = E"),
+FIRST = pytest.mark.first
+SHAPES = {
+    # E, K, H, I
+    "many small experts": (64, 8, 1024, 512),
+    "few large experts": (8, 2, 512, 1792),
+    "prime E, sizes that fill no tile": (7, 3, 136, 72),
+    "odd sizes: no vector loads": (5, 2, 33, 17),
+    "K = E": (4, 4, 256, 128),
+    "thousands of pairs: the plan reads ids in chunks": (8, 8, 128, 64),
+}
+# Every kernel takes about a second to compile: a shape has the numbers of tokens that it is for.
+TOKENS = {
+    ("many small experts", torch.bfloat16): (0, 1, 2, 5, 17, 64, 65, 300),
+    ("few large experts", torch.bfloat16): (1, 5, 64, 300),
+    ("prime E, sizes that fill no tile", torch.bfloat16): (1, 17, 65),
+    ("odd sizes: no vector loads", torch.bfloat16): (1, 17),
+    ("K = E", torch.bfloat16): (5,),
+    ("thousands of pairs: the plan reads ids in chunks", torch.bfloat16): (700,),
+    ("many small experts", torch.float16): (1, 17),
+    ("many small experts", torch.float32): (1, 17, 65),
+}
+# One token, inline routing in blocks of 16 and 64 rows, a plan of its own; sizes without vectors.
+FIRST_CASES = {
+    *(("many small experts", torch.bfloat16, T) for T in (1, 5, 64, 300)),
+    ("odd sizes: no vector loads", torch.bfloat16, 17),
+    ("many small experts", torch.float32, 17),
+}
+CASES = [
+    pytest.param(*case, marks=FIRST if case in FIRST_CASES else ())
+    for case in ((*key, T) for key, tokens in TOKENS.items() for T in tokens)
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("E", "K", "H", "I", "why"), SHAPES, ids=[s[-1] for s in SHAPES])
-@pytest.mark.parametrize("T", [0, 1, 2, 5, 17, 64, 65, 300])
-def test_matches_oracle(E, K, H, I, why, T, dtype, poisoned_empty):
-    case = make_case(E, K, H, I, T, dtype, "cuda")
+@pytest.mark.parametrize(("name", "dtype", "T"), CASES, ids=str)
+def test_matches_oracle(name, dtype, T, poisoned_empty):
+    case = make_case(*SHAPES[name], T, dtype, "cuda")
     check(case, case.run(fused_experts_triton))
 
 
-@pytest.mark.parametrize("T", [1, 6, 70])
+GPT_OSS = {
+    "transposed": True,
+    "interleaved": True,
+    "bias": True,
+    "activation_limit": 7.0,
+    "activation_alpha": 1.702,
+}
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "T"),
     [
-        {"transposed": True},
-        {"interleaved": True},
-        {"bias": True},
-        {
-            "transposed": True,
-            "interleaved": True,
-            "bias": True,
-            "activation_limit": 7.0,
-            "activation_alpha": 1.702,
-        },
-        {"activation_limit": 0.5},
-        {"gated": False, "activation": "relu2", "bias": True},
-        {"activation": "gelu_tanh"},
-        {"activation": "gelu"},
+        ({"transposed": True}, 6),
+        ({"interleaved": True}, 1),
+        ({"interleaved": True}, 6),
+        pytest.param({"bias": True}, 1, marks=FIRST),
+        ({"bias": True}, 6),
+        pytest.param(GPT_OSS, 6, marks=FIRST),
+        (GPT_OSS | {"transposed": False}, 1),
+        (GPT_OSS, 70),
+        ({"activation_limit": 0.5}, 6),
+        ({"gated": False, "activation": "relu2", "bias": True}, 1),
+        ({"gated": False, "activation": "relu2", "bias": True}, 6),
+        ({"activation": "gelu_tanh"}, 6),
+        ({"activation": "gelu"}, 6),
     ],
     ids=str,
 )
@@ -84,7 +114,7 @@ def test_variants(flags, T, poisoned_empty):
     check(case, case.run(fused_experts_triton))
 
 
-@pytest.mark.parametrize("T", [1, 4, 100])
+@pytest.mark.parametrize("T", [1, pytest.param(4, marks=FIRST), 100])
 def test_skipped_and_duplicate_ids(T, poisoned_empty):
     generator = torch.Generator().manual_seed(T)
     ids = torch.randint(-2, 9, (T, 4), generator=generator)
@@ -93,27 +123,52 @@ def test_skipped_and_duplicate_ids(T, poisoned_empty):
     check(case, case.run(fused_experts_triton))
 
 
+ONE_TOKEN = GemmConfig(16, 16, 256, num_stages=4)
+
+
 @pytest.mark.parametrize(
-    "tile",
+    ("tile", "split_k"),
     [
-        GemmConfig(16, 64, 128, num_stages=4, swap_ab=True),
-        GemmConfig(64, 64, 64, num_stages=4, swap_ab=True),
-        GemmConfig(64, 128, 64, num_warps=8, group_m=4),
-        GemmConfig(32, 32, 64, num_stages=5),
+        pytest.param(GemmConfig(16, 64, 128, num_stages=4, swap_ab=True), 4, marks=FIRST),
+        (GemmConfig(64, 64, 64, num_stages=4, swap_ab=True), 1),
+        (GemmConfig(64, 128, 64, num_warps=8, group_m=4), 1),
+        (GemmConfig(128, 128, 64, num_warps=8, num_stages=4, group_m=4), 1),
+        (GemmConfig(16, 32, 64, num_stages=5, group_m=4), 2),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("split_k", [1, 4])
 def test_tilings(tile, split_k, poisoned_empty):
-    import dataclasses
-
-    case = make_case(6, 2, 256, 320, 16, torch.bfloat16, "cuda")
-    down = dataclasses.replace(tile, split_k=split_k)
-    single = GemmConfig(16, 16, 512, num_stages=4)
-    check(case, case.run(fused_experts_triton, config=MoEConfig(tile, down, single, single)))
+    """40 tokens of two in six experts: blocks of 16 rows are overflowed."""
+    case = make_case(6, 2, 256, 320, 40, torch.bfloat16, "cuda")
+    config = MoEConfig(tile, replace(tile, split_k=split_k), ONE_TOKEN, ONE_TOKEN)
+    check(case, case.run(fused_experts_triton, config=config))
 
 
-@pytest.mark.parametrize("T", [1, 5, 64, 100])
+@pytest.mark.parametrize("inline_pairs", [pytest.param(0, marks=FIRST), 1024])
+def test_plan_of_its_own_or_inline(inline_pairs, poisoned_empty):
+    case = make_case(6, 2, 256, 320, 300, torch.bfloat16, "cuda")
+    tile = GemmConfig(64, 64, 64, num_stages=4, group_m=4)
+    config = MoEConfig(tile, tile, ONE_TOKEN, ONE_TOKEN, inline_pairs)
+    check(case, case.run(fused_experts_triton, config=config))
+
+
+@pytest.mark.parametrize(
+    "single_gate_up",
+    [None, GemmConfig(16, 8, 512, num_stages=4), GemmConfig(16, 32, 256, num_warps=8)],
+    ids=str,
+)
+def test_one_token_forms(single_gate_up, poisoned_empty):
+    """The last expert is not here; with one expert the pipeline has few steps."""
+    tile = GemmConfig(16, 64, 64, num_stages=4)
+    down = GemmConfig(16, 8, 256, num_stages=8)
+    config = MoEConfig(tile, tile, single_gate_up, down)
+    for ids in ([[2, 0, 5, 9]], [[3]]):
+        ids = torch.tensor(ids)
+        case = make_case(6, ids.shape[1], 520, 328, 1, torch.bfloat16, "cuda", ids=ids)
+        check(case, case.run(fused_experts_triton, config=config))
+
+
+@pytest.mark.parametrize("T", [1, pytest.param(5, marks=FIRST), 140])
 def test_graph_replay_with_changed_routing(T):
     cases = [make_case(16, 4, 256, 192, T, torch.bfloat16, "cuda", seed=s) for s in range(4)]
     static = cases[0].rows(slice(None))
@@ -150,9 +205,13 @@ def test_compile_fullgraph_with_dynamic_tokens():
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("E", "K", "H", "I"), [(32, 4, 512, 384), (8, 2, 1024, 3584)], ids=["small", "split"]
+    ("E", "K", "H", "I", "dtype"),
+    [
+        pytest.param(32, 4, 512, 384, torch.bfloat16, marks=FIRST, id="small"),
+        pytest.param(8, 2, 1024, 3584, torch.bfloat16, id="split"),
+        pytest.param(32, 4, 512, 384, torch.float32, id="fp32"),
+    ],
 )
 def test_batch_invariant(E, K, H, I, dtype):
     """Rows are bit-identical for T = 1..64, beyond a block, and in any order."""
@@ -176,7 +235,7 @@ def test_deterministic():
         assert torch.equal(case.run(fused_experts_triton), first)
 
 
-@pytest.mark.parametrize(("T", "most"), [(1, 2), (2, 3), (8, 3), (64, 3), (128, 4)])
+@pytest.mark.parametrize(("T", "most"), [(1, 2), (8, 3), (128, 4)])
 def test_number_of_launches(T, most):
     case = make_case(32, 8, 256, 128, T, torch.bfloat16, "cuda")
     case.run(fused_experts_triton)
@@ -192,7 +251,7 @@ def test_number_of_launches(T, most):
 @pytest.mark.skipif(
     cuda_ops.unavailable_reason() is not None, reason=f"cuda: {cuda_ops.unavailable_reason()}"
 )
-@pytest.mark.parametrize("T", [1, 2, 8, 9, 33, 64, 65, 200])
+@pytest.mark.parametrize("T", [1, 2, pytest.param(8, marks=FIRST), 9, 33, 64, 65, 200])
 @pytest.mark.parametrize(("E", "K", "H", "I"), [(16, 4, 256, 192), (8, 2, 1024, 1792)])
 def test_cuda_backend(E, K, H, I, T):
     ids = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(T))
