@@ -41,30 +41,41 @@ struct Product {
 
 __device__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
-// Every CTA's next tile, the same for its producer and its consumers; ends at the first idle block.
+// Every CTA's next tile, the same for its producer and its consumers.
 struct Tiles {
     const Product& product;
+    int used;  // blocks that have rows
     int index = static_cast<int>(blockIdx.x);
     Work work{};
     Block block{};
 
     __device__ bool next() {
-        if (index >= product.num_blocks * product.tiles_per_block) return false;
-        work = work_of(index, product.tiles_per_block);
+        if (index >= used * product.tiles_per_block) return false;
+        work = work_of(index, product.tiles_per_block, used);
         const int* const entry = product.plan.blocks + 3 * work.block;
         block = {entry[0], entry[1], entry[2]};
         index += gridDim.x;
-        return block.expert >= 0;
+        return true;
     }
 };
 
+// Blocks in use, which lie before the idle ones. Every thread of the CTA takes part, and waits for the others.
+__device__ int count_used(const Product& product) {
+    int used = 0;
+    for (int first = 0; first < product.num_blocks; first += kThreads) {
+        const int block = first + static_cast<int>(threadIdx.x);
+        used += __syncthreads_count(block < product.num_blocks && product.plan.blocks[3 * block] >= 0);
+    }
+    return used;
+}
+
 template <int N, bool kGateUp>
-__device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens, const Product& product, char* ring,
-                        uint64_t* full, uint64_t* empty) {
+__device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens, const Product& product, int used,
+                        char* ring, uint64_t* full, uint64_t* empty) {
     using R = Ring<N>;
     const uint64_t once = evict_first_policy(), again = evict_last_policy();
     RingSlot slot;
-    Tiles tiles{product};
+    Tiles tiles{product, used};
     while (tiles.next()) {
         const int row0 = first_weight_row(tiles.block.expert, product.rows_per_expert, tiles.work.tile, kGateUp);
         const int row1 = second_weight_row(row0, product.I, kGateUp);
@@ -111,10 +122,10 @@ __device__ void release(uint64_t* empty) {
 }
 
 template <int N, bool kGateUp>
-__device__ void consume(const Product& product, char* ring, uint64_t* full, uint64_t* empty) {
+__device__ void consume(const Product& product, int used, char* ring, uint64_t* full, uint64_t* empty) {
     using R = Ring<N>;
     RingSlot slot;
-    Tiles tiles{product};
+    Tiles tiles{product, used};
     while (tiles.next()) {
         float d0[N / 2] = {}, d1[N / 2] = {};
         int previous = -1;
@@ -166,14 +177,15 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
         barrier_init_fence();
     }
     __syncthreads();
+    const int used = count_used(product);
     if (threadIdx.x >= kConsumers) {
         if (threadIdx.x == kConsumers) {
             prefetch_descriptor(&weights);
             prefetch_descriptor(&tokens);
-            produce<N, kGateUp>(&weights, &tokens, product, ring, full, empty);
+            produce<N, kGateUp>(&weights, &tokens, product, used, ring, full, empty);
         }
     } else {
-        consume<N, kGateUp>(product, ring, full, empty);
+        consume<N, kGateUp>(product, used, ring, full, empty);
     }
 #else
     // Compiled for another architecture: fail rather than leave the result unwritten.

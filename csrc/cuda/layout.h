@@ -34,9 +34,16 @@ struct Work {
 
 MOESD_BOTH int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Tiles of one block are adjacent, so that CTAs which run together stream neighbouring rows.
-MOESD_BOTH Work work_of(int index, int tiles_per_block) {
-    return {index / tiles_per_block, index % tiles_per_block};
+// Equal tiles of a group of blocks are adjacent: an expert's blocks lie next to each other in the plan, so CTAs that
+// run at the same time read one weight tile, from DRAM once and then from the cache. Blocks are those in use; the last
+// group may be smaller. (Idle ones in a group would leave the CTAs that meet them without work.)
+constexpr int kGroupBlocks = 4;
+MOESD_BOTH Work work_of(int index, int tiles_per_block, int blocks) {
+    const int group = index / (kGroupBlocks * tiles_per_block);
+    const int within = index - group * kGroupBlocks * tiles_per_block;
+    const int rest = blocks - group * kGroupBlocks;
+    const int size = rest < kGroupBlocks ? rest : kGroupBlocks;
+    return {group * kGroupBlocks + within % size, within / size};
 }
 
 // First row of each weight operand in the [E * rows_per_expert, K] matrix. gate_up pairs row j with row I + j.

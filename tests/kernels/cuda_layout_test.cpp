@@ -80,16 +80,31 @@ void fragments_cover_the_result() {
 
 void every_tile_has_one_cta() {
     for (int ctas : {1, 7, 264}) {
-        const int blocks = 13, tiles = 24;
-        std::map<std::pair<int, int>, int> count;
-        for (int cta = 0; cta < ctas; ++cta) {
-            for (int index = cta; index < blocks * tiles; index += ctas) {
-                const Work work = work_of(index, tiles);
-                ++count[{work.block, work.tile}];
+        for (int blocks : {1, 3, 4, 13, 16}) {
+            const int tiles = 24;
+            std::map<std::pair<int, int>, int> count;
+            for (int cta = 0; cta < ctas; ++cta) {
+                for (int index = cta; index < blocks * tiles; index += ctas) {
+                    const Work work = work_of(index, tiles, blocks);
+                    ++count[{work.block, work.tile}];
+                }
             }
+            CHECK(count.size() == size_t(blocks * tiles), "%zu tiles", count.size());
+            for (const auto& [tile, times] : count) CHECK(times == 1, "block %d tile %d", tile.first, tile.second);
         }
-        CHECK(count.size() == size_t(blocks * tiles), "%zu tiles", count.size());
-        for (const auto& [tile, times] : count) CHECK(times == 1, "block %d tile %d", tile.first, tile.second);
+    }
+}
+
+// Blocks of one expert in one group read its tile at neighbouring indices: one read of DRAM, then the cache.
+void equal_tiles_of_a_group_are_adjacent() {
+    const int blocks = 13, tiles = 24;
+    std::map<std::pair<int, int>, std::vector<int>> indices;  // (group, tile) -> where it is read
+    for (int index = 0; index < blocks * tiles; ++index) {
+        const Work work = work_of(index, tiles, blocks);
+        indices[{work.block / kGroupBlocks, work.tile}].push_back(index);
+    }
+    for (const auto& [key, read] : indices) {
+        CHECK(read.back() - read.front() == int(read.size()) - 1, "group %d tile %d", key.first, key.second);
     }
 }
 
@@ -165,6 +180,7 @@ int main() {
     descriptors_read_what_tma_wrote();
     fragments_cover_the_result();
     every_tile_has_one_cta();
+    equal_tiles_of_a_group_are_adjacent();
     weight_rows_are_read_once();
     ring_parities();
     bound_on_blocks();
