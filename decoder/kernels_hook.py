@@ -50,6 +50,22 @@ def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | 
     return _op("argmax")
 
 
+@functools.cache
+def nucleus_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """``(probs [..., V], top_p [..., 1]) -> threshold [..., 1]`` in one launch, or ``None``."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return None
+    try:
+        from moesd_kernels import triton as kernels
+    except ImportError:
+        return None
+    if kernels.unavailable_reason() is not None:
+        return None
+    from moesd_kernels.triton.nucleus_kernel import nucleus_threshold
+
+    return nucleus_threshold
+
+
 def _op(name: str) -> Any:
     try:
         from moesd_kernels import cpu_ops

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import kernels_hook
 from .argmax import first_argmax
+from .nucleus import nucleus_threshold
 from .slots import SlotTable
 
 _CANDIDATES = 256  # the nucleus of a trained model rarely holds more tokens
@@ -96,6 +97,8 @@ def _threshold(probs: Tensor, slots: Tensor, table: SlotTable) -> Tensor:
 def _nucleus_threshold(probs: Tensor, slots: Tensor, table: SlotTable) -> Tensor:
     """Probability of the last token of the smallest set whose sum reaches top-p."""
     top_p = table.top_p[slots].double()[:, None, None]
+    if probs.device.type != "cpu":
+        return nucleus_threshold(probs, top_p)
     counts = _candidate_counts(probs, table)
     for count in counts:
         largest = probs.topk(count, dim=-1).values
@@ -109,10 +112,8 @@ def _nucleus_threshold(probs: Tensor, slots: Tensor, table: SlotTable) -> Tensor
 
 
 def _candidate_counts(probs: Tensor, table: SlotTable) -> list[int]:
-    """How many of the largest probabilities to sort, tried in turn where looking is free."""
+    """How many of the largest probabilities to sort, tried in turn."""
     V = probs.shape[-1]
     if not table.features.top_p_without_top_k:
         return [table.features.top_k]
-    if probs.device.type != "cpu" or V <= 2 * _CANDIDATES:
-        return [V]
-    return [_CANDIDATES, V]
+    return [V] if V <= 2 * _CANDIDATES else [_CANDIDATES, V]
