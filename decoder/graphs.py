@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .capture import capture
+
 Outputs = tuple[Tensor, Tensor | None]
 StaticForward = Callable[..., Outputs]
 
@@ -148,15 +150,11 @@ class ForwardGraphs:
 
     def _captured(self, forward: StaticForward, key: Key, entry: _Entry) -> _Entry:
         """Capture on the buffers as they are: repeating a forward writes the same slots again."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # lazy initialisation must not happen inside the capture
-                _run(forward, key, entry)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = _run(forward, key, entry)
+        try:
+            graph, outputs = capture(partial(_run, forward, key, entry), self._pool)
+        except RuntimeError as error:
+            error.add_note("decoding is captured in CUDA graphs; static=False runs without them")
+            raise
         self._pool = graph.pool()
         return entry._replace(graph=graph, outputs=[outputs])
 

@@ -14,7 +14,7 @@ import torch
 from bench.graph import CapturedStack, stack_size
 from bench.layer import make_batch, make_layer
 from bench.shapes import SHAPES, Shape
-from decoder.perf_model import gpu_timer
+from decoder import capture
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 8, 8)
@@ -30,10 +30,11 @@ class Device:
     def install(self, monkeypatch):
         for name in (
             *("stream", "graph", "get_sync_debug_mode", "set_sync_debug_mode"),
-            *("current_stream", "_sleep", "Event", "Stream", "CUDAGraph"),
+            *("current_stream", "current_device", "_sleep", "Event", "Stream", "CUDAGraph"),
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(gpu_timer, "_ABANDONED", [])
+        monkeypatch.setattr(capture, "_ABANDONED", [])
+        monkeypatch.setattr(capture, "_STREAMS", {})
 
     def note(self, text):
         self.log.append(text)
@@ -41,6 +42,9 @@ class Device:
 
     def Stream(self):
         return Stream("side")
+
+    def current_device(self):
+        return 0
 
     def current_stream(self):
         return Stream(self.current)
@@ -54,7 +58,7 @@ class Device:
             self.current = before
 
     @contextmanager
-    def graph(self, captured, stream):
+    def graph(self, captured, pool, stream):
         self.current, self.capturing = stream.name, True
         try:
             yield
@@ -157,7 +161,7 @@ def test_a_failed_capture_gives_the_stream_back_and_keeps_its_graph(device):
     with pytest.raises(RuntimeError, match="invalidated"):
         stack_of(call)
     assert device.current == "default"
-    assert len(gpu_timer._ABANDONED) == 1
+    assert len(capture._ABANDONED) == 1 and not capture._STREAMS
 
 
 @pytest.mark.parametrize("name", ["qwen3-30b", "qwen2-57b", "mixtral", "olmoe", "deepseek-v3"])

@@ -17,7 +17,7 @@ import torch
 from eagle_reference import LAYER, H, random_layer, save
 from engine_models import ragged_prompts, tiny_moe
 
-from decoder import SamplingParams, SpeculativeDecoder
+from decoder import SamplingParams, SpeculativeDecoder, capture
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
@@ -88,21 +88,43 @@ def test_a_released_decoder_leaves_nothing_behind(name, static, tmp_path):
 
 @pytest.mark.usefixtures("uncollected")
 def test_a_released_runner_leaves_no_graph_behind(monkeypatch):
-    graphs: list[Any] = []
     runner = ModelRunner(tiny_moe(dtype=F32), 2, 40, attention="portable", static=True)
-    fake_capture(monkeypatch, graphs)
+    graphs, shared = fake_capture(monkeypatch)
     runner._graphs._capture = True
     for queries in (1, 2):
         positions = torch.arange(queries)[None]
         for _ in range(3):
             runner.forward(torch.full_like(positions, 7), torch.zeros(1).long(), positions)
     assert [graph().replays for graph in graphs] == [3, 3]
+    assert shared == [(None, 0), ((0, 1), 0)], "the pool of the first, on the one stream there is"
     del runner
     assert [graph() for graph in graphs] == [None, None]
 
 
-def fake_capture(monkeypatch: pytest.MonkeyPatch, graphs: list[Any]) -> None:
-    """A CPU's stand-in for ``torch.cuda``'s capture; replaying counts and computes nothing."""
+def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch):
+    runner = ModelRunner(tiny_moe(dtype=F32), 2, 40, attention="portable", static=True)
+    fake_capture(monkeypatch)
+    runner._graphs._capture = True
+
+    def waits(*args: object) -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(runner, "_run", waits)
+    position = torch.zeros(1, 1).long()
+    with pytest.raises(RuntimeError, match="synchronizing") as caught:
+        runner.forward(position, torch.zeros(1).long(), position)
+    assert "static=False" in caught.value.__notes__[0]
+
+
+def fake_capture(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """A CPU's stand-in for ``torch.cuda``'s capture; replaying counts and computes nothing.
+
+    Returns:
+        What is appended to: weak references to the graphs; pool and number of stream of each.
+    """
+    graphs: list[Any] = []
+    shared: list[Any] = []
+    streams: list[Any] = []
 
     class Graph:
         replays = 0
@@ -121,9 +143,21 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch, graphs: list[Any]) -> None:
 
         def __exit__(self, *error: object) -> None: ...
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    def graph(graph: Any, pool: Any, stream: Any) -> Nothing:
+        shared.append((pool, streams.index(stream)))
+        return Nothing()
+
+    def new_stream() -> Any:
+        streams.append(SimpleNamespace(wait_stream=lambda other: None))
+        return streams[-1]
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: Nothing())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", new_stream)
+    monkeypatch.setattr(capture, "_STREAMS", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=print))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: Nothing())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    return graphs, shared
