@@ -285,11 +285,11 @@ class SpeculativeDecoder:
         return min(self.controller.choose(len(self._batch), context), remaining - 1)
 
     def _release_finished(self) -> list[ActiveSequence]:
+        self.sampler.check()  # the tokens have just been waited for
         finished = self._batch.remove_finished()
-        if finished:
-            self._release([sequence.slot for sequence in finished])
-            self.stats.sequences += len(finished)
-            self.stats.tokens += sum(len(sequence.token_ids) for sequence in finished)
+        self._release([sequence.slot for sequence in finished])
+        self.stats.sequences += len(finished)
+        self.stats.tokens += sum(len(sequence.token_ids) for sequence in finished)
         return finished
 
     def _release(self, slots: list[int]) -> None:

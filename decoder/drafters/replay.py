@@ -141,9 +141,7 @@ class ReplayDrafter:
         self._tokens[rows, start] = torch.where(
             unrecorded, state_before.current, self._tokens[rows, start]
         )
-        for slot, length in zip(
-            state_before.slots.tolist(), state_before.host_lengths, strict=True
-        ):
+        for slot, length in state_before.host_rows():
             if slot in self._recording:
                 self._last[slot] = length + 1
 

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from eagle_reference import LAYER, H, random_layer, save
-from engine_models import VOCAB, tiny_moe
+from engine_models import VOCAB, decoder, tiny_moe
 from torch import Tensor
 
+from decoder import SamplingParams
 from decoder.attention import Placement, additive, reference_attention, register
-from decoder.drafters.base import StepState
+from decoder.drafters.base import DraftChain, StepState
 from decoder.drafters.eagle import EagleDrafter
 from decoder.runner import ModelRunner
 from decoder.sampling import Sampler
+from decoder.sampling.sampler import VERIFIERS
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 ROWS, LENGTH = 2, 45
@@ -115,3 +117,45 @@ def test_an_additive_mask_means_what_the_bool_one_does(window):
     out = out.unflatten(2, (2, 3)).permute(0, 3, 1, 2, 4).reshape(2, 3, 4, 8)
     expected = reference_attention(q, keys, values, placement.visible(window), 0.3, None, None)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 8])
+def test_logits_without_a_distribution_end_the_request(monkeypatch, new_tokens):
+    """A CPU raises where it meets them; elsewhere they are noted, and raised after the round."""
+    engine = decoder(tiny_moe(), None, 0, max_length=40)
+    monkeypatch.setattr(engine.sampler, "device", META)
+    params = SamplingParams(temperature=1.0, max_new_tokens=new_tokens)
+    assert len(engine.generate([[7, 8]], params)) == 1
+    engine.runner.model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"slots \[0, 1\]"):
+        engine.generate([[7, 8], [9]], params)
+
+
+MIXED = (
+    SamplingParams(temperature=0.8, top_p=0.9, seed=1),
+    SamplingParams(temperature=1.0, top_k=20, min_p=0.1, repetition_penalty=1.2, seed=2),
+    SamplingParams(logit_bias={3: 1.0}, presence_penalty=0.5, min_new_tokens=3),
+)
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_sampler_waits_for_nothing_and_sends_nothing(monkeypatch, verifier):
+    B, G = len(MIXED), 2
+    sampler = Sampler(B, VOCAB, META, verifier)
+    for slot, params in enumerate(MIXED):
+        sampler.admit(slot, params, [3, 5], {7})
+    slots = torch.zeros(B, dtype=torch.int64, device=META)
+    positions = torch.zeros(B, G + 1, dtype=torch.int64, device=META)
+    logits = torch.zeros(B, G + 1, VOCAB, dtype=BF16, device=META)
+    # From the host to the device is a wait, too, where the memory is not pinned.
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("sent to the device"))
+    state = StepState(slots, slots, slots, slots, positions, [5] * B, [0, 1, 2])
+    chain = DraftChain(sampler, state, G)
+    for step in range(G):
+        chain.draw(logits[:, step : step + 1])
+    draft = chain.finish()
+    assert draft.probs is not None and draft.probs.shape == (B, G, VOCAB)
+    target = sampler.distribution(logits, slots, positions, draft.tokens)
+    verdict = sampler.verify(target, draft, slots, positions)
+    sampler.commit(slots, verdict.tokens, verdict.accepted + 1)
+    assert verdict.tokens.shape == (B, G + 1) and verdict.tokens.device == META
