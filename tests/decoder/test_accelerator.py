@@ -26,14 +26,14 @@ META, BF16 = torch.device("meta"), torch.bfloat16
 ROWS, LENGTH = 2, 45
 
 
-def meta_runner(monkeypatch: pytest.MonkeyPatch, static: bool = False, **changes: Any) -> Any:
+def meta_runner(
+    monkeypatch: pytest.MonkeyPatch, static: bool = False, experts: str = "grouped_mm"
+) -> Any:
     """A runner of a model without data; the probe, which compares values, is left out."""
     monkeypatch.setattr(ModelRunner, "_probe", lambda self: True)
     register()
     model = tiny_moe(dtype=BF16)
-    for name, value in changes.items():
-        setattr(model.config, name, value)
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation(experts)
     return ModelRunner(model.to(META), ROWS, LENGTH + 10, static=static)
 
 
@@ -61,9 +61,10 @@ def check_masks(calls: list[tuple[Tensor, Tensor, bool]], layers: int) -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("static", [False, True])
-def test_a_forward_waits_for_nothing_and_makes_one_aligned_mask(monkeypatch, sdpa, static):
-    runner = meta_runner(monkeypatch, static)
+def test_a_forward_waits_for_nothing_and_makes_one_aligned_mask(monkeypatch, sdpa, static, experts):
+    runner = meta_runner(monkeypatch, static, experts)
     tokens = torch.zeros(ROWS, 3, dtype=torch.int64, device=META)
     out = runner.forward(
         tokens,

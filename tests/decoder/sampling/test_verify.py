@@ -200,23 +200,3 @@ def test_logprobs_of_a_greedy_batch():
     got = sampler.logprobs(logits.bfloat16(), target, target.argmax, 0)
     assert got.raw.dtype == torch.float32 and got.top_ids.shape == (B, 2, 0)
     assert got.processed.eq(0).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("verifier", VERIFIERS)
-def test_a_gpu_decides_as_the_cpu_does(verifier):
-    """The noise is the same bits everywhere; probabilities may differ in the last ones."""
-    draft, logits = random_draft(1), torch.randn(B, G + 1, V)
-    tokens = []
-    for device in ("cpu", "cuda"):
-        sampler = Sampler(B, V, device, verifier)
-        for slot in range(B):
-            params = SamplingParams(temperature=0.8, top_p=0.95, min_p=0.01, seed=slot)
-            sampler.admit(slot, params, [0], set())
-        slots, positions = SLOTS.to(device), POSITIONS.to(device)
-        own = Draft(draft.tokens.to(device), draft.probs.to(device), draft.lengths.to(device))
-        target = sampler.distribution(logits.to(device), slots, positions, own.tokens)
-        tokens.append(sampler.verify(target, own, slots, positions).tokens.cpu())
-        sampler.check()
-    assert (tokens[0] == tokens[1]).all(dim=1).float().mean() > 0.98
