@@ -32,7 +32,7 @@ class Selection:
 
 KERNELS = Selection((LAYER_TESTS,), named="not cuda_backend")
 CUDA = Selection((LAYER_TESTS,), named="cuda_backend")
-DECODER = Selection(("tests/decoder/test_graphs.py",))
+DECODER = Selection(("tests/decoder/test_gpu.py",))
 MEMORY = Selection((LAYER_TESTS,), named="skipped or variants")
 
 
