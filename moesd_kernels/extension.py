@@ -16,13 +16,13 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -156,11 +156,11 @@ def module_name(device: str) -> str:
 
 
 def built_module(device: str) -> Path | None:
-    """The module built for `device`, unless it is older than one of the sources beside it."""
-    spec = importlib.util.find_spec(module_name(device))
-    if spec is None or spec.origin is None:
+    """The module built beside this file for `device`, unless one of its sources is newer."""
+    name = module_name(device).rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
+    path = Path(__file__).with_name(name)
+    if not path.exists():
         return None
-    path = Path(spec.origin)
     built = path.stat().st_mtime
     current = all(source.stat().st_mtime <= built for source in _source_files(device))
     return path if current else None
