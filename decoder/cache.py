@@ -10,11 +10,12 @@ This file stores keys and values. It does not mask (``attention.py``) and does n
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _BUCKET = 256  # slots are added in multiples of it, doubling
@@ -82,6 +83,12 @@ class RaggedCache(Cache):
         """Bytes held by all layers."""
         slabs = [slab for layer in self.ragged_layers for slab in (layer.keys, layer.values)]
         return sum(slab.nbytes for slab in slabs if slab is not None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache: transformers 5.24 renames it, remote code may not."""
+    new, old = "cache", "past_key_values"
+    return new if new in inspect.signature(model.forward).parameters else old
 
 
 def whole_blocks(slots: int) -> int:

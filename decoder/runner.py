@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import attention as ragged
 from . import kernels_hook
-from .cache import RaggedCache, whole_blocks
+from .cache import RaggedCache, cache_argument, whole_blocks
 from .errors import UserError
 from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward
@@ -61,6 +61,7 @@ class ModelRunner:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         check_supported(self.model)
+        self._cache_argument = cache_argument(self.model)
         self._head = self.model.get_output_embeddings()
         self._base = self.model.base_model
         weight = self._head.weight
@@ -221,7 +222,7 @@ class ModelRunner:
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            "past_key_values": self.cache,
+            self._cache_argument: self.cache,
             "attention_mask": self._no_mask,
             "use_cache": True,
         }
@@ -267,7 +268,7 @@ class ModelRunner:
         inputs: dict[str, Any] = {
             "input_ids": ids,
             "position_ids": positions,
-            "past_key_values": self.cache,
+            self._cache_argument: self.cache,
             "use_cache": True,
         }
         refusal = (

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from decoder import SpeculativeDecoder
+from decoder.cache import cache_argument
 from decoder.drafters.base import Draft, StepState
 
 NEW_TOKENS = 17
@@ -141,7 +142,8 @@ class Audited:
         for slot, length in state.host_rows():
             fresh = transformers.DynamicCache()
             ids = state.tokens[slot, :length][None]
-            self.runner.model(input_ids=ids, past_key_values=fresh, use_cache=True)
+            taken = {cache_argument(self.runner.model): fresh, "use_cache": True}
+            self.runner.model(input_ids=ids, **taken)
             for ours, theirs in zip(self.runner.cache.layers, fresh.layers, strict=True):
                 for slab, exact in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
                     error = slab[slot, :length] - exact[0].transpose(0, 1)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+from decoder.cache import cache_argument
+
 VOCAB = 64
 
 _BASE: dict[str, Any] = {
@@ -103,8 +105,9 @@ def greedy_reference(model: Any, prompt: list[int], count: int) -> list[int]:
     """Batch of one, transformers' own DynamicCache, one token at a time, fp32 arg-max."""
     cache = transformers.DynamicCache(config=model.config)
     ids, output = torch.tensor([prompt]), []
+    state = {cache_argument(model): cache, "use_cache": True}
     for _ in range(count):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = model(input_ids=ids, **state).logits[0, -1]
         output.append(int(logits.float().argmax()))
         ids = torch.tensor([[output[-1]]])
     return output

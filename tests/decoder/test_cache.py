@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from decoder.cache import RaggedCache
+from decoder.cache import RaggedCache, cache_argument
 
 
 def states(B, Q, heads=2, width=4, seed=0):
@@ -70,3 +72,33 @@ def test_slabs_start_as_zeros_and_count_their_bytes():
     keys, _ = cache.update(states(1, 1), states(1, 1), 0)
     assert keys.isfinite().all()
     assert cache.nbytes() == 2 * 2 * 64 * 2 * 4 * 4
+
+
+def test_overrides_nothing_of_transformers_by_accident():
+    """Its classes have properties without setters, and which ones changes between versions."""
+    cache = RaggedCache(2, 63)
+    cache.select(torch.tensor([0]), torch.tensor([[0]]))
+    cache.update(states(1, 1), states(1, 1), 0)
+    interface = {"lazy_initialization", "update", "get_mask_sizes", "get_seq_length"}
+    interface |= {"get_max_length", "is_compileable"}
+    for ours, base, meant in (
+        (cache, Cache, set()),
+        (cache.layers[0], CacheLayerMixin, interface),
+    ):
+        named = {name for name in vars(type(ours)) | vars(ours) if not name.startswith("__")}
+        assert (named & set(dir(base))) - {"_abc_impl"} == meant
+
+
+class NewForward(nn.Module):
+    def forward(self, input_ids, cache=None, **kwargs): ...
+
+
+class OldForward(nn.Module):
+    def forward(self, input_ids, past_key_values=None, **kwargs): ...
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(NewForward, "cache"), (OldForward, "past_key_values")]
+)
+def test_the_cache_goes_by_the_name_that_the_forward_has(model, name):
+    assert cache_argument(model()) == name

@@ -9,6 +9,7 @@ import torch
 from scripted import GreedySampler, Script
 from tiny import VOCAB, random_prompts, tiny_model
 
+from decoder.cache import cache_argument
 from decoder.drafters.self_draft import SelfDrafter, find_experts, reduce_top_k
 from decoder.runner import ModelRunner
 
@@ -40,8 +41,9 @@ def reduced_continuation(model: Any, prompt: list[int], top_k: int, count: int) 
     import transformers
 
     cache = transformers.DynamicCache(config=model.config)
+    state = {cache_argument(model): cache, "use_cache": True}
     if len(prompt) > 1:
-        model(torch.tensor([prompt[:-1]]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([prompt[:-1]]), **state)
 
     def shrink(module: Any, args: Any, kwargs: Any) -> Any:
         hidden, index, weights = (*args, *kwargs.values())
@@ -52,7 +54,7 @@ def reduced_continuation(model: Any, prompt: list[int], top_k: int, count: int) 
     handles = [m.register_forward_pre_hook(shrink, with_kwargs=True) for m in find_experts(model)]
     tokens, output = [prompt[-1]], []
     for _ in range(count):
-        logits = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits
+        logits = model(torch.tensor([tokens]), **state).logits
         output.append(int(logits[0, -1].argmax()))
         tokens = [output[-1]]
     for handle in handles:
