@@ -1,29 +1,33 @@
-# Two commands do all of their own set-up: `make demo` and `make test`.
+# Three commands do all of their own set-up: `make demo`, `make test` and `make test-oldest`.
 PYTHON ?= python3
-VENV   := .venv
-PY     := $(VENV)/bin/python
-READY  := $(VENV)/.ready
+PYTEST := -m pytest -n auto --dist loadfile
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
-demo: $(READY)
-	$(PY) -m decoder
+demo: .venv/.ready
+	.venv/bin/python -m decoder
 
 test: lint
-	$(PY) -m pytest -n auto --dist loadfile
+	.venv/bin/python $(PYTEST)
 
-lint: $(READY)
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy -p moesd_kernels -p decoder -p bench -p training
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python $(PYTEST)
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy -p moesd_kernels -p decoder -p bench -p training
+
+.venv/.ready: CONSTRAINTS := constraints.txt
+.venv-oldest/.ready: CONSTRAINTS := constraints-oldest.txt
 
 # torch goes in first, so that setup.py finds it and builds the C++ extension ahead of time
 # (--no-build-isolation: the build must see this torch, not one of its own).
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt setuptools torch==2.13.0 ninja
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+%/.ready: pyproject.toml setup.py $(wildcard constraints*.txt csrc/*.* csrc/*/*)
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install -q -c $(CONSTRAINTS) setuptools torch
+	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info moesd_kernels/*.so
+	rm -rf .venv .venv-oldest build *.egg-info moesd_kernels/*.so
