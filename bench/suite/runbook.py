@@ -40,7 +40,7 @@ def run_book(sizes: Sizes) -> list[Piece]:
     return [
         Piece("machine", 20, machine.describe),
         Piece("compile", 35, compiling.compile_kernels),
-        Piece("kernel-tests", 30, partial(testing.run_tests, testing.KERNELS)),
+        Piece("first-tests", 30, partial(testing.run_tests, testing.FIRST)),
         *(
             Piece(f"layer-{name}", 30, partial(layers.measure, name, "auto"))
             for name in sizes.shapes
@@ -54,6 +54,7 @@ def run_book(sizes: Sizes) -> list[Piece]:
         Piece("step", 40, decoding.profile_steps),
         Piece("decode", 110, decoding.measure),
         Piece("fit", 10, decoding.fit),
+        Piece("kernel-tests", 40, partial(testing.run_tests, testing.KERNELS)),
         Piece("tune", 60, tuning.tune),
         *(
             Piece(f"tuned-{name}", 15, partial(layers.measure, name, "auto"), tiles_for(name))
