@@ -23,7 +23,7 @@ lint: .venv/.ready
 
 # torch goes in first, so that setup.py finds it and builds the C++ extension ahead of time
 # (--no-build-isolation: the build must see this torch, not one of its own).
-%/.ready: pyproject.toml setup.py $(wildcard constraints*.txt csrc/*.* csrc/*/*)
+%/.ready: pyproject.toml setup.py $(wildcard constraints*.txt csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install -q -c $(CONSTRAINTS) setuptools torch
 	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'

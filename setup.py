@@ -15,9 +15,9 @@ DEVICES = ("cpu", "cuda")
 
 
 def load_builder():
-    """moesd_kernels/extension.py by itself: importing the package is no build step."""
-    path = ROOT / "moesd_kernels" / "extension.py"
-    spec = importlib.util.spec_from_file_location("moesd_extension", path)
+    """moesd_kernels/library.py by itself: importing the package is no build step."""
+    path = ROOT / "moesd_kernels" / "library.py"
+    spec = importlib.util.spec_from_file_location("moesd_library", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in wanted:
         sub = subparsers.add_parser(name, help=COMMANDS[name], description=COMMANDS[name])
         if name in argv[:1]:
-            module = importlib.import_module(f"bench.{name}")
+            module = importlib.import_module(f"bench.commands.{name}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .params import SamplingParams
+from decoder.requests.params import SamplingParams
 
 if TYPE_CHECKING:
-    from .engine import SpeculativeDecoder
-    from .outputs import Output
-    from .startup import profile_rounds
+    from decoder.engine.loop import SpeculativeDecoder
+    from decoder.engine.profile_rounds import profile_rounds
+    from decoder.requests.outputs import Output
 
 __all__ = ["Output", "SamplingParams", "SpeculativeDecoder", "profile_rounds"]
 
-_HOMES = {"SpeculativeDecoder": "engine", "Output": "outputs", "profile_rounds": "startup"}
+_HOMES = {
+    "SpeculativeDecoder": "engine.loop",
+    "Output": "requests.outputs",
+    "profile_rounds": "engine.profile_rounds",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .cli.options import OneLineParser, parse
+from decoder.cli.options import OneLineParser, parse
+
 from .errors import UserError
 
-_COMMANDS = ("demo", "generate", "compare", "verify", "plan")
+_COMMANDS = ("demo", "generate", "compare", "audit", "plan")
 
 
 def build_parser() -> OneLineParser:
@@ -29,9 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "demo")
     args = parse(build_parser(), arguments)
-    module = importlib.import_module(f".cli.{args.command}", __package__)
     try:
-        return module.run(args)
+        return args.run(args)
     except UserError as error:
         print(f"moesd: error: {error}", file=sys.stderr)
         return 2

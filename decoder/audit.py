@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .outputs import Output
-from .params import SamplingParams
+from decoder.requests.outputs import Output
+from decoder.requests.params import SamplingParams
+from decoder.requests.sequence import Prompt, Request
+
 from .sampling import Sampler
-from .sequence import Prompt, Request
 
 if TYPE_CHECKING:
-    from .engine import SpeculativeDecoder
-    from .runner import ModelRunner
+    from decoder.engine.loop import SpeculativeDecoder
+    from decoder.model.runner import ModelRunner
 
 _SMALLEST_P_VALUE = 1e-6
 _JITTER_BATCHES = 2  # forward passes in verify shape that the jitter is measured on

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import SpeculativeDecoder
+from decoder.engine.loop import SpeculativeDecoder
+from decoder.requests.params import SamplingParams
+
 from .errors import UserError
-from .params import SamplingParams
 
 _UNSUPPORTED = {
     "num_beams": 1,

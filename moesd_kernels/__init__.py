@@ -7,12 +7,13 @@ Importing this package needs torch and nothing else: no Triton, no compiler, no 
 transformers.
 """
 
-from .api import fused_experts
-from .backends import available_backends
+from moesd_kernels.experts.api import fused_experts
+from moesd_kernels.experts.backends import available_backends
+from moesd_kernels.experts.routing import Routing, plan_routing
+from moesd_kernels.hooks.experts import accelerate, decelerate, register
+from moesd_kernels.hooks.routers import RouterRule
+
 from .moe import MoE, MoEConfig
-from .routers import RouterRule
-from .routing import Routing, plan_routing
-from .transformers_hook import accelerate, decelerate, register
 
 __all__ = [
     "MoE",

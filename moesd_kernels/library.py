@@ -44,19 +44,15 @@ _AVX512_FLAGS = (
     "-Wno-maybe-uninitialized",  # false alarms inside GCC's own avx512fintrin.h (GCC bug 105593)
     "-Wno-uninitialized",
 )
-_BOUNDARY_SOURCES = (
-    *("register.cpp", "cpu/dispatch.cpp", "cpu/experts.cpp", "cpu/dense.cpp"),
-    *("cpu/attention.cpp", "cpu/rope.cpp", "cpu/layers.cpp"),
-)
 _CUDA_FLAGS = (
     *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     "-gencode=arch=compute_90a,code=sm_90a",  # wgmma exists there only, not on plain sm_90
 )
 _X86_SOURCES = {
-    "cpu/isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-    "cpu/isa_avx512.cpp": _AVX512_FLAGS,
-    "cpu/isa_avx512_bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
-    "cpu/isa_amx.cpp": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "cpu/isa/isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "cpu/isa/isa_avx512.cpp": _AVX512_FLAGS,
+    "cpu/isa/isa_avx512_bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
+    "cpu/isa/isa_amx.cpp": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 
 
@@ -64,18 +60,23 @@ def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
+def _names(pattern: str) -> list[str]:
+    """Sources below `SOURCE_ROOT`, relative to it, in order."""
+    return sorted(str(path.relative_to(SOURCE_ROOT)) for path in SOURCE_ROOT.glob(pattern))
+
+
 def _source_flags(device: str) -> dict[str, tuple[str, ...]]:
     """Each source below `SOURCE_ROOT` and the flags it is compiled with."""
     boundary = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     boundary += ["-isystem", str(_TORCH / "include")]
     if device == "cuda":
-        sources = sorted((SOURCE_ROOT / "cuda").glob("*.cu"))
-        return {f"cuda/{path.name}": (*_CUDA_FLAGS, *boundary) for path in sources}
+        return dict.fromkeys(_names("cuda/*.cu"), (*_CUDA_FLAGS, *boundary))
     boundary.append("-fopenmp")
     if _is_x86():
         boundary.append("-DMOESD_X86_KERNELS")
-    flags = dict.fromkeys(_BOUNDARY_SOURCES, (*_COMMON_FLAGS, *boundary))
-    flags["cpu/isa_portable.cpp"] = _COMMON_FLAGS
+    meets_torch = ["register.cpp", *_names("cpu/ops/*.cpp")]
+    flags = dict.fromkeys(meets_torch, (*_COMMON_FLAGS, *boundary))
+    flags["cpu/isa/isa_portable.cpp"] = _COMMON_FLAGS
     if _is_x86():
         flags |= {name: (*_COMMON_FLAGS, *isa) for name, isa in _X86_SOURCES.items()}
     return flags
@@ -140,7 +141,7 @@ def compile_library(device: str, target: Path, compiler: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         jobs = []
         for name, flags in _source_flags(device).items():
-            compiled = Path(folder) / (Path(name).stem + ".o")
+            compiled = Path(folder) / (name.replace("/", "-") + ".o")
             jobs.append([compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(compiled)])
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(_run, jobs))
@@ -181,14 +182,14 @@ def missing(device: str) -> str | None:
 
 
 def _source_files(device: str) -> list[Path]:
-    return sorted([*SOURCE_ROOT.glob("*.*"), *(SOURCE_ROOT / device).glob("*.*")])
+    return sorted([*SOURCE_ROOT.glob("*.*"), *(SOURCE_ROOT / device).rglob("*.*")])
 
 
 def _cache_key(device: str, compiler: str) -> str:
     facts = (torch.__version__, _version(compiler), _source_flags(device), _link_flags(device))
     digest = hashlib.sha256(repr(facts).encode())
     for path in _source_files(device):
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(str(path.relative_to(SOURCE_ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import FUNCTIONS, canonical_activation
-from .api import fused_experts
-from .gates import recognise_gate
-from .routers import RouterRule, recognise_router, router_logits
+from moesd_kernels.experts.activations import FUNCTIONS, canonical_activation
+from moesd_kernels.experts.api import fused_experts
+from moesd_kernels.hooks.gates import recognise_gate
+from moesd_kernels.hooks.routers import RouterRule, recognise_router, router_logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def random_prompts(
 def load_writer(path: Path, device: str = "cpu"):
     """A decoder that continues texts of up to ROW tokens with the saved bf16 target."""
     from decoder import SpeculativeDecoder
-    from decoder.loading import load_model
+    from decoder.model.loading import load_model
 
     return SpeculativeDecoder(
         load_model(path, device=device),

@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.arguments import numbers
-from bench.decode_run import Subject, drafter_for
-from bench.models import load_subject
-from bench.prompts import random_prompts
-from bench.record import Recorder
-from bench.timer import interleaved, summarize
+from bench.commands.arguments import numbers
+from bench.measure.record import Recorder
+from bench.measure.timer import interleaved, summarize
+from bench.runs.decode import Subject, drafter_for
+from bench.workloads.models import load_subject
+from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.controller import AutoGamma
-from decoder.perf_model.acceptance import AcceptanceEstimator
-from decoder.startup import profile_rounds
+from decoder.engine.profile_rounds import profile_rounds
+from decoder.gamma.acceptance import AcceptanceEstimator
+from decoder.gamma.auto import AutoGamma
 
 PROMPT_TOKENS = 32
 TWIN = "0 again"

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.arguments import numbers
-from bench.ceilings import CeilingProbe
-from bench.cells import setup_fields
-from bench.decode_run import Pair, Subject, measure_batch
-from bench.machine import machine_with_kernels
-from bench.models import load_subject
-from bench.record import Recorder
+from bench.commands.arguments import numbers
+from bench.measure.ceilings import CeilingProbe
+from bench.measure.machine import machine_with_kernels
+from bench.measure.record import Recorder
+from bench.runs.cells import setup_fields
+from bench.runs.decode import Pair, Subject, measure_batch
+from bench.workloads.models import load_subject
 from decoder.drafters.eagle_loader import EagleCheckpoint
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import eagle_spec

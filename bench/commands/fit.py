@@ -10,15 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.cells import Cells, load_cells
-from bench.record import Recorder, environment
+from bench.measure.record import Recorder, environment
+from bench.runs.cells import Cells, load_cells
 from decoder.perf_model.fit_report import ErrorSummary, evaluate
-from decoder.perf_model.improved_fit import (
-    ImprovedFit,
-    fit_improved,
-    predict_speedup,
-    sensitivities,
-)
+from decoder.perf_model.forward_fit import ImprovedFit, fit_improved, predict_speedup, sensitivities
 from decoder.perf_model.observations import (
     Observation,
     d_optimal_indices,

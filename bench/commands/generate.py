@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.arguments import numbers
-from bench.models import draft_like, moe_310m, random_model
+from bench.commands.arguments import numbers
+from bench.measure.record import Recorder
+from bench.measure.timer import interleaved, summarize
 from bench.peers.generate_transformers import TransformersGenerate
 from bench.peers.vllm_generate import VllmGenerate
-from bench.prompts import load_prompts, random_prompts
-from bench.record import Recorder
-from bench.timer import interleaved, summarize
+from bench.workloads.models import draft_like, moe_310m, random_model
+from bench.workloads.prompts import load_prompts, random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.independent import IndependentDrafter

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.arguments import numbers
-from bench.ceilings import measure_ceilings
-from bench.layer_benchmark import LayerBenchmark, Settings, efficiency
+from bench.commands.arguments import numbers
+from bench.measure.ceilings import measure_ceilings
+from bench.measure.record import Recorder
 from bench.peers.vllm_experts import VllmExperts
-from bench.record import Recorder
-from bench.routing import DEFAULT_UNION_RATIO, ROUTINGS
-from bench.shapes import CPU_SHAPES, Shape, parse_shape
+from bench.runs.layer import LayerBenchmark, Settings, efficiency
+from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
+from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,19 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.arguments import numbers
-from bench.cells import group_cells
-from bench.decode import fields, setup_for
-from bench.decode_run import Subject, measure_batch
-from bench.models import load_model, random_model
-from bench.prompts import load_prompts
-from bench.record import Recorder
-from bench.scaling import random_eagle, scaled_config
+from bench.commands.arguments import numbers
+from bench.commands.decode import fields, setup_for
+from bench.measure.record import Recorder
+from bench.runs.cells import group_cells
+from bench.runs.decode import Subject, measure_batch
+from bench.workloads.models import load_model, random_model
+from bench.workloads.prompts import load_prompts
+from bench.workloads.scaling import random_eagle, scaled_config
 from decoder.embedded import load_pair, target_path
-from decoder.perf_model.improved_fit import predict_speedup
+from decoder.perf_model.forward_fit import predict_speedup
+from decoder.perf_model.hardware.presets import PAPER_PAIRS
 from decoder.perf_model.observations import Observation
 from decoder.perf_model.paper_tables import PaperCell, paper_cells
-from decoder.perf_model.presets import PAPER_PAIRS
 from decoder.perf_model.theory import alpha_from_sigma
 
 PRESETS = ("qwen2-57b-a14b", "mixtral-8x7b", "qwen3-30b-a3b", "opt-30b", "embedded")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.record import read_lines
+from bench.measure.record import read_lines
 
 Lines = list[dict[str, Any]]
 

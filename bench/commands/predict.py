@@ -11,10 +11,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bench.cells import load_cells
-from bench.record import Recorder
+from bench.measure.record import Recorder
+from bench.runs.cells import load_cells
 from decoder.perf_model.fit_report import evaluate
-from decoder.perf_model.improved_fit import predict_speedup
+from decoder.perf_model.forward_fit import predict_speedup
 from decoder.perf_model.observations import Observation
 from decoder.perf_model.profile import load_profile
 

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.ceilings import measure_ceilings
-from bench.machine import machine_with_kernels
-from bench.record import Recorder
+from bench.measure.ceilings import measure_ceilings
+from bench.measure.machine import machine_with_kernels
+from bench.measure.record import Recorder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

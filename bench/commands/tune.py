@@ -1,9 +1,10 @@
 """``bench tune``: measure tiles on this GPU and write the file the selector reads.
 
-For every layer and number of tokens the model's choice and the hand-picked ones of `bench.tiles`
-are timed in CUDA graphs over rotated weights: first gate_up's tiles and the height of a block, then
-down's, then whether gate_up finds its rows by itself; at T = 1 the one-token forms'. A candidate
-that changes the result beyond rounding is dropped. Not run on a GPU yet.
+For every layer and number of tokens the model's choice and the hand-picked ones of
+`bench.runs.tiles` are timed in CUDA graphs over rotated weights: first gate_up's tiles and the
+height of a block, then down's, then whether gate_up finds its rows by itself; at T = 1 the
+one-token forms'. A candidate that changes the result beyond rounding is dropped.
+Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import tiles
-from bench.graph import CapturedStack, stack_size
-from bench.layer import Batch, Layer, make_batch, make_layer
-from bench.routing import DEFAULT_UNION_RATIO
-from bench.shapes import Shape, parse_shape
-from bench.tiles_file import has_entry, write_entry
-from bench.timer import seconds_of
-from moesd_kernels.triton.config import Gemm, bucket, model_choice
-from moesd_kernels.triton.tuned import FOLDER, config_path, entry_of
-from moesd_kernels.triton.types import H200, Device, LayerShape, MoEConfig
+from bench.measure.graph import CapturedStack, stack_size
+from bench.measure.timer import seconds_of
+from bench.runs import tiles
+from bench.runs.tiles_file import has_entry, write_entry
+from bench.workloads.layer import Batch, Layer, make_batch, make_layer
+from bench.workloads.routing import DEFAULT_UNION_RATIO
+from bench.workloads.shapes import Shape, parse_shape
+from moesd_kernels.experts.triton.config import Gemm, bucket, model_choice
+from moesd_kernels.experts.triton.tuned import FOLDER, config_path, entry_of
+from moesd_kernels.experts.triton.types import H200, Device, LayerShape, MoEConfig
 
 TOKENS = "1,2,4,8,16,32,64,128,256,512"
 CANDIDATES = 16
@@ -95,7 +96,8 @@ def tune_shape(
 ) -> list[dict[str, Any]]:
     """Tune a shape on a device and write the results as ``<folder>/<device>.json``.
 
-    Prints nothing. :func:`moesd_kernels.triton.tuned.use_folder` makes the selector read the file.
+    Prints nothing. :func:`moesd_kernels.experts.triton.tuned.use_folder` makes the selector read
+    the file.
 
     Args:
         shape: The layer; several sets of its weights are made.
@@ -190,7 +192,7 @@ class _Bench:
 
 
 def _caller(config: MoEConfig) -> Callable[[Layer, Tensor, Tensor, Tensor], Tensor]:
-    from moesd_kernels.triton.launch import fused_experts_triton
+    from moesd_kernels.experts.triton.launch import fused_experts_triton
 
     return lambda layer, hidden, ids, weights: fused_experts_triton(
         hidden, layer.w_gate_up, layer.w_down, ids, weights, config=config
@@ -208,7 +210,7 @@ def _tune(
     on: torch.device | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The results of `tune_shape` one by one, each already written."""
-    from moesd_kernels.triton.device import device_of
+    from moesd_kernels.experts.triton.device import device_of
 
     end = time.perf_counter() + budget_s
     on = on or torch.device("cuda", torch.cuda.current_device())

@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
-from bench.timer import seconds_of
-from decoder.perf_model.gpu_timer import best_seconds
+from bench.measure.timer import seconds_of
+from decoder.perf_model.hardware.gpu_timer import best_seconds
 
 READ_BYTES = {"cpu": 2**29, "cuda": 2**30}  # halves of it are several times an L2 cache
 PROBE_BYTES = 2**28

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from bench.layer import Batch, Layer
-from decoder.perf_model.gpu_timer import captured, replay_seconds
+from bench.workloads.layer import Batch, Layer
+from decoder.perf_model.hardware.gpu_timer import captured, replay_seconds
 
 STACK = 8
 STACK_BYTES = 60 * 2**30

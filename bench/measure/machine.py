@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.graph import MIN_STACK, CapturedStack
-from bench.layer import Batch, Layer, make_layer
-from bench.shapes import Shape
-from bench.timer import CacheFlusher, seconds_of
-from decoder.perf_model.machine import Machine, RowCurve
-from decoder.perf_model.measure_machine import Linear, measure_machine
-from moesd_kernels import cpu_ops, fused_experts
+from bench.measure.graph import MIN_STACK, CapturedStack
+from bench.measure.timer import CacheFlusher, seconds_of
+from bench.workloads.layer import Batch, Layer, make_layer
+from bench.workloads.shapes import Shape
+from decoder.perf_model.hardware.machine import Machine, RowCurve
+from decoder.perf_model.hardware.measure_machine import Linear, measure_machine
+from moesd_kernels import fused_experts
+from moesd_kernels.dense import ops
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 REPEATS = 9
@@ -31,8 +32,8 @@ def machine_with_kernels(
         shape: layer on which the expert kernel's row curve is taken.
     """
     device = torch.device(device)
-    ours = device.type == "cpu" and cpu_ops.unavailable() is None
-    linear: Linear = cpu_ops.linear if ours else torch.nn.functional.linear
+    ours = device.type == "cpu" and ops.unavailable() is None
+    linear: Linear = ops.linear if ours else torch.nn.functional.linear
     curve = expert_curve(shape or CURVE_SHAPES[device.type], dtype, device)
     return measure_machine(device, dtype, linear=linear, expert_curve=curve)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("csrc", "moesd_kernels", "decoder", "bench")
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 LIBRARIES = ("torch", "transformers", "triton", "numpy", "scipy")

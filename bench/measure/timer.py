@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from decoder.perf_model.gpu_timer import event_seconds
+from decoder.perf_model.hardware.gpu_timer import event_seconds
 
 CACHE_FLUSH_BYTES = 96 * 2**20  # above any last-level cache we measure on; see flush_cache
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.layer import Layer
+from bench.workloads.layer import Layer
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 

@@ -40,8 +40,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.layer import Layer
-from bench.shapes import Shape
+from bench.workloads.layer import Layer
+from bench.workloads.shapes import Shape
 
 FILE = "fused_moe.py"
 TAKEN = (

@@ -48,10 +48,10 @@ def _serve(threads: int) -> None:
     import vllm
     from vllm import _custom_ops as ops
 
-    from bench.layer import make_batch, make_layer
+    from bench.measure.timer import CacheFlusher
     from bench.peers.worker import serve
-    from bench.shapes import Shape
-    from bench.timer import CacheFlusher
+    from bench.workloads.layer import make_batch, make_layer
+    from bench.workloads.shapes import Shape
 
     torch.set_num_threads(threads)
     cpu = torch.device("cpu")

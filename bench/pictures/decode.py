@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.cells import Cells, group_cells
-from bench.fit import fit_cells
+from bench.commands.fit import fit_cells
 from bench.pictures.style import Lines, axes, heat_map, save
-from decoder.perf_model.improved_fit import fit_improved
+from bench.runs.cells import Cells, group_cells
+from decoder.perf_model.forward_fit import fit_improved
 from decoder.perf_model.observations import Observation, paper_order, spread_indices
 from decoder.perf_model.theory import active_experts
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.record import read_lines
-from decoder.perf_model.improved_model import ForwardModel
-from decoder.perf_model.machine import Machine
+from bench.measure.record import read_lines
+from decoder.perf_model.forward_model import ForwardModel
+from decoder.perf_model.hardware.machine import Machine
 from decoder.perf_model.model_spec import ModelSpec
 from decoder.perf_model.observations import Observation
 

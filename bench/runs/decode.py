@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from bench.forced import ForcedSampler, force
-from bench.prompts import random_prompts
-from bench.telemetry import count_experts
-from bench.timer import summarize
+from bench.measure.telemetry import count_experts
+from bench.measure.timer import summarize
+from bench.runs.forced import ForcedSampler, force
+from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.eagle_loader import EagleCheckpoint
 from decoder.drafters.independent import IndependentDrafter
-from decoder.startup import RoundLog
+from decoder.engine.profile_rounds import RoundLog
 from moesd_kernels import accelerate
 
 Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.ceilings import CeilingProbe, Ceilings
-from bench.graph import CapturedStack, LayerCall, stack_size
-from bench.launches import launch_seconds
-from bench.layer import Batch, Layer, floor_seconds, layer_bytes, make_batch, make_layer
+from bench.measure.ceilings import CeilingProbe, Ceilings
+from bench.measure.graph import CapturedStack, LayerCall, stack_size
+from bench.measure.launches import launch_seconds
+from bench.measure.record import Recorder
+from bench.measure.timer import CacheFlusher, interleaved, seconds_of, summarize
 from bench.peers.experts_transformers import TransformersExperts
 from bench.peers.vllm_experts import VllmExperts
-from bench.record import Recorder
-from bench.shapes import Shape
-from bench.timer import CacheFlusher, interleaved, seconds_of, summarize
+from bench.workloads.layer import Batch, Layer, floor_seconds, layer_bytes, make_batch, make_layer
+from bench.workloads.shapes import Shape
 from moesd_kernels import fused_experts
 
 if TYPE_CHECKING:

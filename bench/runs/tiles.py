@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from moesd_kernels.triton.config import GROUP_M, Gemm, block_rows, shared_bytes
-from moesd_kernels.triton.types import Device, GemmConfig, LayerShape, MoEConfig
+from moesd_kernels.experts.triton.config import GROUP_M, Gemm, block_rows, shared_bytes
+from moesd_kernels.experts.triton.types import Device, GemmConfig, LayerShape, MoEConfig
 
 # block_n, block_k, num_stages, num_warps, split_k, swap_ab; the first is tried at every height.
 GATE_UP = (

@@ -1,4 +1,4 @@
-"""The file of tuned tiles, entry by entry; `moesd_kernels.triton.tuned` reads it."""
+"""The file of tuned tiles, entry by entry; `moesd_kernels.experts.triton.tuned` reads it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moesd_kernels.triton.config import bucket
-from moesd_kernels.triton.types import LayerShape
+from moesd_kernels.experts.triton.config import bucket
+from moesd_kernels.experts.triton.types import LayerShape
 
 
 def _read(path: Path) -> dict[str, Any]:

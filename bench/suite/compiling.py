@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from bench.layer import Layer
-from bench.shapes import Shape
 from bench.suite.session import Session
+from bench.workloads.layer import Layer
+from bench.workloads.shapes import Shape
 
 COMPILERS = 12
 # What a dry run compiles for: the architecture of the first GPUs this will meet.
@@ -50,7 +50,7 @@ def compile_layers(jobs: list[tuple[Shape, int]], device: str, source: Path | No
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from moesd_kernels.triton import fused_experts_triton
+    from moesd_kernels.experts.triton import fused_experts_triton
 
     if device == "cpu":
         driver.set_active(StandInDriver())

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cells import load_cells, setup_fields
-from bench.decode import fields
-from bench.decode_run import Subject, measure_batch
-from bench.fit import fit_cells, record_errors
-from bench.models import random_model
-from bench.scaling import scaled_config
+from bench.commands.decode import fields
+from bench.commands.fit import fit_cells, record_errors
+from bench.runs.cells import load_cells, setup_fields
+from bench.runs.decode import Subject, measure_batch
 from bench.suite.progress import FILE
 from bench.suite.session import OutOfTimeError, Session
 from bench.suite.sizes import DRAFT, fitting_preset
+from bench.workloads.models import random_model
+from bench.workloads.scaling import scaled_config
+from decoder.model.runner import ModelRunner
 from decoder.perf_model.config_spec import spec_from_config
-from decoder.perf_model.machine import Machine
+from decoder.perf_model.hardware.machine import Machine
 from decoder.perf_model.theory import alpha_from_sigma
-from decoder.runner import ModelRunner
 from moesd_kernels import accelerate
 
 # The paper's best sigma at this gamma; acceptance is imposed by replay.

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.layer import Layer
-from bench.layer_benchmark import LayerBenchmark, Settings
-from bench.routing import DEFAULT_UNION_RATIO
+from bench.runs.layer import LayerBenchmark, Settings
 from bench.suite.session import Session
+from bench.workloads.layer import Layer
+from bench.workloads.routing import DEFAULT_UNION_RATIO
 from moesd_kernels import fused_experts
 
 PEERS = ("grouped_mm", "batched_mm")

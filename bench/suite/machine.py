@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from bench.ceilings import measure_ceilings
-from bench.machine import machine_with_kernels
+from bench.measure.ceilings import measure_ceilings
+from bench.measure.machine import machine_with_kernels
 from bench.suite.session import Session
 
 # In a process of its own: what it builds lies in a cache that the worker then finds.
-BUILD = "from moesd_kernels import extension as e; print(e.load('cpu') or e.load('cuda'))"
+BUILD = "from moesd_kernels import library as e; print(e.load('cpu') or e.load('cuda'))"
 PROPERTIES = ("multi_processor_count", "L2_cache_size", "total_memory", "major", "minor")
 
 

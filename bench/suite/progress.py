@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.record import Recorder
+from bench.measure.record import Recorder
 
 FILE = "suite.jsonl"
 

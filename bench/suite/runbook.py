@@ -66,9 +66,9 @@ def run_book(sizes: Sizes) -> list[Piece]:
 
 def cuda_backend(session: Session) -> str | None:
     """Why the CUDA C++ back-end cannot run here."""
-    from moesd_kernels import cuda_ops
+    from moesd_kernels.experts import cuda
 
-    return cuda_ops.unavailable_reason()
+    return cuda.unavailable_reason()
 
 
 def compute_sanitizer(session: Session) -> str | None:

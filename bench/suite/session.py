@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.ceilings import Ceilings
+from bench.measure.ceilings import Ceilings
 from bench.suite.progress import Lines
 from bench.suite.sizes import Sizes
 

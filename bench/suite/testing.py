@@ -13,7 +13,7 @@ import torch
 from bench.suite.session import OutOfTimeError, Session
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYER_TESTS = "tests/kernels/triton/test_gpu.py"
+LAYER_TESTS = "tests/moesd_kernels/experts/triton/test_gpu.py"
 
 
 @dataclass(frozen=True, slots=True)

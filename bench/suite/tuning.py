@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import torch
 
-from bench.shapes import Shape
+from bench.commands.tune import tune_shape
 from bench.suite.session import Session
-from bench.tune import tune_shape
-from moesd_kernels.triton import tuned
+from bench.workloads.shapes import Shape
+from moesd_kernels.experts.triton import tuned
 
 # What one (shape, T) wants: half of the candidates' compilation, and their replays.
 SHAPE_S = 12.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.routing import distinct_experts, route
-from bench.shapes import Shape
+from bench.workloads.routing import distinct_experts, route
+from bench.workloads.shapes import Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 DATA_FILES = {"humaneval": "HumanEval.jsonl.gz", "mt-bench": "mt_bench.jsonl"}
 
 

@@ -1,4 +1,4 @@
-// Index arithmetic of the CUDA kernels that needs no GPU: tests/kernels/test_cuda_compile.py compiles it for
+// Index arithmetic of the CUDA kernels that needs no GPU: tests/moesd_kernels/experts/test_cuda_compile.py compiles it for
 // the host and checks it against what the hardware does with the same numbers.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""``python -m decoder verify``: is speculative output the target's own, on this machine?"""
+"""``python -m decoder audit``: is speculative output the target's own, on this machine?"""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..params import SamplingParams
-from ..sequence import Prompt
+from decoder.requests.params import SamplingParams
+from decoder.requests.sequence import Prompt
+
 from .compare import load_prompts
 from .options import (
     Setup,
@@ -21,7 +22,7 @@ from .options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..verification import Audit, LawCheck
+    from decoder.audit import Audit, LawCheck
 
 _SHOWN = 20
 
@@ -29,7 +30,8 @@ _SHOWN = 20
 def add_parser(subparsers: Any) -> None:
     """Register the sub-command."""
     parser = subparsers.add_parser(
-        "verify",
+        "audit",
+        aliases=["verify"],
         help="speculative output against the target's own, every difference explained",
         description=(
             "Greedy and coupled output must be identical: each first difference is a numeric "
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Audit and print; 1 when something is unexplained."""
     from rich.console import Console
 
-    from ..verification import audit
+    from decoder.audit import audit
 
     params = sampling_params(args)
     prompts = repeated(_prompts(args), params, args.samples)
@@ -129,7 +131,7 @@ def divergence_table(result: Audit) -> Table:
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.prompts is not None:
         return load_prompts(args.prompts, args.limit)
-    from ..embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
+    from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
 
     return list((CODE_PROMPTS + PROSE_PROMPTS)[: args.limit])
 
@@ -138,7 +140,7 @@ def _reference(args: argparse.Namespace, setup: Setup) -> Any:
     """The target in fp32 with transformers' own experts and attention: none of our kernels."""
     import torch
 
-    from ..loading import load_model
+    from decoder.model.loading import load_model
 
     path = args.target or embedded_path("target")
     return load_model(path, dtype=torch.float32, device=setup.target.device, experts="eager")

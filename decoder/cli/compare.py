@@ -10,17 +10,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from ..metrics import DecoderStats
-from ..outputs import Output
-from ..params import SamplingParams
-from ..prompts_io import check_prompts, read_prompts
-from .options import (
-    Setup,
-    _positive,
-    add_model_arguments,
-    add_sampling_arguments,
-    sampling_params,
-)
+from decoder.engine.metrics import DecoderStats
+from decoder.requests.outputs import Output
+from decoder.requests.params import SamplingParams
+
+from .files import check_prompts, read_prompts
+from .options import Setup, _positive, add_model_arguments, add_sampling_arguments, sampling_params
 
 
 @dataclass(slots=True)
@@ -119,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 also when outputs differ, which sampling without coupling does."""
     from rich.console import Console
 
-    from ..view import comparison_table
+    from .view import comparison_table
 
     params = sampling_params(args)
     prompts = load_prompts(args.prompts, args.limit)
@@ -147,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
 def load_prompts(path: str | None, limit: int | None) -> list[Any]:
     """The prompts of a file, or the built-in code prompts."""
     if path is None:
-        from ..embedded.prompts import CODE_PROMPTS
+        from decoder.embedded.prompts import CODE_PROMPTS
 
         return list(CODE_PROMPTS[:limit])
     check_prompts(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..outputs import Output
+from decoder.requests.outputs import Output
+
 from .compare import Comparison, compare
 from .options import Setup, add_model_arguments, add_sampling_arguments, sampling_params
 
@@ -29,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
     """Print completions and a table; 1 when speculative output differs from the target's own."""
     from rich.console import Console
 
-    from ..embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
-    from ..view import legend
+    from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
+
+    from .view import legend
 
     params = sampling_params(args)
     console = Console(highlight=False)
@@ -52,7 +54,7 @@ def _print_completion(console: Any, output: Output, tokenizer: Any) -> None:
     from rich.rule import Rule
     from rich.text import Text
 
-    from ..view import colored
+    from .view import colored
 
     kind = "code" if output.index < _CODE else "prose"
     stats = output.stats
@@ -67,7 +69,7 @@ def _print_completion(console: Any, output: Output, tokenizer: Any) -> None:
 
 
 def _table(result: Comparison, drafter: str, gamma: Any) -> Any:
-    from ..view import comparison_table, number
+    from .view import comparison_table, number
 
     rows = [
         (f"  mean accepted per round, {kind}", "-", number(_mean_accepted(part)))

@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import UserError
-from .outputs import Output
-from .params import SamplingParams
+from decoder.errors import UserError
+from decoder.requests.outputs import Output
+from decoder.requests.params import SamplingParams
 
 _PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 _KNOWN = _PARAMETERS | {"prompt", "token_ids", "id", "task_id"}

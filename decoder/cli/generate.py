@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..errors import UserError
-from ..outputs import Output
-from ..prompts_io import LineId, ResultWriter, check_prompts, read_prompts
+from decoder.errors import UserError
+from decoder.requests.outputs import Output
+
+from .files import LineId, ResultWriter, check_prompts, read_prompts
 from .options import Setup, add_model_arguments, add_sampling_arguments, sampling_params
 
 _QUIET_BELOW = 64  # prompts: shorter runs without a terminal show no progress bar
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"interrupted after {decoder.stats.sequences} results", file=sys.stderr)
             return 130
-    from ..view import stats_line
+    from .view import stats_line
 
     print(stats_line(decoder.stats), file=sys.stderr)
     return 0
@@ -75,7 +76,7 @@ def _shower(args: argparse.Namespace, writer: ResultWriter, tokenizer: Any) -> A
     from rich.console import Console
     from rich.text import Text
 
-    from ..view import colored
+    from .view import colored
 
     force = {"auto": None, "always": True, "never": False}[args.color]
     console = Console(force_terminal=force, highlight=False, soft_wrap=True)

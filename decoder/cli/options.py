@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..errors import UserError
-from ..params import SamplingParams
+from decoder.errors import UserError
+from decoder.requests.params import SamplingParams
 
 DRAFTER_NAMES = {
     "auto": "auto",
@@ -80,7 +80,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..loading import DTYPES
+    from decoder.model.loading import DTYPES
 
     group = parser.add_argument_group("machine")
     group.add_argument("--batch-size", "--max-num-seqs", type=_positive, default=16, metavar="B")
@@ -145,7 +145,7 @@ class Setup:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from ..loading import DTYPES, load_model, load_tokenizer
+        from decoder.model.loading import DTYPES, load_model, load_tokenizer
 
         disable_progress_bar()
         self.args = args
@@ -173,8 +173,8 @@ class Setup:
 
     def decoder(self, *, plain: bool = False) -> Any:
         """A decoder as the flags describe, or one that only decodes autoregressively."""
-        from ..engine import SpeculativeDecoder
-        from ..startup import profile_rounds
+        from decoder.engine.loop import SpeculativeDecoder
+        from decoder.engine.profile_rounds import profile_rounds
 
         args = self.args
         decoder = SpeculativeDecoder(
@@ -195,7 +195,7 @@ class Setup:
 
     def drafter(self) -> Any:
         """The drafter that the flags describe."""
-        from ..drafters import ReplayDrafter, build_drafter
+        from decoder.drafters import ReplayDrafter, build_drafter
 
         args = self.args
         kind = DRAFTER_NAMES[args.drafter]
@@ -224,7 +224,7 @@ def embedded_path(part: str) -> str:
     Raises:
         UserError: the package was installed without it.
     """
-    from .. import embedded
+    from decoder import embedded
 
     find = {"target": embedded.target_path, "draft": embedded.draft_path}
     try:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from decoder.perf_model.improved_model import ForwardModel
-    from decoder.perf_model.machine import Machine
+    from decoder.perf_model.forward_model import ForwardModel
+    from decoder.perf_model.hardware.machine import Machine
     from decoder.perf_model.model_spec import ModelSpec
     from decoder.perf_model.planner import Plan
     from decoder.perf_model.profile import Profile
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]:
     """The forward model that the arguments describe, and the profile behind it if any."""
     from decoder.perf_model.activation import IidActivation
-    from decoder.perf_model.improved_model import ForwardModel
+    from decoder.perf_model.forward_model import ForwardModel
 
     machine, profile = _machine(args.machine, args.dtype)
     if profile is not None and not args.target:
@@ -135,13 +135,13 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
 
 
 def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
-    from decoder.perf_model.machine import named_machine
+    from decoder.perf_model.hardware.machine import named_machine
     from decoder.perf_model.profile import load_profile
 
     if name == "this":
         import torch
 
-        from decoder.perf_model.measure_machine import measure_machine
+        from decoder.perf_model.hardware.measure_machine import measure_machine
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtypes = {"fp32": torch.float32, "fp16": torch.float16}
@@ -154,7 +154,7 @@ def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
 
 def _spec(name: str, dtype: str | None) -> ModelSpec:
     from decoder.perf_model.config_spec import spec_from_config
-    from decoder.perf_model.presets import is_preset, preset_spec
+    from decoder.perf_model.hardware.presets import is_preset, preset_spec
 
     path = Path(name)
     if path.is_dir():
@@ -176,8 +176,8 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
 def _draft(
     name: str | None, target_name: str, target: ModelSpec, dtype: str | None
 ) -> ModelSpec | None:
+    from decoder.perf_model.hardware.presets import is_preset, paper_draft_spec
     from decoder.perf_model.model_spec import eagle_spec
-    from decoder.perf_model.presets import is_preset, paper_draft_spec
 
     if name == "none":
         return None

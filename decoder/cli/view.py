@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import DecoderStats
-from .outputs import Output
+from decoder.engine.metrics import DecoderStats
+from decoder.requests.outputs import Output
 
 DRAFTED = "green"
 OWN = "bold magenta"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from decoder.errors import UserError
+
 from .base import Draft, Drafter, StepState
 from .ngram import HybridDrafter, NgramDrafter
 from .none import NoDrafter
@@ -92,7 +93,7 @@ def _from_path(
         from .eagle import EagleDrafter
 
         return EagleDrafter(spec, kernels=kernels)
-    from ..loading import load_model, load_tokenizer
+    from decoder.model.loading import load_model, load_tokenizer
 
     weight = target.get_input_embeddings().weight
     model = load_model(spec, dtype=weight.dtype, device=weight.device)
@@ -106,7 +107,8 @@ def _from_path(
 def _independent(
     model: Any, tokenizer: Any | None, target_tokenizer: Any | None, kernels: bool
 ) -> Drafter:
-    from ..kernels_hook import accelerate
+    from decoder.model.kernels import accelerate
+
     from .independent import IndependentDrafter
 
     if not hasattr(model, "get_output_embeddings"):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..runner import ModelRunner
-    from ..sampling import Sampler, Verdict
+    from decoder.model.runner import ModelRunner
+    from decoder.sampling import Sampler, Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import Placement, placed
-from ..cache import RaggedCache
-from ..errors import UserError
-from ..kernels_hook import accelerate, ragged_attention_op
+from decoder.errors import UserError
+from decoder.model.attention import Placement, placed
+from decoder.model.cache import RaggedCache
+from decoder.model.kernels import accelerate, ragged_attention_op
+
 from .base import Draft, DraftChain, StepState
 from .eagle_head import EagleHead
 from .eagle_loader import EagleCheckpoint, load_eagle
 
 if TYPE_CHECKING:
-    from ..runner import ModelRunner
-    from ..sampling import Sampler, Verdict
+    from decoder.model.runner import ModelRunner
+    from decoder.sampling import Sampler, Verdict
 
 logger = logging.getLogger(__name__)
 

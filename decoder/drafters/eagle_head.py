@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import Placement, ragged_attention
-from ..cache import RaggedCache
-from ..errors import UserError
+from decoder.errors import UserError
+from decoder.model.attention import Placement, ragged_attention
+from decoder.model.cache import RaggedCache
+
 from .eagle_loader import EagleCheckpoint, EagleConfig
 from .vocab import fit_vocab
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from decoder.errors import UserError
 
 Kind = Literal["eagle1", "eagle3"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

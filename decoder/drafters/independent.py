@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from decoder.errors import UserError
+
 from .base import Draft, DraftChain, StepState
 from .vocab import fit_vocab, require_same_vocabulary
 
 if TYPE_CHECKING:
-    from ..runner import ModelRunner
-    from ..sampling import Sampler, Verdict
+    from decoder.model.runner import ModelRunner
+    from decoder.sampling import Sampler, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class IndependentDrafter:
         self._tokenizers = (target_tokenizer, tokenizer)
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
-        from ..runner import ModelRunner
+        from decoder.model.runner import ModelRunner
 
         draft_size = self.model.get_output_embeddings().weight.shape[0]
         require_same_vocabulary(sampler.vocab_size, draft_size, *self._tokenizers)

@@ -16,8 +16,8 @@ from torch import Tensor
 from .base import Draft, Drafter, StatelessDrafter, StepState
 
 if TYPE_CHECKING:
-    from ..runner import ModelRunner
-    from ..sampling import Sampler, Verdict
+    from decoder.model.runner import ModelRunner
+    from decoder.sampling import Sampler, Verdict
 
 
 class Match(NamedTuple):

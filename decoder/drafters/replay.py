@@ -22,8 +22,8 @@ from torch import Tensor
 from .base import Draft, Drafter, StepState
 
 if TYPE_CHECKING:
-    from ..runner import ModelRunner
-    from ..sampling import Sampler, Verdict
+    from decoder.model.runner import ModelRunner
+    from decoder.sampling import Sampler, Verdict
 
 Prompt = tuple[int, ...]
 

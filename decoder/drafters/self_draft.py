@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..errors import UserError
+from decoder.errors import UserError
+
 from .base import Draft, DraftChain, StatelessDrafter, StepState
 
 if TYPE_CHECKING:
-    from ..runner import ModelRunner
-    from ..sampling import Sampler
+    from decoder.model.runner import ModelRunner
+    from decoder.sampling import Sampler
 
 
 def reduce_top_k(index: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from decoder.errors import UserError
 
 
 def fit_vocab(logits: Tensor, vocab_size: int) -> Tensor:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .drafters.base import StepState
-from .outputs import TokenLogprob
-from .sampling import Probs, Sampler
-from .sampling.verdict import Verdict
-from .sequence import ActiveSequence
+from decoder.drafters.base import StepState
+from decoder.requests.outputs import TokenLogprob
+from decoder.requests.sequence import ActiveSequence
+from decoder.sampling import Probs, Sampler
+from decoder.sampling.verdict import Verdict
 
 
 class LiveBatch:

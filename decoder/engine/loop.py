@@ -12,20 +12,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import kernels_hook
+from decoder.drafters import Drafter, build_drafter
+from decoder.drafters.base import Draft
+from decoder.errors import UserError
+from decoder.gamma.base import Controller
+from decoder.model.kernels import accelerate
+from decoder.model.loading import eos_ids, load_model, load_tokenizer
+from decoder.model.runner import ForwardOutput, ModelRunner
+from decoder.requests.outputs import Output, TokenLogprob
+from decoder.requests.params import SamplingParams
+from decoder.requests.sequence import ActiveSequence, Prompt, Request, RequestReader
+from decoder.sampling import Sampler, Verdict
+
 from .batch import LiveBatch, padded, token_logprobs
-from .drafters import Drafter, build_drafter
-from .drafters.base import Draft
-from .errors import UserError
-from .gamma import Controller
-from .loading import eos_ids, load_model, load_tokenizer
 from .metrics import DecoderStats
-from .outputs import Output, TokenLogprob
-from .params import SamplingParams
 from .phases import PhaseClock
-from .runner import ForwardOutput, ModelRunner
-from .sampling import Sampler, Verdict
-from .sequence import ActiveSequence, Prompt, Request, RequestReader
 from .settings import checked_length, make_controller
 
 _AUTO_MAX_GAMMA = 8
@@ -80,7 +81,7 @@ class SpeculativeDecoder:
             tokenizer = tokenizer or load_tokenizer(target)
             target = load_model(target)
         if kernels:
-            kernels_hook.accelerate(target)
+            accelerate(target)
         self.tokenizer = tokenizer
         options = {"kernels": kernels, **(drafter_options or {})}
         self.drafter: Drafter = build_drafter(drafter, target, tokenizer, **options)

@@ -12,11 +12,12 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
-from .controller import AutoGamma
-from .engine import SpeculativeDecoder
-from .gamma import FixedGamma
-from .params import SamplingParams
-from .perf_model.step_cost import measure_costs
+from decoder.gamma.auto import AutoGamma
+from decoder.gamma.base import FixedGamma
+from decoder.gamma.step_cost import measure_costs
+from decoder.requests.params import SamplingParams
+
+from .loop import SpeculativeDecoder
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .controller import AutoGamma
-from .drafters import Drafter, NoDrafter
-from .errors import UserError
-from .gamma import Controller, FixedGamma
-from .loading import context_length
+from decoder.drafters import Drafter, NoDrafter
+from decoder.errors import UserError
+from decoder.gamma.auto import AutoGamma
+from decoder.gamma.base import Controller, FixedGamma
+from decoder.model.loading import context_length
 
 _ACCELERATOR_MAX_LENGTH = 4096  # KV is allocated up front there
 

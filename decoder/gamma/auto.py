@@ -18,11 +18,11 @@ from itertools import accumulate
 from statistics import median_low
 from typing import NamedTuple
 
-from decoder.gamma import Counts, Times
-from decoder.perf_model.acceptance import AcceptanceEstimator
-from decoder.perf_model.learned_cost import LearnedCost
-from decoder.perf_model.step_cost import CorrectedCost, RoundCost, bucket_of
-from decoder.probing import Probe, ProbeBudget
+from .acceptance import AcceptanceEstimator
+from .base import Counts, Times
+from .learned_cost import LearnedCost
+from .probing import Probe, ProbeBudget
+from .step_cost import CorrectedCost, RoundCost, bucket_of
 
 _SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
 _LEAVE_GAIN = 0.04  # the same for leaving plain decoding, where going to and fro costs catching up

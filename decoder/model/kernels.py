@@ -56,35 +56,35 @@ def nucleus_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] |
     if device.type != "cuda" or dtype != torch.float32:
         return None
     try:
-        from moesd_kernels import triton as kernels
+        from moesd_kernels.experts import triton as kernels
     except ImportError:
         return None
     if kernels.unavailable_reason() is not None:
         return None
-    from moesd_kernels.triton.nucleus_kernel import nucleus_threshold
+    from moesd_kernels.dense.nucleus_kernel import nucleus_threshold
 
     return nucleus_threshold
 
 
 def _op(name: str) -> Any:
     try:
-        from moesd_kernels import cpu_ops
+        from moesd_kernels.dense import ops
     except ImportError:
         return None
-    if cpu_ops.unavailable() is not None:
+    if ops.unavailable() is not None:
         return None
     return getattr(torch.ops.moesd, name).default
 
 
 def layer_stack() -> Any:
     """An empty ``LayerStack``; there is one wherever there is the attention kernel."""
-    from moesd_kernels.layer_stack import layer_stack
+    from moesd_kernels.hooks.layer_stack import layer_stack
 
     return layer_stack()
 
 
 def set_mlp(stack: Any, module: torch.nn.Module) -> bool:
     """Whether the stack runs this MLP as that of the layer added last."""
-    from moesd_kernels.layer_stack import set_mlp
+    from moesd_kernels.hooks.layer_stack import set_mlp
 
     return set_mlp(stack, module)

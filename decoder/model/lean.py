@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels_hook
+from . import kernels
 from .attention import Placement
 from .cache import RaggedCache
 
@@ -44,11 +44,11 @@ class LeanForward:
         # Of each layer's input, then the final one: each follows an addition, except the first.
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._mlps = [layer.mlp for layer in base.layers]
-        self._stack = kernels_hook.layer_stack()
+        self._stack = kernels.layer_stack()
         self.whole = True  # whether the stack has every MLP
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
             _add_attention(self._stack, layer, following, windows)
-            self.whole &= kernels_hook.set_mlp(self._stack, layer.mlp)
+            self.whole &= kernels.set_mlp(self._stack, layer.mlp)
         self._cache = cache
         self._max_length = max_length
         self._rotary = base.rotary_emb

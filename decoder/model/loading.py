@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from decoder.errors import UserError
 
 DTYPES = {
     "auto": "auto",

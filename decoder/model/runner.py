@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from decoder.errors import UserError
+
 from . import attention as ragged
-from . import kernels_hook
+from . import kernels
 from .cache import RaggedCache, cache_argument, whole_blocks
-from .errors import UserError
 from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward
 from .prefill import PREFILL_CHUNK, prefill_parts
@@ -75,9 +76,7 @@ class ModelRunner:
         # Growing would move the slabs under captured graphs.
         self.cache = RaggedCache(max_batch_size, max_length, max_length if is_static else None)
         self._op = (
-            kernels_hook.ragged_attention_op(self.device, self.dtype)
-            if attention == "auto"
-            else None
+            kernels.ragged_attention_op(self.device, self.dtype) if attention == "auto" else None
         )
         self._windows: dict[int, int] = {}
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from decoder.errors import UserError
 
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 

@@ -1,4 +1,4 @@
-"""Fits the adjustments of ``improved_model`` to measured times, or to speedups alone.
+"""Fits the adjustments of ``forward_model`` to measured times, or to speedups alone.
 
 All residuals are logarithms of predicted over measured, so that microseconds and milliseconds,
 times and speedups weigh alike. A weak pull towards 1 (the machine's own prediction) settles what
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from decoder.perf_model.hardware.machine import Machine
+
 from .activation import CorrelatedActivation
 from .fit_report import Identifiability, identifiability
-from .improved_model import Adjustments, ForwardModel
-from .machine import Machine
+from .forward_model import Adjustments, ForwardModel
 from .model_spec import ModelSpec
 from .observations import Observation, require_points
 

@@ -4,7 +4,7 @@ Differences from the paper's ten parameters: B * (gamma + 1) tokens are charged;
 expert products, attention and the output head have their own rooflines with a smooth maximum;
 expert unions may be correlated; the KV cache is read (long contexts); launches and per-token work
 are explicit; remote or offloaded experts travel over a link. With parameters straight from a
-``Machine`` it needs no measurement of the model at all; ``improved_fit`` adjusts them.
+``Machine`` it needs no measurement of the model at all; ``forward_fit`` adjusts them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from decoder.perf_model.hardware.machine import Machine, RowCurve
+
 from . import theory
 from .activation import ActiveExperts, CorrelatedActivation
-from .machine import Machine, RowCurve
 from .model_spec import LayerSpec, ModelSpec
 
 

@@ -16,9 +16,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from decoder.perf_model.hardware.machine import Machine
+
 from . import theory
 from .fit_report import Identifiability, identifiability
-from .machine import Machine
 from .model_spec import ModelSpec
 from .observations import Observation, require_points
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import theory
-from .improved_model import ForwardModel
+from .forward_model import ForwardModel
 from .profile import Profile
 
 # Checked by tests/decoder/perf_model/test_planner.py: zero-measurement predictions against the 60

@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from decoder.perf_model.hardware.machine import Machine
+
 from .fit_report import ErrorSummary
-from .improved_fit import ImprovedFit, model_from_json, model_to_json
-from .improved_model import ForwardModel
-from .machine import Machine
+from .forward_fit import ImprovedFit, model_from_json, model_to_json
+from .forward_model import ForwardModel
 from .model_spec import ModelSpec
 from .observations import MIN_POINTS
 from .paper_model import PaperModel

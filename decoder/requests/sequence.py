@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UserError
+from decoder.errors import UserError
+
 from .outputs import Output, SequenceStats, TokenLogprob
 from .params import SamplingParams
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .verdict import Verdict, leading
 
 if TYPE_CHECKING:
-    from ..drafters.base import Draft
+    from decoder.drafters.base import Draft
 
 
 def verify_greedy(target_argmax: Tensor, draft: Draft) -> Verdict:

@@ -18,7 +18,7 @@ from .argmax import first_argmax
 from .verdict import Verdict
 
 if TYPE_CHECKING:
-    from ..drafters.base import Draft
+    from decoder.drafters.base import Draft
 
 _CHUNK_ELEMENTS = 1 << 25
 

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import kernels_hook
+from decoder.model import kernels
+
 from .argmax import first_argmax
 from .nucleus import nucleus_threshold
-from .slots import SlotTable
+from .rows import SlotTable
 
 _CANDIDATES = 256  # the nucleus of a trained model rarely holds more tokens
 
@@ -33,7 +34,7 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     bf16 and fp16 convert to fp32 exactly, so no conversion is needed for the comparison.
     """
-    argmax = kernels_hook.argmax_op(logits.device, logits.dtype)
+    argmax = kernels.argmax_op(logits.device, logits.dtype)
     if argmax is not None:
         return argmax(logits)
     best = first_argmax(logits)

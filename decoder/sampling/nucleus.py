@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import kernels_hook
+from decoder.model import kernels
 
 
 def nucleus_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def nucleus_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
     Returns:
         ``[..., 1]`` in the dtype of ``probs``; 0 where all is kept. No host synchronisation.
     """
-    op = kernels_hook.nucleus_op(probs.device, probs.dtype)
+    op = kernels.nucleus_op(probs.device, probs.dtype)
     return (op or bisected_threshold)(probs, top_p)
 
 

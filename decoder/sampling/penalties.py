@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..params import SamplingParams
+from decoder.requests.params import SamplingParams
 
 
 class Adjustments:

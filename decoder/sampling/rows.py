@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..params import SamplingParams
+from decoder.requests.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

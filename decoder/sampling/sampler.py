@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..params import SamplingParams
+from decoder.requests.params import SamplingParams
+
 from . import rng
 from .accept import accept_standard, verify_greedy
 from .block import accept_block
@@ -20,11 +21,11 @@ from .distribution import Probs, most_probable, one_hot_where, truncated
 from .logprobs import TokenLogprobs, token_logprobs
 from .penalties import Adjustments
 from .rng import Stream
-from .slots import SlotTable
+from .rows import SlotTable
 from .verdict import Verdict, assemble, residual
 
 if TYPE_CHECKING:
-    from ..drafters.base import Draft
+    from decoder.drafters.base import Draft
 
 VerifierName = Literal["standard", "block", "coupled"]
 VERIFIERS: tuple[str, ...] = get_args(VerifierName)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..drafters.base import Draft
+    from decoder.drafters.base import Draft
 
 
 class Verdict(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import extension
+from moesd_kernels import library
 
 
 class Routed(NamedTuple):
@@ -29,7 +29,7 @@ class Routed(NamedTuple):
 @functools.cache
 def unavailable() -> str | None:
     """None when the operators are loaded (building them if needed), otherwise the reason."""
-    reason = extension.load()
+    reason = library.load()
     if reason is None:
         _register_fakes()
     return reason

@@ -1,6 +1,6 @@
 """Back-ends of ``fused_experts``: which exist, which can run here, which one is chosen.
 
-A back-end is a function with the signature of :func:`moesd_kernels.reference.fused_experts_torch`.
+A back-end is a function with the signature of :func:`.reference.fused_experts_torch`.
 Nothing is imported or compiled before a back-end is first asked for.
 """
 
@@ -63,13 +63,13 @@ class Request(NamedTuple):
 
 
 def _cpu_reason() -> str | None:
-    from . import cpu_ops
+    from moesd_kernels.dense import ops
 
-    return cpu_ops.unavailable()
+    return ops.unavailable()
 
 
 def _load_cpu() -> Callable[..., Tensor]:
-    from .cpu_ops import experts
+    from moesd_kernels.dense.ops import experts
 
     def fused_experts_cpu(
         hidden_states: Tensor,
@@ -94,19 +94,19 @@ def _triton_reason() -> str | None:
 
 
 def _load_triton() -> Callable[..., Tensor]:
-    from .triton.launch import fused_experts_triton
+    from moesd_kernels.experts.triton.launch import fused_experts_triton
 
     return fused_experts_triton
 
 
 def _cuda_reason() -> str | None:
-    from . import cuda_ops
+    from . import cuda
 
-    return cuda_ops.unavailable_reason()
+    return cuda.unavailable_reason()
 
 
 def _load_cuda() -> Callable[..., Tensor]:
-    from .cuda_ops import fused_experts_cuda
+    from .cuda import fused_experts_cuda
 
     return fused_experts_cuda
 

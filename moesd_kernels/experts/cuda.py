@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import extension
+from moesd_kernels import library
 
 MAX_PAIRS = 8192
 
@@ -23,7 +23,7 @@ def unavailable_reason() -> str | None:
         return "no CUDA device"
     if torch.cuda.get_device_capability()[0] != 9:
         return f"compute capability is {torch.cuda.get_device_capability()}, (9, 0) is needed"
-    return extension.missing("cuda")
+    return library.missing("cuda")
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _load() -> None:
         RuntimeError: The operators could not be built or loaded.
     """
     # The CPU's library holds the schema that the CUDA kernel implements.
-    reason = extension.load("cpu") or extension.load("cuda")
+    reason = library.load("cpu") or library.load("cuda")
     if reason is not None:
         raise RuntimeError(reason)
 

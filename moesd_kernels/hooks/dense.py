@@ -43,9 +43,9 @@ def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
     """
     if not required and not any(p.device.type == "cpu" for p in model.parameters()):
         return 0
-    from . import cpu_ops
+    from moesd_kernels.dense import ops
 
-    reason = cpu_ops.unavailable()
+    reason = ops.unavailable()
     if reason is not None:
         if required:
             raise RuntimeError(f"dense=True needs the CPU kernels: {reason}")
@@ -56,7 +56,7 @@ def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
         if forward is not None:
             module.forward = types.MethodType(forward, module)
             count += 1
-    logger.info("%d dense modules run the CPU kernels (%s)", count, cpu_ops.isa())
+    logger.info("%d dense modules run the CPU kernels (%s)", count, ops.isa())
     return count
 
 
@@ -113,7 +113,7 @@ def _fusable(rule: RouterRule, router: nn.Module) -> bool:
 
 def _norm_agrees(module: nn.Module, eps: float) -> bool:
     """Whether ``w * (x / rms(x))`` is what the module computes (gemma's has 1 + w)."""
-    from .cpu_ops import rms_norm
+    from moesd_kernels.dense.ops import rms_norm
 
     probe = copy.deepcopy(module).float()
     generator = torch.Generator().manual_seed(0)
@@ -153,7 +153,7 @@ def _gated_mlp(module: nn.Module) -> str | None:
 
 def _mlp_agrees(module: nn.Module, activation: str) -> bool:
     """Whether the class's forward computes that, tried on small layers in place of its own."""
-    from .cpu_ops import act_and_mul
+    from moesd_kernels.dense.ops import act_and_mul
 
     generator = torch.Generator().manual_seed(0)
     small = {name: nn.Linear(5, 5) for name in _MLP_PARTS}

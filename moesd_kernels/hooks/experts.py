@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .api import fused_experts, needs_grad
-from .backends import Request, choose_backend
+from moesd_kernels.experts.api import fused_experts, needs_grad
+from moesd_kernels.experts.backends import Request, choose_backend
+
 from .gates import recognise_gate
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def accelerate(
         ValueError: `dense` is not "auto", True or False.
         RuntimeError: `dense` is True and the CPU kernels cannot run; the message says why.
     """
-    from .dense_hook import accelerate_dense
+    from .dense import accelerate_dense
 
     if dense not in ("auto", True, False):
         raise ValueError(f"dense must be 'auto', True or False, got {dense!r}")
@@ -122,7 +123,7 @@ def accelerate(
 
 def decelerate(model: Model) -> Model:
     """Undo :func:`accelerate`: transformers' default experts and the modules' own forwards."""
-    from .dense_hook import decelerate_dense
+    from .dense import decelerate_dense
 
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation("grouped_mm")  # type: ignore[operator]

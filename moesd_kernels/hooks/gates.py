@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import FUNCTIONS, apply_activation
+from moesd_kernels.experts.activations import FUNCTIONS, apply_activation
 
 _LIMIT_NAMES = ("limit", "swiglu_limit")
 _ALPHA_NAMES = ("alpha", "swiglu_alpha")

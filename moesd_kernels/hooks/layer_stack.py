@@ -1,6 +1,6 @@
 """``LayerStack`` of the C++ library: a model's decoder layers without the interpreter between ops.
 
-The class is documented in ``csrc/cpu/layers.cpp``. It runs the MLPs that ``set_mlp`` is taught;
+The class is documented in ``csrc/cpu/ops/layers.cpp``. It runs the MLPs that ``set_mlp`` is taught;
 every other layer's MLP is left to the caller, so any block of a model fits in between.
 """
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dense_hook import fused_router_of, gated_activation_of, runs_linear
-from .transformers_hook import Plan, plan_of, settings_of
+from .dense import fused_router_of, gated_activation_of, runs_linear
+from .experts import Plan, plan_of, settings_of
 
 
 def layer_stack() -> Any:
-    """An empty stack; the CPU operators must be available (``cpu_ops.unavailable``)."""
+    """An empty stack; the CPU operators must be available (``dense.ops.unavailable``)."""
     return torch.classes.moesd.LayerStack()
 
 

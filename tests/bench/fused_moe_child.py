@@ -11,9 +11,9 @@ sys.path.insert(0, "")  # the script's own folder stands where the current one w
 
 import torch
 
-from bench.layer import make_batch, make_layer
 from bench.peers.fused_moe_triton import FusedMoeTriton
-from bench.shapes import Shape
+from bench.workloads.layer import make_batch, make_layer
+from bench.workloads.shapes import Shape
 from moesd_kernels import fused_experts
 
 CPU = torch.device("cpu")

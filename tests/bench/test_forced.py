@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import ragged_prompts, tiny_moe
+from support.engine_models import ragged_prompts, tiny_moe
 
-from bench.decode_run import Subject, measure_batch
-from bench.forced import force
-from bench.models import draft_like, moe_310m, random_model
+from bench.runs.decode import Subject, measure_batch
+from bench.runs.forced import force
+from bench.workloads.models import draft_like, moe_310m, random_model
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 

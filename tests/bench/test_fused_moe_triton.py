@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench.peers.fused_moe_triton import TAKEN, FusedMoeTriton, fused_moe_peers
-from bench.shapes import Shape
+from bench.workloads.shapes import Shape
 
 HERE = Path(__file__).parent
 FAKE = HERE / "fake_vllm"

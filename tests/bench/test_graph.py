@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench.graph import CapturedStack, stack_size
-from bench.layer import make_batch, make_layer
-from bench.shapes import SHAPES, Shape
-from decoder import capture
+from bench.measure.graph import CapturedStack, stack_size
+from bench.workloads.layer import make_batch, make_layer
+from bench.workloads.shapes import SHAPES, Shape
+from decoder.model import capture
 
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 2, 8, 8)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import layer_benchmark
 from bench.__main__ import main
-from bench.ceilings import Ceilings
-from bench.layer import floor_seconds
-from bench.layer_benchmark import SLOW_S, LayerBenchmark, Settings
+from bench.measure.ceilings import Ceilings
+from bench.measure.record import Recorder
 from bench.peers.experts_transformers import IMPLEMENTATIONS
-from bench.record import Recorder
-from bench.shapes import Shape
+from bench.runs import layer as layer_benchmark
+from bench.runs.layer import SLOW_S, LayerBenchmark, Settings
+from bench.workloads.layer import floor_seconds
+from bench.workloads.shapes import Shape
 
 SHAPE = Shape(16, 2, 32, 16)
 CEILINGS = Ceilings(1e10, 1e10, {"float32": 1e11})

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ceilings, machine
-from bench.shapes import Shape
+from bench.measure import ceilings, machine
+from bench.workloads.shapes import Shape
 
 SHAPE = Shape(4, 2, 8, 8)
 CUDA = torch.device("cuda")

@@ -7,14 +7,14 @@ import json
 import pytest
 
 from bench.__main__ import main
-from bench.cells import load_cells, setup_fields
-from bench.fit import DESIGNS, fit_cells
-from bench.models import draft_like, moe_310m
-from bench.predict import best_gammas
-from bench.record import Recorder
+from bench.commands.fit import DESIGNS, fit_cells
+from bench.commands.predict import best_gammas
+from bench.measure.record import Recorder
+from bench.runs.cells import load_cells, setup_fields
+from bench.workloads.models import draft_like, moe_310m
 from decoder.perf_model.config_spec import spec_from_config
-from decoder.perf_model.improved_model import Adjustments, ForwardModel
-from decoder.perf_model.machine import named_machine
+from decoder.perf_model.forward_model import Adjustments, ForwardModel
+from decoder.perf_model.hardware.machine import named_machine
 from decoder.perf_model.observations import Observation
 from decoder.perf_model.profile import load_profile
 from decoder.perf_model.theory import active_experts, sigma_from_alpha

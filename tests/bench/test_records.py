@@ -9,11 +9,11 @@ import shutil
 import pytest
 import torch
 
-from bench.prompts import load_prompts, random_prompts
-from bench.record import Recorder, git_commit, read_lines, sources_digest
-from bench.routing import ROUTINGS, distinct_experts, route
-from bench.shapes import Shape, parse_shape
-from bench.timer import interleaved, summarize
+from bench.measure.record import Recorder, git_commit, read_lines, sources_digest
+from bench.measure.timer import interleaved, summarize
+from bench.workloads.prompts import load_prompts, random_prompts
+from bench.workloads.routing import ROUTINGS, distinct_experts, route
+from bench.workloads.shapes import Shape, parse_shape
 
 
 def test_a_line_carries_its_environment_and_reads_back(tmp_path):

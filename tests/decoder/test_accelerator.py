@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_reference import LAYER, H, random_layer, save
-from engine_models import VOCAB, decoder, tiny_moe
+from support.eagle_reference import LAYER, H, random_layer, save
+from support.engine_models import VOCAB, decoder, tiny_moe
 from torch import Tensor
 
 from decoder import SamplingParams
-from decoder.attention import Placement, additive, reference_attention, register
 from decoder.drafters.base import DraftChain, StepState
 from decoder.drafters.eagle import EagleDrafter
-from decoder.runner import ModelRunner
+from decoder.model.attention import Placement, additive, reference_attention, register
+from decoder.model.runner import ModelRunner
 from decoder.sampling import Sampler
 from decoder.sampling.sampler import VERIFIERS
 

@@ -8,18 +8,19 @@ import math
 
 import pytest
 import torch
-from tiny import VOCAB, random_prompts, tiny_model
+from support.tiny import VOCAB, random_prompts, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from decoder import SamplingParams, SpeculativeDecoder, verification
+from decoder import SamplingParams, SpeculativeDecoder
+from decoder import audit as verification
 from decoder.__main__ import main
-from decoder.outputs import Output, SequenceStats
+from decoder.audit import Audit, Divergence, LawCheck, audit, logit_jitter
+from decoder.requests.outputs import Output, SequenceStats
+from decoder.requests.sequence import Request
 from decoder.sampling import Sampler
 from decoder.sampling import sampler as sampler_module
-from decoder.sequence import Request
-from decoder.verification import Audit, Divergence, LawCheck, audit, logit_jitter
 
 
 @pytest.fixture(autouse=True)

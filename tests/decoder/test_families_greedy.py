@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import (
+from support.families import (
     NEW_TOKENS,
     PROMPTS,
     Audited,
@@ -22,7 +22,7 @@ from families import (
     recordings,
     references,
 )
-from tiny import FAMILIES, tiny_model
+from support.tiny import FAMILIES, tiny_model
 
 from decoder import SamplingParams
 from decoder.drafters import HybridDrafter, NgramDrafter, ReplayDrafter, SelfDrafter

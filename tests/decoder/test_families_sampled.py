@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_reference import LAYER, H, norm, random_layer, save
-from families import (
+from support.eagle_reference import LAYER, H, norm, random_layer, save
+from support.families import (
     NEW_TOKENS,
     PROMPTS,
     GammaSchedule,
@@ -112,7 +112,7 @@ def test_other_verifiers_take_every_draft(
 @pytest.mark.parametrize("params", PARAMS[3:5], ids=["repetition", "presence"])
 def test_own_model_as_draft_is_always_accepted(params: SamplingParams) -> None:
     """With the target as its own draft, q equals p, penalties over drafted tokens included."""
-    from families import model_of
+    from support.families import model_of
 
     decoder = decoder_of(FAMILY, model_of(FAMILY), 4, verifier="standard")
     decoder.generate(PROMPTS, params)

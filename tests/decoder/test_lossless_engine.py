@@ -13,8 +13,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, random_prompts, tiny_model
-from toy_markov import pooled_log_p
+from support.tiny import VOCAB, random_prompts, tiny_model
+from support.toy_markov import pooled_log_p
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.sampling import Sampler

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_markov import World, half_mixed_draft, random_chain, sampler_of
+from support.toy_markov import World, half_mixed_draft, random_chain, sampler_of
 
 from decoder.drafters.base import Draft
 from decoder.sampling import Sampler

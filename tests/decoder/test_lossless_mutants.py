@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from toy_markov import (
+from support.toy_markov import (
     World,
     half_mixed_draft,
     joint_log_p,

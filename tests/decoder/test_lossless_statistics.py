@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from toy_markov import (
+from support.toy_markov import (
     World,
     half_mixed_draft,
     joint_log_p,
@@ -15,9 +14,10 @@ from toy_markov import (
     sampler_of,
     transition_log_p,
 )
+from torch import Tensor
 
 from decoder.drafters.base import Draft
-from decoder.params import SamplingParams
+from decoder.requests.params import SamplingParams
 
 BAR = math.log(1e-9)
 ROWS, LENGTH = 50_000, 5

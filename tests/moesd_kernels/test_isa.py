@@ -8,27 +8,25 @@ import sys
 
 import pytest
 
-from moesd_kernels import cpu_ops
+from moesd_kernels.dense import ops
 
-pytestmark = pytest.mark.skipif(
-    cpu_ops.unavailable() is not None, reason=str(cpu_ops.unavailable())
-)
+pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 
 # The variable is read once per process, so each value needs its own.
 SCRIPT = """
 import torch
-from moesd_kernels import cpu_ops
-assert cpu_ops.isa() == {isa!r}
+from moesd_kernels.dense import ops
+assert ops.isa() == {isa!r}
 torch.manual_seed(0)
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     x, w = torch.randn(5, 70).to(dtype), torch.randn(9, 70).to(dtype)
     exact = x.double() @ w.double().T
     budget = 2 * ((x @ w.T).double() - exact).abs().max() + 1e-6
-    assert (cpu_ops.linear(x, w).double() - exact).abs().max() <= budget, dtype
+    assert (ops.linear(x, w).double() - exact).abs().max() <= budget, dtype
     ids, weights = torch.tensor([[0, 1]]).expand(5, 2), torch.ones(5, 2)
     w1, w2 = torch.randn(2, 40, 70).to(dtype), torch.randn(2, 70, 20).to(dtype)
-    whole = cpu_ops.experts(x, w1, w2, ids, weights)
-    assert torch.equal(cpu_ops.experts(x[3:4], w1, w2, ids[:1], weights[:1])[0], whole[3])
+    whole = ops.experts(x, w1, w2, ids, weights)
+    assert torch.equal(ops.experts(x[3:4], w1, w2, ids[:1], weights[:1])[0], whole[3])
     expected = sum(
         (torch.nn.functional.silu(g) * u) @ d.double().T
         for (g, u), d in [((x.double() @ w1[e].double().T).chunk(2, -1), w2[e]) for e in (0, 1)]

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import greedy_reference, random_prompts, tiny_model
+from support.tiny import greedy_reference, random_prompts, tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from decoder import SpeculativeDecoder
-from decoder.cache import cache_argument
 from decoder.drafters.base import Draft, StepState
+from decoder.model.cache import cache_argument
 
 NEW_TOKENS = 17
 MAX_LENGTH = 40

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesd_kernels.activations import apply_activation, canonical_activation
-from moesd_kernels.reference import fused_experts_reference
+from moesd_kernels.experts.activations import apply_activation, canonical_activation
+from moesd_kernels.experts.reference import fused_experts_reference
 
 
 def assert_as_accurate(

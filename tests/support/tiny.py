@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from decoder.cache import cache_argument
+from decoder.model.cache import cache_argument
 
 VOCAB = 64
 

@@ -16,7 +16,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from decoder.drafters.base import Draft
-from decoder.params import SamplingParams
+from decoder.requests.params import SamplingParams
 from decoder.sampling import Probs, Sampler, Verdict
 
 VOCAB = 6

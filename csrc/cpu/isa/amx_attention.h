@@ -7,8 +7,8 @@
 #pragma once
 
 #include "amx_tiles.h"
-#include "attention_rows.h"
-#include "dot_pairs.h"
+#include "../kernels/attention_rows.h"
+#include "../kernels/dot_pairs.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "amx_tiles.h"
-#include "experts_kernel.h"
+#include "../kernels/experts_kernel.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "amx_tiles.h"
-#include "dot_pairs.h"
-#include "work.h"
+#include "../kernels/dot_pairs.h"
+#include "../kernels/work.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "dot.h"
+#include "../kernels/dot.h"
 
 namespace moesd::MOESD_ISA {
 

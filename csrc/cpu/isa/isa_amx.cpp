@@ -7,7 +7,7 @@
 #include "amx_attention.h"
 #include "amx_experts_kernel.h"
 #include "amx_linear_kernel.h"
-#include "kernels.h"
+#include "table.h"
 
 namespace moesd {
 namespace {

@@ -2,7 +2,7 @@
 #define MOESD_ISA avx2
 #include "vec_avx2.h"
 
-#include "kernels.h"
+#include "table.h"
 
 namespace moesd {
 

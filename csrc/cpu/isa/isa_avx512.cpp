@@ -2,7 +2,7 @@
 #define MOESD_ISA avx512
 #include "vec_avx512.h"
 
-#include "kernels.h"
+#include "table.h"
 
 namespace moesd {
 

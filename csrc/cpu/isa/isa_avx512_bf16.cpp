@@ -3,7 +3,7 @@
 #define MOESD_AVX512_BF16
 #include "vec_avx512.h"
 
-#include "kernels.h"
+#include "table.h"
 
 namespace moesd {
 

@@ -2,7 +2,7 @@
 #define MOESD_ISA portable
 #include "vec_portable.h"
 
-#include "kernels.h"
+#include "table.h"
 
 namespace moesd {
 

@@ -1,12 +1,12 @@
 // Builds one instruction set's KernelTable. Included once by each isa_*.cpp after its vector header.
 #pragma once
 
-#include "argmax_kernel.h"
-#include "attention_kernel.h"
-#include "experts_kernel.h"
-#include "linear_kernel.h"
-#include "rope_kernel.h"
-#include "row_kernels.h"
+#include "../kernels/argmax_kernel.h"
+#include "../kernels/attention_kernel.h"
+#include "../kernels/experts_kernel.h"
+#include "../kernels/linear_kernel.h"
+#include "../kernels/rope_kernel.h"
+#include "../kernels/row_kernels.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -6,7 +6,7 @@
 #endif
 #include MOESD_INTRINSICS
 
-#include "types.h"
+#include "../types.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "types.h"
+#include "../types.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "types.h"
+#include "../types.h"
 
 namespace moesd::MOESD_ISA {
 

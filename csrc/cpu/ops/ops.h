@@ -8,8 +8,8 @@
 #include <optional>
 #include <tuple>
 
-#include "../experts_op.h"
-#include "types.h"
+#include "../../experts_op.h"
+#include "../types.h"
 
 namespace moesd {
 

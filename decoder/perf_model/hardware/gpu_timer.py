@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..capture import capture
+from decoder.model.capture import capture
 
 # About half a millisecond: the host must have launched the graph before the device gets there.
 LEAD_CYCLES = 1_000_000

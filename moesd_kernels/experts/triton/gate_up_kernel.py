@@ -7,15 +7,7 @@ drops the hint on pipelined copies, 3.9 keeps it on Hopper and newer.
 import triton
 import triton.language as tl
 
-from .common import (
-    ROUTING_INLINE,
-    ROUTING_SINGLE,
-    activate,
-    dot,
-    glu,
-    pdl_wait,
-    tile_order,
-)
+from .common import ROUTING_INLINE, ROUTING_SINGLE, activate, dot, glu, pdl_wait, tile_order
 from .plan_kernel import route_block
 
 _INLINE = tl.constexpr(ROUTING_INLINE)

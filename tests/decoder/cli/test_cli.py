@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from engine_models import tiny_moe
+from support.engine_models import tiny_moe
 
 from decoder.__main__ import main
 from decoder.cli import generate as generate_command

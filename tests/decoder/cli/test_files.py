@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from decoder.cli.files import LineId, ResultWriter, check_prompts, read_prompts
 from decoder.errors import UserError
-from decoder.outputs import Output, SequenceStats
-from decoder.prompts_io import LineId, ResultWriter, check_prompts, read_prompts
+from decoder.requests.outputs import Output, SequenceStats
 
 
 def output(index, name=None, text="x"):

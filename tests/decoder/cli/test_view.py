@@ -2,9 +2,9 @@
 
 from rich.console import Console
 
-from decoder.metrics import DecoderStats
-from decoder.outputs import Output, SequenceStats
-from decoder.view import DRAFTED, OWN, colored, comparison_table, number, stats_line
+from decoder.cli.view import DRAFTED, OWN, colored, comparison_table, number, stats_line
+from decoder.engine.metrics import DecoderStats
+from decoder.requests.outputs import Output, SequenceStats
 
 
 class Bytes:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eagle_reference import LAYER, H, random_layer, save
-from tiny import tiny_model
+from support.eagle_reference import LAYER, H, random_layer, save
+from support.tiny import tiny_model
 from torch import ones
 
 from decoder.drafters import (

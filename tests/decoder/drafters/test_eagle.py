@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import eagle_reference as reference
 import pytest
 import torch
-from eagle_reference import LAYER, H, norm, random_layer, rms, save
-from scripted import GreedySampler, Script
-from tiny import VOCAB, random_prompts, tiny_model
+from support import eagle_reference as reference
+from support.eagle_reference import LAYER, H, norm, random_layer, rms, save
+from support.scripted import GreedySampler, Script
+from support.tiny import VOCAB, random_prompts, tiny_model
 from torch import Tensor
 
 from decoder.drafters.eagle import EagleDrafter
-from decoder.runner import ModelRunner
+from decoder.model.runner import ModelRunner
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_reference import LAYER, H, norm, random_layer, save
+from support.eagle_reference import LAYER, H, norm, random_layer, save
 
 from decoder.drafters.eagle_loader import is_eagle_checkpoint, load_eagle
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from decoder.attention import Placement
-from decoder.cache import RaggedCache
 from decoder.drafters.eagle_head import EagleHead
 from decoder.drafters.eagle_loader import is_eagle_checkpoint, load_eagle
+from decoder.model.attention import Placement
+from decoder.model.cache import RaggedCache
 from training.eagle import CONFIG, Eagle, save_eagle
 from training.eagle import load_eagle as load_trained
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import GreedySampler, Script
-from tiny import VOCAB, greedy_reference, random_prompts, tiny_model
+from support.scripted import GreedySampler, Script
+from support.tiny import VOCAB, greedy_reference, random_prompts, tiny_model
 
-from decoder import kernels_hook
 from decoder.drafters.independent import IndependentDrafter
 from decoder.drafters.vocab import fit_vocab, vocabulary_mismatch
-from decoder.runner import ModelRunner
+from decoder.model import kernels
+from decoder.model.runner import ModelRunner
 
 torch.set_num_threads(1)
 
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 def draft_model(request: pytest.FixtureRequest) -> Any:
     """With kernels, the drafter's greedy steps are taken together."""
     model = tiny_model("llama", seed=3, num_hidden_layers=1)
-    if request.param == "kernels" and not kernels_hook.accelerate(model):
+    if request.param == "kernels" and not kernels.accelerate(model):
         pytest.skip("the CPU kernels are not available")
     return model
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scripted import GreedySampler, Script
+from support.scripted import GreedySampler, Script
 
 from decoder.drafters.replay import ReplayDrafter, position_noise
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import GreedySampler, Script
-from tiny import VOCAB, random_prompts, tiny_model
+from support.scripted import GreedySampler, Script
+from support.tiny import VOCAB, random_prompts, tiny_model
 
-from decoder.cache import cache_argument
 from decoder.drafters.self_draft import SelfDrafter, find_experts, reduce_top_k
-from decoder.runner import ModelRunner
+from decoder.model.cache import cache_argument
+from decoder.model.runner import ModelRunner
 
 torch.set_num_threads(1)
 

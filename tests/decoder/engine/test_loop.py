@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from engine_models import (
+from support.engine_models import (
     EOS,
     LetterTokenizer,
     NoisyOracle,

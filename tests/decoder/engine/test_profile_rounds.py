@@ -1,13 +1,13 @@
 """The start-up profile: measured with the decoder itself, leaving no trace but the costs."""
 
 import torch
-from engine_models import ragged_prompts, tiny_moe
+from support.engine_models import ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder, profile_rounds
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.base import StatelessDrafter, empty_draft
 from decoder.drafters.independent import IndependentDrafter
-from decoder.perf_model.step_cost import CorrectedCost
+from decoder.gamma.step_cost import CorrectedCost
 
 torch.set_num_threads(1)
 

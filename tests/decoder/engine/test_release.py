@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_reference import LAYER, H, random_layer, save
-from engine_models import ragged_prompts, tiny_moe
+from support.eagle_reference import LAYER, H, random_layer, save
+from support.engine_models import ragged_prompts, tiny_moe
 
-from decoder import SamplingParams, SpeculativeDecoder, capture
+from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
-from decoder.runner import ModelRunner
+from decoder.model import capture
+from decoder.model.runner import ModelRunner
 
 F32 = torch.float32
 PARTS = ("runner", "cache", "sampler", "drafter", "cost", "model", "head", "_reduced", "_lean")

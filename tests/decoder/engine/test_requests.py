@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_models import VOCAB, decoder, ragged_prompts, tiny_moe
+from support.engine_models import VOCAB, decoder, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
 from decoder.errors import UserError

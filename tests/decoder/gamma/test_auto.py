@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from decoder.controller import AutoGamma
-from decoder.gamma import FixedGamma
-from decoder.perf_model.acceptance import AcceptanceEstimator
-from decoder.perf_model.learned_cost import LearnedCost
-from decoder.perf_model.step_cost import measure_costs
+from decoder.gamma.acceptance import AcceptanceEstimator
+from decoder.gamma.auto import AutoGamma
+from decoder.gamma.base import FixedGamma
+from decoder.gamma.learned_cost import LearnedCost
+from decoder.gamma.step_cost import measure_costs
 
 MAX_GAMMA = 8
 Cost = Callable[[int, int], float]

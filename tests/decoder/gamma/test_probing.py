@@ -2,7 +2,7 @@
 
 import pytest
 
-from decoder.probing import Probe, ProbeBudget
+from decoder.gamma.probing import Probe, ProbeBudget
 
 CONTEXT = 100
 COSTLY = Probe(gamma=2, rounds=1, loss=1.0, credit=0.0)

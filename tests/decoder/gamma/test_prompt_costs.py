@@ -2,8 +2,8 @@
 
 import pytest
 
-from decoder.controller import AutoGamma
-from decoder.perf_model.step_cost import MeasuredCost
+from decoder.gamma.auto import AutoGamma
+from decoder.gamma.step_cost import MeasuredCost
 
 BATCH, CONTEXT = 8, 100
 COSTS = MeasuredCost({(BATCH, 0): 1.0, (BATCH, 4): 1.5})

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from decoder.perf_model.step_cost import MeasuredCost, measure_costs
+from decoder.gamma.step_cost import MeasuredCost, measure_costs
 
 
 class Clock:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from decoder.cache import RaggedCache, cache_argument
+from decoder.model.cache import RaggedCache, cache_argument
 
 
 def states(B, Q, heads=2, width=4, seed=0):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from engine_models import VOCAB, ragged_prompts, tiny_moe
+from support.engine_models import VOCAB, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.graphs import ForwardGraphs
-from decoder.runner import ModelRunner
+from decoder.model.graphs import ForwardGraphs
+from decoder.model.runner import ModelRunner
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,7 @@ def test_one_entry_per_bucket_and_width():
 
 
 def test_the_least_recently_used_shapes_are_dropped(monkeypatch):
-    monkeypatch.setattr("decoder.graphs.MAX_ENTRIES", 2)
+    monkeypatch.setattr("decoder.model.graphs.MAX_ENTRIES", 2)
     graphs = ForwardGraphs(4, 64, torch.device("cpu"), capture=False)
     made = []
 

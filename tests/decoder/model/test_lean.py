@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from engine_models import VOCAB, ragged_prompts
+from support.engine_models import VOCAB, ragged_prompts
 
-from decoder import kernels_hook
-from decoder.lean import _joined
-from decoder.runner import ModelRunner
+from decoder.model import kernels
+from decoder.model.lean import _joined
+from decoder.model.runner import ModelRunner
 
-cpu_ops = pytest.importorskip("moesd_kernels.cpu_ops")
+ops = pytest.importorskip("moesd_kernels.dense.ops")
 torch.set_num_threads(1)
 
 SHAPE = {
@@ -30,7 +30,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def _needs_kernels():
-    reason = cpu_ops.unavailable()
+    reason = ops.unavailable()
     if reason is not None:
         pytest.skip(reason)
 
@@ -44,7 +44,7 @@ def build(family, dtype, **changes):
     for parameter in model.parameters():  # biases and norms that would otherwise be neutral
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    kernels_hook.accelerate(model)
+    kernels.accelerate(model)
     return model
 
 

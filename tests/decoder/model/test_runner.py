@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine_models import VOCAB, ragged_prompts, tiny_moe
+from support.engine_models import VOCAB, ragged_prompts, tiny_moe
 
-from decoder.attention import Placement, ragged_attention, reference_attention
 from decoder.errors import UserError
-from decoder.prefill import prefill_parts
-from decoder.runner import ModelRunner
+from decoder.model.attention import Placement, ragged_attention, reference_attention
+from decoder.model.prefill import prefill_parts
+from decoder.model.runner import ModelRunner
 
 torch.set_num_threads(1)
 
@@ -52,8 +52,8 @@ def test_chunked_prefill_equals_one_chunk(monkeypatch):
     slots = torch.arange(5)
     whole = ModelRunner(model, 5, 64).prefill(slots, ids, lengths, hidden_layers=(1,))
     for name in ("runner.PREFILL_CHUNK", "prefill.PREFILL_CHUNK"):
-        monkeypatch.setattr(f"decoder.{name}", 7)
-    monkeypatch.setattr("decoder.prefill._PREFILL_TOKENS", 14)
+        monkeypatch.setattr(f"decoder.model.{name}", 7)
+    monkeypatch.setattr("decoder.model.prefill._PREFILL_TOKENS", 14)
     parts = ModelRunner(model, 5, 64).prefill(slots, ids, lengths, hidden_layers=(1,))
     torch.testing.assert_close(parts.logits, whole.logits)
     torch.testing.assert_close(parts.hidden, whole.hidden)

@@ -7,17 +7,17 @@ import pytest
 
 from decoder.perf_model.activation import CorrelatedActivation, IidActivation
 from decoder.perf_model.fit_report import evaluate
-from decoder.perf_model.improved_fit import (
+from decoder.perf_model.forward_fit import (
     fit_improved,
     model_from_json,
     model_to_json,
     predict_speedup,
     sensitivities,
 )
-from decoder.perf_model.improved_model import Adjustments, ForwardModel, Link
-from decoder.perf_model.machine import RowCurve, named_machine
+from decoder.perf_model.forward_model import Adjustments, ForwardModel, Link
+from decoder.perf_model.hardware.machine import RowCurve, named_machine
+from decoder.perf_model.hardware.presets import paper_draft_spec, preset_spec
 from decoder.perf_model.observations import Observation, d_optimal_indices, spread_indices
-from decoder.perf_model.presets import paper_draft_spec, preset_spec
 from decoder.perf_model.theory import sigma_from_alpha
 
 H200 = named_machine("h200")

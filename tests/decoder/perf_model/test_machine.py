@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from decoder.perf_model.machine import MACHINES, Machine, RowCurve, named_machine
-from decoder.perf_model.measure_gpu import measure_gpu
-from decoder.perf_model.measure_machine import measure_machine
+from decoder.perf_model.hardware.machine import MACHINES, Machine, RowCurve, named_machine
+from decoder.perf_model.hardware.measure_gpu import measure_gpu
+from decoder.perf_model.hardware.measure_machine import measure_machine
 
 
 def test_h200_is_the_measured_one() -> None:
@@ -81,7 +81,7 @@ def test_slower_memory_costs_reading_and_nothing_else():
 
 
 def test_a_gpu_is_measured_in_graphs_of_cold_weights(monkeypatch):
-    monkeypatch.setattr("decoder.perf_model.measure_gpu._READ_BYTES", 2**20)
+    monkeypatch.setattr("decoder.perf_model.hardware.measure_gpu._READ_BYTES", 2**20)
     calls, timed = [], []
 
     def linear(x, weight):
@@ -113,9 +113,13 @@ def test_a_gpu_takes_the_graph_path(monkeypatch):
         seen.append((device.type, width, cache))
         return 3e12, 2e-6, RowCurve((1.0, 2.0), (1e-12, 1e-12))
 
-    monkeypatch.setattr("decoder.perf_model.measure_machine.measure_gpu", fake)
-    monkeypatch.setattr("decoder.perf_model.measure_machine._cache_bytes", lambda device: 5e7)
-    monkeypatch.setattr("decoder.perf_model.measure_machine._device_name", lambda device: "gpu")
+    monkeypatch.setattr("decoder.perf_model.hardware.measure_machine.measure_gpu", fake)
+    monkeypatch.setattr(
+        "decoder.perf_model.hardware.measure_machine._cache_bytes", lambda device: 5e7
+    )
+    monkeypatch.setattr(
+        "decoder.perf_model.hardware.measure_machine._device_name", lambda device: "gpu"
+    )
     machine = measure_machine("cuda")
     assert seen == [("cuda", 4096, 5e7)] and machine.bandwidth == 3e12
     assert "in CUDA graphs" in machine.source

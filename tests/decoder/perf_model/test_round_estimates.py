@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from decoder.perf_model.acceptance import AcceptanceEstimator
-from decoder.perf_model.step_cost import CorrectedCost, MeasuredCost
+from decoder.gamma.acceptance import AcceptanceEstimator
+from decoder.gamma.step_cost import CorrectedCost, MeasuredCost
 
 
 def test_an_n_gram_drafter_that_often_has_nothing() -> None:

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from decoder.params import SamplingParams
+from decoder.requests.params import SamplingParams
 from decoder.sampling import Sampler
 
 V = 700  # more than twice the candidates that top-p looks at first

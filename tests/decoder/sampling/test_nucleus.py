@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.params import SamplingParams
+from decoder.requests.params import SamplingParams
 from decoder.sampling import Sampler
 from decoder.sampling.nucleus import bisected_threshold
 

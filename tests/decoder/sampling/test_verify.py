@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decoder.drafters.base import Draft
-from decoder.params import SamplingParams
+from decoder.requests.params import SamplingParams
 from decoder.sampling import VERIFIERS, Probs, Sampler
 
 V, B, G = 12, 64, 3

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.cpu_oracle import assert_twice_as_good
+from support.cpu_oracle import assert_twice_as_good
 
-from moesd_kernels import cpu_ops
+from moesd_kernels.dense import ops
 
-pytestmark = pytest.mark.skipif(
-    cpu_ops.unavailable() is not None, reason=str(cpu_ops.unavailable())
-)
+pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 
 
@@ -71,7 +69,7 @@ def test_matches_fp64(shape, options, dtype):
     if options.get("sinks"):
         options = {"sinks": torch.randn(shape[2], generator=torch.Generator().manual_seed(3))}
     scale = shape[4] ** -0.5
-    actual = cpu_ops.ragged_attention(q, k, v, positions, scale, **options)
+    actual = ops.ragged_attention(q, k, v, positions, scale, **options)
     baseline = reference(q, k, v, positions, scale, dtype, **options)
     exact = reference(q, k, v, positions, scale, torch.float64, **options)
     assert_twice_as_good("attention", actual, baseline, exact)
@@ -81,7 +79,7 @@ def test_rows_pick_cache_rows_and_dead_queries_are_zero():
     q, k, v, positions = make(4, 2, 4, 2, 32, 32, 20, torch.bfloat16)
     rows = torch.tensor([3, 0, 3, 1])
     positions[1, 1] = -1
-    actual = cpu_ops.ragged_attention(q, k, v, positions, 0.2, rows=rows)
+    actual = ops.ragged_attention(q, k, v, positions, 0.2, rows=rows)
     exact = reference(q, k, v, positions, 0.2, torch.float64, rows=rows)
     baseline = reference(q, k, v, positions, 0.2, torch.bfloat16, rows=rows)
     assert_twice_as_good("rows", actual, baseline, exact)
@@ -90,12 +88,12 @@ def test_rows_pick_cache_rows_and_dead_queries_are_zero():
 
 def test_slots_after_the_position_are_not_read():
     q, k, v, positions = make(3, 2, 4, 2, 32, 32, 20, torch.bfloat16)
-    clean = cpu_ops.ragged_attention(q, k, v, positions, 0.2, window=4)
+    clean = ops.ragged_attention(q, k, v, positions, 0.2, window=4)
     for b in range(3):
         for cache in (k, v):
             cache[b, int(positions[b, -1]) + 1 :] = float("nan")
             cache[b, : max(0, int(positions[b, 0]) - 3)] = float("nan")
-    assert torch.equal(cpu_ops.ragged_attention(q, k, v, positions, 0.2, window=4), clean)
+    assert torch.equal(ops.ragged_attention(q, k, v, positions, 0.2, window=4), clean)
 
 
 @DTYPES
@@ -103,26 +101,26 @@ def test_slots_after_the_position_are_not_read():
 def test_the_slot_after_an_odd_or_even_number_is_not_read(length, dtype):
     q, k, v, _ = make(1, 1, 4, 2, 32, 40, 132, dtype)
     positions = torch.tensor([[length - 1]])
-    clean = cpu_ops.ragged_attention(q, k, v, positions, 0.2)
+    clean = ops.ragged_attention(q, k, v, positions, 0.2)
     k[:, length:], v[:, length:] = float("nan"), float("inf")
-    assert torch.equal(cpu_ops.ragged_attention(q, k, v, positions, 0.2), clean)
+    assert torch.equal(ops.ragged_attention(q, k, v, positions, 0.2), clean)
 
 
 @DTYPES
 def test_a_query_does_not_depend_on_the_batch(dtype, threads):
     q, k, v, positions = make(5, 4, 6, 2, 48, 48, 200, dtype)
-    whole = cpu_ops.ragged_attention(q, k, v, positions, 0.1)
+    whole = ops.ragged_attention(q, k, v, positions, 0.1)
     for count in (1, 2):
         threads(count)
         for b in range(5):
             for j in range(4):
-                alone = cpu_ops.ragged_attention(
+                alone = ops.ragged_attention(
                     *(q[b : b + 1, j : j + 1], k, v, positions[b : b + 1, j : j + 1], 0.1),
                     rows=torch.tensor([b]),
                 )
                 assert torch.equal(alone[0, 0], whole[b, j]), (b, j, count)
         order = torch.tensor([4, 2, 0, 1, 3])
-        mixed = cpu_ops.ragged_attention(q[order], k, v, positions[order], 0.1, rows=order)
+        mixed = ops.ragged_attention(q[order], k, v, positions[order], 0.1, rows=order)
         assert torch.equal(mixed, whole[order])
 
 
@@ -132,10 +130,10 @@ def test_queries_that_share_a_pass_do_not_depend_on_each_other(window):
     q, k, v, _ = make(1, 6, 8, 2, 64, 64, 300, torch.bfloat16)
     positions = torch.tensor([[127, 128, 280, 3, -1, 280]])
     k[:, 200], v[:, 200] = float("inf"), float("nan")
-    whole = cpu_ops.ragged_attention(q, k, v, positions, 0.1, window=window)
+    whole = ops.ragged_attention(q, k, v, positions, 0.1, window=window)
     for j in range(6):
         one = slice(j, j + 1)
-        alone = cpu_ops.ragged_attention(q[:, one], k, v, positions[:, one], 0.1, window=window)
+        alone = ops.ragged_attention(q[:, one], k, v, positions[:, one], 0.1, window=window)
         assert torch.equal(alone.nan_to_num(7), whole[:, one].nan_to_num(7)), j
         assert bool(whole[0, j].isfinite().all()) == (j not in (2, 5)), j
 
@@ -149,7 +147,7 @@ def test_schema_and_fake():
 
 def test_errors():
     q, k, v, positions = make(2, 2, 4, 2, 16, 16, 10, torch.float32)
-    call = cpu_ops.ragged_attention
+    call = ops.ragged_attention
     with pytest.raises(ValueError, match=r"q must be \[B, Q, Hq, D\], got \[2, 4, 16\]"):
         call(q[:, 0], k, v, positions, 1.0)
     with pytest.raises(IndexError, match="positions must be below 10, got 10"):
@@ -182,6 +180,6 @@ def test_padding_reads_nothing_before_the_cache():
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
     q, positions = torch.randn(1, 2, 4, 64), torch.tensor([[0, -1]])
-    out = cpu_ops.ragged_attention(q, k, v, positions, 0.125)
+    out = ops.ragged_attention(q, k, v, positions, 0.125)
     assert out[0, 1].eq(0).all()
     assert libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 3) == 0

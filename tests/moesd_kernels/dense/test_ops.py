@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.cpu_oracle import assert_twice_as_good
+from support.cpu_oracle import assert_twice_as_good
 
-from moesd_kernels import cpu_ops
+from moesd_kernels.dense import ops
 
-pytestmark = pytest.mark.skipif(
-    cpu_ops.unavailable() is not None, reason=str(cpu_ops.unavailable())
-)
+pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 
 
@@ -49,7 +47,7 @@ def test_linear(shape, bias, dtype):
     x, w = randn(T, K, dtype=dtype), randn(N, K, dtype=dtype, seed=1)
     b = randn(N, dtype=dtype, seed=2) if bias else None
     exact = F.linear(x.double(), w.double(), None if b is None else b.double())
-    assert_twice_as_good("linear", cpu_ops.linear(x, w, b), F.linear(x, w, b), exact)
+    assert_twice_as_good("linear", ops.linear(x, w, b), F.linear(x, w, b), exact)
 
 
 @DTYPES
@@ -57,13 +55,13 @@ def test_linear(shape, bias, dtype):
 @pytest.mark.parametrize("depth", [50, 256, 328, 3333])
 def test_linear_rows_do_not_depend_on_the_batch(depth, features, dtype, threads):
     x, w = randn(64, depth, dtype=dtype), randn(features, depth, dtype=dtype, seed=1)
-    whole = cpu_ops.linear(x, w)
+    whole = ops.linear(x, w)
     for count in (1, 2):
         threads(count)
         for T in range(1, 65):
-            assert torch.equal(cpu_ops.linear(x[64 - T :], w), whole[64 - T :]), (T, count)
+            assert torch.equal(ops.linear(x[64 - T :], w), whole[64 - T :]), (T, count)
         order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(cpu_ops.linear(x[order], w), whole[order])
+        assert torch.equal(ops.linear(x[order], w), whole[order])
 
 
 @DTYPES
@@ -71,15 +69,15 @@ def test_linear_rows_do_not_depend_on_the_batch(depth, features, dtype, threads)
 def test_rms_norm(shape, dtype):
     x, w = randn(*shape, dtype=dtype) * 3, randn(shape[-1], dtype=dtype, seed=1)
     exact = transformers_norm(x.double(), w.double(), 1e-6)
-    actual = cpu_ops.rms_norm(x, w, 1e-6)
+    actual = ops.rms_norm(x, w, 1e-6)
     assert_twice_as_good("rms_norm", actual, transformers_norm(x, w, 1e-6), exact)
 
 
 def test_rms_norm_rows_do_not_depend_on_the_batch():
     x, w = randn(33, 104, dtype=torch.bfloat16), randn(104, dtype=torch.bfloat16, seed=1)
-    whole = cpu_ops.rms_norm(x, w, 1e-5)
+    whole = ops.rms_norm(x, w, 1e-5)
     for t in range(33):
-        assert torch.equal(cpu_ops.rms_norm(x[t], w, 1e-5), whole[t])
+        assert torch.equal(ops.rms_norm(x[t], w, 1e-5), whole[t])
 
 
 @DTYPES
@@ -93,20 +91,20 @@ def test_act_and_mul(activation, dtype):
         "relu2": lambda x: F.relu(x).square(),
     }[activation]
     gate, up = randn(3, 5, 37, dtype=dtype) * 3, randn(3, 5, 37, dtype=dtype, seed=1)
-    actual = cpu_ops.act_and_mul(gate, up, activation)
+    actual = ops.act_and_mul(gate, up, activation)
     exact = act(gate.double()) * up.double()
     assert_twice_as_good("act_and_mul", actual, act(gate) * up, exact)
-    assert cpu_ops.act_and_mul(gate[:0], up[:0], activation).shape == (0, 5, 37)
+    assert ops.act_and_mul(gate[:0], up[:0], activation).shape == (0, 5, 37)
 
 
 @DTYPES
 def test_act_and_mul_rows_do_not_depend_on_the_batch(dtype, threads):
     gate, up = randn(600, 37, dtype=dtype), randn(600, 37, dtype=dtype, seed=1)
-    whole = cpu_ops.act_and_mul(gate, up, "silu")
+    whole = ops.act_and_mul(gate, up, "silu")
     for count in (1, 2):
         threads(count)
         for T in (1, 2, 3, 111, 599):
-            assert torch.equal(cpu_ops.act_and_mul(gate[-T:], up[-T:], "silu"), whole[-T:])
+            assert torch.equal(ops.act_and_mul(gate[-T:], up[-T:], "silu"), whole[-T:])
 
 
 @DTYPES
@@ -115,7 +113,7 @@ def test_act_and_mul_rows_do_not_depend_on_the_batch(dtype, threads):
 def test_router(shape, renormalize, dtype):
     T, K, H, E = shape
     x, w = randn(T, H, dtype=dtype), randn(E, H, dtype=dtype, seed=1) / H**0.5
-    logits, weights, ids = cpu_ops.softmax_topk_router(x, w, K, renormalize)
+    logits, weights, ids = ops.softmax_topk_router(x, w, K, renormalize)
     exact = x.double() @ w.double().T
     assert_twice_as_good("logits", logits, F.linear(x, w), exact)
     assert weights.dtype == torch.float32 and ids.dtype == torch.int64
@@ -132,14 +130,14 @@ def test_router(shape, renormalize, dtype):
 def test_router_breaks_ties_by_the_lower_id():
     x, w = torch.ones(1, 4), torch.ones(6, 4)
     w[4] = 2
-    assert cpu_ops.softmax_topk_router(x, w, 3, True).ids.tolist() == [[4, 0, 1]]
+    assert ops.softmax_topk_router(x, w, 3, True).ids.tolist() == [[4, 0, 1]]
 
 
 def test_router_rows_do_not_depend_on_the_batch():
     x, w = randn(40, 64, dtype=torch.bfloat16), randn(33, 64, dtype=torch.bfloat16, seed=1)
-    whole = cpu_ops.softmax_topk_router(x, w, 4, True)
+    whole = ops.softmax_topk_router(x, w, 4, True)
     for t in range(40):
-        alone = cpu_ops.softmax_topk_router(x[t : t + 1], w, 4, True)
+        alone = ops.softmax_topk_router(x[t : t + 1], w, 4, True)
         assert all(torch.equal(a[0], b[t]) for a, b in zip(alone, whole, strict=True))
 
 
@@ -148,9 +146,9 @@ def test_router_rows_do_not_depend_on_the_batch():
 @pytest.mark.parametrize("shape", [(1, 3), (5, 40), (70, 256)])
 def test_add_rms_norm_is_an_addition_and_a_norm(dtype, shape):
     x, delta, w = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate((shape, shape, shape[1:])))
-    total, normed = cpu_ops.add_rms_norm(x, delta, w, 1e-6)
+    total, normed = ops.add_rms_norm(x, delta, w, 1e-6)
     assert torch.equal(total, x + delta)
-    assert torch.equal(normed, cpu_ops.rms_norm(x + delta, w, 1e-6))
+    assert torch.equal(normed, ops.rms_norm(x + delta, w, 1e-6))
 
 
 # Head dimensions below a vector, with a rest, and whole; grouped and single heads.
@@ -165,12 +163,12 @@ def test_rope_to_cache_is_norms_rotation_and_a_scatter(dtype, norms, T, q_heads,
     index = torch.randperm(rows, generator=torch.Generator().manual_seed(5))[:T]
     keys = torch.full((rows, kv_heads * D), torch.nan, dtype=dtype)
     values = keys.clone()
-    q = cpu_ops.rope_to_cache(qkv, cos, sin, *weights, index, keys, values)
+    q = ops.rope_to_cache(qkv, cos, sin, *weights, index, keys, values)
 
     qk = qkv[:, : heads * D].view(T, heads, D)
     if norms:
         parts = qk.split([q_heads, kv_heads], dim=1)
-        qk = torch.cat([cpu_ops.rms_norm(p, *w) for p, w in zip(parts, weights, strict=True)], 1)
+        qk = torch.cat([ops.rms_norm(p, *w) for p, w in zip(parts, weights, strict=True)], 1)
     turned = torch.cat([-qk[..., D // 2 :], qk[..., : D // 2]], -1)
     qk = qk * cos[:, None] + turned * sin[:, None]
     assert torch.equal(q, qk[:, :q_heads])
@@ -183,7 +181,7 @@ def test_rope_to_cache_is_norms_rotation_and_a_scatter(dtype, norms, T, q_heads,
 def test_rope_to_cache_refuses():
     qkv, table, index = torch.zeros(2, 24), torch.zeros(2, 6), torch.tensor([0, 3])
     keys, values = torch.zeros(4, 6), torch.zeros(4, 6)
-    call = lambda **changed: cpu_ops.rope_to_cache(
+    call = lambda **changed: ops.rope_to_cache(
         *({"qkv": qkv, "cos": table, "sin": table, "q_norm": None, "k_norm": None, "index": index}
           | {"keys": keys, "values": values} | changed).values()
     )  # fmt: skip
@@ -219,24 +217,24 @@ def test_schemas_and_fakes():
 def test_errors():
     x, w = torch.zeros(3, 8), torch.zeros(5, 8)
     with pytest.raises(ValueError, match=r"w must be \[N, 8\], got \[5, 7\]"):
-        cpu_ops.linear(x, w[:, :7])
+        ops.linear(x, w[:, :7])
     with pytest.raises(TypeError, match="w must be Float like x, got BFloat16"):
-        cpu_ops.linear(x, w.bfloat16())
+        ops.linear(x, w.bfloat16())
     with pytest.raises(ValueError, match="w must be contiguous"):
-        cpu_ops.linear(x, torch.zeros(8, 5).T)
+        ops.linear(x, torch.zeros(8, 5).T)
     with pytest.raises(ValueError, match=r"bias must be \[5\], got \[4\]"):
-        cpu_ops.linear(x, w, torch.zeros(4))
+        ops.linear(x, w, torch.zeros(4))
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got Double"):
-        cpu_ops.linear(x.double(), w.double())
+        ops.linear(x.double(), w.double())
     with pytest.raises(ValueError, match=r"w must be \[8\], got \[5\]"):
-        cpu_ops.rms_norm(x, torch.ones(5), 1e-6)
+        ops.rms_norm(x, torch.ones(5), 1e-6)
     with pytest.raises(ValueError, match=r"delta must be \[3, 8\] like x, got \[5, 8\]"):
-        cpu_ops.add_rms_norm(x, w, torch.ones(8), 1e-6)
+        ops.add_rms_norm(x, w, torch.ones(8), 1e-6)
     with pytest.raises(TypeError, match="delta must be Float like x, got BFloat16"):
-        cpu_ops.add_rms_norm(x, x.bfloat16(), torch.ones(8), 1e-6)
+        ops.add_rms_norm(x, x.bfloat16(), torch.ones(8), 1e-6)
     with pytest.raises(ValueError, match=r"up must be \[3, 8\] like gate, got \[5, 8\]"):
-        cpu_ops.act_and_mul(x, w, "silu")
+        ops.act_and_mul(x, w, "silu")
     with pytest.raises(ValueError, match=r"activation must be silu.*got tanh"):
-        cpu_ops.act_and_mul(x, x, "tanh")
+        ops.act_and_mul(x, x, "tanh")
     with pytest.raises(ValueError, match=r"top_k must be in \[1, 5\], got 6"):
-        cpu_ops.softmax_topk_router(x, w, 6, True)
+        ops.softmax_topk_router(x, w, 6, True)

@@ -5,7 +5,7 @@
 #include <set>
 #include <vector>
 
-#include "../../csrc/cuda/layout.h"
+#include "../../../csrc/cuda/layout.h"
 
 using namespace moesd;
 

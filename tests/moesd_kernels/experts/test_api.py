@@ -8,8 +8,9 @@ import pytest
 import torch
 from support.oracle import check_experts, eager_experts, make_case
 
-from moesd_kernels import api, available_backends, fused_experts
-from moesd_kernels.backends import BACKENDS, Request, choose_backend
+from moesd_kernels import available_backends, fused_experts
+from moesd_kernels.experts import api
+from moesd_kernels.experts.backends import BACKENDS, Request, choose_backend
 
 HERE = [name for name, reason in available_backends().items() if reason is None]
 ON_CPU = [name for name in HERE if BACKENDS[name].devices in (None, frozenset({"cpu"}))]
@@ -199,7 +200,7 @@ def nothing_chosen(monkeypatch):
 @pytest.mark.usefixtures("nothing_chosen")
 def test_auto_logs_its_choice_once(caplog):
     case = make_case(2, 1, 2, 8, 4)
-    with caplog.at_level(logging.INFO, "moesd_kernels.backends"):
+    with caplog.at_level(logging.INFO, "moesd_kernels.experts.backends"):
         fused_experts(*case.tensors)
         fused_experts(*case.tensors)
     assert len([r for r in caplog.records if "use backend" in r.getMessage()]) == 1
@@ -207,11 +208,11 @@ def test_auto_logs_its_choice_once(caplog):
 
 @pytest.mark.usefixtures("nothing_chosen")
 def test_auto_falls_back_and_says_why(caplog, monkeypatch):
-    from moesd_kernels import cpu_ops
+    from moesd_kernels.dense import ops
 
-    monkeypatch.setattr(cpu_ops, "unavailable", lambda: "no C++ compiler found")
+    monkeypatch.setattr(ops, "unavailable", lambda: "no C++ compiler found")
     case = make_case(4, 2, 3, 32, 16)
-    with caplog.at_level(logging.WARNING, "moesd_kernels.backends"):
+    with caplog.at_level(logging.WARNING, "moesd_kernels.experts.backends"):
         check_experts(fused_experts(*case.tensors), case)
     assert "'torch'" in caplog.text and "no C++ compiler found" in caplog.text
 

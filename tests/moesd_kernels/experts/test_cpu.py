@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.cpu_oracle import assert_twice_as_good
+from support.cpu_oracle import assert_twice_as_good
 
-from moesd_kernels import cpu_ops
+from moesd_kernels.dense import ops
 
-pytestmark = pytest.mark.skipif(
-    cpu_ops.unavailable() is not None, reason=str(cpu_ops.unavailable())
-)
+pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -74,7 +72,7 @@ def eager(data, dtype, *, activation="silu", gated=True, interleaved=False, tran
 
 def check(data, dtype, **options):
     out = torch.full_like(data["hidden"], float("nan"))
-    result = cpu_ops.experts(**data, **options, out=out)
+    result = ops.experts(**data, **options, out=out)
     assert result is out
     exact = eager(data, torch.float64, **options)
     assert_twice_as_good("experts", out, eager(data, dtype, **options), exact)
@@ -132,33 +130,33 @@ def test_ids_out_of_range_duplicates_and_int32():
         [[-1, 0, 4], [1, 1, 2], [4, 4, -1], [3, 3, 3], [0, 1, 2], [2**31 - 1, -5, 0]]
     )
     check(data, torch.bfloat16)
-    expected = cpu_ops.experts(**data)
+    expected = ops.experts(**data)
     assert bool((expected[2] == 0).all())
     data["topk_ids"] = data["topk_ids"].int()
-    assert torch.equal(cpu_ops.experts(**data), expected)
+    assert torch.equal(ops.experts(**data), expected)
 
 
 def test_unused_experts_are_not_read():
     data = make(4, 6, 2, 64, 48, torch.bfloat16)
     data["topk_ids"] = data["topk_ids"] % 3
-    expected = cpu_ops.experts(**data)
+    expected = ops.experts(**data)
     data["w_gate_up"][3:] = float("nan")
     data["w_down"][3:] = float("nan")
-    assert torch.equal(cpu_ops.experts(**data), expected)
+    assert torch.equal(ops.experts(**data), expected)
 
 
 def test_non_contiguous_inputs_and_weight_dtypes():
     data = make(6, 4, 2, 64, 48, torch.bfloat16)
-    expected = cpu_ops.experts(**data)
+    expected = ops.experts(**data)
     strided = data | {
         "hidden": data["hidden"].repeat(1, 2)[:, :64],
         "topk_ids": data["topk_ids"].T.contiguous().T,
     }
-    assert torch.equal(cpu_ops.experts(**strided), expected)
+    assert torch.equal(ops.experts(**strided), expected)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         rounded = data["topk_weights"].to(dtype)
-        expected = cpu_ops.experts(**data | {"topk_weights": rounded.float()})
-        assert torch.equal(cpu_ops.experts(**data | {"topk_weights": rounded}), expected)
+        expected = ops.experts(**data | {"topk_weights": rounded.float()})
+        assert torch.equal(ops.experts(**data | {"topk_weights": rounded}), expected)
 
 
 @pytest.fixture
@@ -175,35 +173,35 @@ def test_rows_do_not_depend_on_the_batch(shape, dtype, threads):
     data = make(64, E, K, H, I, dtype)
     rows = ("hidden", "topk_ids", "topk_weights")
     threads(1)
-    whole = cpu_ops.experts(**data)
+    whole = ops.experts(**data)
     for count in (1, 2):
         threads(count)
         for T in range(1, 65):
             part = data | {name: data[name][64 - T :] for name in rows}
-            assert torch.equal(cpu_ops.experts(**part), whole[64 - T :]), (T, count)
+            assert torch.equal(ops.experts(**part), whole[64 - T :]), (T, count)
         for seed in range(4):
             order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
             mixed = data | {name: data[name][order] for name in rows}
-            assert torch.equal(cpu_ops.experts(**mixed), whole[order])
+            assert torch.equal(ops.experts(**mixed), whole[order])
         alone = data | {
             "topk_ids": torch.where(torch.arange(64)[:, None] == 7, data["topk_ids"], 0)
         }
-        assert torch.equal(cpu_ops.experts(**alone)[7], whole[7])
+        assert torch.equal(ops.experts(**alone)[7], whole[7])
 
 
 def test_transposed_rows_do_not_depend_on_the_batch():
     data = make(20, 4, 2, 64, 40, torch.bfloat16, transposed=True)
-    whole = cpu_ops.experts(**data, transposed=True)
+    whole = ops.experts(**data, transposed=True)
     for t in range(20):
         row = {n: data[n][t : t + 1] for n in ("hidden", "topk_ids", "topk_weights")}
-        assert torch.equal(cpu_ops.experts(**data | row, transposed=True)[0], whole[t])
+        assert torch.equal(ops.experts(**data | row, transposed=True)[0], whole[t])
 
 
 def test_nan_stays_in_its_row():
     data = make(6, 4, 2, 64, 48, torch.bfloat16)
-    clean = cpu_ops.experts(**data)
+    clean = ops.experts(**data)
     data["hidden"][2, 5] = float("nan")
-    out = cpu_ops.experts(**data)
+    out = ops.experts(**data)
     assert bool(out[2].isnan().all())
     keep = torch.arange(6) != 2
     assert torch.equal(out[keep], clean[keep])
@@ -220,7 +218,7 @@ def test_a_profiler_sees_the_phases(threads):
     for count in (1, 2):
         threads(count)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            cpu_ops.experts(**data)
+            ops.experts(**data)
         names = [e.name for e in profiler.events() if e.name.startswith("moesd::")]
         phases = ["moesd::plan", "moesd::gate_up", "moesd::down_combine"]
         assert sorted(names) == sorted(["moesd::experts", *phases])
@@ -250,4 +248,4 @@ def test_schema_and_fake():
 def test_errors(change, error, message):
     data = make(3, 4, 2, 32, 32, torch.float32)
     with pytest.raises(error, match=message):
-        cpu_ops.experts(**data | change)
+        ops.experts(**data | change)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesd_kernels import cuda_ops
+from moesd_kernels.experts import cuda
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
@@ -59,14 +59,14 @@ def test_hopper_code_uses_wgmma_and_tma(tmp_path):
 
 def implemented(device):
     """The ops that csrc/<device> registers kernels for."""
-    texts = [path.read_text() for path in (ROOT / "csrc" / device).glob("*.c*")]
+    texts = [path.read_text() for path in (ROOT / "csrc" / device).rglob("*.c*")]
     return set(re.findall(r'm\.impl\("(\w+)"', "".join(texts)))
 
 
 def test_kernels_of_one_schema_have_one_type():
     """Written once: the CPU's kernel is declared by it, the CUDA kernel asserted to have it."""
     assert implemented("cpu") & implemented("cuda") == {"experts"}
-    assert "\nExpertsOp experts;\n" in (ROOT / "csrc" / "cpu" / "ops.h").read_text()
+    assert "\nExpertsOp experts;\n" in (ROOT / "csrc" / "cpu" / "ops" / "ops.h").read_text()
     held = "static_assert(std::is_same_v<decltype(experts), ExpertsOp>"
     assert held in (SOURCES / "register_cuda.cu").read_text()
 
@@ -88,8 +88,8 @@ def test_library_loads_beside_the_cpu_library():
     """In a child, which torch would end where the two libraries disagree."""
     code = (
         "import torch\n"
-        "from moesd_kernels import cuda_ops\n"
-        "cuda_ops._load()\n"
+        "from moesd_kernels.experts import cuda\n"
+        "cuda._load()\n"
         "has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "for op in ('experts', 'plan', 'combine'):\n"
         "    assert has_kernel(f'moesd::{op}', 'CUDA'), op\n"
@@ -112,7 +112,7 @@ def test_index_arithmetic(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says why it cannot run without a GPU")
 def test_unavailable_without_a_gpu():
-    assert cuda_ops.unavailable_reason() == "no CUDA device"
+    assert cuda.unavailable_reason() == "no CUDA device"
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_refuses_what_it_does_not_have(change, message):
     x, ids = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int64)
     w_gate_up, w_down = x.new_zeros(3, 128, 64), x.new_zeros(3, 64, 64)
     with pytest.raises(NotImplementedError, match=message):
-        cuda_ops.fused_experts_cuda(x, w_gate_up, w_down, ids, ids.float(), **change)
+        cuda.fused_experts_cuda(x, w_gate_up, w_down, ids, ids.float(), **change)
 
 
 def test_refuses_shapes_and_dtypes():
     ids = torch.zeros(2, 1, dtype=torch.int64)
     x = torch.zeros(2, 65, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="multiples of 64, got 65 and 64"):
-        cuda_ops.fused_experts_cuda(x, x, x.new_zeros(3, 65, 64), ids, ids.float())
+        cuda.fused_experts_cuda(x, x, x.new_zeros(3, 65, 64), ids, ids.float())
     with pytest.raises(NotImplementedError, match=r"must be torch.bfloat16, got torch.float32"):
-        cuda_ops.fused_experts_cuda(x.float(), x, x.new_zeros(3, 65, 64), ids, ids.float())
+        cuda.fused_experts_cuda(x.float(), x, x.new_zeros(3, 65, 64), ids, ids.float())

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from support.oracle import make_case
 
-from moesd_kernels.activations import canonical_activation
-from moesd_kernels.reference import fused_experts_reference, fused_experts_torch
+from moesd_kernels.experts.activations import canonical_activation
+from moesd_kernels.experts.reference import fused_experts_reference, fused_experts_torch
 
 
 def test_reference_is_the_formula():

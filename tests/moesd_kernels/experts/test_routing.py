@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moesd_kernels import plan_routing
-from moesd_kernels.routing import max_blocks
+from moesd_kernels.experts.routing import max_blocks
 
 # (T, K, E, block size), each with the reason it is here.
 CASES = [

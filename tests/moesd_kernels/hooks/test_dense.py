@@ -11,8 +11,10 @@ from support.models import FAMILIES, tiny_model
 from support.oracle import assert_as_accurate
 from torch import nn
 
-from moesd_kernels import accelerate, available_backends, cpu_ops, decelerate, dense_hook
-from moesd_kernels.dense_hook import accelerate_dense
+from moesd_kernels import accelerate, available_backends, decelerate
+from moesd_kernels.dense import ops
+from moesd_kernels.hooks import dense as dense_hook
+from moesd_kernels.hooks.dense import accelerate_dense
 
 pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason="the CPU kernels cannot run here"
@@ -217,7 +219,7 @@ def test_training_still_works():
 
 
 def test_unavailable_kernels(monkeypatch):
-    monkeypatch.setattr(cpu_ops, "unavailable", lambda: "no C++ compiler found")
+    monkeypatch.setattr(ops, "unavailable", lambda: "no C++ compiler found")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
         accelerate(tiny_model("olmoe"), dense=True)
     model = accelerate(tiny_model("olmoe"), dense="auto")

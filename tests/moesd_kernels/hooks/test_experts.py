@@ -14,7 +14,7 @@ from support.oracle import assert_as_accurate
 from torch import nn
 
 from moesd_kernels import accelerate, decelerate, register
-from moesd_kernels import transformers_hook as hook
+from moesd_kernels.hooks import experts as hook
 
 PROMPT = torch.arange(22).view(2, 11) % 50
 MAPPING = "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._global_mapping"

@@ -19,15 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.tune import CANDIDATES, search_steps
-from moesd_kernels.triton.combine_kernel import _combine_kernel
-from moesd_kernels.triton.config import model_choice, select_config
-from moesd_kernels.triton.down_kernel import _down_kernel
-from moesd_kernels.triton.gate_up_kernel import _gate_up_kernel
-from moesd_kernels.triton.layer import MAX_PAIRS
-from moesd_kernels.triton.plan_kernel import _plan_kernel, plan_sizes
-from moesd_kernels.triton.single_kernel import _down_combine_kernel, _gate_up_single_kernel
-from moesd_kernels.triton.types import A100, B200, H200, LayerShape
+from bench.commands.tune import CANDIDATES, search_steps
+from moesd_kernels.experts.triton.combine_kernel import _combine_kernel
+from moesd_kernels.experts.triton.config import model_choice, select_config
+from moesd_kernels.experts.triton.down_kernel import _down_kernel
+from moesd_kernels.experts.triton.gate_up_kernel import _gate_up_kernel
+from moesd_kernels.experts.triton.layer import MAX_PAIRS
+from moesd_kernels.experts.triton.plan_kernel import _plan_kernel, plan_sizes
+from moesd_kernels.experts.triton.single_kernel import _down_combine_kernel, _gate_up_single_kernel
+from moesd_kernels.experts.triton.types import A100, B200, H200, LayerShape
 
 DEVICES = {80: A100, 90: H200, 100: B200}
 LAYERS = {

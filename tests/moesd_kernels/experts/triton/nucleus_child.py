@@ -8,7 +8,7 @@ from compile_child import resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moesd_kernels.triton.nucleus_kernel import BLOCK, NUM_WARPS, _nucleus_kernel
+from moesd_kernels.dense.nucleus_kernel import BLOCK, NUM_WARPS, _nucleus_kernel
 
 SIGNATURE = {"bits_ptr": "*i32", "top_p_ptr": "*fp64", "out_ptr": "*i32", "V": "i32"}
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from bench.routing import DEFAULT_UNION_RATIO, route
-from moesd_kernels.triton import tuned
-from moesd_kernels.triton.config import (
+from bench.workloads.routing import DEFAULT_UNION_RATIO, route
+from moesd_kernels.experts.triton import tuned
+from moesd_kernels.experts.triton.config import (
     READ_ONCE_TOKENS,
     Gemm,
     block_rows,
@@ -18,7 +18,7 @@ from moesd_kernels.triton.config import (
     predicted_seconds,
     select_config,
 )
-from moesd_kernels.triton.types import A100, B200, H200, GemmConfig, LayerShape, MoEConfig
+from moesd_kernels.experts.triton.types import A100, B200, H200, GemmConfig, LayerShape, MoEConfig
 
 LAYERS = {
     "mixtral": (8, 2, 4096, 14336),
@@ -117,7 +117,7 @@ def test_model_is_near_the_floor_where_it_should_be():
 
 
 def test_starts_no_triton():
-    code = "import sys, moesd_kernels.triton.config; sys.exit('triton' in sys.modules)"
+    code = "import sys, moesd_kernels.experts.triton.config; sys.exit('triton' in sys.modules)"
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

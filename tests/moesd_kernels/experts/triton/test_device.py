@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moesd_kernels.triton.device import describe, device_of
-from moesd_kernels.triton.types import A100, B200, H100, H200, Device
+from moesd_kernels.experts.triton.device import describe, device_of
+from moesd_kernels.experts.triton.types import A100, B200, H100, H200, Device
 
 # name, capability, multiprocessors, memory clock in kHz, bus width in bits, measured copy rate
 KNOWN = [

@@ -11,9 +11,10 @@ import pytest
 import torch
 from moe_cases import check, make_case
 
-from moesd_kernels import cuda_ops, fused_experts
-from moesd_kernels.triton import fused_experts_triton, unavailable_reason
-from moesd_kernels.triton.types import GemmConfig, MoEConfig
+from moesd_kernels import fused_experts
+from moesd_kernels.experts import cuda
+from moesd_kernels.experts.triton import fused_experts_triton, unavailable_reason
+from moesd_kernels.experts.triton.types import GemmConfig, MoEConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -249,7 +250,7 @@ def test_number_of_launches(T, most):
 
 
 @pytest.mark.skipif(
-    cuda_ops.unavailable_reason() is not None, reason=f"cuda: {cuda_ops.unavailable_reason()}"
+    cuda.unavailable_reason() is not None, reason=f"cuda: {cuda.unavailable_reason()}"
 )
 @pytest.mark.parametrize("T", [1, 2, pytest.param(8, marks=FIRST), 9, 33, 64, 65, 200])
 @pytest.mark.parametrize(("E", "K", "H", "I"), [(16, 4, 256, 192), (8, 2, 1024, 1792)])
@@ -257,4 +258,4 @@ def test_cuda_backend(E, K, H, I, T):
     ids = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(T))
     case = make_case(E, K, H, I, T, torch.bfloat16, "cuda", ids=ids)
     for _ in range(2):
-        check(case, case.run(cuda_ops.fused_experts_cuda))
+        check(case, case.run(cuda.fused_experts_cuda))

@@ -23,7 +23,7 @@ def test_interpreted(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0"]
     done = subprocess.run(
         [*command, str(FOLDER / file)],
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[4],
         env=environment,
         capture_output=True,
         text=True,

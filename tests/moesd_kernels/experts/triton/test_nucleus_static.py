@@ -17,7 +17,7 @@ def test_compiled_search(tmp_path):
         pytest.skip("triton is not installed")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    environment["PYTHONPATH"] = str(HERE.parents[2])
+    environment["PYTHONPATH"] = str(HERE.parents[3])
     child = [sys.executable, str(HERE / "nucleus_child.py")]
     done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

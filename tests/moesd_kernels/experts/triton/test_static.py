@@ -25,7 +25,7 @@ def test_compiled_kernels(what, tmp_path):
         pytest.skip("triton is not installed")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    environment["PYTHONPATH"] = str(HERE.parents[2])
+    environment["PYTHONPATH"] = str(HERE.parents[3])
     done = subprocess.run(
         [sys.executable, str(HERE / "compile_child.py"), str(what)],
         env=environment,

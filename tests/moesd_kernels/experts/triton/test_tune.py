@@ -5,12 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from bench import tune
 from bench.__main__ import main
-from bench.shapes import Shape
-from moesd_kernels.triton import tuned
-from moesd_kernels.triton.config import Gemm, bucket, model_choice, select_config, shared_bytes
-from moesd_kernels.triton.types import H200, LayerShape
+from bench.commands import tune
+from bench.workloads.shapes import Shape
+from moesd_kernels.experts.triton import tuned
+from moesd_kernels.experts.triton.config import (
+    Gemm,
+    bucket,
+    model_choice,
+    select_config,
+    shared_bytes,
+)
+from moesd_kernels.experts.triton.types import H200, LayerShape
 
 SHAPE = LayerShape(64, 8, 2048, 1024, 16)
 BF16 = torch.bfloat16
@@ -126,7 +132,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H200.name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("moesd_kernels.triton.device.device_of", lambda device: H200)
+    monkeypatch.setattr("moesd_kernels.experts.triton.device.device_of", lambda device: H200)
     yield
     tuned.use_folder(None)
 

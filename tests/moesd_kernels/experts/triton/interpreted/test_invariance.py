@@ -10,7 +10,7 @@ import pytest
 import torch
 from moe_cases import check, make_case
 
-from moesd_kernels.triton import fused_experts_triton
+from moesd_kernels.experts.triton import fused_experts_triton
 
 # Tall enough for a full block and one row more.
 T = 67

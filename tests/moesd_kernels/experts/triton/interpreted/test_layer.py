@@ -4,8 +4,8 @@ import pytest
 import torch
 from moe_cases import check, make_case
 
-from moesd_kernels.triton import fused_experts_triton
-from moesd_kernels.triton.types import GemmConfig, MoEConfig
+from moesd_kernels.experts.triton import fused_experts_triton
+from moesd_kernels.experts.triton.types import GemmConfig, MoEConfig
 
 SMALL = GemmConfig(block_m=16, block_n=32, block_k=32)
 CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)
@@ -77,7 +77,7 @@ def test_plan_of_its_own_or_inline(inline_pairs):
 
 
 def test_more_pairs_than_a_plan_holds(monkeypatch):
-    from moesd_kernels.triton import launch
+    from moesd_kernels.experts.triton import launch
 
     monkeypatch.setattr(launch, "MAX_PAIRS", 8)
     case = make_case(5, 2, 32, 32, 11)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from decoder.sampling.nucleus import bisected_threshold
-from moesd_kernels.triton import nucleus_kernel
-from moesd_kernels.triton.nucleus_kernel import nucleus_threshold
+from moesd_kernels.dense import nucleus_kernel
+from moesd_kernels.dense.nucleus_kernel import nucleus_threshold
 
 TOP_P = (1e-6, 0.3, 0.9, 0.99, 1 - 2**-24, 2.0)
 

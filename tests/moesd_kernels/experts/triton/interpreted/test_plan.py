@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moesd_kernels.triton import plan_kernel
-from moesd_kernels.triton.config import READ_ONCE_TOKENS, block_rows
-from moesd_kernels.triton.plan_kernel import max_blocks, plan
-from moesd_kernels.triton.types import LayerShape
+from moesd_kernels.experts.triton import plan_kernel
+from moesd_kernels.experts.triton.config import READ_ONCE_TOKENS, block_rows
+from moesd_kernels.experts.triton.plan_kernel import max_blocks, plan
+from moesd_kernels.experts.triton.types import LayerShape
 
 
 def rows_by_block(ids, E, block_m):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from moe_cases import check, make_case
 
-from moesd_kernels.triton import fused_experts_triton
-from moesd_kernels.triton.types import GemmConfig, MoEConfig
+from moesd_kernels.experts.triton import fused_experts_triton
+from moesd_kernels.experts.triton.types import GemmConfig, MoEConfig
 
 SMALL = GemmConfig(block_m=16, block_n=32, block_k=32)
 CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)

@@ -1,0 +1,1 @@
+"""How anything is measured and written down: timers, ceilings, lines."""

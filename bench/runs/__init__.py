@@ -1,0 +1,1 @@
+"""What sub-commands measure: one layer, one batch of the decoder, tiles."""

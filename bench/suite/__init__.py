@@ -1,0 +1,1 @@
+"""The pieces of ``bench suite``, a run-book for a GPU lent for minutes."""

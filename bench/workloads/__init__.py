@@ -1,0 +1,1 @@
+"""What is measured on: shapes, layers, models, prompts, routings."""

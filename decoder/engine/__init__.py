@@ -1,0 +1,1 @@
+"""The decode loop: live rows, rounds, what they cost."""

@@ -1,0 +1,1 @@
+"""One forward of a transformers model over ragged rows: cache, attention, graphs."""

@@ -1,0 +1,1 @@
+"""The expert layer: one op, its reference, its back-ends."""
