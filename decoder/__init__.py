@@ -1,7 +1,7 @@
 """Batched, lossless speculative decoding on transformers models.
 
 Legend: ``B`` live sequences, ``G`` draft length (``gamma``), ``Q = G + 1`` positions verified per
-row, ``S`` cache slots per row, ``V`` vocabulary, ``H`` hidden.
+row, ``S`` positions of a cache row, ``V`` vocabulary, ``H`` hidden.
 """
 
 from __future__ import annotations

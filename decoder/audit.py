@@ -170,23 +170,23 @@ def logit_jitter(runner: ModelRunner, texts: list[list[int]], starts: list[int],
         starts: per row, where the Q tokens to compare begin; ``starts[r] + Q <= len(texts[r])``.
         Q: tokens per row.
     """
-    device, rows = runner.device, len(texts)
-    slots = torch.arange(rows, device=device)
+    device, B = runner.device, len(texts)
+    rows = torch.arange(B, device=device)
     lengths = torch.tensor(starts, device=device)
-    padded = torch.zeros(rows, max(starts), dtype=torch.int64, device=device)
+    padded = torch.zeros(B, max(starts), dtype=torch.int64, device=device)
     for r, (text, start) in enumerate(zip(texts, starts, strict=True)):
         padded[r, :start] = torch.tensor(text[:start])
     ids = torch.tensor([t[s : s + Q] for t, s in zip(texts, starts, strict=True)], device=device)
     positions = lengths[:, None] + torch.arange(Q, device=device)
-    runner.prefill(slots, padded, lengths)
-    together = runner.forward(ids, slots, positions).logits.float()
+    runner.prefill(rows, padded, lengths)
+    together = runner.forward(ids, rows, positions).logits.float()
     worst = 0.0
-    for r in range(rows):
-        row = slice(r, r + 1)
-        runner.prefill(slots[row], padded[row, : starts[r]], lengths[row])
+    for r in range(B):
+        one = slice(r, r + 1)
+        runner.prefill(rows[one], padded[one, : starts[r]], lengths[one])
         for q in range(Q):
             step = slice(q, q + 1)
-            alone = runner.forward(ids[row, step], slots[row], positions[row, step]).logits.float()
+            alone = runner.forward(ids[one, step], rows[one], positions[one, step]).logits.float()
             worst = max(worst, float((alone[0, 0] - together[r, q]).abs().max()))
     return worst
 
@@ -212,8 +212,8 @@ def _windows(
         texts.append(text)
         starts.append(min(max(deciding - gamma, 1), len(text) - Q))
     for first in range(0, min(len(texts), _JITTER_BATCHES * batch_size), batch_size):
-        rows = slice(first, first + batch_size)
-        yield texts[rows], starts[rows], Q
+        part = slice(first, first + batch_size)
+        yield texts[part], starts[part], Q
 
 
 def _first_difference(a: Output, b: Output) -> int | None:
@@ -248,11 +248,11 @@ def _margin(logits: Tensor, request: Request, common: list[int], a: int, b: int)
     """How far tokens ``a`` and ``b`` are from exchanging places, given ``logits`` [1, 1, V]."""
     sampler = Sampler(1, logits.shape[-1], "cpu", "coupled")
     sampler.admit(0, request.params, request.prompt_ids, request.stop_ids)
-    slots = torch.tensor([0])
+    rows = torch.tensor([0])
     if common:
-        sampler.commit(slots, torch.tensor([common]), torch.tensor([len(common)]))
+        sampler.commit(rows, torch.tensor([common]), torch.tensor([len(common)]))
     positions = torch.tensor([[len(request.prompt_ids) + len(common)]])
-    scores = sampler.scores(logits, slots, positions)[0]
+    scores = sampler.scores(logits, rows, positions)[0]
     if bool(scores[[a, b]].isfinite().all()):
         return float((scores[a] - scores[b]).abs())
     # Top-k, top-p or min-p cut one of them: how far is it from the last token kept?

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from decoder import SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
-from decoder.drafters.base import Draft
-from decoder.sampling import Probs, Sampler, Verdict
+from decoder.round import Draft, Verdict
+from decoder.sampling import Probs, Sampler
 from decoder.sampling.verdict import assemble, leading
 
 

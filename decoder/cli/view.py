@@ -61,7 +61,7 @@ def comparison_table(
     table.add_row("alpha (acceptance rate)", "-", number(speculative.alpha, 3))
     for row in extra:
         table.add_row(*row)
-    table.add_row("sigma (emitted / slots)", "-", number(speculative.sigma, 3))
+    table.add_row("sigma (emitted / positions verified)", "-", number(speculative.sigma, 3))
     table.add_row("tokens per row and round", "1.00", number(speculative.acceptance_length, 2))
     efficiency = speculative.target_efficiency(plain)
     table.add_row("target efficiency", "-", number(efficiency, 3))

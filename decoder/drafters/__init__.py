@@ -7,7 +7,7 @@ from typing import Any
 
 from decoder.errors import UserError
 
-from .base import Draft, Drafter, StepState
+from .base import Drafter
 from .ngram import HybridDrafter, NgramDrafter
 from .none import NoDrafter
 from .replay import ReplayDrafter
@@ -15,14 +15,12 @@ from .self_draft import SelfDrafter
 
 __all__ = [
     "KINDS",
-    "Draft",
     "Drafter",
     "HybridDrafter",
     "NgramDrafter",
     "NoDrafter",
     "ReplayDrafter",
     "SelfDrafter",
-    "StepState",
     "build_drafter",
 ]
 

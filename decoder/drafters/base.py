@@ -9,85 +9,16 @@ proposes may depend on its context and on earlier drafts, never on the token at 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from decoder.round import Draft, StepState, Verdict
+
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
-    from decoder.sampling import Sampler, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Proposed tokens together with the distribution each was drawn from.
-
-    Attributes:
-        tokens: ``[B, G]`` int64. Entries at or after ``lengths`` are valid vocabulary ids that
-            nobody may accept (they are still fed to the verify forward to keep shapes static).
-        probs: ``[B, G, V]`` fp32, the distribution that ``tokens`` were drawn from, or ``None``
-            for deterministic proposals (one-hot at the token).
-        lengths: ``[B]`` int64, valid drafts per row, ``0 <= lengths <= G``.
-    """
-
-    tokens: Tensor
-    probs: Tensor | None
-    lengths: Tensor
-
-    @property
-    def gamma(self) -> int:
-        return self.tokens.shape[1]
-
-    def limited(self, room: Sequence[int]) -> Draft | None:
-        """The draft with at most ``room[b]`` tokens in row b; ``None`` when none has any.
-
-        On the CPU, where asking costs nothing, columns that no row has drafted are cut.
-        """
-        lengths = self.lengths
-        if min(room) < self.gamma:
-            lengths = torch.minimum(lengths, torch.tensor(room, device=lengths.device))
-        if lengths.device.type != "cpu":
-            return Draft(self.tokens, self.probs, lengths)
-        longest = int(lengths.max())
-        if longest == 0:
-            return None
-        probs = self.probs[:, :longest] if self.probs is not None else None
-        return Draft(self.tokens[:, :longest], probs, lengths)
-
-
-@dataclass(slots=True)
-class StepState:
-    """The live rows at the start of a round. Finished rows have been removed by the engine.
-
-    Attributes:
-        slots: ``[B]`` int64, slot index of each live row (the row of every KV cache).
-        lengths: ``[B]`` int64, committed tokens with KV in the target cache, which is the absolute
-            position of ``current``.
-        current: ``[B]`` int64, the last emitted token; its KV is not in the target cache yet.
-        previous: ``[B]`` int64, the token at position ``lengths - 1``.
-        tokens: ``[max_slots, S]`` int64, every token by absolute position (prompt and output);
-            ``tokens[slot, lengths] == current``. Owned by the engine, read only here.
-        host_lengths: ``lengths`` as Python integers, so that sizing needs no device sync.
-        host_slots: ``slots`` as Python integers; read back from the device when not given.
-    """
-
-    slots: Tensor
-    lengths: Tensor
-    current: Tensor
-    previous: Tensor
-    tokens: Tensor
-    host_lengths: list[int]
-    host_slots: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.host_slots:
-            self.host_slots = self.slots.tolist()
-
-    def host_rows(self) -> list[tuple[int, int]]:
-        """``(slot, length)`` of every live row."""
-        return list(zip(self.host_slots, self.host_lengths, strict=True))
+    from decoder.sampling import Sampler
 
 
 @runtime_checkable
@@ -109,12 +40,12 @@ class Drafter(Protocol):
         """Attach to a target once before use; raises ``ValueError`` when it cannot serve it."""
 
     def admit(
-        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+        self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
         """Take in new prompts.
 
         Args:
-            slots: ``[R]`` int64, the slots they occupy from now on.
+            rows: ``[R]`` int64, the rows they occupy from now on.
             token_ids: ``[R, L]`` int64, right padded.
             lengths: ``[R]`` int64 prompt lengths.
             hidden: ``[R, L, n * H]`` the target's ``hidden_layers`` at the prompt tokens.
@@ -132,12 +63,12 @@ class Drafter(Protocol):
             hidden: ``[B, G + 1, n * H]`` of the verify forward.
         """
 
-    def release(self, slots: Sequence[int]) -> None:
-        """Forget slots whose sequence finished."""
+    def release(self, rows: Sequence[int]) -> None:
+        """Forget the sequences of these rows."""
 
 
 class StatelessDrafter:
-    """Base of drafters that keep nothing per slot: every hook but ``propose`` is a no-op."""
+    """Base of drafters that keep nothing per row: every hook but ``propose`` is a no-op."""
 
     name = "stateless"
     hidden_layers: tuple[int, ...] | None = None
@@ -146,14 +77,14 @@ class StatelessDrafter:
         pass
 
     def admit(
-        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+        self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
         pass
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         pass
 
-    def release(self, slots: Sequence[int]) -> None:
+    def release(self, rows: Sequence[int]) -> None:
         pass
 
 
@@ -174,7 +105,7 @@ class DraftChain:
 
     def __init__(self, sampler: Sampler, state: StepState, gamma: int) -> None:
         self._sampler = sampler
-        self._slots = state.slots
+        self._rows = state.rows
         self._positions = state.lengths[:, None] + 1  # [B, 1], of the token to be drawn
         self._tokens = state.current.new_empty(len(state.host_lengths), gamma)
         self._probs: list[Tensor] = []
@@ -184,12 +115,12 @@ class DraftChain:
         """Next drafted token ``[B, 1]`` from ``[B, 1, V]`` logits of the target's vocabulary."""
         # Penalties count the tokens drafted so far, as they will when the target verifies.
         prefix = self._tokens[:, : self._step] if self._step else None
-        dist = self._sampler.distribution(logits, self._slots, self._positions, prefix)
+        dist = self._sampler.distribution(logits, self._rows, self._positions, prefix)
         if dist.argmax is not None:  # all rows greedy: no noise to compute
             token = dist.argmax[:, 0]
         else:
             assert dist.probs is not None
-            token = self._sampler.draw_draft(dist, self._slots, self._positions[:, 0])
+            token = self._sampler.draw_draft(dist, self._rows, self._positions[:, 0])
             self._probs.append(dist.probs)
         self._tokens[:, self._step] = token
         self._step += 1
@@ -203,9 +134,9 @@ class DraftChain:
             FloatingPointError: where its logits had no largest value, ``undefined [B, G]``.
         """
         self._tokens = tokens
-        self._sampler.record(undefined, self._slots, self._positions)
+        self._sampler.record(undefined, self._rows, self._positions)
         return self.finish()
 
     def finish(self) -> Draft:
-        lengths = torch.full_like(self._slots, self._tokens.shape[1])
+        lengths = torch.full_like(self._rows, self._tokens.shape[1])
         return Draft(self._tokens, torch.cat(self._probs, dim=1) if self._probs else None, lengths)

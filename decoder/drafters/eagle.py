@@ -20,14 +20,16 @@ from decoder.errors import UserError
 from decoder.model.attention import Placement, placed
 from decoder.model.cache import RaggedCache
 from decoder.model.kernels import accelerate, ragged_attention_op
+from decoder.round import Draft, StepState
 
-from .base import Draft, DraftChain, StepState
+from .base import DraftChain
 from .eagle_head import EagleHead
 from .eagle_loader import EagleCheckpoint, load_eagle
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
-    from decoder.sampling import Sampler, Verdict
+    from decoder.round import Verdict
+    from decoder.sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -89,28 +91,28 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def admit(
-        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+        self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
         """Pairs ``(token_{t+1}, feature_t)`` inside the prompt; the last feature has to wait."""
         features = _present(hidden)
         width = token_ids.shape[1]
-        column = torch.arange(width, device=slots.device)
+        column = torch.arange(width, device=rows.device)
         positions = torch.where(column < lengths[:, None] - 1, column, -1)[:, :-1]
         for start in range(0, width - 1, _PREFILL_CHUNK):
             chunk = slice(start, min(start + _PREFILL_CHUNK, width - 1))
             following = token_ids[:, chunk.start + 1 : chunk.stop + 1]
             fused = self.head.fuse(features[:, chunk])
-            self._forward(following, fused, slots, positions[:, chunk], chunk.stop)
+            self._forward(following, fused, rows, positions[:, chunk], chunk.stop)
         last = lengths - 1
-        rows = torch.arange(slots.numel(), device=slots.device)
-        self._ring[slots, last % self._ring_size] = features[rows, last]
-        self._synced[slots] = last
-        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-            self._host_synced[slot] = length - 1
+        index = torch.arange(rows.numel(), device=rows.device)
+        self._ring[rows, last % self._ring_size] = features[index, last]
+        self._synced[rows] = last
+        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+            self._host_synced[row] = length - 1
 
     @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
-        slots, vocab_size = state.slots, self._sampler.vocab_size
+        rows, vocab_size = state.rows, self._sampler.vocab_size
         hidden = self._refresh(state)[:, -1:]  # [B, 1, H], the prediction for `lengths`
         chain = DraftChain(self._sampler, state, gamma)
         longest = max(state.host_lengths)
@@ -118,7 +120,7 @@ class EagleDrafter:
             token = chain.draw(self.head.logits(hidden, vocab_size))
             if step + 1 < gamma:
                 position = state.lengths[:, None] + step
-                hidden = self._forward(token, hidden, slots, position, longest + step + 1)
+                hidden = self._forward(token, hidden, rows, position, longest + step + 1)
         return chain.finish()
 
     @torch.inference_mode()
@@ -127,42 +129,42 @@ class EagleDrafter:
         features = _present(hidden)
         Q = features.shape[1]
         behind = max(
-            length + Q - self._host_synced[slot] for slot, length in state_before.host_rows()
+            length + Q - self._host_synced[row] for row, length in state_before.rows_and_lengths()
         )
         if behind > self._ring_size:
             self._refresh(state_before)
         positions = state_before.lengths[:, None] + torch.arange(Q, device=features.device)
-        self._ring[state_before.slots[:, None], positions % self._ring_size] = features
+        self._ring[state_before.rows[:, None], positions % self._ring_size] = features
 
-    def release(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._host_synced[int(slot)] = 0
+    def release(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._host_synced[int(row)] = 0
 
     def _refresh(self, state: StepState) -> Tensor:
         """Run the pairs whose true features have arrived since last time; ``[B, W, H]``.
 
         Right-aligned, so the last column is position ``lengths - 1`` of every row.
         """
-        rows = state.host_rows()
-        W = max(length - self._host_synced[slot] for slot, length in rows)
-        positions = state.lengths[:, None] - W + torch.arange(W, device=state.slots.device)
-        slots = state.slots[:, None]
-        tokens = state.tokens[slots, (positions + 1).clamp(min=0)]
-        fused = self.head.fuse(self._ring[slots, positions % self._ring_size])
-        live = torch.where(positions >= self._synced[slots], positions, -1)
-        hidden = self._forward(tokens, fused, state.slots, live, max(state.host_lengths))
-        self._synced[state.slots] = state.lengths
-        for slot, length in rows:
-            self._host_synced[slot] = length
+        lengths = state.rows_and_lengths()
+        W = max(length - self._host_synced[row] for row, length in lengths)
+        positions = state.lengths[:, None] - W + torch.arange(W, device=state.rows.device)
+        rows = state.rows[:, None]
+        tokens = state.tokens[rows, (positions + 1).clamp(min=0)]
+        fused = self.head.fuse(self._ring[rows, positions % self._ring_size])
+        live = torch.where(positions >= self._synced[rows], positions, -1)
+        hidden = self._forward(tokens, fused, state.rows, live, max(state.host_lengths))
+        self._synced[state.rows] = state.lengths
+        for row, length in lengths:
+            self._host_synced[row] = length
         return hidden
 
     def _forward(
-        self, tokens: Tensor, hidden: Tensor, slots: Tensor, positions: Tensor, extent: int
+        self, tokens: Tensor, hidden: Tensor, rows: Tensor, positions: Tensor, extent: int
     ) -> Tensor:
         """One head pass; ``extent`` is at least the largest position + 1."""
         self.cache.reserve(extent)
-        self.cache.select(slots, positions)
-        placement = Placement(slots, positions, extent, self._attention)
+        self.cache.select(rows, positions)
+        placement = Placement(rows, positions, extent, self._attention)
         with placed(placement):
             return self.head(tokens, hidden, self.cache, placement)
 

@@ -1,6 +1,6 @@
 """The EAGLE head as a compact module on the decoder's own ragged cache and attention.
 
-``t`` is the position of the feature, which is also the RoPE position and the cache slot.
+``t`` is the feature's position, which is also its RoPE position and its place in the cache row.
 
 * EAGLE-1: ``x_t = fc([embed(token_{t+1}), feature_t])``, then Llama layers of which the first has
   no input norm. The output stands for ``feature_{t+1}``; the target's ``lm_head`` reads it.

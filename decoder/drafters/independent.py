@@ -1,7 +1,7 @@
 """An independent draft model with a ragged cache of its own.
 
 Every round starts by feeding the last two tokens, not one: after a round in which all drafts were
-accepted the draft model has never seen its own last proposal, and rewriting the slot before it
+accepted the draft model has never seen its own last proposal, and rewriting the position before it
 otherwise is harmless. The shape is the same either way, so there is no branch and no sync.
 """
 
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from decoder.errors import UserError
+from decoder.round import Draft, StepState
 
-from .base import Draft, DraftChain, StepState
+from .base import DraftChain
 from .vocab import fit_vocab, require_same_vocabulary
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
-    from decoder.sampling import Sampler, Verdict
+    from decoder.round import Verdict
+    from decoder.sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -57,30 +59,30 @@ class IndependentDrafter:
         self._sampler = sampler
         self._last_id = draft_size - 1
         self._same_ids = draft_size == sampler.vocab_size
-        # Slots below it hold keys and values of committed tokens, or of drafts that the next
+        # Rows below it hold keys and values of committed tokens, or of drafts that the next
         # state will show to have been committed.
         self._synced = [0] * runner.max_batch_size
         self._drafting = False  # whether the last round had drafts
 
     def admit(
-        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+        self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
         if not self._drafting:
             return  # prompts are caught up with when drafts are wanted, which may be never
-        self.runner.prefill(slots, self._known(token_ids), lengths)
-        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-            self._synced[slot] = length
+        self.runner.prefill(rows, self._known(token_ids), lengths)
+        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+            self._synced[row] = length
 
     def propose(self, state: StepState, gamma: int) -> Draft:
         self._drafting = True
         tokens, positions = self._opening(state)
-        last = torch.full_like(state.slots, tokens.shape[1] - 1)[:, None]
+        last = torch.full_like(state.rows, tokens.shape[1] - 1)[:, None]
         longest = max(state.host_lengths)
         chain = DraftChain(self._sampler, state, gamma)
-        for slot, length in state.host_rows():
-            self._synced[slot] = length + gamma
-        if self._same_ids and self._sampler.takes_argmax(state.slots):
-            whole = self.runner.continue_greedily(tokens, state.slots, positions, gamma, longest)
+        for row, length in state.rows_and_lengths():
+            self._synced[row] = length + gamma
+        if self._same_ids and self._sampler.takes_argmax(state.rows):
+            whole = self.runner.continue_greedily(tokens, state.rows, positions, gamma, longest)
             if whole is not None:
                 return chain.take(*whole)
         for step in range(gamma):
@@ -88,7 +90,7 @@ class IndependentDrafter:
                 positions = state.lengths[:, None] + step
             out = self.runner.forward(
                 self._known(tokens),
-                state.slots,
+                state.rows,
                 positions,
                 logits_positions=None if step else last,
                 max_position=longest + step,
@@ -101,17 +103,17 @@ class IndependentDrafter:
             return
         self._drafting = False
         # A round without drafts: what an earlier round drafted beyond this state was rejected.
-        for slot, length in state_before.host_rows():
-            self._synced[slot] = min(self._synced[slot], length)
+        for row, length in state_before.rows_and_lengths():
+            self._synced[row] = min(self._synced[row], length)
 
     def forget_drafts(self, state: StepState) -> None:
         """The last ``propose`` at ``state`` was overridden: trust only the tokens it was given."""
-        for slot, length in state.host_rows():
-            self._synced[slot] = length + 1
+        for row, length in state.rows_and_lengths():
+            self._synced[row] = length + 1
 
-    def release(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._synced[int(slot)] = 0
+    def release(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._synced[int(row)] = 0
 
     def _opening(self, state: StepState) -> tuple[Tensor, Tensor]:
         """Tokens and positions ``[B, W]`` of the first step, the last column being ``current``.
@@ -119,35 +121,35 @@ class IndependentDrafter:
         W is 2 plus whatever earlier rounds at gamma 0 left unseen; a long backlog is run on its
         own first, for the rows that have one.
         """
-        rows = state.host_rows()
-        lag = max(length - 1 - self._synced[slot] for slot, length in rows)
+        lengths = state.rows_and_lengths()
+        lag = max(length - 1 - self._synced[row] for row, length in lengths)
         if lag > _INLINE_LAG:
-            self._catch_up(state, rows)
+            self._catch_up(state, lengths)
             lag = 0
         if lag <= 0:
             positions = torch.stack([state.lengths - 1, state.lengths], dim=1)
             return torch.stack([state.previous, state.current], dim=1), positions
-        back = torch.arange(-1 - lag, 1, device=state.slots.device)
+        back = torch.arange(-1 - lag, 1, device=state.rows.device)
         positions = state.lengths[:, None] + back
-        tokens = state.tokens[state.slots[:, None], positions.clamp(min=0)]
-        # A row shorter than the backlog of another has nothing before slot 0.
+        tokens = state.tokens[state.rows[:, None], positions.clamp(min=0)]
+        # A row shorter than the backlog of another has nothing before position 0.
         return tokens, torch.where(positions >= 0, positions, -1)
 
-    def _catch_up(self, state: StepState, rows: list[tuple[int, int]]) -> None:
+    def _catch_up(self, state: StepState, lengths: list[tuple[int, int]]) -> None:
         """Run every token before ``previous`` that the draft model has not seen."""
-        device = state.slots.device
-        behind = [(slot, self._synced[slot], length - 1) for slot, length in rows]
-        behind = [row for row in behind if row[1] < row[2]]
-        slots, start, stop = torch.tensor(behind, device=device).unbind(1)
+        device = state.rows.device
+        behind = [(row, self._synced[row], length - 1) for row, length in lengths]
+        behind = [span for span in behind if span[1] < span[2]]
+        rows, start, stop = torch.tensor(behind, device=device).unbind(1)
         no_logits = torch.zeros(len(behind), 0, dtype=torch.int64, device=device)
         backlog = max(stop - start for _, start, stop in behind)
         for first in range(0, backlog, _CHUNK):
             step = torch.arange(first, min(first + _CHUNK, backlog), device=device)
             positions = start[:, None] + step
-            tokens = state.tokens[slots[:, None], positions.clamp(max=state.tokens.shape[1] - 1)]
+            tokens = state.tokens[rows[:, None], positions.clamp(max=state.tokens.shape[1] - 1)]
             self.runner.forward(
                 self._known(tokens),
-                slots,
+                rows,
                 torch.where(positions < stop[:, None], positions, -1),
                 logits_positions=no_logits,
                 max_position=max(stop for _, _, stop in behind) - 1,

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Draft, Drafter, StatelessDrafter, StepState
+from decoder.round import Draft, StepState
+
+from .base import Drafter, StatelessDrafter
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
-    from decoder.sampling import Sampler, Verdict
+    from decoder.round import Verdict
+    from decoder.sampling import Sampler
 
 
 class Match(NamedTuple):
@@ -88,7 +91,7 @@ class NgramDrafter(StatelessDrafter):
 
     def match(self, state: StepState, gamma: int) -> tuple[Tensor, Tensor]:
         """Proposed tokens ``[B, gamma]`` and match length ``[B]`` (0: nothing to propose)."""
-        history = state.tokens[:, : max(state.host_lengths) + 1].index_select(0, state.slots)
+        history = state.tokens[:, : max(state.host_lengths) + 1].index_select(0, state.rows)
         match = longest_recent_match(history, state.lengths, self.min_ngram, self.max_ngram)
         end = torch.where(match.length > 0, match.end, state.lengths - 1).clamp(min=0)
         return continue_from(history, state.lengths, end, gamma), match.length
@@ -130,9 +133,9 @@ class HybridDrafter:
         self.model.bind(runner, sampler, max_gamma)
 
     def admit(
-        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+        self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
-        self.model.admit(slots, token_ids, lengths, hidden)
+        self.model.admit(rows, token_ids, lengths, hidden)
 
     def propose(self, state: StepState, gamma: int) -> Draft:
         drafted = self.model.propose(state, gamma)
@@ -155,5 +158,5 @@ class HybridDrafter:
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         self.model.commit(state_before, verdict, hidden)
 
-    def release(self, slots: Sequence[int]) -> None:
-        self.model.release(slots)
+    def release(self, rows: Sequence[int]) -> None:
+        self.model.release(rows)

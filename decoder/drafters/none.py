@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Draft, StatelessDrafter, StepState, empty_draft
+from decoder.round import Draft, StepState
+
+from .base import StatelessDrafter, empty_draft
 
 
 class NoDrafter(StatelessDrafter):

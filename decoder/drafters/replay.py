@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Draft, Drafter, StepState
+from decoder.round import Draft, StepState
+
+from .base import Drafter
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
-    from decoder.sampling import Sampler, Verdict
+    from decoder.round import Verdict
+    from decoder.sampling import Sampler
 
 Prompt = tuple[int, ...]
 
@@ -72,7 +75,7 @@ class ReplayDrafter:
         self.recordings: dict[Prompt, list[int]] = {
             tuple(prompt): list(output) for prompt, output in (recordings or {}).items()
         }
-        self._recording: dict[int, Prompt] = {}  # slot -> prompt being recorded
+        self._recording: dict[int, Prompt] = {}  # row -> prompt being recorded
 
     @property
     def hidden_layers(self) -> tuple[int, ...] | None:
@@ -81,78 +84,78 @@ class ReplayDrafter:
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         if self.cost is not None:
             self.cost.bind(runner, sampler, max_gamma)
-        slots, device = runner.max_batch_size, runner.device
+        B, device = runner.max_batch_size, runner.device
         self._vocab_size = sampler.vocab_size
-        self._tokens = torch.zeros(slots, 0, dtype=torch.int64, device=device)
-        self._end = torch.zeros(slots, dtype=torch.int64, device=device)  # recorded up to here
-        self._seeds = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._last = [0] * slots  # last position written while recording
+        self._tokens = torch.zeros(B, 0, dtype=torch.int64, device=device)
+        self._end = torch.zeros(B, dtype=torch.int64, device=device)  # recorded up to here
+        self._seeds = torch.zeros(B, dtype=torch.int64, device=device)
+        self._last = [0] * B  # last position written while recording
 
     def admit(
-        self, slots: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
+        self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
         if self.cost is not None:
-            self.cost.admit(slots, token_ids, lengths, hidden)
-        rows = zip(slots.tolist(), token_ids.tolist(), lengths.tolist(), strict=True)
-        for slot, padded, length in rows:
+            self.cost.admit(rows, token_ids, lengths, hidden)
+        admitted = zip(rows.tolist(), token_ids.tolist(), lengths.tolist(), strict=True)
+        for row, padded, length in admitted:
             prompt = tuple(padded[:length])
             recorded = self.recordings.get(prompt)
             if recorded is None:
-                self._recording[slot] = prompt
+                self._recording[row] = prompt
             sequence = [*prompt, *(recorded or ())]
             self._reserve(len(sequence))
-            self._tokens[slot, : len(sequence)] = torch.tensor(sequence, device=slots.device)
-            self._end[slot] = 0 if recorded is None else len(sequence)
-            self._seeds[slot] = zlib.crc32(array("q", prompt).tobytes(), self.seed & 0xFFFFFFFF)
-            self._last[slot] = length - 1
+            self._tokens[row, : len(sequence)] = torch.tensor(sequence, device=rows.device)
+            self._end[row] = 0 if recorded is None else len(sequence)
+            self._seeds[row] = zlib.crc32(array("q", prompt).tobytes(), self.seed & 0xFFFFFFFF)
+            self._last[row] = length - 1
 
     def propose(self, state: StepState, gamma: int) -> Draft:
         if self.cost is not None:
             self.cost.propose(state, gamma)
         self._reserve(max(state.host_lengths) + 1 + gamma)
-        step = torch.arange(1, gamma + 1, device=state.slots.device)
+        step = torch.arange(1, gamma + 1, device=state.rows.device)
         positions = state.lengths[:, None] + step  # [B, G]
-        recorded, _ = self.recorded(state.slots, positions)
-        noise = position_noise(self._seeds[state.slots], positions)
+        recorded, _ = self.recorded(state.rows, positions)
+        noise = position_noise(self._seeds[state.rows], positions)
         # The noise below alpha decides; above it, it also picks which wrong token to propose.
         spread = ((noise - self.alpha) / max(1.0 - self.alpha, 1e-12)).clamp(0.0, 1.0 - 1e-9)
         shift = 1 + (spread * (self._vocab_size - 1)).long()
         corrupted = (recorded + shift) % self._vocab_size
-        remaining = (self._end[state.slots] - state.lengths - 1).clamp(0, gamma)
+        remaining = (self._end[state.rows] - state.lengths - 1).clamp(0, gamma)
         return Draft(torch.where(noise < self.alpha, recorded, corrupted), None, remaining)
 
-    def recorded(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Recorded tokens at ``positions`` ``[B, Q]`` of slots ``[B]``, and where there are any."""
-        known = positions < self._end[slots][:, None]
-        tokens = self._tokens[slots[:, None], positions.clamp(max=self._tokens.shape[1] - 1)]
+    def recorded(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Recorded tokens at ``positions`` ``[B, Q]`` of rows ``[B]``, and where there are any."""
+        known = positions < self._end[rows][:, None]
+        tokens = self._tokens[rows[:, None], positions.clamp(max=self._tokens.shape[1] - 1)]
         return tokens, known
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         if self.cost is not None:
             self.cost.commit(state_before, verdict, hidden)
-        if self._recording.keys().isdisjoint(state_before.host_slots):
+        if self._recording.keys().isdisjoint(state_before.host_rows):
             return
         self._reserve(max(state_before.host_lengths) + 2)
         # Rows being recorded draft nothing, so exactly one token is emitted per round.
-        rows, start = state_before.slots, state_before.lengths
+        rows, start = state_before.rows, state_before.lengths
         unrecorded = self._end[rows] == 0
         emitted = torch.where(unrecorded, verdict.tokens[:, 0], self._tokens[rows, start + 1])
         self._tokens[rows, start + 1] = emitted
         self._tokens[rows, start] = torch.where(
             unrecorded, state_before.current, self._tokens[rows, start]
         )
-        for slot, length in state_before.host_rows():
-            if slot in self._recording:
-                self._last[slot] = length + 1
+        for row, length in state_before.rows_and_lengths():
+            if row in self._recording:
+                self._last[row] = length + 1
 
-    def release(self, slots: Sequence[int]) -> None:
+    def release(self, rows: Sequence[int]) -> None:
         if self.cost is not None:
-            self.cost.release(slots)
-        for slot in slots:
-            prompt = self._recording.pop(int(slot), None)
+            self.cost.release(rows)
+        for row in rows:
+            prompt = self._recording.pop(int(row), None)
             if prompt is not None:
-                end = self._last[int(slot)] + 1
-                self.recordings[prompt] = self._tokens[int(slot), len(prompt) : end].tolist()
+                end = self._last[int(row)] + 1
+                self.recordings[prompt] = self._tokens[int(row), len(prompt) : end].tolist()
 
     def _reserve(self, width: int) -> None:
         have = self._tokens.shape[1]

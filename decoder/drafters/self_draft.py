@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from decoder.errors import UserError
+from decoder.round import Draft, StepState
 
-from .base import Draft, DraftChain, StatelessDrafter, StepState
+from .base import DraftChain, StatelessDrafter
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
@@ -137,7 +138,7 @@ class SelfDrafter(StatelessDrafter):
             for step in range(gamma):
                 out = self._runner.forward(
                     token,
-                    state.slots,
+                    state.rows,
                     state.lengths[:, None] + step,
                     max_position=longest + step,
                 )

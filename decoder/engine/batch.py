@@ -1,7 +1,8 @@
-"""The live rows: device tensors for the step, Python integers for the host.
+"""The live sequences: device tensors for the step, Python integers for the host.
 
-Rows are removed as sequences finish and appended as slots are refilled; a row's slot, and with it
-its place in every KV cache, never changes.
+A sequence keeps its row, which is its place in every KV cache and table, from admission to its
+end. Tensors of a step hold the live ones in order of admission; rows that fall free are given out
+again.
 """
 
 from __future__ import annotations
@@ -11,25 +12,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import StepState
 from decoder.requests.outputs import TokenLogprob
 from decoder.requests.sequence import ActiveSequence
+from decoder.round import StepState, Verdict
 from decoder.sampling import Probs, Sampler
-from decoder.sampling.verdict import Verdict
 
 
 class LiveBatch:
     """State of the running sequences.
 
     Args:
-        max_batch_size: number of slots.
-        width: positions per slot in the token history, drafts of the last round included.
+        max_batch_size: number of rows.
+        width: positions per row in the token history, drafts of the last round included.
         device: of the tensors.
     """
 
     def __init__(self, max_batch_size: int, width: int, device: torch.device) -> None:
         self.sequences: list[ActiveSequence] = []
-        self.free_slots = list(range(max_batch_size))
+        self.free_rows = list(range(max_batch_size))
         self.device = device
         self._history = torch.zeros(max_batch_size, width, dtype=torch.int64, device=device)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
@@ -38,35 +38,35 @@ class LiveBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def take_slots(self, count: int) -> list[int]:
-        """Reserve the lowest free slots: the portable attention need not copy leading rows."""
-        taken, self.free_slots = self.free_slots[:count], self.free_slots[count:]
+    def take_rows(self, count: int) -> list[int]:
+        """Reserve the lowest free rows: the portable attention need not copy leading rows."""
+        taken, self.free_rows = self.free_rows[:count], self.free_rows[count:]
         return taken
 
-    def write_prompts(self, slots: Tensor, token_ids: Tensor) -> None:
+    def write_prompts(self, rows: Tensor, token_ids: Tensor) -> None:
         """Put right-padded prompts ``[R, L]`` into the history."""
-        self._history[slots, : token_ids.shape[1]] = token_ids
+        self._history[rows, : token_ids.shape[1]] = token_ids
 
     def append(
         self,
         sequences: Sequence[ActiveSequence],
-        slots: Tensor,
+        rows: Tensor,
         lengths: Tensor,
         current: Tensor,
         previous: Tensor,
     ) -> None:
-        """Add rows whose prompts are in the caches; all tensors ``[R]``."""
-        self._history[slots, lengths] = current
+        """Add sequences whose prompts are in the caches; all tensors ``[R]``."""
+        self._history[rows, lengths] = current
         old = self.state
         self.sequences.extend(sequences)
         self.state = StepState(
-            torch.cat([old.slots, slots]),
+            torch.cat([old.rows, rows]),
             torch.cat([old.lengths, lengths]),
             torch.cat([old.current, current]),
             torch.cat([old.previous, previous]),
             self._history,
             old.host_lengths + lengths.tolist(),
-            old.host_slots + [sequence.slot for sequence in sequences],
+            old.host_rows + [sequence.row for sequence in sequences],
         )
 
     def advance(self, verdict: Verdict, host_accepted: Sequence[int]) -> None:
@@ -77,51 +77,50 @@ class LiveBatch:
         steps = torch.arange(1, count + 1, device=self.device)
         # Rejected entries (-1) land beyond the new length; 0 keeps them valid ids.
         written = tokens.clamp(min=0)
-        self._history.index_put_((old.slots[:, None], old.lengths[:, None] + steps), written)
+        self._history.index_put_((old.rows[:, None], old.lengths[:, None] + steps), written)
         if count == 1:
             current, previous = written[:, 0], old.current
         else:
-            at = accepted[:, None]
-            current = written.gather(1, at)[:, 0]
-            previous = torch.cat([old.current[:, None], written], 1).gather(1, at)[:, 0]
+            last = accepted[:, None]
+            current = written.gather(1, last)[:, 0]
+            previous = torch.cat([old.current[:, None], written], 1).gather(1, last)[:, 0]
         self.state = StepState(
-            old.slots,
+            old.rows,
             old.lengths + accepted + 1,
             current,
             previous,
             self._history,
             [n + k + 1 for n, k in zip(old.host_lengths, host_accepted, strict=True)],
-            old.host_slots,
+            old.host_rows,
         )
 
     def remove_finished(self) -> list[ActiveSequence]:
-        """Drop the rows of finished sequences and free their slots."""
+        """Drop finished sequences and free their rows."""
         finished = [s for s in self.sequences if s.finish_reason is not None]
         if finished:
-            keep = [row for row, s in enumerate(self.sequences) if s.finish_reason is None]
-            self._keep(keep)
-            self.free_slots = sorted(self.free_slots + [s.slot for s in finished])
+            self._keep([i for i, s in enumerate(self.sequences) if s.finish_reason is None])
+            self.free_rows = sorted(self.free_rows + [s.row for s in finished])
         return finished
 
     def clear(self) -> list[int]:
-        """Drop every row; returns the slots that were in use."""
-        slots = list(self.state.host_slots)
+        """Drop every sequence; returns the rows that were in use."""
+        rows = list(self.state.host_rows)
         self._keep([])
-        self.free_slots = sorted(self.free_slots + slots)
-        return slots
+        self.free_rows = sorted(self.free_rows + rows)
+        return rows
 
-    def _keep(self, rows: list[int]) -> None:
+    def _keep(self, kept: list[int]) -> None:
         old = self.state
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.sequences = [self.sequences[row] for row in rows]
+        index = torch.tensor(kept, dtype=torch.int64, device=self.device)
+        self.sequences = [self.sequences[i] for i in kept]
         self.state = StepState(
-            old.slots[index],
+            old.rows[index],
             old.lengths[index],
             old.current[index],
             old.previous[index],
             self._history,
-            [old.host_lengths[row] for row in rows],
-            [old.host_slots[row] for row in rows],
+            [old.host_lengths[i] for i in kept],
+            [old.host_rows[i] for i in kept],
         )
 
 

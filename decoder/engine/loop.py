@@ -1,4 +1,4 @@
-"""The decode loop: propose, verify, accept, commit; slots are refilled in place."""
+"""The decode loop: propose, verify, accept, commit; free rows are filled again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from decoder.drafters import Drafter, build_drafter
-from decoder.drafters.base import Draft
 from decoder.errors import UserError
 from decoder.gamma.base import Controller
 from decoder.model.kernels import accelerate
@@ -22,7 +21,8 @@ from decoder.model.runner import ForwardOutput, ModelRunner
 from decoder.requests.outputs import Output, TokenLogprob
 from decoder.requests.params import SamplingParams
 from decoder.requests.sequence import ActiveSequence, Prompt, Request, RequestReader
-from decoder.sampling import Sampler, Verdict
+from decoder.round import Draft, Verdict
+from decoder.sampling import Sampler
 
 from .batch import LiveBatch, padded, token_logprobs
 from .metrics import DecoderStats
@@ -132,7 +132,7 @@ class SpeculativeDecoder:
     def stream(self, prompts: Iterable[Prompt], params: Params | None = None) -> Iterator[Output]:
         """Like ``generate``, yielding outputs as they finish.
 
-        Prompts are read as slots become free, so neither an endless iterator nor a huge file is
+        Prompts are read as rows fall free, so neither an endless iterator nor a huge file is
         held in memory. Closing the iterator abandons the sequences still running.
         """
         if len(self._batch):
@@ -142,8 +142,8 @@ class SpeculativeDecoder:
         start, exhausted = time.perf_counter(), False
         try:
             while True:
-                if not exhausted and len(self._batch.free_slots) >= self._admission_size():
-                    wanted = len(self._batch.free_slots)
+                if not exhausted and len(self._batch.free_rows) >= self._admission_size():
+                    wanted = len(self._batch.free_rows)
                     group = list(islice(requests, wanted))
                     exhausted = len(group) < wanted
                     if group:
@@ -159,10 +159,10 @@ class SpeculativeDecoder:
             self._release(self._batch.clear())
 
     def _admission_size(self) -> int:
-        """Free slots worth a prefill.
+        """Free rows worth a prefill.
 
-        A prefill costs about a round, an idle slot costs 1 / B of every round it waits; with L
-        rounds per sequence the sum is least at B * sqrt(2 / L) slots at a time.
+        A prefill costs about a round, an idle row costs 1 / B of every round it waits; with L
+        rounds per sequence the sum is least at B * sqrt(2 / L) rows at a time.
         """
         if not len(self._batch):
             return 1
@@ -172,33 +172,33 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def _admit(self, requests: list[Request]) -> None:
-        """Prefill prompts into free slots and draw their first tokens."""
+        """Prefill prompts into free rows and draw their first tokens."""
         clock, batch, device = self._clock, self._batch, self.runner.device
         clock.start()
-        host_slots = batch.take_slots(len(requests))
+        host_rows = batch.take_rows(len(requests))
         sequences = [
-            ActiveSequence(request, slot, self.tokenizer)
-            for request, slot in zip(requests, host_slots, strict=True)
+            ActiveSequence(request, row, self.tokenizer)
+            for request, row in zip(requests, host_rows, strict=True)
         ]
         ids = padded([request.prompt_ids for request in requests], device)
-        slots = torch.tensor(host_slots, dtype=torch.int64, device=device)
+        rows = torch.tensor(host_rows, dtype=torch.int64, device=device)
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
         for sequence in sequences:
             request = sequence.request
-            self.sampler.admit(sequence.slot, request.params, request.prompt_ids, request.stop_ids)
-        out = self.runner.prefill(slots, ids, lengths, hidden_layers=self.drafter.hidden_layers)
-        probs = self.sampler.distribution(out.logits, slots, lengths[:, None], None)
-        first = self.sampler.draw(probs, slots, lengths)
-        self.sampler.commit(slots, first[:, None], torch.ones_like(slots))
+            self.sampler.admit(sequence.row, request.params, request.prompt_ids, request.stop_ids)
+        out = self.runner.prefill(rows, ids, lengths, hidden_layers=self.drafter.hidden_layers)
+        probs = self.sampler.distribution(out.logits, rows, lengths[:, None], None)
+        first = self.sampler.draw(probs, rows, lengths)
+        self.sampler.commit(rows, first[:, None], torch.ones_like(rows))
         clock.mark("prefill")
-        self.drafter.admit(slots, ids, lengths, out.hidden)
+        self.drafter.admit(rows, ids, lengths, out.hidden)
         clock.mark("draft")
-        batch.write_prompts(slots, ids)
-        batch.append(sequences, slots, lengths, first, ids.gather(1, lengths[:, None] - 1)[:, 0])
+        batch.write_prompts(rows, ids)
+        batch.append(sequences, rows, lengths, first, ids.gather(1, lengths[:, None] - 1)[:, 0])
         logprobs = token_logprobs(self.sampler, sequences, out.logits, probs, first[:, None])
-        for row, token in enumerate(first.tolist()):
-            sequences[row].extend([token], 0)
-            sequences[row].logprobs.extend(logprobs[row][:1])
+        for sequence, token, values in zip(sequences, first.tolist(), logprobs, strict=True):
+            sequence.extend([token], 0)
+            sequence.logprobs.extend(values[:1])
         clock.mark("prefill")
         seconds = clock.stop()
         self.stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
@@ -219,14 +219,14 @@ class SpeculativeDecoder:
         out, positions = self._verify(draft, longest + gamma)
         clock.mark("verify")
         probs = self.sampler.distribution(
-            out.logits, state.slots, positions + 1, None if draft is None else draft.tokens
+            out.logits, state.rows, positions + 1, None if draft is None else draft.tokens
         )
         if draft is None:
-            token = self.sampler.draw(probs, state.slots, state.lengths + 1)
+            token = self.sampler.draw(probs, state.rows, state.lengths + 1)
             verdict = Verdict(torch.zeros_like(token), token[:, None])
         else:
-            verdict = self.sampler.verify(probs, draft, state.slots, positions + 1)
-        self.sampler.commit(state.slots, verdict.tokens, verdict.accepted + 1)
+            verdict = self.sampler.verify(probs, draft, state.rows, positions + 1)
+        self.sampler.commit(state.rows, verdict.tokens, verdict.accepted + 1)
         drafted = torch.zeros_like(state.lengths) if draft is None else draft.lengths
         report = torch.cat([torch.stack([verdict.accepted, drafted], 1), verdict.tokens], 1)
         rows: list[list[int]] = report.tolist()  # the round's only device-to-host copy
@@ -252,7 +252,7 @@ class SpeculativeDecoder:
             positions = positions + torch.arange(ids.shape[1], device=ids.device)
         out = self.runner.forward(
             ids,
-            state.slots,
+            state.rows,
             positions,
             hidden_layers=self.drafter.hidden_layers,
             max_position=max_position,
@@ -288,13 +288,13 @@ class SpeculativeDecoder:
     def _release_finished(self) -> list[ActiveSequence]:
         self.sampler.check()  # the tokens have just been waited for
         finished = self._batch.remove_finished()
-        self._release([sequence.slot for sequence in finished])
+        self._release([sequence.row for sequence in finished])
         self.stats.sequences += len(finished)
         self.stats.tokens += sum(len(sequence.token_ids) for sequence in finished)
         return finished
 
-    def _release(self, slots: list[int]) -> None:
-        if slots:
-            self.drafter.release(slots)
-        for slot in slots:
-            self.sampler.release(slot)
+    def _release(self, rows: list[int]) -> None:
+        if rows:
+            self.drafter.release(rows)
+        for row in rows:
+            self.sampler.release(row)

@@ -32,7 +32,7 @@ class DecoderStats:
     accepted: int = 0
     wall: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    _slots: int = 0
+    _verified: int = 0
     _reached: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _passed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _forwards: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class DecoderStats:
         self._forwards[rows, gamma] = count + 1, total + seconds["verify"]
         if gamma == 0:
             return
-        self._slots += rows * (gamma + 1)
+        self._verified += rows * (gamma + 1)
         self._emitted_speculating += sum(accepted) + rows
         for length, kept in zip(drafted, accepted, strict=True):
             for position in range(min(kept + 1, length)):
@@ -82,7 +82,7 @@ class DecoderStats:
     @property
     def sigma(self) -> float | None:
         """Emitted tokens over (row rounds * (gamma + 1)), of the rounds that speculated (Eq. 5)."""
-        return self._emitted_speculating / self._slots if self._slots else None
+        return self._emitted_speculating / self._verified if self._verified else None
 
     @property
     def acceptance_length(self) -> float | None:

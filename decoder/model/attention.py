@@ -4,7 +4,7 @@ Registered as ``"moesd_ragged"``. During a forward of ``ModelRunner`` it reads t
 directly and derives what a query may see from its position alone, so no mask is passed through the
 model. Outside such a forward it is transformers' ``sdpa``.
 
-Three forms, one meaning (query at position p sees slots max(0, p - window + 1) .. p):
+Three forms, one meaning (query at position p sees positions max(0, p - window + 1) .. p):
 
 * the op of ``moesd_kernels`` when there is one (no copy, no mask),
 * ``packed``: SDPA with the query heads of a group folded into the query axis, so that grouped keys
@@ -35,18 +35,18 @@ class Placement:
     """Where the queries of one forward stand.
 
     Attributes:
-        slots: ``[B]`` int64 cache rows; ``None`` when row b is cache row b for all b.
+        rows: ``[B]`` int64 cache rows; ``None`` when they are 0 … B - 1.
         positions: ``[B, Q]`` int64 absolute positions; -1 marks a padding query, whose output is
             unspecified but finite.
-        view_length: slots that the portable forms look at; at least the largest position + 1. On a
-            GPU rounded up to whole blocks, of which cache rows are made.
+        view_length: how far the portable forms look; at least the largest position + 1. On a GPU
+            rounded up to whole blocks, of which cache rows are made.
         op: the kernel, or ``None`` for the portable forms.
         windows: sliding window of each attention module, by ``id``, as its model's own mask says;
             0 is none. Modules not listed pass theirs with the call.
         probing: whether this forward fills ``windows``.
     """
 
-    slots: Tensor | None
+    rows: Tensor | None
     positions: Tensor
     view_length: int
     op: RaggedOp | None = None
@@ -60,18 +60,18 @@ class Placement:
             self.view_length = whole_blocks(self.view_length)
 
     def visible(self, window: int, group: int = 1) -> Tensor:
-        """``[B, 1, group * Q, view_length]`` bool: may a query see a slot. Built once a forward."""
+        """``[B, 1, group * Q, view_length]`` bool: may a query see a position. Built once."""
         key = (window, group)
         if key not in self._masks:
             if group > 1:
                 self._masks[key] = self.visible(window).repeat(1, 1, group, 1)
                 return self._masks[key]
-            slot = torch.arange(self.view_length, device=self.positions.device)
-            # A padding query sees slot 0: a row with nothing visible would be NaN.
+            key_position = torch.arange(self.view_length, device=self.positions.device)
+            # A padding query sees position 0: a row with nothing visible would be NaN.
             position = self.positions.clamp(min=0)[:, None, :, None]
-            mask = slot <= position
+            mask = key_position <= position
             if window > 0:
-                mask &= slot > position - window
+                mask &= key_position > position - window
             self._masks[key] = mask
         return self._masks[key]
 
@@ -104,7 +104,7 @@ def placed(placement: Placement) -> Iterator[None]:
     """Make ``placement`` the one that attention calls of this thread use.
 
     On a GPU also without cuDNN: Hopper prefers its attention, which plans for tens of milliseconds
-    at each new shape, and shapes change with every bucket of rows and slots.
+    at each new shape, and shapes change with every bucket of rows and positions.
     """
     previous = getattr(_active, "placement", None)
     cudnn = placement.positions.device.type != "cpu" and torch.backends.cuda.cudnn_sdp_enabled()
@@ -143,15 +143,15 @@ def ragged_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention of each query over the visible slots of its cache row.
+    """Softmax attention of each query over the visible positions of its cache row.
 
     Args:
         query: ``[B, Q, Hq, D]``.
         keys: ``[rows, S, Hkv, D]`` slab; values: ``[rows, S, Hkv, Dv]``.
         placement: rows and positions of the queries.
         scale: factor on the scores.
-        window: how many latest slots a query sees; 0 is all.
-        sinks: ``[Hq]`` logits of a virtual slot that takes probability and gives nothing.
+        window: how many latest positions a query sees; 0 is all.
+        sinks: ``[Hq]`` logits of a virtual position that takes probability and gives nothing.
         softcap: scores become ``softcap * tanh(score / softcap)``.
 
     Returns:
@@ -159,7 +159,7 @@ def ragged_attention(
     """
     if placement.op is not None and softcap is None:
         return placement.op(
-            query, keys, values, placement.positions, scale, window, sinks, placement.slots
+            query, keys, values, placement.positions, scale, window, sinks, placement.rows
         )
     keys, values = _selected(keys, placement), _selected(values, placement)
     if sinks is not None or softcap is not None:
@@ -205,9 +205,9 @@ def reference_attention(
 def _selected(slab: Tensor, placement: Placement) -> Tensor:
     """``[B, view_length, heads, D]`` of the rows in use; a view when they are the first B rows."""
     view = slab[:, : placement.view_length]
-    if placement.slots is None:
+    if placement.rows is None:
         return view[: placement.positions.shape[0]]
-    return view.index_select(0, placement.slots)
+    return view.index_select(0, placement.rows)
 
 
 def attention_function(
@@ -223,7 +223,7 @@ def attention_function(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: ``[B, Hq, Q, D]`` query, ``[slots, Hkv, S, D]`` slabs.
+    """transformers' attention interface: ``[B, Hq, Q, D]`` query, ``[rows, Hkv, S, D]`` slabs.
 
     Returns:
         ``([B, Q, Hq, Dv], None)``.

@@ -1,11 +1,11 @@
 """The ragged KV cache: every row at its own length, rollback without copying.
 
-Invariant: slot index == absolute position == RoPE position, per row, and a query at position p sees
-exactly slots <= p. Rolling back rejected tokens is therefore a smaller length and nothing else:
-their slots lie beyond every later query until they are written again.
+Invariant: place in the row == absolute position == RoPE position, and a query at position p sees
+exactly the positions <= p. Rolling back rejected tokens is therefore a smaller length and nothing
+else: they lie beyond every later query until they are written again.
 
 This file stores keys and values. It does not mask (``attention.py``) and does not know lengths
-(``engine.py``).
+(``engine/batch.py``).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_BUCKET = 256  # slots are added in multiples of it, doubling
+_BUCKET = 256  # positions are added in multiples of it, doubling
 ROW_BLOCK = 64  # a row is whole blocks: a GPU's attention takes views of them without padding
 
 
 class RaggedCache(Cache):
-    """Key/value slabs ``[slots, S, kv_heads, D]``, one per layer, for transformers models.
+    """Key/value slabs ``[rows, S, kv_heads, D]``, one per layer, for transformers models.
 
-    Rows are a multiple of ``ROW_BLOCK`` slots long. The last slot of each is the bin: a padding
+    Rows are a multiple of ``ROW_BLOCK`` positions long. The last of each is the bin: a padding
     query (position -1) writes there, and no query's position ever reaches it.
 
     Args:
@@ -45,8 +45,8 @@ class RaggedCache(Cache):
         super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
         self.num_rows = max_batch_size
         self.max_length = max_length
-        self.slots_per_row = whole_blocks(min(initial_length or _BUCKET - 1, max_length) + 1)
-        self.write_index: Tensor | None = None  # [B * Q] into the flattened (row, slot) axis
+        self.row_length = whole_blocks(min(initial_length or _BUCKET - 1, max_length) + 1)
+        self.write_index: Tensor | None = None  # [B * Q] into the flattened (row, position) axis
 
     def select(self, rows: Tensor, positions: Tensor) -> None:
         """Choose where the next forward writes.
@@ -56,11 +56,9 @@ class RaggedCache(Cache):
             positions: ``[B, Q]`` int64 absolute positions, -1 for padding queries. The caller has
                 called ``reserve`` for the largest one.
         """
-        slots = self.slots_per_row
-        # remainder sends position -1 to the last slot, the bin.
-        self.write_index = torch.add(positions.remainder(slots), rows[:, None], alpha=slots).view(
-            -1
-        )
+        S = self.row_length
+        # remainder sends position -1 to the last one, the bin.
+        self.write_index = torch.add(positions.remainder(S), rows[:, None], alpha=S).view(-1)
 
     def reserve(self, length: int) -> None:
         """Make room for rows of ``length`` tokens.
@@ -70,14 +68,14 @@ class RaggedCache(Cache):
         """
         if length > self.max_length:
             raise ValueError(f"a row must hold at most {self.max_length} tokens, got {length}")
-        if length < self.slots_per_row:
+        if length < self.row_length:
             return
-        slots = self.slots_per_row
-        while slots <= length:
-            slots = 2 * slots if slots > _BUCKET else slots + _BUCKET
-        self.slots_per_row = min(slots, whole_blocks(self.max_length + 1))
+        S = self.row_length
+        while length >= S:
+            S = 2 * S if S > _BUCKET else S + _BUCKET
+        self.row_length = min(S, whole_blocks(self.max_length + 1))
         for layer in self.ragged_layers:
-            layer.grow(self.slots_per_row)
+            layer.grow(self.row_length)
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""
@@ -91,9 +89,9 @@ def cache_argument(model: nn.Module) -> str:
     return new if new in inspect.signature(model.forward).parameters else old
 
 
-def whole_blocks(slots: int) -> int:
-    """``slots`` rounded up to a multiple of ``ROW_BLOCK``."""
-    return -(-slots // ROW_BLOCK) * ROW_BLOCK
+def whole_blocks(length: int) -> int:
+    """``length`` rounded up to a multiple of ``ROW_BLOCK``."""
+    return -(-length // ROW_BLOCK) * ROW_BLOCK
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -113,8 +111,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate slabs for ``[B, kv_heads, Q, D]`` states."""
-        shape = (self._owner.num_rows, self._owner.slots_per_row)
-        # Zeros, never empty: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
+        shape = (self._owner.num_rows, self._owner.row_length)
+        # Zeros, never empty: a masked position still takes part as 0 * value, and 0 * NaN is NaN.
         heads, width = key_states.shape[1], key_states.shape[3]
         self._hold(
             key_states.new_zeros(*shape, heads, width),
@@ -124,7 +122,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        # [slots * S, kv_heads * D] each, as views
+        # [rows * S, kv_heads * D] each, as views
         self.flat = keys.flatten(2).flatten(0, 1), values.flatten(2).flatten(0, 1)
         self._views = keys.transpose(1, 2), values.transpose(1, 2)
 
@@ -134,7 +132,7 @@ class RaggedLayer(CacheLayerMixin):
         """Write ``[B, kv_heads, Q, D]`` states and return views of the whole slabs.
 
         Returns:
-            ``[slots, kv_heads, S, D]`` views; the ragged attention function reads the selected
+            ``[rows, kv_heads, S, D]`` views; the ragged attention function reads the selected
             rows from them.
         """
         if not self.is_initialized:
@@ -153,13 +151,13 @@ class RaggedLayer(CacheLayerMixin):
         for slab, states in zip(self.flat, (keys, values), strict=True):
             slab.index_copy_(0, index, states)
 
-    def grow(self, slots: int) -> None:
-        """Move to slabs of ``slots`` slots per row."""
+    def grow(self, row_length: int) -> None:
+        """Move to slabs whose rows are ``row_length`` positions long."""
         if self.keys is not None and self.values is not None:
-            self._hold(_grown(self.keys, slots), _grown(self.values, slots))
+            self._hold(_grown(self.keys, row_length), _grown(self.values, row_length))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._owner.slots_per_row, 0
+        return self._owner.row_length, 0
 
     def get_seq_length(self) -> int:
         return 0  # positions are always passed to the model, so nothing may be derived from this
@@ -168,7 +166,7 @@ class RaggedLayer(CacheLayerMixin):
         return self._owner.max_length
 
 
-def _grown(slab: Tensor, slots: int) -> Tensor:
-    grown = slab.new_zeros(slab.shape[0], slots, *slab.shape[2:])
+def _grown(slab: Tensor, row_length: int) -> Tensor:
+    grown = slab.new_zeros(slab.shape[0], row_length, *slab.shape[2:])
     grown[:, : slab.shape[1]] = slab  # the old bin holds garbage but lies beyond every length
     return grown

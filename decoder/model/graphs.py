@@ -38,7 +38,7 @@ class Key(NamedTuple):
 
 class _Entry(NamedTuple):
     input_ids: Tensor  # [batch, queries]
-    slots: Tensor  # [batch]
+    rows: Tensor  # [batch]
     positions: Tensor  # [batch, queries]
     logits_positions: Tensor | None  # [batch, n]
     graph: Any  # torch.cuda.CUDAGraph | None
@@ -50,7 +50,7 @@ class ForwardGraphs:
 
     Args:
         max_batch_size: largest batch.
-        max_view: cache slots per row, a multiple of 64.
+        max_view: positions of a cache row, a multiple of 64.
         device: of the buffers.
         capture: replay CUDA graphs; otherwise call ``forward`` on the padded buffers each time.
     """
@@ -70,7 +70,7 @@ class ForwardGraphs:
         self,
         forward: StaticForward,
         input_ids: Tensor,
-        slots: Tensor,
+        rows: Tensor,
         positions: Tensor,
         length: int,
         hidden_layers: Sequence[int] | None = None,
@@ -79,10 +79,10 @@ class ForwardGraphs:
         """The forward of ``[B, Q]`` tokens, computed in a bucket of rows.
 
         Args:
-            forward: ``(input_ids, slots, positions, view, hidden_layers, logits_positions)`` to
+            forward: ``(input_ids, rows, positions, view, hidden_layers, logits_positions)`` to
                 ``(logits, hidden or None)``, the same in every call; no host synchronisation,
                 shapes a function of shapes. It is not kept: it is mostly a method of the owner.
-            length: cache slots that some query may see.
+            length: positions that some query may see.
 
         Returns:
             Views of static logits, valid until the next call (the graphs share their memory), and
@@ -94,9 +94,9 @@ class ForwardGraphs:
         key = Key(self.bucket(B), Q, self.view(length), layers, columns)
         entry = self._entry(key)
         entry.input_ids[:B].copy_(input_ids)
-        entry.slots[:B].copy_(slots)
+        entry.rows[:B].copy_(rows)
         entry.positions[:B].copy_(positions)
-        # Rows left over from a larger batch would write into live slots.
+        # Rows left over from a larger batch would write into live ones.
         entry.positions[B:].fill_(-1)
         if entry.logits_positions is not None and logits_positions is not None:
             entry.logits_positions[:B].copy_(logits_positions)
@@ -120,7 +120,7 @@ class ForwardGraphs:
         return min(size, self._max_batch_size)
 
     def view(self, length: int) -> int:
-        """Cache slots looked at: powers of two from 256."""
+        """Positions looked at: powers of two from 256."""
         view = _MIN_VIEW
         while view < length:
             view *= 2
@@ -149,7 +149,7 @@ class ForwardGraphs:
         )
 
     def _captured(self, forward: StaticForward, key: Key, entry: _Entry) -> _Entry:
-        """Capture on the buffers as they are: repeating a forward writes the same slots again."""
+        """Capture on the buffers as they are: repeating a forward writes the same places again."""
         try:
             graph, outputs = capture(partial(_run, forward, key, entry), self._pool)
         except RuntimeError as error:
@@ -162,7 +162,7 @@ class ForwardGraphs:
 def _run(forward: StaticForward, key: Key, entry: _Entry) -> Outputs:
     return forward(
         entry.input_ids,
-        entry.slots,
+        entry.rows,
         entry.positions,
         key.view,
         key.hidden_layers,

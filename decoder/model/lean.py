@@ -81,7 +81,7 @@ class LeanForward:
         x = torch.embedding(self._embedding, input_ids.reshape(-1))  # [T, H]
         states = torch.ops.moesd.rms_norm.default(x, *self._norms[0])
         slabs = self._slabs()
-        places = self._cache.write_index, placement.positions, placement.slots
+        places = self._cache.write_index, placement.positions, placement.rows
         angles = self._angles(position_ids.reshape(-1))
         at = 0
         for stop in stops:
@@ -98,14 +98,14 @@ class LeanForward:
         return last, [kept[index] for index in wanted]
 
     def continue_greedily(
-        self, input_ids: Tensor, positions: Tensor, slots: Tensor, head: Tensor, count: int
+        self, input_ids: Tensor, positions: Tensor, rows: Tensor, head: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """What ``count`` forwards, each fed the last one's most probable token, would choose.
 
         Args:
             input_ids: ``[B, W]`` newest tokens, the latest in the last column.
             positions: ``[B, W]``, -1 where padding; the cache has room for ``count - 1`` more.
-            slots: ``[B]`` cache rows.
+            rows: ``[B]`` cache rows.
             head: ``[V, H]`` output projection.
             count: tokens to choose, at least 1.
 
@@ -113,7 +113,7 @@ class LeanForward:
             Tokens ``[B, count]``, and bool ``[B, count]``: logits that had no largest value.
         """
         return self._stack.continue_greedily(
-            *(input_ids, positions, slots, self._embedding, *self._norms[0], head),
+            *(input_ids, positions, rows, self._embedding, *self._norms[0], head),
             *(*self._by_position(), *self._slabs(), count),
         )
 

@@ -1,7 +1,7 @@
 """Runs a transformers causal LM over ragged rows of its own KV cache.
 
-One ``ModelRunner`` per model (target, independent draft). It knows slots, positions and logits; it
-does not know sequences (``engine.py``), drafts or sampling.
+One ``ModelRunner`` per model (target, independent draft). It knows rows, positions and logits; it
+does not know requests, drafts or sampling.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ class ModelRunner:
         self._graphs: ForwardGraphs | None = None
         self._eager = False
         if is_static:
-            slots = self.cache.slots_per_row
-            self._graphs = ForwardGraphs(max_batch_size, slots, self.device, cuda)
+            length = self.cache.row_length
+            self._graphs = ForwardGraphs(max_batch_size, length, self.device, cuda)
 
     @torch.inference_mode()
     def forward(
         self,
         input_ids: Tensor,
-        slots: Tensor,
+        rows: Tensor,
         positions: Tensor,
         *,
         hidden_layers: Sequence[int] | None = None,
@@ -104,7 +104,7 @@ class ModelRunner:
 
         Args:
             input_ids: ``[B, Q]`` int64.
-            slots: ``[B]`` int64 cache rows.
+            rows: ``[B]`` int64 cache rows.
             positions: ``[B, Q]`` int64 absolute positions; -1 marks padding, which writes nothing
                 visible and whose outputs are meaningless.
             hidden_layers: indices into transformers' ``hidden_states`` to return, concatenated.
@@ -115,15 +115,15 @@ class ModelRunner:
         length = (int(positions.max()) if max_position is None else max_position) + 1
         self.cache.reserve(length)
         narrow = input_ids.shape[1] <= _STATIC_QUERIES
-        where = input_ids, slots, positions, length, hidden_layers, logits_positions
+        inputs = input_ids, rows, positions, length, hidden_layers, logits_positions
         if self._graphs is not None and narrow and not self._eager:
-            return ForwardOutput(*self._graphs(self._run, *where))
-        return ForwardOutput(*self._run(*where))
+            return ForwardOutput(*self._graphs(self._run, *inputs))
+        return ForwardOutput(*self._run(*inputs))
 
     @torch.inference_mode()
     def prefill(
         self,
-        slots: Tensor,
+        rows: Tensor,
         token_ids: Tensor,
         lengths: Tensor,
         *,
@@ -132,7 +132,7 @@ class ModelRunner:
         """Fill rows with prompts, in chunks of bounded size.
 
         Args:
-            slots: ``[R]`` int64 cache rows.
+            rows: ``[R]`` int64 cache rows.
             token_ids: ``[R, L]`` int64, right padded.
             lengths: ``[R]`` int64 prompt lengths, at least 1.
             hidden_layers: as in ``forward``; hidden states of padding are zero.
@@ -155,7 +155,7 @@ class ModelRunner:
                 last = lengths[index, None] - 1
                 out = self.forward(
                     token_ids[index, start:stop],
-                    slots[index],
+                    rows[index],
                     torch.where(positions <= last, positions, -1),
                     hidden_layers=hidden_layers,
                     logits_positions=(last - start).clamp(max=stop - start - 1),
@@ -174,7 +174,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def continue_greedily(
-        self, input_ids: Tensor, slots: Tensor, positions: Tensor, count: int, max_position: int
+        self, input_ids: Tensor, rows: Tensor, positions: Tensor, count: int, max_position: int
     ) -> tuple[Tensor, Tensor] | None:
         """What ``count`` forwards would choose: see ``LeanForward.continue_greedily``.
 
@@ -184,20 +184,20 @@ class ModelRunner:
         if lean is None or not lean.whole or head.bias is not None or self._eager or self._graphs:
             return None
         self.cache.reserve(max_position + count)
-        return lean.continue_greedily(input_ids, positions, slots, head.weight, count)
+        return lean.continue_greedily(input_ids, positions, rows, head.weight, count)
 
     def _run(
         self,
         input_ids: Tensor,
-        slots: Tensor,
+        rows: Tensor,
         positions: Tensor,
         length: int,
         hidden_layers: Sequence[int] | None,
         logits_positions: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The forward on tensors alone: no host synchronisation, so that it can be captured."""
-        self.cache.select(slots, positions)
-        placement = self._placement(slots, positions, length)
+        self.cache.select(rows, positions)
+        placement = self._placement(rows, positions, length)
         position_ids = positions.clamp(min=0)
         if self._lean is not None:
             columns = logits_positions if hidden_layers is None else None
@@ -235,12 +235,12 @@ class ModelRunner:
             logits = _gather(out.logits, logits_positions)
         return logits, [out.hidden_states[layer] for layer in hidden_layers or ()]
 
-    def _placement(self, slots: Tensor, positions: Tensor, length: int) -> ragged.Placement:
+    def _placement(self, rows: Tensor, positions: Tensor, length: int) -> ragged.Placement:
         if self._op is not None:
-            return ragged.Placement(slots, positions, length, self._op, self._windows)
+            return ragged.Placement(rows, positions, length, self._op, self._windows)
         view = min(whole_blocks(length), self.max_length + 1)
-        identity = slots.device.type == "cpu" and slots.tolist() == list(range(len(slots)))
-        return ragged.Placement(None if identity else slots, positions, view, None, self._windows)
+        identity = rows.device.type == "cpu" and rows.tolist() == list(range(len(rows)))
+        return ragged.Placement(None if identity else rows, positions, view, None, self._windows)
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -259,10 +259,10 @@ class ModelRunner:
         # Not the padding token: its embedding is zero, and scaled zeros would compare equal.
         pad = getattr(self.config, "pad_token_id", None)
         ids = torch.tensor([[i for i in range(3) if i != pad][:2]], device=self.device)
-        slots = torch.zeros(1, dtype=torch.long, device=self.device)
+        rows = torch.zeros(1, dtype=torch.long, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
-        self.cache.select(slots, positions)
-        placement = self._placement(slots, positions, 2)
+        self.cache.select(rows, positions)
+        placement = self._placement(rows, positions, 2)
         placement.probing = True
         inputs: dict[str, Any] = {
             "input_ids": ids,

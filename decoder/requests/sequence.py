@@ -16,7 +16,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 @dataclass(slots=True)
 class Request:
-    """A prompt, tokenized and checked, before it gets a slot."""
+    """A prompt, tokenized and checked, before it gets a row."""
 
     index: int
     id: Any
@@ -125,7 +125,7 @@ class RequestReader:
 
 
 class ActiveSequence:
-    """A request in a slot: the tokens it has emitted, and when they end it."""
+    """A request in its row: the tokens it has emitted, and when they end it."""
 
     __slots__ = (
         "_tokenizer",
@@ -133,15 +133,15 @@ class ActiveSequence:
         "finish_reason",
         "logprobs",
         "request",
-        "slot",
+        "row",
         "stats",
         "text_end",
         "token_ids",
     )
 
-    def __init__(self, request: Request, slot: int, tokenizer: Any) -> None:
+    def __init__(self, request: Request, row: int, tokenizer: Any) -> None:
         self.request = request
-        self.slot = slot
+        self.row = row
         self.token_ids: list[int] = []
         self.drafted: list[bool] = []
         self.logprobs: list[TokenLogprob] = []

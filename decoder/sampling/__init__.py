@@ -10,6 +10,5 @@ from __future__ import annotations
 from .distribution import Probs
 from .logprobs import TokenLogprobs
 from .sampler import VERIFIERS, Sampler
-from .verdict import Verdict
 
-__all__ = ["VERIFIERS", "Probs", "Sampler", "TokenLogprobs", "Verdict"]
+__all__ = ["VERIFIERS", "Probs", "Sampler", "TokenLogprobs"]

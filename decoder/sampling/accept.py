@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .verdict import Verdict, leading
+from decoder.round import Verdict
+
+from .verdict import leading
 
 if TYPE_CHECKING:
-    from decoder.drafters.base import Draft
+    from decoder.round import Draft
 
 
 def verify_greedy(target_argmax: Tensor, draft: Draft) -> Verdict:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .accept import drafted_probs
 
 if TYPE_CHECKING:
-    from decoder.drafters.base import Draft
+    from decoder.round import Draft
 
 
 def accept_block(target_probs: Tensor, draft: Draft, uniforms: Tensor) -> tuple[Tensor, Tensor]:

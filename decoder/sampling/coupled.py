@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from decoder.round import Verdict
+
 from . import rng
 from .accept import verify_greedy
 from .argmax import first_argmax
-from .verdict import Verdict
 
 if TYPE_CHECKING:
-    from decoder.drafters.base import Draft
+    from decoder.round import Draft
 
 _CHUNK_ELEMENTS = 1 << 25
 

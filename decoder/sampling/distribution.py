@@ -11,7 +11,7 @@ from decoder.model import kernels
 
 from .argmax import first_argmax
 from .nucleus import nucleus_threshold
-from .rows import SlotTable
+from .rows import RowTable
 
 _CANDIDATES = 256  # the nucleus of a trained model rarely holds more tokens
 
@@ -42,7 +42,7 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best, ~(top > float("-inf"))
 
 
-def truncated(logits: Tensor, slots: Tensor, table: SlotTable) -> tuple[Tensor, Tensor]:
+def truncated(logits: Tensor, rows: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
     """Probabilities after temperature, top-k, top-p and min-p, in transformers' order.
 
     Every rule is a threshold on values. Tokens that tie with the last one kept are kept (as
@@ -51,8 +51,8 @@ def truncated(logits: Tensor, slots: Tensor, table: SlotTable) -> tuple[Tensor, 
 
     Args:
         logits: ``[B, Q, V]`` fp32 or fp64, already penalised; overwritten.
-        slots: ``[B]`` int64.
-        table: the slots' parameters.
+        rows: ``[B]`` int64.
+        table: the rows' parameters.
 
     Returns:
         ``[B, Q, V]`` probabilities, and ``[B, Q]`` bool: positions whose logits define none (NaN,
@@ -60,17 +60,17 @@ def truncated(logits: Tensor, slots: Tensor, table: SlotTable) -> tuple[Tensor, 
     """
     features = table.features
     if features.temperature:
-        logits /= table.temperature[slots].to(logits.dtype)[:, None, None]
+        logits /= table.temperature[rows].to(logits.dtype)[:, None, None]
     if features.top_k:
         largest = logits.topk(features.top_k, dim=-1).values
-        k = table.top_k[slots][:, None, None].expand(-1, logits.shape[1], 1)
+        k = table.top_k[rows][:, None, None].expand(-1, logits.shape[1], 1)
         kth = largest.gather(-1, (k - 1).clamp(max=features.top_k - 1))
         kth = kth.masked_fill(k >= table.vocab_size, float("-inf"))
         logits.masked_fill_(logits < kth, float("-inf"))
     probs = logits.softmax(dim=-1)
     undefined = probs[..., 0].isnan()
     if features.top_p or features.min_p:
-        threshold = _threshold(probs, slots, table)
+        threshold = _threshold(probs, rows, table)
         probs.masked_fill_(probs < threshold, 0.0)
         # Rows that asked for no truncation keep their bits whatever their neighbours ask for.
         probs /= probs.sum(dim=-1, keepdim=True).masked_fill_(threshold == 0, 1.0)
@@ -84,20 +84,20 @@ def one_hot_where(greedy: Tensor, best: Tensor, probs: Tensor) -> Tensor:
     return probs.scatter_(-1, best[..., None], at_best)
 
 
-def _threshold(probs: Tensor, slots: Tensor, table: SlotTable) -> Tensor:
+def _threshold(probs: Tensor, rows: Tensor, table: RowTable) -> Tensor:
     """Smallest probability that top-p and min-p keep, ``[B, Q, 1]``."""
     threshold = torch.zeros_like(probs[..., :1])
     if table.features.min_p:
-        min_p = table.min_p[slots].to(probs.dtype)[:, None, None]
+        min_p = table.min_p[rows].to(probs.dtype)[:, None, None]
         threshold = min_p * probs.amax(dim=-1, keepdim=True)
     if table.features.top_p:
-        threshold = torch.maximum(threshold, _nucleus_threshold(probs, slots, table))
+        threshold = torch.maximum(threshold, _nucleus_threshold(probs, rows, table))
     return threshold
 
 
-def _nucleus_threshold(probs: Tensor, slots: Tensor, table: SlotTable) -> Tensor:
+def _nucleus_threshold(probs: Tensor, rows: Tensor, table: RowTable) -> Tensor:
     """Probability of the last token of the smallest set whose sum reaches top-p."""
-    top_p = table.top_p[slots].double()[:, None, None]
+    top_p = table.top_p[rows].double()[:, None, None]
     if probs.device.type != "cpu":
         return nucleus_threshold(probs, top_p)
     counts = _candidate_counts(probs, table)
@@ -112,7 +112,7 @@ def _nucleus_threshold(probs: Tensor, slots: Tensor, table: SlotTable) -> Tensor
     return threshold.masked_fill(top_p > 1, 0.0)
 
 
-def _candidate_counts(probs: Tensor, table: SlotTable) -> list[int]:
+def _candidate_counts(probs: Tensor, table: RowTable) -> list[int]:
     """How many of the largest probabilities to sort, tried in turn."""
     V = probs.shape[-1]
     if not table.features.top_p_without_top_k:

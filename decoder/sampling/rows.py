@@ -1,4 +1,4 @@
-"""Sampling parameters of every slot, as device vectors, and what the host needs to know of them."""
+"""Sampling parameters of every row, as device vectors, and what the host needs to know of them."""
 
 from __future__ import annotations
 
@@ -33,45 +33,45 @@ class Features:
         return self.temperature or self.top_k > 0
 
 
-class SlotTable:
-    """Truncation parameters and seeds by slot, on the sampler's device.
+class RowTable:
+    """Truncation parameters and seeds by row, on the sampler's device.
 
     Attributes:
-        seeds: ``[max_slots]`` int64.
-        rounds: ``[max_slots]`` int64, verifications since admission.
-        greedy: ``[max_slots]`` bool.
-        temperature, top_p, min_p: ``[max_slots]`` fp32; neutral (1, 2, 0) where not asked for.
-        top_k: ``[max_slots]`` int64; V where not asked for.
+        seeds: ``[max_batch_size]`` int64.
+        rounds: ``[max_batch_size]`` int64, verifications since admission.
+        greedy: ``[max_batch_size]`` bool.
+        temperature, top_p, min_p: ``[max_batch_size]`` fp32; neutral (1, 2, 0) where not asked for.
+        top_k: ``[max_batch_size]`` int64; V where not asked for.
     """
 
-    def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, max_batch_size: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self.seeds = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self.rounds = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self.greedy = torch.ones(max_slots, dtype=torch.bool, device=device)
-        self.temperature = torch.ones(max_slots, device=device)
-        self.top_k = torch.full((max_slots,), vocab_size, dtype=torch.int64, device=device)
-        self.top_p = torch.full((max_slots,), 2.0, device=device)
-        self.min_p = torch.zeros(max_slots, device=device)
+        self.seeds = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+        self.rounds = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+        self.greedy = torch.ones(max_batch_size, dtype=torch.bool, device=device)
+        self.temperature = torch.ones(max_batch_size, device=device)
+        self.top_k = torch.full((max_batch_size,), vocab_size, dtype=torch.int64, device=device)
+        self.top_p = torch.full((max_batch_size,), 2.0, device=device)
+        self.min_p = torch.zeros(max_batch_size, device=device)
         self.admitted: dict[int, SamplingParams] = {}
         self._features: Features | None = None
 
-    def admit(self, slot: int, params: SamplingParams) -> None:
+    def admit(self, row: int, params: SamplingParams) -> None:
         sampled = not params.greedy
-        self.seeds[slot] = params.seed
-        self.rounds[slot] = 0
-        self.greedy[slot] = params.greedy
+        self.seeds[row] = params.seed
+        self.rounds[row] = 0
+        self.greedy[row] = params.greedy
         # Truncation cannot change an argmax: greedy rows keep the neutral values.
-        self.temperature[slot] = params.temperature if sampled else 1.0
-        self.top_k[slot] = _top_k(params, self.vocab_size) or self.vocab_size
+        self.temperature[row] = params.temperature if sampled else 1.0
+        self.top_k[row] = _top_k(params, self.vocab_size) or self.vocab_size
         # 2 rather than 1: rounding can bring a cumulative sum to 1 before the last token.
-        self.top_p[slot] = params.top_p if sampled and params.top_p < 1 else 2.0
-        self.min_p[slot] = params.min_p if sampled else 0.0
-        self.admitted[slot] = params
+        self.top_p[row] = params.top_p if sampled and params.top_p < 1 else 2.0
+        self.min_p[row] = params.min_p if sampled else 0.0
+        self.admitted[row] = params
         self._features = None
 
-    def release(self, slot: int) -> None:
-        self.admitted.pop(slot, None)
+    def release(self, row: int) -> None:
+        self.admitted.pop(row, None)
         self._features = None
 
     @property
@@ -81,18 +81,18 @@ class SlotTable:
             self._features = self._find_features()
         return self._features
 
-    def all_greedy(self, slots: Iterable[int] | Tensor) -> bool:
+    def all_greedy(self, rows: Iterable[int] | Tensor) -> bool:
         """Whether every row decodes greedily; on an accelerator, where looking at a tensor would
         wait for it, whether every admitted request does."""
         if not self.features.any_sampled:
             return True
         if not self.features.any_greedy:
             return False
-        if isinstance(slots, Tensor):
-            if slots.device.type != "cpu":
+        if isinstance(rows, Tensor):
+            if rows.device.type != "cpu":
                 return False
-            slots = slots.tolist()
-        return all(slot in self.admitted and self.admitted[slot].greedy for slot in slots)
+            rows = rows.tolist()
+        return all(row in self.admitted and self.admitted[row].greedy for row in rows)
 
     def _find_features(self) -> Features:
         every = self.admitted.values()

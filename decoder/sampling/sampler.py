@@ -1,4 +1,4 @@
-"""The sampler: per-slot parameters, processed distributions, draws, verification.
+"""The sampler: per-row parameters, processed distributions, draws, verification.
 
 Written to run on an accelerator without waiting for it; so far run on CPUs only.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from decoder.requests.params import SamplingParams
+from decoder.round import Verdict
 
 from . import rng
 from .accept import accept_standard, verify_greedy
@@ -21,24 +22,24 @@ from .distribution import Probs, most_probable, one_hot_where, truncated
 from .logprobs import TokenLogprobs, token_logprobs
 from .penalties import Adjustments
 from .rng import Stream
-from .rows import SlotTable
-from .verdict import Verdict, assemble, residual
+from .rows import RowTable
+from .verdict import assemble, residual
 
 if TYPE_CHECKING:
-    from decoder.drafters.base import Draft
+    from decoder.round import Draft
 
 VerifierName = Literal["standard", "block", "coupled"]
 VERIFIERS: tuple[str, ...] = get_args(VerifierName)
 
 
 class Sampler:
-    """Decides tokens for the slots of a batch, exactly as the target alone would.
+    """Decides tokens for the rows of a batch, exactly as the target alone would.
 
-    All methods taking ``slots`` work on any subset of the admitted slots. No method waits for an
+    All methods taking ``rows`` work on any subset of the admitted rows. No method waits for an
     accelerator; numeric failures found there are kept until `check`.
 
     Args:
-        max_batch_size: number of slots.
+        max_batch_size: number of rows.
         vocab_size: V, of the logits.
         device: of the logits.
         verifier: ``"standard"`` rejection sampling, ``"block"`` (accepts more, same law) or
@@ -58,18 +59,18 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.verifier = verifier
-        self._table = SlotTable(max_batch_size, vocab_size, self.device)
+        self._table = RowTable(max_batch_size, vocab_size, self.device)
         self._adjustments = Adjustments(max_batch_size, vocab_size, self.device)
         self._failed = torch.zeros(max_batch_size, dtype=torch.bool, device=self.device)
 
     @torch.inference_mode()  # tables grow, and tensors made in this mode stay in it
     def admit(
-        self, slot: int, params: SamplingParams, prompt_ids: Sequence[int], stop_ids: Iterable[int]
+        self, row: int, params: SamplingParams, prompt_ids: Sequence[int], stop_ids: Iterable[int]
     ) -> None:
         """Start a request.
 
         Args:
-            slot: a free slot.
+            row: a free row.
             params: how its tokens are chosen.
             prompt_ids: its prompt, counted for the repetition penalty; the next token's absolute
                 position is its length.
@@ -89,32 +90,32 @@ class Sampler:
                 raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {outside[0]}")
         if (params.logprobs or 0) > self.vocab_size:
             raise ValueError(f"logprobs must be <= {self.vocab_size}, got {params.logprobs}")
-        self._table.admit(slot, params)
-        self._adjustments.admit(slot, params, prompt_ids, stop_ids)
-        self._failed[slot] = False
+        self._table.admit(row, params)
+        self._adjustments.admit(row, params, prompt_ids, stop_ids)
+        self._failed[row] = False
 
     @torch.inference_mode()
-    def release(self, slot: int) -> None:
-        """End the request in ``slot``, if there is one."""
-        self._table.release(slot)
-        self._adjustments.release(slot)
+    def release(self, row: int) -> None:
+        """End the request in ``row``, if there is one."""
+        self._table.release(row)
+        self._adjustments.release(row)
 
-    def all_greedy(self, slots: Iterable[int] | Tensor) -> bool:
+    def all_greedy(self, rows: Iterable[int] | Tensor) -> bool:
         """Whether an argmax decides every row. Known on the host without waiting for the device."""
-        return self._table.all_greedy(slots)
+        return self._table.all_greedy(rows)
 
-    def takes_argmax(self, slots: Iterable[int] | Tensor) -> bool:
+    def takes_argmax(self, rows: Iterable[int] | Tensor) -> bool:
         """Whether every row's token is the largest of its logits as the model gave them."""
-        return self.all_greedy(slots) and not self._adjustments.active
+        return self.all_greedy(rows) and not self._adjustments.active
 
     def distribution(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, prefix: Tensor | None = None
+        self, logits: Tensor, rows: Tensor, positions: Tensor, prefix: Tensor | None = None
     ) -> Probs:
         """What the tokens at ``positions`` are drawn from; the same for drafts and the target.
 
         Args:
             logits: ``[B, Q, V]`` floating, not modified.
-            slots: ``[B]`` int64.
+            rows: ``[B]`` int64.
             positions: ``[B, Q]`` int64 absolute positions of the tokens to be chosen; negative
                 ones are padding.
             prefix: ``[B, n]`` int64 drafted tokens that are not committed yet, ``n >= Q - 1``: the
@@ -127,45 +128,45 @@ class Sampler:
         if logits.shape[-1] != self.vocab_size:
             raise ValueError(f"logits must be [B, Q, {self.vocab_size}], got {list(logits.shape)}")
         adjusted = self._adjustments.active
-        greedy_only = self.all_greedy(slots)
+        greedy_only = self.all_greedy(rows)
         if adjusted or not greedy_only:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             overwritten = adjusted or self._table.features.scales_logits
             logits = logits.to(dtype, copy=overwritten)
         if adjusted:
-            logits = self._adjustments.apply(logits, slots, positions, prefix)
+            logits = self._adjustments.apply(logits, rows, positions, prefix)
         if greedy_only:
             best, undefined = most_probable(logits)
-            self.record(undefined, slots, positions)
+            self.record(undefined, rows, positions)
             return Probs(None, best)
         any_greedy = self._table.features.any_greedy
         choice = most_probable(logits)[0] if any_greedy else None
-        probs, undefined = truncated(logits, slots, self._table)
-        self.record(undefined, slots, positions)
+        probs, undefined = truncated(logits, rows, self._table)
+        self.record(undefined, rows, positions)
         if choice is not None:
-            probs = one_hot_where(self._table.greedy[slots], choice, probs)
+            probs = one_hot_where(self._table.greedy[rows], choice, probs)
         return Probs(probs, None)
 
-    def draw(self, probs: Probs, slots: Tensor, positions: Tensor) -> Tensor:
+    def draw(self, probs: Probs, rows: Tensor, positions: Tensor) -> Tensor:
         """Tokens ``[B]`` of the target itself at ``positions`` ``[B]``, from ``probs`` (Q = 1)."""
-        return self._draw(probs, self._table.seeds[slots], positions, Stream.TARGET)
+        return self._draw(probs, self._table.seeds[rows], positions, Stream.TARGET)
 
-    def draw_draft(self, probs: Probs, slots: Tensor, positions: Tensor) -> Tensor:
+    def draw_draft(self, probs: Probs, rows: Tensor, positions: Tensor) -> Tensor:
         """Proposals ``[B]`` from the draft's distribution ``probs`` (Q = 1).
 
         Coupled: the noise that will decide the target's token. Otherwise noise of this round's own.
         """
         if self.verifier == "coupled":
-            return self.draw(probs, slots, positions)
-        return self._draw(probs, self._round_seeds(slots), positions, Stream.DRAFT)
+            return self.draw(probs, rows, positions)
+        return self._draw(probs, self._round_seeds(rows), positions, Stream.DRAFT)
 
-    def verify(self, target: Probs, draft: Draft, slots: Tensor, positions: Tensor) -> Verdict:
+    def verify(self, target: Probs, draft: Draft, rows: Tensor, positions: Tensor) -> Verdict:
         """Keep the drafts that the target would have produced, and choose the token after them.
 
         Args:
             target: distributions ``[B, G + 1]`` from `distribution`.
             draft: proposals; ``G`` may be 0.
-            slots: ``[B]`` int64.
+            rows: ``[B]`` int64.
             positions: ``[B, G + 1]`` int64.
 
         Returns:
@@ -174,10 +175,10 @@ class Sampler:
         if target.argmax is not None:
             return verify_greedy(target.argmax, draft)
         assert target.probs is not None
-        seeds = self._table.seeds[slots]
+        seeds = self._table.seeds[rows]
         if self.verifier == "coupled":
             return verify_coupled(target.probs, draft, rng.key(seeds, positions, Stream.TARGET))
-        accepted, weight = self._accept(target.probs, draft, slots, positions)
+        accepted, weight = self._accept(target.probs, draft, rows, positions)
         left = residual(target.probs, draft, accepted, weight)
         at = positions.gather(1, accepted[:, None])[:, 0]
         # A row whose drafts were all kept takes the token it would take without speculation.
@@ -186,19 +187,19 @@ class Sampler:
             rng.key(seeds, at, Stream.TARGET),
             rng.key(seeds, at, Stream.RESIDUAL),
         )
-        self._table.rounds[slots] += 1
+        self._table.rounds[rows] += 1
         return assemble(accepted, race(left, keys), draft.tokens)
 
     @torch.inference_mode()
-    def commit(self, slots: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def commit(self, rows: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Count emitted tokens for penalties: the first ``counts`` ``[B]`` of ``[B, n]``."""
-        self._adjustments.commit(slots, tokens, counts)
+        self._adjustments.commit(rows, tokens, counts)
 
     def logprobs(self, logits: Tensor, target: Probs, tokens: Tensor, top: int) -> TokenLogprobs:
         """Log-probabilities of a round's emitted ``tokens``; see `token_logprobs`."""
         return token_logprobs(logits, target, tokens, top)
 
-    def scores(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    def scores(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """What the target's own token is the argmax of, in units of logits; for audits.
 
         Greedy rows: adjusted logits. Sampled rows: ``temperature * (log(probs) + gumbel)`` with the
@@ -206,7 +207,7 @@ class Sampler:
 
         Args:
             logits: ``[B, 1, V]``.
-            slots: ``[B]`` int64.
+            rows: ``[B]`` int64.
             positions: ``[B, 1]`` int64.
 
         Returns:
@@ -215,14 +216,14 @@ class Sampler:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         adjusted = logits.to(dtype, copy=True)
         if self._adjustments.active:
-            adjusted = self._adjustments.apply(adjusted, slots, positions, None)
-        probs = self.distribution(logits, slots, positions).probs
+            adjusted = self._adjustments.apply(adjusted, rows, positions, None)
+        probs = self.distribution(logits, rows, positions).probs
         if probs is None:
             return adjusted[:, 0]
-        seeds = self._table.seeds[slots]
+        seeds = self._table.seeds[rows]
         noise = rng.gumbel(seeds, positions[:, 0], self.vocab_size, Stream.TARGET)
-        sampled = (probs[:, 0].log() + noise) * self._table.temperature[slots][:, None]
-        return torch.where(self._table.greedy[slots][:, None], adjusted[:, 0], sampled)
+        sampled = (probs[:, 0].log() + noise) * self._table.temperature[rows][:, None]
+        return torch.where(self._table.greedy[rows][:, None], adjusted[:, 0], sampled)
 
     def check(self) -> None:
         """Raise if an accelerator met logits that define no distribution. Waits for the device.
@@ -230,30 +231,30 @@ class Sampler:
         A CPU has raised already, where it met them.
 
         Raises:
-            FloatingPointError: names the slots.
+            FloatingPointError: names the rows.
         """
         if self.device.type != "cpu" and bool(self._failed.any()):
             self._raise(self._failed.nonzero()[:, 0].tolist())
 
     def _accept(
-        self, target_probs: Tensor, draft: Draft, slots: Tensor, positions: Tensor
+        self, target_probs: Tensor, draft: Draft, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         if draft.gamma == 0:
-            return torch.zeros_like(slots), None
-        seeds = self._round_seeds(slots)
+            return torch.zeros_like(rows), None
+        seeds = self._round_seeds(rows)
         uniforms = rng.uniform(seeds, positions[:, : draft.gamma], Stream.ACCEPT)
         if self.verifier == "block":
             return accept_block(target_probs, draft, uniforms)
         return accept_standard(target_probs, draft, uniforms), None
 
-    def _round_seeds(self, slots: Tensor) -> Tensor:
+    def _round_seeds(self, rows: Tensor) -> Tensor:
         """Seeds of this round's drafts and accept tests.
 
         A position can be drafted in several rounds. Block verification, and any choice of draft
         length made from an earlier round's drafts, depend on tokens that were then thrown away;
         drawing the position again with the same noise would be conditional on that, and biased.
         """
-        return rng.fold(self._table.seeds[slots], self._table.rounds[slots])
+        return rng.fold(self._table.seeds[rows], self._table.rounds[rows])
 
     def _draw(self, probs: Probs, seeds: Tensor, positions: Tensor, stream: Stream) -> Tensor:
         if probs.argmax is not None:
@@ -261,19 +262,19 @@ class Sampler:
         assert probs.probs is not None
         return race(probs.probs[:, 0], rng.key(seeds, positions, stream))
 
-    def record(self, undefined: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def record(self, undefined: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Note where logits define no distribution, ``[B, Q]``; on the CPU, raise for it."""
         on_cpu = self.device.type == "cpu"
         if on_cpu and not undefined.any():  # the usual case, cheaply
             return
-        rows = (undefined & (positions >= 0)).any(dim=1)
+        failed = (undefined & (positions >= 0)).any(dim=1)
         if not on_cpu:
-            self._failed[slots] |= rows
-        elif bool(rows.any()):
-            self._raise(slots[rows].tolist())
+            self._failed[rows] |= failed
+        elif bool(failed.any()):
+            self._raise(rows[failed].tolist())
 
-    def _raise(self, slots: list[int]) -> None:
+    def _raise(self, rows: list[int]) -> None:
         raise FloatingPointError(
             "logits must define a distribution at every position, got NaN, +inf or every token "
-            f"banned in slots {slots}"
+            f"banned in rows {rows}"
         )

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from decoder.drafters.base import Draft
-
-
-class Verdict(NamedTuple):
-    """Result of one round.
-
-    Attributes:
-        accepted: ``[B]`` int64, how many drafted tokens k are kept.
-        tokens: ``[B, G + 1]`` int64, the emitted tokens: k drafts, the next token at index k, then
-            -1.
-    """
-
-    accepted: Tensor
-    tokens: Tensor
+from decoder.round import Draft, Verdict
 
 
 def assemble(accepted: Tensor, next_tokens: Tensor, drafted: Tensor) -> Verdict:

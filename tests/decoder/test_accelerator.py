@@ -15,10 +15,11 @@ from support.engine_models import VOCAB, decoder, tiny_moe
 from torch import Tensor
 
 from decoder import SamplingParams
-from decoder.drafters.base import DraftChain, StepState
+from decoder.drafters.base import DraftChain
 from decoder.drafters.eagle import EagleDrafter
 from decoder.model.attention import Placement, additive, reference_attention, register
 from decoder.model.runner import ModelRunner
+from decoder.round import StepState
 from decoder.sampling import Sampler
 from decoder.sampling.sampler import VERIFIERS
 
@@ -128,7 +129,7 @@ def test_logits_without_a_distribution_end_the_request(monkeypatch, new_tokens):
     params = SamplingParams(temperature=1.0, max_new_tokens=new_tokens)
     assert len(engine.generate([[7, 8]], params)) == 1
     engine.runner.model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"slots \[0, 1\]"):
+    with pytest.raises(FloatingPointError, match=r"rows \[0, 1\]"):
         engine.generate([[7, 8], [9]], params)
 
 
@@ -143,20 +144,20 @@ MIXED = (
 def test_a_sampler_waits_for_nothing_and_sends_nothing(monkeypatch, verifier):
     B, G = len(MIXED), 2
     sampler = Sampler(B, VOCAB, META, verifier)
-    for slot, params in enumerate(MIXED):
-        sampler.admit(slot, params, [3, 5], {7})
-    slots = torch.zeros(B, dtype=torch.int64, device=META)
+    for row, params in enumerate(MIXED):
+        sampler.admit(row, params, [3, 5], {7})
+    rows = torch.zeros(B, dtype=torch.int64, device=META)
     positions = torch.zeros(B, G + 1, dtype=torch.int64, device=META)
     logits = torch.zeros(B, G + 1, VOCAB, dtype=BF16, device=META)
     # From the host to the device is a wait, too, where the memory is not pinned.
     monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("sent to the device"))
-    state = StepState(slots, slots, slots, slots, positions, [5] * B, [0, 1, 2])
+    state = StepState(rows, rows, rows, rows, positions, [5] * B, [0, 1, 2])
     chain = DraftChain(sampler, state, G)
     for step in range(G):
         chain.draw(logits[:, step : step + 1])
     draft = chain.finish()
     assert draft.probs is not None and draft.probs.shape == (B, G, VOCAB)
-    target = sampler.distribution(logits, slots, positions, draft.tokens)
-    verdict = sampler.verify(target, draft, slots, positions)
-    sampler.commit(slots, verdict.tokens, verdict.accepted + 1)
+    target = sampler.distribution(logits, rows, positions, draft.tokens)
+    verdict = sampler.verify(target, draft, rows, positions)
+    sampler.commit(rows, verdict.tokens, verdict.accepted + 1)
     assert verdict.tokens.shape == (B, G + 1) and verdict.tokens.device == META

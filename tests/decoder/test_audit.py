@@ -78,8 +78,8 @@ def test_a_target_that_sees_a_shifted_position_is_unexplained(pair, verifier, pa
     forward = speculative.runner.forward
     shift = True
 
-    def shifted(ids, slots, positions, **options):
-        return forward(ids, slots, positions + (1 if shift and ids.shape[1] > 1 else 0), **options)
+    def shifted(ids, rows, positions, **options):
+        return forward(ids, rows, positions + (1 if shift and ids.shape[1] > 1 else 0), **options)
 
     jitter = verification.logit_jitter
 
@@ -102,8 +102,8 @@ def test_a_difference_within_the_jitter_is_a_near_tie(pair, monkeypatch):
     forward = speculative.runner.forward
     generator = torch.Generator().manual_seed(0)
 
-    def noisy(ids, slots, positions, **options):
-        out = forward(ids, slots, positions, **options)
+    def noisy(ids, rows, positions, **options):
+        out = forward(ids, rows, positions, **options)
         if ids.shape[1] == 1:
             return out
         noise = torch.rand(out.logits.shape, generator=generator).sub(0.5).mul(2.0).round()
@@ -175,15 +175,15 @@ def test_margin_is_measured_on_what_decides_the_token():
 
 def test_scores_are_what_a_sampled_token_is_the_argmax_of():
     sampler = Sampler(3, 20, "cpu", "coupled")
-    for slot in range(3):
-        temperature = (0.0, 0.7, 1.3)[slot]
-        sampler.admit(slot, SamplingParams(temperature=temperature, top_p=0.9, seed=slot), [0], ())
+    for row in range(3):
+        temperature = (0.0, 0.7, 1.3)[row]
+        sampler.admit(row, SamplingParams(temperature=temperature, top_p=0.9, seed=row), [0], ())
     logits = torch.randn(3, 1, 20, generator=torch.Generator().manual_seed(0))
-    slots = torch.arange(3)
+    rows = torch.arange(3)
     for position in range(1, 30):
         at = torch.full((3, 1), position)
-        drawn = sampler.draw(sampler.distribution(logits, slots, at), slots, at[:, 0])
-        assert torch.equal(sampler.scores(logits, slots, at).argmax(-1), drawn)
+        drawn = sampler.draw(sampler.distribution(logits, rows, at), rows, at[:, 0])
+        assert torch.equal(sampler.scores(logits, rows, at).argmax(-1), drawn)
 
 
 def test_jitter_sees_a_difference_between_batch_shapes(pair, monkeypatch):
@@ -192,8 +192,8 @@ def test_jitter_sees_a_difference_between_batch_shapes(pair, monkeypatch):
     assert logit_jitter(decoder.runner, texts, starts, 4) < 1e-4
     forward = decoder.runner.forward
 
-    def shaped(ids, slots, positions, **options):
-        out = forward(ids, slots, positions, **options)
+    def shaped(ids, rows, positions, **options):
+        out = forward(ids, rows, positions, **options)
         return out._replace(logits=out.logits + 0.25 * (ids.shape[1] > 1))
 
     monkeypatch.setattr(decoder.runner, "forward", shaped)
@@ -241,7 +241,7 @@ def test_command_prints_json_and_repeats_prompts(folders, capsys):
 
 
 def test_command_fails_on_something_unexplained(folders, capsys, monkeypatch):
-    from decoder.sampling.verdict import Verdict
+    from decoder.round import Verdict
 
     verify = sampler_module.verify_greedy
 

@@ -18,8 +18,9 @@ from support.engine_models import tiny_moe
 
 import moesd_kernels
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.drafters.base import Draft, DraftChain, StepState
+from decoder.drafters.base import DraftChain
 from decoder.drafters.eagle import EagleDrafter
+from decoder.round import Draft, StepState
 from decoder.sampling import Probs, Sampler
 from decoder.sampling.sampler import VERIFIERS
 
@@ -114,16 +115,16 @@ class Round:
         draft_logits = 3 * torch.randn(B, G + 1, V, generator=generator)
         logits = draft_logits + torch.randn(B, G + 1, V, generator=generator)
         self.sampler = Sampler(B, V, device, verifier)  # type: ignore[arg-type]
-        for slot in range(B):
-            temperature = 0.8 if slot < B - 1 else 0.0  # greedy among sampled rows
-            params = SamplingParams(temperature=temperature, seed=slot, **extra)
-            self.sampler.admit(slot, params, [3, 5, 5, 9], {11})
+        for row in range(B):
+            temperature = 0.8 if row < B - 1 else 0.0  # greedy among sampled rows
+            params = SamplingParams(temperature=temperature, seed=row, **extra)
+            self.sampler.admit(row, params, [3, 5, 5, 9], {11})
         self.logits, self.draft_logits = logits.to(device), draft_logits.to(device)
-        self.slots = torch.arange(B, device=device)
+        self.rows = torch.arange(B, device=device)
         self.positions = 4 + torch.arange(G + 1, device=device).expand(B, -1)
-        lengths, history = torch.full_like(self.slots, 3), torch.zeros_like(self.positions)
+        lengths, history = torch.full_like(self.rows, 3), torch.zeros_like(self.positions)
         self.state = StepState(
-            self.slots, lengths, self.slots, self.slots, history, [3] * B, list(range(B))
+            self.rows, lengths, self.rows, self.rows, history, [3] * B, list(range(B))
         )
 
     def run(self) -> None:
@@ -132,10 +133,10 @@ class Round:
             chain.draw(self.draft_logits[:, step : step + 1])
         self.draft: Draft = chain.finish()
         self.target = self.sampler.distribution(
-            self.logits, self.slots, self.positions, self.draft.tokens
+            self.logits, self.rows, self.positions, self.draft.tokens
         )
-        self.verdict = self.sampler.verify(self.target, self.draft, self.slots, self.positions)
-        self.sampler.commit(self.slots, self.verdict.tokens, self.verdict.accepted + 1)
+        self.verdict = self.sampler.verify(self.target, self.draft, self.rows, self.positions)
+        self.sampler.commit(self.rows, self.verdict.tokens, self.verdict.accepted + 1)
 
 
 @contextmanager
@@ -174,7 +175,7 @@ def test_coupled_verification_emits_the_targets_own_draws(device):
     probs, sampler = round_.target.probs, round_.sampler
     for column in range(G + 1):
         alone = Probs(probs[:, column : column + 1], None)
-        own = sampler.draw(alone, round_.slots, round_.positions[:, column])
+        own = sampler.draw(alone, round_.rows, round_.positions[:, column])
         emitted = column <= round_.verdict.accepted
         assert torch.equal(round_.verdict.tokens[emitted, column], own[emitted])
 

@@ -87,7 +87,7 @@ def outputs(pair, drafter, gamma, verifier, prompts, params, batch=5):
 
 @pytest.mark.parametrize("gamma", [1, 3, 6])
 def test_coupled_equals_the_targets_own_sampling(pair, gamma):
-    """All kinds of requests in one batch, refilled slots, ragged prompts."""
+    """All kinds of requests in one batch, rows used again, ragged prompts."""
     prompts = random_prompts(12, seed=1)
     params = [list(REQUESTS.values())[i % len(REQUESTS)] for i in range(12)]
     own, _ = outputs(pair, None, 0, "coupled", prompts, params, batch=1)
@@ -119,8 +119,8 @@ def test_coupled_without_the_drafted_prefix_is_caught(pair, monkeypatch):
     prompts = random_prompts(12, seed=1)
     distribution = Sampler.distribution
 
-    def forgetful(self, logits, slots, positions, prefix=None):
-        return distribution(self, logits, slots, positions, None)
+    def forgetful(self, logits, rows, positions, prefix=None):
+        return distribution(self, logits, rows, positions, None)
 
     for name in ("penalties", "greedy with penalties"):
         own, _ = outputs(pair, None, 0, "coupled", prompts, REQUESTS[name])
@@ -138,8 +138,8 @@ def test_minimum_length_counts_the_position_not_the_round(pair, monkeypatch):
     assert all(len(tokens) >= 6 for tokens in own)
     distribution = Sampler.distribution
 
-    def per_round(self, logits, slots, positions, prefix=None):
-        return distribution(self, logits, slots, positions[:, -1:].expand_as(positions), prefix)
+    def per_round(self, logits, rows, positions, prefix=None):
+        return distribution(self, logits, rows, positions[:, -1:].expand_as(positions), prefix)
 
     monkeypatch.setattr(Sampler, "distribution", per_round)
     got, _ = outputs(pair, pair[1], 4, "coupled", prompts, params)

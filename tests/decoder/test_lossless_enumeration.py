@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import Draft
+from decoder.round import Draft
 from decoder.sampling.accept import accept_standard
 from decoder.sampling.block import accept_block
 from decoder.sampling.coupled import race, verify_coupled

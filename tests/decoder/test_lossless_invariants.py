@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.toy_markov import World, half_mixed_draft, random_chain, sampler_of
 
-from decoder.drafters.base import Draft
+from decoder.round import Draft
 from decoder.sampling import Sampler
 from decoder.sampling.accept import accept_standard, drafted_probs
 from decoder.sampling.verdict import leading, residual
@@ -41,11 +41,11 @@ def test_equal_distributions_leave_a_usable_residual():
 class NoiseByRow(Sampler):
     """Keys noise by the row of the batch in place of the request's seed."""
 
-    def verify(self, target, draft, slots, positions):
+    def verify(self, target, draft, rows, positions):
         seeds = self._table.seeds
         self._table.seeds = seeds.clone()
-        self._table.seeds[slots] = torch.arange(len(slots))
-        verdict = super().verify(target, draft, slots, positions)
+        self._table.seeds[rows] = torch.arange(len(rows))
+        verdict = super().verify(target, draft, rows, positions)
         self._table.seeds = seeds
         return verdict
 

@@ -20,7 +20,7 @@ from support.toy_markov import (
     transition_log_p,
 )
 
-from decoder.drafters.base import Draft
+from decoder.round import Draft
 from decoder.sampling import Sampler, rng
 from decoder.sampling import sampler as sampler_module
 from decoder.sampling.accept import accept_standard, drafted_probs
@@ -70,17 +70,17 @@ class WrongTemperature(World):
 
 
 class SampledFromTopThree(World):
-    def draw(self, slots, last, position, earlier):
+    def draw(self, rows, last, position, earlier):
         logits = self.draft.float()[last][:, None]
-        full = self.sampler.distribution(logits, slots, position)
+        full = self.sampler.distribution(logits, rows, position)
         third = full.probs.topk(3).values[..., -1:]
         cut = full._replace(probs=torch.where(full.probs < third, 0.0, full.probs))
-        return self.sampler.draw_draft(cut, slots, position[:, 0]), full.probs[:, 0]
+        return self.sampler.draw_draft(cut, rows, position[:, 0]), full.probs[:, 0]
 
 
 class GreedyTokenDenseProbs(World):
-    def draw(self, slots, last, position, earlier):
-        dist = self.sampler.distribution(self.draft.float()[last][:, None], slots, position)
+    def draw(self, rows, last, position, earlier):
+        dist = self.sampler.distribution(self.draft.float()[last][:, None], rows, position)
         return dist.probs[:, 0].argmax(dim=-1), dist.probs[:, 0]
 
 
@@ -100,11 +100,11 @@ class RoundedDraft(World):
 def assert_drawn_from_stored(world: World) -> None:
     """L2: repeating the draw on the stored distribution gives the drafted token, bit for bit."""
 
-    def check(draft, slots, positions):
+    def check(draft, rows, positions):
         sampler = world.sampler
         for j in range(draft.gamma):
             stored = sampler_module.Probs(draft.probs[:, j : j + 1], None)
-            drawn = sampler.draw_draft(stored, slots, positions[:, j])
+            drawn = sampler.draw_draft(stored, rows, positions[:, j])
             expected = draft.probs.new_tensor(int((drawn != draft.tokens[:, j]).sum()))
             assert expected == 0, f"{int(expected)} tokens not drawn from what is stored"
         sums = draft.probs.double().sum(dim=-1)
@@ -132,13 +132,13 @@ def test_stored_distribution_invariant_catches(world):
 def test_shared_noise_between_draft_and_residual(verifier, monkeypatch):
     key = rng.key
     monkeypatch.setattr(rng, "key", lambda s, p, stream: key(s, p, Stream.TARGET))
-    monkeypatch.setattr(Sampler, "_round_seeds", lambda self, slots: self._table.seeds[slots])
+    monkeypatch.setattr(Sampler, "_round_seeds", lambda self, rows: self._table.seeds[rows])
     assert_caught(verifier=verifier, rows=2 * ROWS)
 
 
 class NoiseByPositionOnly(Sampler):
-    def _round_seeds(self, slots):
-        return self._table.seeds[slots]
+    def _round_seeds(self, rows):
+        return self._table.seeds[rows]
 
 
 def test_block_noise_used_again_at_a_rejected_position():
@@ -257,7 +257,7 @@ def test_dropping_a_drafted_token_by_looking_at_it(world, verifier):
     assert_caught(world, verifier=verifier)
 
 
-# 5, 9. The target saw something else: stale cache slots, a shifted position, a neighbour's row.
+# 5, 9. The target saw something else: stale cache positions, a shifted position, a neighbour's row.
 
 
 class StaleContext(World):

@@ -16,8 +16,8 @@ from support.toy_markov import (
 )
 from torch import Tensor
 
-from decoder.drafters.base import Draft
 from decoder.requests.params import SamplingParams
+from decoder.round import Draft
 
 BAR = math.log(1e-9)
 ROWS, LENGTH = 50_000, 5

@@ -55,7 +55,7 @@ def ragged_prompts(count: int, seed: int = 0, longest: int = 12) -> list[list[in
 
 
 def decoder(target: Any, drafter: Any = None, gamma: Any = 3, **options: Any) -> Any:
-    """A decoder of four slots on transformers' code alone."""
+    """A decoder of four rows on transformers' code alone."""
     from decoder import SpeculativeDecoder
 
     options = {"max_batch_size": 4, "kernels": False, "attention": "portable"} | options
@@ -88,29 +88,29 @@ class NoisyOracle:
     def bind(self, runner: Any, sampler: Any, max_gamma: int) -> None:
         pass
 
-    def admit(self, slots: Any, token_ids: Any, lengths: Any, hidden: Any) -> None:
-        for slot, row, n in zip(slots.tolist(), token_ids.tolist(), lengths.tolist(), strict=True):
-            self._texts[slot] = row[:n] + self.continuations[tuple(row[:n])]
+    def admit(self, rows: Any, token_ids: Any, lengths: Any, hidden: Any) -> None:
+        for row, ids, n in zip(rows.tolist(), token_ids.tolist(), lengths.tolist(), strict=True):
+            self._texts[row] = ids[:n] + self.continuations[tuple(ids[:n])]
 
     def propose(self, state: Any, gamma: int) -> Any:
-        from decoder.drafters.base import Draft
+        from decoder.round import Draft
 
         self.rounds.append(gamma)
-        rows = []
-        for slot, length in zip(state.slots.tolist(), state.host_lengths, strict=True):
-            text = self._texts[slot][length + 1 : length + 1 + gamma]
+        drafts = []
+        for row, length in zip(state.rows.tolist(), state.host_lengths, strict=True):
+            text = self._texts[row][length + 1 : length + 1 + gamma]
             text += [7] * (gamma - len(text))
             positions = range(length + 1, length + 1 + gamma)
-            rows.append(
+            drafts.append(
                 [
                     (token + 1) % VOCAB if position % self.period == 0 else token
                     for token, position in zip(text, positions, strict=True)
                 ]
             )
-        return Draft(torch.tensor(rows), None, torch.full_like(state.lengths, gamma))
+        return Draft(torch.tensor(drafts), None, torch.full_like(state.lengths, gamma))
 
     def commit(self, state_before: Any, verdict: Any, hidden: Any) -> None:
         pass
 
-    def release(self, slots: Any) -> None:
+    def release(self, rows: Any) -> None:
         pass

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from decoder import SpeculativeDecoder
-from decoder.drafters.base import Draft, StepState
 from decoder.model.cache import cache_argument
+from decoder.round import Draft, StepState
 
 NEW_TOKENS = 17
 MAX_LENGTH = 40
@@ -80,7 +80,7 @@ def decoder_of(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> SpeculativeDecoder:
-    """A decoder on the family's model; three slots for seven prompts, so slots are refilled."""
+    """A decoder on the family's model; three rows for seven prompts, so rows are used again."""
     options = {"kernels": False, "max_length": MAX_LENGTH, **options}
     model = model_of(family, dtype)
     return SpeculativeDecoder(model, drafter, gamma, max_batch_size=batch, **options)
@@ -103,9 +103,9 @@ class DoubleOnly(TorchFunctionMode):
 class Audited:
     """Wraps a drafter: before each round, checks the target's cache and poisons what is stale.
 
-    Every committed slot must hold what a fresh prefill of the same tokens computes; every other
-    slot is overwritten with a large finite number, which must change nothing. (Not NaN: a masked
-    slot takes part as 0 * value.)
+    Every committed position must hold what a fresh prefill of the same tokens computes; every other
+    position is overwritten with a large finite number, which must change nothing. (Not NaN: a
+    masked position takes part as 0 * value.)
     """
 
     def __init__(self, drafter: Any, poison: float = 1e4) -> None:
@@ -135,27 +135,27 @@ class Audited:
     def commit(self, *args: Any) -> None:
         self.drafter.commit(*args)
 
-    def release(self, slots: Any) -> None:
-        self.drafter.release(slots)
+    def release(self, rows: Any) -> None:
+        self.drafter.release(rows)
 
     def _audit(self, state: StepState) -> None:
-        for slot, length in state.host_rows():
+        for row, length in state.rows_and_lengths():
             fresh = transformers.DynamicCache()
-            ids = state.tokens[slot, :length][None]
+            ids = state.tokens[row, :length][None]
             taken = {cache_argument(self.runner.model): fresh, "use_cache": True}
             self.runner.model(input_ids=ids, **taken)
             for ours, theirs in zip(self.runner.cache.layers, fresh.layers, strict=True):
                 for slab, exact in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-                    error = slab[slot, :length] - exact[0].transpose(0, 1)
+                    error = slab[row, :length] - exact[0].transpose(0, 1)
                     self.worst = max(self.worst, float(error.abs().max()))
             self.audits += 1
 
     def _poison(self, state: StepState) -> None:
-        lengths = dict(state.host_rows())
+        lengths = dict(state.rows_and_lengths())
         for layer in self.runner.cache.layers:
-            for slot in range(layer.keys.shape[0]):
-                start = lengths.get(slot, 0)
-                sign: Tensor = torch.ones_like(layer.keys[slot, start:])
+            for row in range(layer.keys.shape[0]):
+                start = lengths.get(row, 0)
+                sign: Tensor = torch.ones_like(layer.keys[row, start:])
                 sign[::2] = -1
-                layer.keys[slot, start:] = self.poison * sign
-                layer.values[slot, start:] = self.poison
+                layer.keys[row, start:] = self.poison * sign
+                layer.values[row, start:] = self.poison

@@ -112,7 +112,7 @@ def eager_experts(case: Case) -> Tensor:
     o = case.options
     out = torch.zeros_like(x)
     for expert in range(w_down.shape[0]):
-        token, slot = torch.where(ids == expert)
+        token, choice = torch.where(ids == expert)
         up, down = w_gate_up[expert], w_down[expert]
         up, down = (up, down) if o.get("transposed") else (up.T, down.T)
         y = x[token] @ up
@@ -129,7 +129,7 @@ def eager_experts(case: Case) -> Tensor:
         y = y @ down
         if "down_bias" in o:
             y = y + o["down_bias"][expert]
-        out.index_add_(0, token, (y * weights[token, slot, None]).to(x.dtype))
+        out.index_add_(0, token, (y * weights[token, choice, None]).to(x.dtype))
     return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import Draft, StepState
+from decoder.round import Draft, StepState
 
 
 class GreedySampler:
@@ -22,18 +22,18 @@ class GreedySampler:
         self.vocab_size = vocab_size
 
     def distribution(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, prefix: Tensor | None
+        self, logits: Tensor, rows: Tensor, positions: Tensor, prefix: Tensor | None
     ) -> Any:
         assert logits.shape[1] == 1 and positions.shape == logits.shape[:2]
         return SimpleNamespace(probs=None, argmax=logits.float().argmax(-1))
 
-    def takes_argmax(self, slots: Tensor) -> bool:
+    def takes_argmax(self, rows: Tensor) -> bool:
         return True
 
-    def record(self, undefined: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def record(self, undefined: Tensor, rows: Tensor, positions: Tensor) -> None:
         assert not undefined.any()
 
-    def draw_draft(self, probs: Any, slots: Tensor, positions: Tensor) -> Tensor:
+    def draw_draft(self, probs: Any, rows: Tensor, positions: Tensor) -> Tensor:
         return probs.argmax[:, 0]
 
 
@@ -43,7 +43,7 @@ class Script:
     Args:
         drafter: already bound.
         sequences: per row, all of its tokens.
-        slots: per row, its slot.
+        rows: per sequence, its row.
         features: per row ``[len, n * H]`` target features, for drafters that want them.
         follow: accepted drafts replace the sequence's own tokens, as real acceptance would;
             otherwise what is accepted may differ from what was drafted.
@@ -53,38 +53,38 @@ class Script:
         self,
         drafter: Any,
         sequences: list[list[int]],
-        slots: list[int],
+        rows: list[int],
         features: list[Tensor] | None = None,
         follow: bool = False,
     ) -> None:
         self.follow = follow
-        self.drafter, self.sequences, self.slots, self.features = (
-            drafter, sequences, slots, features,
+        self.drafter, self.sequences, self.rows, self.features = (
+            drafter, sequences, rows, features,
         )  # fmt: skip
-        self.lengths = [0] * len(slots)
-        self.history = torch.full((max(slots) + 1, 600), 7)
+        self.lengths = [0] * len(rows)
+        self.history = torch.full((max(rows) + 1, 600), 7)
 
     def admit(self, prompt_lengths: list[int]) -> None:
         """Prefill every row with the start of its sequence."""
         self.lengths = list(prompt_lengths)
         width = max(prompt_lengths)
-        ids = torch.zeros(len(self.slots), width, dtype=torch.long)
+        ids = torch.zeros(len(self.rows), width, dtype=torch.long)
         hidden = None
         if self.features is not None:
-            hidden = torch.zeros(len(self.slots), width, self.features[0].shape[1],
+            hidden = torch.zeros(len(self.rows), width, self.features[0].shape[1],
                                  dtype=self.features[0].dtype)  # fmt: skip
         for row, (sequence, length) in enumerate(zip(self.sequences, prompt_lengths, strict=True)):
             ids[row, :length] = torch.tensor(sequence[:length])
             if hidden is not None and self.features is not None:
                 hidden[row, :length] = self.features[row][:length]
-        self.drafter.admit(torch.tensor(self.slots), ids, torch.tensor(prompt_lengths), hidden)
+        self.drafter.admit(torch.tensor(self.rows), ids, torch.tensor(prompt_lengths), hidden)
 
     def state(self) -> StepState:
-        for slot, sequence, length in zip(self.slots, self.sequences, self.lengths, strict=True):
-            self.history[slot, : length + 1] = torch.tensor(sequence[: length + 1])
-        slots, lengths = torch.tensor(self.slots), torch.tensor(self.lengths)
+        for row, sequence, length in zip(self.rows, self.sequences, self.lengths, strict=True):
+            self.history[row, : length + 1] = torch.tensor(sequence[: length + 1])
+        rows, lengths = torch.tensor(self.rows), torch.tensor(self.lengths)
         return StepState(
-            slots, lengths, self.history[slots, lengths], self.history[slots, lengths - 1],
+            rows, lengths, self.history[rows, lengths], self.history[rows, lengths - 1],
             self.history, list(self.lengths),
         )  # fmt: skip
 
@@ -92,11 +92,11 @@ class Script:
         """Propose (unless gamma is 0), then move each row ``accepted + 1`` tokens on."""
         before = self.state()
         draft = self.drafter.propose(before, gamma) if gamma else None
-        tokens = torch.full((len(self.slots), gamma + 1), -1)
+        tokens = torch.full((len(self.rows), gamma + 1), -1)
         hidden = None
         if self.features is not None:
             # Rejected positions carry features of tokens that never were: poison.
-            shape = (len(self.slots), gamma + 1, self.features[0].shape[1])
+            shape = (len(self.rows), gamma + 1, self.features[0].shape[1])
             hidden = torch.full(shape, 1e4, dtype=self.features[0].dtype)
         for row, count in enumerate(accepted):
             start = self.lengths[row]

@@ -15,9 +15,9 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from decoder.drafters.base import Draft
 from decoder.requests.params import SamplingParams
-from decoder.sampling import Probs, Sampler, Verdict
+from decoder.round import Draft, Verdict
+from decoder.sampling import Probs, Sampler
 
 VOCAB = 6
 
@@ -43,9 +43,9 @@ def sampler_of(
     vocab: int = VOCAB,
     kind: type[Sampler] = Sampler,
 ) -> Sampler:
-    """A sampler with ``rows`` slots that differ in their seed only.
+    """A sampler of ``rows`` rows that differ in their seed only.
 
-    One slot is admitted and its parameters copied: admitting each of 100 000 rows takes seconds.
+    One row is admitted and its parameters copied: admitting each of 100 000 rows takes seconds.
     """
     sampler = kind(rows, vocab, "cpu", verifier)
     sampler.admit(0, params or SamplingParams(temperature=1.0), [0], set())
@@ -93,26 +93,26 @@ class World:
             self.rounds += 1
         return tokens[:, 1 : length + 1]
 
-    def step(self, slots: Tensor, current: Tensor, lengths: Tensor, gamma: int) -> Verdict:
+    def step(self, rows: Tensor, current: Tensor, lengths: Tensor, gamma: int) -> Verdict:
         positions = lengths[:, None] + 1 + torch.arange(gamma + 1)
-        draft = self.cut(self.propose(slots, current, positions, gamma))
+        draft = self.cut(self.propose(rows, current, positions, gamma))
         if self.check_draft is not None and gamma:
-            self.check_draft(draft, slots, positions)
+            self.check_draft(draft, rows, positions)
         context = torch.cat([current[:, None], draft.tokens], dim=1)
         logits = self.target_logits(context)
-        target = self.sampler.distribution(logits, slots, positions, draft.tokens)
-        verdict = self.sampler.verify(target, draft, slots, positions)
-        self.sampler.commit(slots, verdict.tokens, verdict.accepted + 1)
+        target = self.sampler.distribution(logits, rows, positions, draft.tokens)
+        verdict = self.sampler.verify(target, draft, rows, positions)
+        self.sampler.commit(rows, verdict.tokens, verdict.accepted + 1)
         return verdict
 
     def target_logits(self, context: Tensor) -> Tensor:
         return self.target.float()[context]
 
-    def propose(self, slots: Tensor, current: Tensor, positions: Tensor, gamma: int) -> Draft:
+    def propose(self, rows: Tensor, current: Tensor, positions: Tensor, gamma: int) -> Draft:
         tokens, probs = [], []
         last = current
         for j in range(gamma):
-            drawn, dist = self.draw(slots, last, positions[:, j : j + 1], tokens)
+            drawn, dist = self.draw(rows, last, positions[:, j : j + 1], tokens)
             tokens.append(drawn)
             probs.append(dist)
             last = drawn
@@ -124,14 +124,14 @@ class World:
         return Draft(torch.stack(tokens, dim=1), dense, lengths)
 
     def draw(
-        self, slots: Tensor, last: Tensor, position: Tensor, earlier: list[Tensor]
+        self, rows: Tensor, last: Tensor, position: Tensor, earlier: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         logits = self.draft.float()[last][:, None]
         if self.one_hot:
             return logits[:, 0].argmax(dim=-1), None
         prefix = torch.stack(earlier, dim=1) if earlier else None
-        dist = self.sampler.distribution(logits, slots, position, prefix)
-        drawn = self.sampler.draw_draft(dist, slots, position[:, 0])
+        dist = self.sampler.distribution(logits, rows, position, prefix)
+        drawn = self.sampler.draw_draft(dist, rows, position[:, 0])
         return drawn, self.declare(dist)
 
     def declare(self, dist: Probs) -> Tensor:

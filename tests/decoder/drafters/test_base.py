@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import DraftChain, StepState, empty_draft
+from decoder.drafters.base import DraftChain, empty_draft
+from decoder.round import StepState
 
 
 def make_state() -> StepState:
@@ -24,14 +25,14 @@ class Recorder:
         self.calls: list[tuple[list[int], Any, list[int]]] = []
 
     def distribution(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, prefix: Tensor | None
+        self, logits: Tensor, rows: Tensor, positions: Tensor, prefix: Tensor | None
     ) -> Any:
         self._asked = (positions[:, 0].tolist(), None if prefix is None else prefix.tolist())
         return SimpleNamespace(probs=logits, argmax=None)
 
-    def draw_draft(self, probs: Any, slots: Tensor, positions: Tensor) -> Tensor:
+    def draw_draft(self, probs: Any, rows: Tensor, positions: Tensor) -> Tensor:
         self.calls.append((*self._asked, positions.tolist()))
-        return torch.full_like(slots, len(self.calls))
+        return torch.full_like(rows, len(self.calls))
 
 
 def test_noise_position_and_prefix_advance_with_every_step() -> None:
@@ -51,10 +52,10 @@ def test_noise_position_and_prefix_advance_with_every_step() -> None:
     assert draft.lengths.tolist() == [3, 3]
 
 
-def test_state_reads_slots_back_once() -> None:
+def test_state_reads_rows_back_once() -> None:
     state = make_state()
-    assert state.host_slots == [1, 0]
-    assert state.host_rows() == [(1, 4), (0, 9)]
+    assert state.host_rows == [1, 0]
+    assert state.rows_and_lengths() == [(1, 4), (0, 9)]
 
 
 def test_empty_draft_proposes_nothing() -> None:

@@ -203,13 +203,11 @@ def test_backlog_longer_than_the_ring(target: Any, runner: ModelRunner, tmp_path
 
 
 @torch.no_grad()
-def test_refilled_slot_forgets_the_old_sequence(
-    target: Any, runner: ModelRunner, tmp_path: Path
-) -> None:
+def test_a_row_forgets_the_old_sequence(target: Any, runner: ModelRunner, tmp_path: Path) -> None:
     case = eagle1_case(tmp_path, target, layout="safetensors")
     script = start(case, target, runner, 2)
     check_round(script, case, target, 4, [4, 1])
-    script.drafter.release(script.slots)
+    script.drafter.release(script.rows)
     script.sequences = random_prompts(2, seed=8, low=40, high=40)
     script.features = [target_features(target, s, (-1,)) for s in script.sequences]
     script.admit([3, 1])

@@ -33,11 +33,11 @@ def test_predictions_of_every_draft_depth(tmp_path: Path) -> None:
 
     lm_head = torch.nn.Linear(hidden_size, 64, bias=False)
     head = EagleHead(load_eagle(tmp_path), embedding, lm_head)
-    cache, slots = RaggedCache(3, 64), torch.tensor([2, 0])
+    cache, rows = RaggedCache(3, 64), torch.tensor([2, 0])
 
     def run(ids: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        cache.select(slots, positions)
-        return head(ids, hidden, cache, Placement(slots, positions, LENGTH))
+        cache.select(rows, positions)
+        return head(ids, hidden, cache, Placement(rows, positions, LENGTH))
 
     for end in range(1, LENGTH - DEPTHS):
         positions = torch.arange(end).repeat(2, 1)

@@ -94,12 +94,10 @@ def test_overridden_drafts_are_forgotten(draft_model: Any, target_runner: ModelR
         script.lengths = [length + gamma + 1 for length in script.lengths]
 
 
-def test_refilled_slot_forgets_the_old_sequence(
-    draft_model: Any, target_runner: ModelRunner
-) -> None:
+def test_a_row_forgets_the_old_sequence(draft_model: Any, target_runner: ModelRunner) -> None:
     script, drafter = start(draft_model, target_runner, 2)
     check_round(script, draft_model, 4, [4, 4])
-    drafter.release(script.slots)
+    drafter.release(script.rows)
     script.sequences = random_prompts(2, seed=9, low=60, high=60)
     script.admit([2, 7])
     check_round(script, draft_model, 4, [1, 4])

@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decoder.drafters.base import Draft, StatelessDrafter, StepState
+from decoder.drafters.base import StatelessDrafter
 from decoder.drafters.ngram import HybridDrafter, NgramDrafter, longest_recent_match
+from decoder.round import Draft, StepState
 
 
-def make_state(rows: list[list[int]], slots: list[int] | None = None) -> StepState:
-    slots = slots or list(range(len(rows)))
-    history = torch.full((max(slots) + 1, max(map(len, rows)) + 5), 3)  # stale tokens beyond
-    for slot, row in zip(slots, rows, strict=True):
-        history[slot, : len(row)] = torch.tensor(row)
-    lengths = torch.tensor([len(row) - 1 for row in rows])
-    index = torch.tensor(slots)
+def make_state(texts: list[list[int]], rows: list[int] | None = None) -> StepState:
+    rows = rows or list(range(len(texts)))
+    history = torch.full((max(rows) + 1, max(map(len, texts)) + 5), 3)  # stale tokens beyond
+    for row, text in zip(rows, texts, strict=True):
+        history[row, : len(text)] = torch.tensor(text)
+    lengths = torch.tensor([len(text) - 1 for text in texts])
+    index = torch.tensor(rows)
     return StepState(
         index, lengths, history[index, lengths], history[index, (lengths - 1).clamp(min=0)],
         history, lengths.tolist(),
@@ -36,20 +37,20 @@ def brute_force(row: list[int], min_n: int, max_n: int, gamma: int) -> list[int]
 @pytest.mark.parametrize(("min_n", "max_n"), [(1, 1), (1, 4), (2, 4), (3, 3)])
 def test_matches_brute_force(min_n: int, max_n: int) -> None:
     generator = torch.Generator().manual_seed(min_n * 10 + max_n)
-    rows = [
+    texts = [
         torch.randint(0, 3, (int(n),), generator=generator).tolist()
         for n in torch.randint(1, 40, (200,), generator=generator)
     ]
-    slots = torch.randperm(200, generator=generator).tolist()
-    draft = NgramDrafter(max_n, min_n).propose(make_state(rows, slots), 5)
+    rows = torch.randperm(200, generator=generator).tolist()
+    draft = NgramDrafter(max_n, min_n).propose(make_state(texts, rows), 5)
     assert draft.probs is None
-    for row, tokens, length in zip(
-        rows, draft.tokens.tolist(), draft.lengths.tolist(), strict=True
+    for text, tokens, length in zip(
+        texts, draft.tokens.tolist(), draft.lengths.tolist(), strict=True
     ):
-        expected = brute_force(row, min_n, max_n, 5)
-        assert length == (0 if expected is None else 5), row
+        expected = brute_force(text, min_n, max_n, 5)
+        assert length == (0 if expected is None else 5), text
         if expected is not None:
-            assert tokens == expected, row
+            assert tokens == expected, text
 
 
 def test_repetition_extends_past_the_end_of_the_history() -> None:

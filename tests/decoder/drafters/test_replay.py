@@ -11,8 +11,8 @@ from support.scripted import GreedySampler, Script
 from decoder.drafters.replay import ReplayDrafter, position_noise
 
 
-def bound(drafter: ReplayDrafter, slots: int = 4, vocab: int = 50) -> ReplayDrafter:
-    runner = SimpleNamespace(max_batch_size=slots, device=torch.device("cpu"))
+def bound(drafter: ReplayDrafter, rows: int = 4, vocab: int = 50) -> ReplayDrafter:
+    runner = SimpleNamespace(max_batch_size=rows, device=torch.device("cpu"))
     drafter.bind(runner, GreedySampler(vocab), 6)  # type: ignore[arg-type]
     return drafter
 

@@ -262,7 +262,7 @@ def test_logprobs_are_the_targets(target, prompts, oracle):
             assert [t for t, _ in entry.top] == row.topk(2).indices.tolist()
 
 
-def test_refilled_slots_hold_nothing_of_their_predecessor(target, oracle, prompts, expected):
+def test_rows_used_again_hold_nothing_of_their_predecessor(target, oracle, prompts, expected):
     engine = decoder(target, oracle(2), 3, max_batch_size=2)
     for _ in range(2):
         outputs = engine.generate(prompts, SamplingParams(max_new_tokens=NEW))

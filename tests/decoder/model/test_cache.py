@@ -1,4 +1,4 @@
-"""The ragged cache: slot = position, padding goes to the bin, growth keeps what was written."""
+"""The ragged cache: place = position, padding goes to the bin, growth keeps what was written."""
 
 import pytest
 import torch
@@ -25,10 +25,10 @@ def test_writes_each_row_at_its_own_positions():
     assert torch.equal(values[0, :, 0:3], v[1])
     written = torch.zeros(4, 64, dtype=torch.bool)
     written[2, 5:8] = written[0, 0:3] = True
-    assert not keys.transpose(1, 2)[~written].any(), "a slot that nobody wrote changed"
+    assert not keys.transpose(1, 2)[~written].any(), "a position that nobody wrote changed"
 
 
-def test_padding_is_written_to_the_last_slot_only():
+def test_padding_is_written_to_the_last_position_only():
     cache = RaggedCache(2, 63)
     cache.select(torch.tensor([1]), torch.tensor([[3, -1, -1]]))
     keys, _ = cache.update(states(1, 3), states(1, 3), 0)
@@ -48,7 +48,7 @@ def test_growth_keeps_contents_and_bounds_length():
     assert torch.equal(keys[0, :, 254], states(1, 1)[0, :, 0])
     assert torch.equal(keys[1, :, 255], states(1, 1, seed=2)[0, :, 0])
     cache.reserve(1000)
-    # The row's last block has room for more, which no one may use: its last slot is the bin.
+    # The row's last block has room for more, which no one may use: its last position is the bin.
     with pytest.raises(ValueError, match="at most 1000 tokens, got 1001"):
         cache.reserve(1001)
 
@@ -59,10 +59,10 @@ def test_rows_are_whole_blocks_with_the_bin_behind_every_token(max_length, fixed
     cache = RaggedCache(1, max_length, max_length if fixed else None)
     for length in range(1, max_length + 1):
         cache.reserve(length)
-        assert cache.slots_per_row % 64 == 0
-        assert length < cache.slots_per_row <= max(256, max_length + 64)
+        assert cache.row_length % 64 == 0
+        assert length < cache.row_length <= max(256, max_length + 64)
     cache.select(torch.tensor([0]), torch.tensor([[max_length - 1, -1]]))
-    assert cache.write_index.tolist() == [max_length - 1, cache.slots_per_row - 1]
+    assert cache.write_index.tolist() == [max_length - 1, cache.row_length - 1]
 
 
 def test_slabs_start_as_zeros_and_count_their_bytes():

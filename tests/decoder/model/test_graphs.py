@@ -26,16 +26,16 @@ def test_static_forward_equals_plain_and_padding_touches_nothing():
     prompts = ragged_prompts(5, seed=6)
     width = max(map(len, prompts))
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
-    lengths, slots = torch.tensor([len(p) for p in prompts]), torch.tensor([5, 0, 3, 1, 4])
+    lengths, rows = torch.tensor([len(p) for p in prompts]), torch.tensor([5, 0, 3, 1, 4])
     for runner in (plain, static):
-        runner.prefill(slots, ids, lengths)
+        runner.prefill(rows, ids, lengths)
     # A large batch, then a smaller one: its padding rows held live rows a moment ago.
-    for rows in (slice(0, 5), slice(1, 4)):
-        tokens = torch.randint(1, VOCAB, (len(lengths[rows]), 3))
-        positions = lengths[rows, None] + torch.arange(3)
+    for part in (slice(0, 5), slice(1, 4)):
+        tokens = torch.randint(1, VOCAB, (len(lengths[part]), 3))
+        positions = lengths[part, None] + torch.arange(3)
         options = {"hidden_layers": (0, 2), "max_position": 20}
-        expected = plain.forward(tokens, slots[rows], positions, **options)
-        actual = static.forward(tokens, slots[rows], positions, **options)
+        expected = plain.forward(tokens, rows[part], positions, **options)
+        actual = static.forward(tokens, rows[part], positions, **options)
         torch.testing.assert_close(actual.logits, expected.logits)
         torch.testing.assert_close(actual.hidden, expected.hidden)
     for a, b in zip(plain.cache.ragged_layers, static.cache.ragged_layers, strict=True):
@@ -58,7 +58,7 @@ def test_the_least_recently_used_shapes_are_dropped(monkeypatch):
     graphs = ForwardGraphs(4, 64, torch.device("cpu"), capture=False)
     made = []
 
-    def forward(ids, slots, positions, *_):
+    def forward(ids, rows, positions, *_):
         made.append(ids.shape[1])
         return ids + positions, None
 

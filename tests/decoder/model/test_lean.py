@@ -58,14 +58,14 @@ def test_bit_identical_to_the_models_own_forward(family, dtype):
     prompts = ragged_prompts(3, seed=8)
     width = max(map(len, prompts))
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
-    lengths, slots = torch.tensor([len(p) for p in prompts]), torch.tensor([2, 0, 3])
+    lengths, rows = torch.tensor([len(p) for p in prompts]), torch.tensor([2, 0, 3])
     tokens = torch.randint(1, VOCAB, (3, 4))
     results = []
     for choice in (lean, None):
         runner._lean = choice
-        first = runner.prefill(slots, ids, lengths)
+        first = runner.prefill(rows, ids, lengths)
         out = runner.forward(
-            tokens, slots, lengths[:, None] + torch.arange(4), hidden_layers=(0, 1, -1)
+            tokens, rows, lengths[:, None] + torch.arange(4), hidden_layers=(0, 1, -1)
         )
         results.append((first.logits, out.logits, out.hidden))
     for mine, own in zip(*results, strict=True):
@@ -122,29 +122,29 @@ def test_greedy_continuation_is_that_of_single_forwards(family, dtype, threads):
     """From two tokens per row, one of which is padding: the same choices and the same cache, also
     where two threads take the rows apart."""
     runner = ModelRunner(build(family, dtype), 4, 64)
-    slots, lengths = torch.tensor([2, 0, 3]), torch.tensor([7, 3, 9])
+    rows, lengths = torch.tensor([2, 0, 3]), torch.tensor([7, 3, 9])
     prompts, ids = torch.randint(1, VOCAB, (3, 9)), torch.randint(1, VOCAB, (3, 2))
     start = torch.stack([lengths - 1, lengths], dim=1)
     start[1, 0] = -1
-    runner.prefill(slots, prompts, lengths)
-    together = runner.continue_greedily(ids, slots, start, 4, 9)
+    runner.prefill(rows, prompts, lengths)
+    together = runner.continue_greedily(ids, rows, start, 4, 9)
     if family == "Qwen2Moe":  # its shared expert runs as a module, between the layers
         assert together is None
         return
     tokens, undefined = together
     layers = runner.cache.ragged_layers
     written = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
-    runner.prefill(slots, prompts, lengths)
+    runner.prefill(rows, prompts, lengths)
     fed, positions, chosen = ids, start, []
     for _ in range(4):
-        logits = runner.forward(fed, slots, positions).logits[:, -1:]
+        logits = runner.forward(fed, rows, positions).logits[:, -1:]
         fed, positions = logits.float().argmax(-1), positions[:, -1:] + 1
         chosen.append(fed)
     assert torch.equal(tokens, torch.cat(chosen, dim=1))
     assert not undefined.any()
     for layer, (keys, values) in zip(layers, written, strict=True):
         for now, then in ((layer.keys, keys), (layer.values, values)):
-            assert torch.equal(now[slots, :14], then[slots, :14])
+            assert torch.equal(now[rows, :14], then[rows, :14])
 
 
 def test_greedy_continuation_says_where_logits_have_no_largest():

@@ -29,11 +29,11 @@ def test_prefill_and_decode_match_a_cacheless_forward():
     model = tiny_moe()
     runner = ModelRunner(model, 4, 64)
     prompts = ragged_prompts(3)
-    slots = torch.tensor([3, 0, 2])
+    rows = torch.tensor([3, 0, 2])
     ids, lengths = padded(prompts)
-    first = runner.prefill(slots, ids, lengths, hidden_layers=(0, -1))
+    first = runner.prefill(rows, ids, lengths, hidden_layers=(0, -1))
     more = torch.randint(1, VOCAB, (3, 4))
-    out = runner.forward(more, slots, lengths[:, None] + torch.arange(4), hidden_layers=(0, -1))
+    out = runner.forward(more, rows, lengths[:, None] + torch.arange(4), hidden_layers=(0, -1))
     for b, prompt in enumerate(prompts):
         expected = fresh_logits(model, prompt + more[b].tolist())
         torch.testing.assert_close(first.logits[b, 0], expected[len(prompt) - 1])
@@ -49,37 +49,37 @@ def test_chunked_prefill_equals_one_chunk(monkeypatch):
     model = tiny_moe()
     prompts = ragged_prompts(5, seed=1, longest=30)
     ids, lengths = padded(prompts)
-    slots = torch.arange(5)
-    whole = ModelRunner(model, 5, 64).prefill(slots, ids, lengths, hidden_layers=(1,))
+    rows = torch.arange(5)
+    whole = ModelRunner(model, 5, 64).prefill(rows, ids, lengths, hidden_layers=(1,))
     for name in ("runner.PREFILL_CHUNK", "prefill.PREFILL_CHUNK"):
         monkeypatch.setattr(f"decoder.model.{name}", 7)
     monkeypatch.setattr("decoder.model.prefill._PREFILL_TOKENS", 14)
-    parts = ModelRunner(model, 5, 64).prefill(slots, ids, lengths, hidden_layers=(1,))
+    parts = ModelRunner(model, 5, 64).prefill(rows, ids, lengths, hidden_layers=(1,))
     torch.testing.assert_close(parts.logits, whole.logits)
     torch.testing.assert_close(parts.hidden, whole.hidden)
 
 
-def test_stale_slots_are_never_read():
+def test_stale_positions_are_never_read():
     """KV audit: large finite values beyond every length change nothing, and below it the slabs
     equal a fresh prefill."""
     model = tiny_moe()
     runner, clean = ModelRunner(model, 2, 64), ModelRunner(model, 2, 64)
     prompts = ragged_prompts(2, seed=2)
     ids, lengths = padded(prompts)
-    slots = torch.arange(2)
-    runner.prefill(slots, ids, lengths)
+    rows = torch.arange(2)
+    runner.prefill(rows, ids, lengths)
     # A rejected draft of three, then the tokens that were really chosen.
     rejected = torch.randint(1, VOCAB, (2, 4))
-    runner.forward(rejected, slots, lengths[:, None] + torch.arange(4))
+    runner.forward(rejected, rows, lengths[:, None] + torch.arange(4))
     with torch.inference_mode():
         for layer in runner.cache.ragged_layers:
             for b in range(2):
                 layer.keys[b, lengths[b] :] = 1e6
                 layer.values[b, lengths[b] :] = -1e6
     chosen = torch.randint(1, VOCAB, (2, 3))
-    out = runner.forward(chosen, slots, lengths[:, None] + torch.arange(3))
+    out = runner.forward(chosen, rows, lengths[:, None] + torch.arange(3))
     longer = [p + c for p, c in zip(prompts, chosen.tolist(), strict=True)]
-    clean.prefill(slots, *padded(longer))
+    clean.prefill(rows, *padded(longer))
     for b in range(2):
         expected = fresh_logits(model, longer[b])[len(prompts[b]) :]
         torch.testing.assert_close(out.logits[b], expected)
@@ -93,20 +93,20 @@ def test_padding_queries_disturb_nobody():
     model = tiny_moe()
     runner = ModelRunner(model, 3, 64)
     ids, lengths = padded(ragged_prompts(3, seed=3))
-    slots = torch.arange(3)
-    runner.prefill(slots, ids, lengths)
+    rows = torch.arange(3)
+    runner.prefill(rows, ids, lengths)
     before = [layer.keys.clone() for layer in runner.cache.ragged_layers]
     tokens = torch.randint(1, VOCAB, (3, 2))
     positions = torch.stack([lengths, torch.full_like(lengths, -1)], 1)
-    out = runner.forward(tokens, slots, positions)
+    out = runner.forward(tokens, rows, positions)
     alone = ModelRunner(model, 3, 64)
-    alone.prefill(slots, ids, lengths)
-    expected = alone.forward(tokens[:, :1], slots, lengths[:, None])
+    alone.prefill(rows, ids, lengths)
+    expected = alone.forward(tokens[:, :1], rows, lengths[:, None])
     torch.testing.assert_close(out.logits[:, :1], expected.logits)
     assert out.logits.isfinite().all()
     for layer, old in zip(runner.cache.ragged_layers, before, strict=True):
         changed = (layer.keys != old).flatten(2).any(-1)[:, :-1]
-        assert changed.sum() == 3, "only the slot at each row's length may change"
+        assert changed.sum() == 3, "only the position at each row's length may change"
 
 
 def test_model_keeps_its_own_attention_between_forwards():

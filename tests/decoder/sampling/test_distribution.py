@@ -97,15 +97,15 @@ def test_draft_sees_the_same_penalties_as_the_target():
     params = SamplingParams(temperature=1.0, presence_penalty=0.7, frequency_penalty=0.4)
     sampler = Sampler(1, V, "cpu", "standard")
     sampler.admit(0, params, PROMPT, STOP)
-    slots, drafted = torch.tensor([0]), torch.tensor([[40, 40, 3]])
+    rows, drafted = torch.tensor([0]), torch.tensor([[40, 40, 3]])
     logits, positions = logits_of(1, 4), torch.arange(4, 8)[None]
-    together = sampler.distribution(logits, slots, positions, drafted).probs
+    together = sampler.distribution(logits, rows, positions, drafted).probs
     for j in range(4):
         one = sampler.distribution(
-            logits[:, j : j + 1], slots, positions[:, j : j + 1], drafted[:, :j]
+            logits[:, j : j + 1], rows, positions[:, j : j + 1], drafted[:, :j]
         )
         assert torch.equal(one.probs[:, 0], together[:, j])
-    without = sampler.distribution(logits, slots, positions, None).probs
+    without = sampler.distribution(logits, rows, positions, None).probs
     assert not torch.equal(without[:, 1:], together[:, 1:])
 
 
@@ -134,8 +134,8 @@ def test_rows_do_not_depend_on_their_neighbours_parameters():
     alone, mixed = Sampler(6, V, "cpu", "standard"), Sampler(6, V, "cpu", "standard")
     alone.admit(0, plain, PROMPT, STOP)
     mixed.admit(0, plain, PROMPT, STOP)
-    for slot, params in enumerate(others, start=1):
-        mixed.admit(slot, params, PROMPT, STOP)
+    for row, params in enumerate(others, start=1):
+        mixed.admit(row, params, PROMPT, STOP)
     logits, positions = logits_of(6, 3), torch.arange(4, 7).expand(6, 3)
     prefix = torch.zeros(6, 2, dtype=torch.int64)
     got = mixed.distribution(logits, torch.arange(6), positions, prefix).probs
@@ -150,8 +150,8 @@ def test_rows_do_not_depend_on_their_neighbours_parameters():
 def test_one_position_equals_the_same_position_of_many():
     params = SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.01)
     sampler = Sampler(5, V, "cpu", "standard")
-    for slot in range(5):
-        sampler.admit(slot, params, PROMPT, STOP)
+    for row in range(5):
+        sampler.admit(row, params, PROMPT, STOP)
     logits, positions = logits_of(5, 4), torch.arange(4, 8).expand(5, 4)
     whole = sampler.distribution(logits, torch.arange(5), positions).probs
     for b in range(5):
@@ -175,8 +175,8 @@ def test_ties_at_the_cut_are_kept_together():
 
 def test_greedy_batches_carry_an_argmax_only_and_take_the_lowest_index():
     sampler = Sampler(2, V, "cpu", "block")
-    for slot in range(2):
-        sampler.admit(slot, SamplingParams(top_p=0.5, top_k=3), PROMPT, STOP)
+    for row in range(2):
+        sampler.admit(row, SamplingParams(top_p=0.5, top_k=3), PROMPT, STOP)
     logits = torch.zeros(2, 2, V, dtype=torch.bfloat16)
     logits[1, 0, 300:310] = 1.0
     before = logits.clone()
@@ -215,24 +215,24 @@ def test_logits_are_left_alone_and_fp64_stays_fp64():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "all banned"])
 def test_logits_without_a_distribution_are_an_error(temperature, bad):
     sampler = Sampler(3, V, "cpu", "standard")
-    for slot in range(3):
-        sampler.admit(slot, SamplingParams(temperature=temperature), PROMPT, STOP)
+    for row in range(3):
+        sampler.admit(row, SamplingParams(temperature=temperature), PROMPT, STOP)
     logits = logits_of(2, 2)
     if bad == "all banned":
         logits[1, 1] = float("-inf")
     else:
         logits[1, 1, 5] = bad
-    slots, positions = torch.tensor([0, 2]), torch.tensor([[4, 5], [4, 5]])
+    rows, positions = torch.tensor([0, 2]), torch.tensor([[4, 5], [4, 5]])
     if temperature == 0.0 and bad == float("inf"):
-        assert sampler.distribution(logits, slots, positions).argmax[1, 1] == 5
+        assert sampler.distribution(logits, rows, positions).argmax[1, 1] == 5
         return
-    with pytest.raises(FloatingPointError, match=r"slots \[2\]"):
-        sampler.distribution(logits, slots, positions)
+    with pytest.raises(FloatingPointError, match=r"rows \[2\]"):
+        sampler.distribution(logits, rows, positions)
     padding = torch.tensor([[4, 5], [4, -1]])
-    sampler.distribution(logits, slots, padding)
+    sampler.distribution(logits, rows, padding)
 
 
-def test_a_released_slot_leaves_nothing_behind():
+def test_a_released_row_leaves_nothing_behind():
     sampler = Sampler(1, V, "cpu", "standard")
     first = SamplingParams(
         temperature=0.5, top_k=2, repetition_penalty=3.0, logit_bias={1: 9.0}, min_new_tokens=50

@@ -81,8 +81,8 @@ def test_an_accelerator_sorts_no_vocabulary(monkeypatch):
         return topk(self, k, **options)
 
     monkeypatch.setattr(torch.Tensor, "topk", spy)
-    slots = torch.zeros(2, dtype=torch.int64, device=meta)
+    rows = torch.zeros(2, dtype=torch.int64, device=meta)
     positions = torch.zeros(2, 3, dtype=torch.int64, device=meta)
-    probs = sampler.distribution(torch.zeros(2, 3, V, device=meta), slots, positions).probs
+    probs = sampler.distribution(torch.zeros(2, 3, V, device=meta), rows, positions).probs
     assert probs is not None and probs.shape == (2, 3, V)
     assert asked == [20], "top-k alone looks at the largest"

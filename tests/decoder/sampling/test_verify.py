@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decoder.drafters.base import Draft
 from decoder.requests.params import SamplingParams
+from decoder.round import Draft
 from decoder.sampling import VERIFIERS, Probs, Sampler
 
 V, B, G = 12, 64, 3
@@ -15,9 +15,9 @@ V, B, G = 12, 64, 3
 def sampler_with(verifier: str, greedy: slice = slice(0, 0), rows: int = B) -> Sampler:
     sampler = Sampler(rows, V, "cpu", verifier)
     greedy_rows = set(range(rows)[greedy])
-    for slot in range(rows):
-        temperature = 0.0 if slot in greedy_rows else 1.0
-        sampler.admit(slot, SamplingParams(temperature=temperature, seed=slot), [0], set())
+    for row in range(rows):
+        temperature = 0.0 if row in greedy_rows else 1.0
+        sampler.admit(row, SamplingParams(temperature=temperature, seed=row), [0], set())
     return sampler
 
 
@@ -95,8 +95,8 @@ def test_greedy_rows_of_a_mixed_batch_take_the_argmax(verifier):
         sampler.distribution(logits, SLOTS, POSITIONS, tokens), draft, SLOTS, POSITIONS
     )
     greedy = Sampler(B, V, "cpu", verifier)
-    for slot in range(B):
-        greedy.admit(slot, SamplingParams(), [0], set())
+    for row in range(B):
+        greedy.admit(row, SamplingParams(), [0], set())
     only = greedy.verify(
         greedy.distribution(logits, SLOTS, POSITIONS, tokens), draft, SLOTS, POSITIONS
     )
@@ -174,8 +174,8 @@ def test_logprobs_of_emitted_tokens():
     sampler.admit(0, SamplingParams(temperature=0.5, top_k=3), [0], set())
     sampler.admit(1, SamplingParams(), [0], set())
     logits = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(1))
-    slots, positions = torch.arange(2), torch.arange(1, 4).expand(2, 3)
-    target = sampler.distribution(logits, slots, positions)
+    rows, positions = torch.arange(2), torch.arange(1, 4).expand(2, 3)
+    target = sampler.distribution(logits, rows, positions)
     tokens = torch.stack([logits[0].argmax(-1), logits[1].argmax(-1)])
     tokens[0, 2] = -1
     got = sampler.logprobs(logits, target, tokens, 2)
