@@ -11,15 +11,25 @@ from typing import TYPE_CHECKING, Any
 from decoder.requests.params import SamplingParams
 
 if TYPE_CHECKING:
-    from decoder.engine.loop import SpeculativeDecoder
-    from decoder.engine.profile_rounds import profile_rounds
-    from decoder.requests.outputs import Output
+    from .engine.loop import SpeculativeDecoder
+    from .engine.profile_rounds import profile_rounds
+    from .requests.outputs import Output, Progress
+    from .requests.reader import Request
 
-__all__ = ["Output", "SamplingParams", "SpeculativeDecoder", "profile_rounds"]
+__all__ = [
+    "Output",
+    "Progress",
+    "Request",
+    "SamplingParams",
+    "SpeculativeDecoder",
+    "profile_rounds",
+]
 
 _HOMES = {
     "SpeculativeDecoder": "engine.loop",
     "Output": "requests.outputs",
+    "Progress": "requests.outputs",
+    "Request": "requests.reader",
     "profile_rounds": "engine.profile_rounds",
 }
 

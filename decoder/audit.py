@@ -23,7 +23,7 @@ from torch import Tensor
 
 from decoder.requests.outputs import Output
 from decoder.requests.params import SamplingParams
-from decoder.requests.sequence import Prompt, Request
+from decoder.requests.reader import Prompt, Request
 
 from .sampling import Sampler
 

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from decoder.requests.params import SamplingParams
-from decoder.requests.sequence import Prompt
+from decoder.requests.reader import Prompt
 
 from .compare import load_prompts
 from .options import (

@@ -94,20 +94,21 @@ class LiveBatch:
             old.host_rows,
         )
 
-    def remove_finished(self) -> list[ActiveSequence]:
-        """Drop finished sequences and free their rows."""
-        finished = [s for s in self.sequences if s.finish_reason is not None]
-        if finished:
-            self._keep([i for i, s in enumerate(self.sequences) if s.finish_reason is None])
-            self.free_rows = sorted(self.free_rows + [s.row for s in finished])
-        return finished
+    def remove(self, sequences: Sequence[ActiveSequence]) -> list[int]:
+        """Drop sequences; returns their rows, which are free now."""
+        rows = {sequence.row for sequence in sequences}
+        if rows:
+            self._keep([i for i, s in enumerate(self.sequences) if s.row not in rows])
+            self.free_rows = sorted([*self.free_rows, *rows])
+        return sorted(rows)
 
     def clear(self) -> list[int]:
-        """Drop every sequence; returns the rows that were in use."""
-        rows = list(self.state.host_rows)
+        """Drop every sequence; returns the rows that were taken, also by no sequence yet."""
+        everything = range(self._history.shape[0])
+        taken = sorted(set(everything).difference(self.free_rows))
         self._keep([])
-        self.free_rows = sorted(self.free_rows + rows)
-        return rows
+        self.free_rows = list(everything)
+        return taken
 
     def _keep(self, kept: list[int]) -> None:
         old = self.state

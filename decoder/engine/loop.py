@@ -1,32 +1,32 @@
-"""The decode loop: propose, verify, accept, commit; free rows are filled again."""
+"""The decoder: requests go in, each step brings them tokens, finished ones leave their rows.
+
+What a step does on the device is in ``rounds.py``.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from decoder.drafters import Drafter, build_drafter
 from decoder.errors import UserError
 from decoder.gamma.base import Controller
 from decoder.model.kernels import accelerate
 from decoder.model.loading import eos_ids, load_model, load_tokenizer
-from decoder.model.runner import ForwardOutput, ModelRunner
-from decoder.requests.outputs import Output, TokenLogprob
+from decoder.model.runner import ModelRunner
+from decoder.requests.outputs import Output, Progress
 from decoder.requests.params import SamplingParams
-from decoder.requests.sequence import ActiveSequence, Prompt, Request, RequestReader
-from decoder.round import Draft, Verdict
+from decoder.requests.reader import Prompt, Request, RequestReader
+from decoder.requests.sequence import ActiveSequence
 from decoder.sampling import Sampler
 
-from .batch import LiveBatch, padded, token_logprobs
 from .metrics import DecoderStats
-from .phases import PhaseClock
+from .rounds import Rounds
 from .settings import checked_length, make_controller
 
 _AUTO_MAX_GAMMA = 8
@@ -103,9 +103,85 @@ class SpeculativeDecoder:
             tokenizer, self.runner.vocab_size, self.max_length, eos_ids(target)
         )
         width = self.max_length + longest_draft + 2
-        self._batch = LiveBatch(max_batch_size, width, device)
-        self._clock = PhaseClock(device)
+        self._rounds = Rounds(self.runner, self.drafter, self.sampler, width, tokenizer)
+        self._waiting: deque[Request] = deque()
+        self._added = itertools.count()
         self.stats = DecoderStats()
+
+    def add(self, prompt: Prompt | Request, params: SamplingParams | None = None) -> Request:
+        """Queue a request; a later ``step`` starts it when enough rows are free.
+
+        Args:
+            prompt: text, token ids, or a mapping with ``"prompt"`` or ``"token_ids"``, an optional
+                ``"id"``, and any sampling parameter of its own; or a request that ``reader`` made.
+            params: greedy by default; what a mapping says comes first, and a request has its own.
+
+        Returns:
+            The request, as ``step`` will report it and ``cancel`` takes it.
+
+        Raises:
+            UserError: what is wrong with the prompt.
+            ValueError: the request is in the decoder already, or has parameters besides its own.
+        """
+        if not isinstance(prompt, Request):
+            request = self.reader.read(next(self._added), prompt, params or SamplingParams())
+        elif params is not None:
+            raise ValueError("expected no params beside a request, which has its own")
+        elif any(request is prompt for request in self._requests()):
+            raise ValueError(f"request {prompt.index} is in the decoder already")
+        else:
+            request = prompt
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> Output | None:
+        """Give a request up; its row is free for the next step.
+
+        Returns:
+            What it has so far, with finish reason ``"cancelled"``; ``None`` when it has none: it
+            was waiting, or is no longer in the decoder.
+        """
+        for sequence in self._rounds.batch.sequences:
+            if sequence.request is request:
+                sequence.finish_reason = "cancelled"
+                self._rounds.drop([sequence])
+                return sequence.output()
+        self._waiting = deque(waiting for waiting in self._waiting if waiting is not request)
+        return None
+
+    def step(self) -> list[Progress]:
+        """Start waiting requests when enough rows are free, else verify one draft of every row.
+
+        Returns:
+            What each sequence gained, finished ones with their output; empty when idle.
+
+        Raises:
+            FloatingPointError: logits that define no distribution; ``clear`` the decoder then.
+        """
+        start = time.perf_counter()
+        batch = self._rounds.batch
+        if self._waiting and self._startable():
+            count = min(self._startable(), len(self._waiting))
+            group = [self._waiting.popleft() for _ in range(count)]
+            self._rounds.admit(group, self.controller, self.stats)
+        elif len(batch):
+            self._rounds.verify(self.controller, self.stats)
+        gained = [(sequence, sequence.take_new()) for sequence in batch.sequences]
+        finished = [sequence for sequence in batch.sequences if sequence.finish_reason is not None]
+        self._rounds.drop(finished)
+        self.stats.sequences += len(finished)
+        self.stats.tokens += sum(len(sequence.token_ids) for sequence in finished)
+        self.stats.wall += time.perf_counter() - start
+        return [_progress(sequence, token_ids) for sequence, token_ids in gained if token_ids]
+
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs, so that ``step`` would do nothing."""
+        return not self._waiting and not len(self._rounds.batch)
+
+    def clear(self) -> None:
+        """Give up every request."""
+        self._waiting.clear()
+        self._rounds.clear()
 
     def generate(
         self,
@@ -117,8 +193,7 @@ class SpeculativeDecoder:
         """Decode every prompt; returns outputs in the order of the prompts.
 
         Args:
-            prompts: text, token ids, or mappings with ``"prompt"`` or ``"token_ids"``, an optional
-                ``"id"``, and any sampling parameter of its own.
+            prompts: each as for ``add``.
             params: for all prompts, or one per prompt; greedy by default.
             on_output: called with each output as it finishes.
         """
@@ -135,166 +210,41 @@ class SpeculativeDecoder:
         Prompts are read as rows fall free, so neither an endless iterator nor a huge file is
         held in memory. Closing the iterator abandons the sequences still running.
         """
-        if len(self._batch):
+        if not self.is_idle():
             raise RuntimeError("expected an idle decoder, got one that is still streaming")
         requests = self.reader.read_all(prompts, params or SamplingParams())
-        stats = self.stats = DecoderStats()
-        start, exhausted = time.perf_counter(), False
+        self.stats = DecoderStats()
         try:
             while True:
-                if not exhausted and len(self._batch.free_rows) >= self._admission_size():
-                    wanted = len(self._batch.free_rows)
-                    group = list(islice(requests, wanted))
-                    exhausted = len(group) < wanted
-                    if group:
-                        self._admit(group)
-                elif len(self._batch):
-                    self._round()
-                elif exhausted:
+                for request in itertools.islice(requests, self._startable()):
+                    self.add(request)
+                if self.is_idle():
                     return
-                for sequence in self._release_finished():
-                    stats.wall = time.perf_counter() - start
-                    yield sequence.output()
+                for progress in self.step():
+                    if progress.output is not None:
+                        yield progress.output
         finally:
-            self._release(self._batch.clear())
+            self.clear()
 
-    def _admission_size(self) -> int:
-        """Free rows worth a prefill.
+    def _requests(self) -> Iterator[Request]:
+        yield from self._waiting
+        yield from (sequence.request for sequence in self._rounds.batch.sequences)
+
+    def _startable(self) -> int:
+        """Requests that the next step could start: every free row, or none while they are few.
 
         A prefill costs about a round, an idle row costs 1 / B of every round it waits; with L
         rounds per sequence the sum is least at B * sqrt(2 / L) rows at a time.
         """
-        if not len(self._batch):
-            return 1
-        stats = self.stats
+        batch, stats = self._rounds.batch, self.stats
+        free = len(batch.free_rows)
+        if not len(batch):
+            return free
         rounds = stats.row_rounds / stats.sequences if stats.sequences else 64.0
-        return max(1, int(self.max_batch_size * math.sqrt(2.0 / max(rounds, 2.0))))
+        enough = max(1, int(self.max_batch_size * math.sqrt(2.0 / max(rounds, 2.0))))
+        return free if free >= enough else 0
 
-    @torch.inference_mode()
-    def _admit(self, requests: list[Request]) -> None:
-        """Prefill prompts into free rows and draw their first tokens."""
-        clock, batch, device = self._clock, self._batch, self.runner.device
-        clock.start()
-        host_rows = batch.take_rows(len(requests))
-        sequences = [
-            ActiveSequence(request, row, self.tokenizer)
-            for request, row in zip(requests, host_rows, strict=True)
-        ]
-        ids = padded([request.prompt_ids for request in requests], device)
-        rows = torch.tensor(host_rows, dtype=torch.int64, device=device)
-        lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
-        for sequence in sequences:
-            request = sequence.request
-            self.sampler.admit(sequence.row, request.params, request.prompt_ids, request.stop_ids)
-        out = self.runner.prefill(rows, ids, lengths, hidden_layers=self.drafter.hidden_layers)
-        probs = self.sampler.distribution(out.logits, rows, lengths[:, None], None)
-        first = self.sampler.draw(probs, rows, lengths)
-        self.sampler.commit(rows, first[:, None], torch.ones_like(rows))
-        clock.mark("prefill")
-        self.drafter.admit(rows, ids, lengths, out.hidden)
-        clock.mark("draft")
-        batch.write_prompts(rows, ids)
-        batch.append(sequences, rows, lengths, first, ids.gather(1, lengths[:, None] - 1)[:, 0])
-        logprobs = token_logprobs(self.sampler, sequences, out.logits, probs, first[:, None])
-        for sequence, token, values in zip(sequences, first.tolist(), logprobs, strict=True):
-            sequence.extend([token], 0)
-            sequence.logprobs.extend(values[:1])
-        clock.mark("prefill")
-        seconds = clock.stop()
-        self.stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
-        expected = sum(self.stats.mean_output(sequence.remaining) for sequence in sequences)
-        self.controller.admitted(expected, seconds["draft"])
 
-    @torch.inference_mode()
-    def _round(self) -> None:
-        """One verify forward for every live row."""
-        clock, batch, state = self._clock, self._batch, self._batch.state
-        clock.start()
-        longest = max(state.host_lengths)
-        gamma = self._choose_gamma(sum(state.host_lengths) // len(batch))
-        clock.mark("host")
-        draft = self._propose(gamma) if gamma else None
-        clock.mark("draft")
-        gamma = draft.gamma if draft is not None else 0
-        out, positions = self._verify(draft, longest + gamma)
-        clock.mark("verify")
-        probs = self.sampler.distribution(
-            out.logits, state.rows, positions + 1, None if draft is None else draft.tokens
-        )
-        if draft is None:
-            token = self.sampler.draw(probs, state.rows, state.lengths + 1)
-            verdict = Verdict(torch.zeros_like(token), token[:, None])
-        else:
-            verdict = self.sampler.verify(probs, draft, state.rows, positions + 1)
-        self.sampler.commit(state.rows, verdict.tokens, verdict.accepted + 1)
-        drafted = torch.zeros_like(state.lengths) if draft is None else draft.lengths
-        report = torch.cat([torch.stack([verdict.accepted, drafted], 1), verdict.tokens], 1)
-        rows: list[list[int]] = report.tolist()  # the round's only device-to-host copy
-        clock.mark("sample")
-        self.drafter.commit(state, verdict, out.hidden)
-        clock.mark("draft")
-        logprobs = token_logprobs(self.sampler, batch.sequences, out.logits, probs, verdict.tokens)
-        self._finish_round(gamma, verdict, rows, logprobs)
-
-    def _propose(self, gamma: int) -> Draft | None:
-        """A draft cut to what rows may still emit; ``None`` when no row has anything to verify.
-
-        Both cuts look at nothing but lengths, which depend on the context only.
-        """
-        draft = self.drafter.propose(self._batch.state, gamma)
-        return draft.limited([sequence.remaining - 1 for sequence in self._batch.sequences])
-
-    def _verify(self, draft: Draft | None, max_position: int) -> tuple[ForwardOutput, Tensor]:
-        state = self._batch.state
-        ids, positions = state.current[:, None], state.lengths[:, None]
-        if draft is not None:
-            ids = torch.cat([ids, draft.tokens], dim=1)
-            positions = positions + torch.arange(ids.shape[1], device=ids.device)
-        out = self.runner.forward(
-            ids,
-            state.rows,
-            positions,
-            hidden_layers=self.drafter.hidden_layers,
-            max_position=max_position,
-        )
-        return out, positions
-
-    def _finish_round(
-        self,
-        gamma: int,
-        verdict: Verdict,
-        rows: list[list[int]],
-        logprobs: list[list[TokenLogprob]],
-    ) -> None:
-        """Host side of a commit: outputs, ends, statistics."""
-        accepted, drafted = [row[0] for row in rows], [row[1] for row in rows]
-        self._batch.advance(verdict, accepted)
-        for sequence, row, own in zip(self._batch.sequences, rows, logprobs, strict=True):
-            kept = row[0]
-            sequence.extend(row[2 : kept + 3], kept)
-            sequence.logprobs.extend(own[: kept + 1])
-            sequence.stats.rounds += 1
-            sequence.stats.accepted += kept
-            sequence.stats.drafted += row[1]
-        self._clock.mark("host")
-        seconds = self._clock.stop()
-        self.stats.observe(gamma, drafted, accepted, seconds)
-        self.controller.observe(gamma, len(rows), drafted, accepted, seconds)
-
-    def _choose_gamma(self, context: int) -> int:
-        remaining = max(sequence.remaining for sequence in self._batch.sequences)
-        return min(self.controller.choose(len(self._batch), context), remaining - 1)
-
-    def _release_finished(self) -> list[ActiveSequence]:
-        self.sampler.check()  # the tokens have just been waited for
-        finished = self._batch.remove_finished()
-        self._release([sequence.row for sequence in finished])
-        self.stats.sequences += len(finished)
-        self.stats.tokens += sum(len(sequence.token_ids) for sequence in finished)
-        return finished
-
-    def _release(self, rows: list[int]) -> None:
-        if rows:
-            self.drafter.release(rows)
-        for row in rows:
-            self.sampler.release(row)
+def _progress(sequence: ActiveSequence, token_ids: list[int]) -> Progress:
+    output = sequence.output() if sequence.finish_reason is not None else None
+    return Progress(sequence.request, token_ids, output)

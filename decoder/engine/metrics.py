@@ -12,7 +12,7 @@ PHASES = ("prefill", "draft", "verify", "sample", "host")
 
 @dataclass(slots=True)
 class DecoderStats:
-    """What one ``generate`` or ``stream`` did so far.
+    """What the steps did since the decoder was made, or the last ``generate`` or ``stream`` began.
 
     Attributes:
         sequences: finished sequences.
@@ -21,7 +21,7 @@ class DecoderStats:
         row_rounds: rows summed over rounds.
         drafted, accepted: over all rows.
         seconds: phase to seconds; ``"host"`` is what the loop itself costs.
-        wall: seconds from the first prefill to the last output.
+        wall: seconds spent in steps.
     """
 
     sequences: int = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .reader import Request
+
 
 class TokenLogprob(NamedTuple):
     """Log-probability of one emitted token.
@@ -55,7 +57,7 @@ class Output:
         token_ids: new tokens. End-of-sequence is included when it ended the output; with a stop
             string they go on to the token that completed it.
         text: decoded without special tokens, cut before a stop string; ``""`` without a tokenizer.
-        finish_reason: ``"eos"``, ``"stop"`` (string or id) or ``"length"``.
+        finish_reason: ``"eos"``, ``"stop"`` (string or id), ``"length"`` or ``"cancelled"``.
         drafted: per token, whether a drafter proposed it.
         logprobs: per token, when asked for.
     """
@@ -69,3 +71,17 @@ class Output:
     stats: SequenceStats
     drafted: list[bool] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
+
+
+class Progress(NamedTuple):
+    """What one sequence gained in a step.
+
+    Attributes:
+        request: whose it is.
+        token_ids: its new tokens; those of all steps, one after the other, are the output's.
+        output: all of it, when this step ended it.
+    """
+
+    request: Request
+    token_ids: list[int]
+    output: Output | None

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from decoder.round import Verdict
+from decoder.round import Draft, Verdict
 
 from .verdict import leading
-
-if TYPE_CHECKING:
-    from decoder.round import Draft
 
 
 def verify_greedy(target_argmax: Tensor, draft: Draft) -> Verdict:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .accept import drafted_probs
+from decoder.round import Draft
 
-if TYPE_CHECKING:
-    from decoder.round import Draft
+from .accept import drafted_probs
 
 
 def accept_block(target_probs: Tensor, draft: Draft, uniforms: Tensor) -> tuple[Tensor, Tensor]:

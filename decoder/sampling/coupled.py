@@ -7,19 +7,14 @@ optimum and far above that of independent draws.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from decoder.round import Verdict
+from decoder.round import Draft, Verdict
 
 from . import rng
 from .accept import verify_greedy
 from .argmax import first_argmax
-
-if TYPE_CHECKING:
-    from decoder.round import Draft
 
 _CHUNK_ELEMENTS = 1 << 25
 

@@ -6,13 +6,13 @@ Written to run on an accelerator without waiting for it; so far run on CPUs only
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 from decoder.requests.params import SamplingParams
-from decoder.round import Verdict
+from decoder.round import Draft, Verdict
 
 from . import rng
 from .accept import accept_standard, verify_greedy
@@ -25,9 +25,6 @@ from .rng import Stream
 from .rows import RowTable
 from .verdict import assemble, residual
 
-if TYPE_CHECKING:
-    from decoder.round import Draft
-
 VerifierName = Literal["standard", "block", "coupled"]
 VERIFIERS: tuple[str, ...] = get_args(VerifierName)
 
@@ -36,7 +33,7 @@ class Sampler:
     """Decides tokens for the rows of a batch, exactly as the target alone would.
 
     All methods taking ``rows`` work on any subset of the admitted rows. No method waits for an
-    accelerator; numeric failures found there are kept until `check`.
+    accelerator; numeric failures found there are kept until they are asked for (`failed`).
 
     Args:
         max_batch_size: number of rows.
@@ -225,16 +222,24 @@ class Sampler:
         sampled = (probs[:, 0].log() + noise) * self._table.temperature[rows][:, None]
         return torch.where(self._table.greedy[rows][:, None], adjusted[:, 0], sampled)
 
-    def check(self) -> None:
-        """Raise if an accelerator met logits that define no distribution. Waits for the device.
+    def failed(self, rows: Tensor) -> Tensor:
+        """Which of ``rows`` ``[B]`` have met logits that define no distribution; ``[B]`` bool.
 
-        A CPU has raised already, where it met them.
+        For a caller to read when it waits for the device anyway, and to `refuse` then. A CPU has
+        refused already, where it met them.
+        """
+        return self._failed[rows]
+
+    def refuse(self, rows: list[int]) -> NoReturn:
+        """Say that ``rows`` cannot go on.
 
         Raises:
-            FloatingPointError: names the rows.
+            FloatingPointError: always.
         """
-        if self.device.type != "cpu" and bool(self._failed.any()):
-            self._raise(self._failed.nonzero()[:, 0].tolist())
+        raise FloatingPointError(
+            "logits must define a distribution at every position, got NaN, +inf or every token "
+            f"banned in rows {rows}"
+        )
 
     def _accept(
         self, target_probs: Tensor, draft: Draft, rows: Tensor, positions: Tensor
@@ -271,10 +276,4 @@ class Sampler:
         if not on_cpu:
             self._failed[rows] |= failed
         elif bool(failed.any()):
-            self._raise(rows[failed].tolist())
-
-    def _raise(self, rows: list[int]) -> None:
-        raise FloatingPointError(
-            "logits must define a distribution at every position, got NaN, +inf or every token "
-            f"banned in rows {rows}"
-        )
+            self.refuse(rows[failed].tolist())

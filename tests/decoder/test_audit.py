@@ -18,7 +18,7 @@ from decoder import audit as verification
 from decoder.__main__ import main
 from decoder.audit import Audit, Divergence, LawCheck, audit, logit_jitter
 from decoder.requests.outputs import Output, SequenceStats
-from decoder.requests.sequence import Request
+from decoder.requests.reader import Request
 from decoder.sampling import Sampler
 from decoder.sampling import sampler as sampler_module
 

@@ -160,7 +160,7 @@ def test_a_sampler_decides_as_on_a_cpu_and_waits_for_nothing(device, name, verif
     there.run()
     with nothing_waits(device):
         here.run()
-    here.sampler.check()
+    assert not here.sampler.failed(here.rows).any()
     for got, want in ((here.target, there.target), (here.draft, there.draft)):
         assert torch.equal(got.probs.cpu() > 0, want.probs > 0)
         torch.testing.assert_close(got.probs.cpu(), want.probs, rtol=2e-5, atol=1e-9)
