@@ -27,9 +27,9 @@ from bench.workloads.prompts import load_prompts
 from bench.workloads.scaling import random_eagle, scaled_config
 from decoder.embedded import load_pair, target_path
 from decoder.perf_model.forward_fit import predict_speedup
-from decoder.perf_model.hardware.presets import PAPER_PAIRS
 from decoder.perf_model.observations import Observation
 from decoder.perf_model.paper_tables import PaperCell, paper_cells
+from decoder.perf_model.presets import PAPER_PAIRS
 from decoder.perf_model.theory import alpha_from_sigma
 
 PRESETS = ("qwen2-57b-a14b", "mixtral-8x7b", "qwen3-30b-a3b", "opt-30b", "embedded")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.workloads.shapes import SHAPES, Shape
-from decoder.perf_model.hardware.presets import preset_spec
+from decoder.perf_model.presets import preset_spec
 
 # Largest first: the one that fits is measured. The paper's own target heads the list.
 PRESETS = ("qwen2-57b-a14b", "qwen3-30b-a3b", "olmoe")

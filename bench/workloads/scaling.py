@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from bench.workloads.models import INIT_STD
 from decoder.drafters.eagle_loader import EagleCheckpoint, EagleConfig
-from decoder.perf_model.hardware.presets import preset_config
+from decoder.perf_model.presets import preset_config
 
 WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_dim")
 WIDTHS += ("shared_expert_intermediate_size", "word_embed_proj_dim", "vocab_size")

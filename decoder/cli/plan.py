@@ -154,7 +154,7 @@ def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
 
 def _spec(name: str, dtype: str | None) -> ModelSpec:
     from decoder.perf_model.config_spec import spec_from_config
-    from decoder.perf_model.hardware.presets import is_preset, preset_spec
+    from decoder.perf_model.presets import is_preset, preset_spec
 
     path = Path(name)
     if path.is_dir():
@@ -176,8 +176,8 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
 def _draft(
     name: str | None, target_name: str, target: ModelSpec, dtype: str | None
 ) -> ModelSpec | None:
-    from decoder.perf_model.hardware.presets import is_preset, paper_draft_spec
     from decoder.perf_model.model_spec import eagle_spec
+    from decoder.perf_model.presets import is_preset, paper_draft_spec
 
     if name == "none":
         return None

@@ -2,6 +2,8 @@
 
 ``theory`` holds the paper's formulas, ``paper_model`` its ten-parameter model, ``forward_model``
 ours (from model structure and rooflines), ``model_spec`` and ``config_spec`` bytes from a config,
-``machine`` rooflines by name or measured, ``profile`` the JSON in which fits are kept. Importing
-this package imports numpy and nothing else; scipy and transformers load where they are used.
+``presets`` those configs by name, ``hardware`` rooflines by name or measured, ``profile`` the JSON
+in which fits are kept. All of it forecasts; what decides while decoding is ``decoder.gamma``, which
+takes a forecast as a function and imports nothing from here. Importing this package loads nothing;
+its files import numpy, and load scipy and transformers where they use them.
 """

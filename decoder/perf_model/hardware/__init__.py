@@ -1,1 +1,1 @@
-"""What a machine can do: described, preset, or measured."""
+"""What a machine can do: by name, or measured."""

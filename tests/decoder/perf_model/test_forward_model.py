@@ -16,8 +16,8 @@ from decoder.perf_model.forward_fit import (
 )
 from decoder.perf_model.forward_model import Adjustments, ForwardModel, Link
 from decoder.perf_model.hardware.machine import RowCurve, named_machine
-from decoder.perf_model.hardware.presets import paper_draft_spec, preset_spec
 from decoder.perf_model.observations import Observation, d_optimal_indices, spread_indices
+from decoder.perf_model.presets import paper_draft_spec, preset_spec
 from decoder.perf_model.theory import sigma_from_alpha
 
 H200 = named_machine("h200")

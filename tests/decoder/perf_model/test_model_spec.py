@@ -5,14 +5,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from decoder.perf_model.config_spec import spec_from_config
-from decoder.perf_model.hardware.presets import (
+from decoder.perf_model.model_spec import ModelSpec, eagle_spec
+from decoder.perf_model.presets import (
     is_preset,
     paper_draft_spec,
     preset_config,
     preset_names,
     preset_spec,
 )
-from decoder.perf_model.model_spec import ModelSpec, eagle_spec
 
 
 def real_parameters(config) -> int:

@@ -7,9 +7,9 @@ import pytest
 
 from decoder.perf_model.fit_report import evaluate
 from decoder.perf_model.hardware.machine import named_machine
-from decoder.perf_model.hardware.presets import paper_draft_spec, preset_spec
 from decoder.perf_model.observations import Observation, spread_indices
 from decoder.perf_model.paper_model import Bounds, PaperModel, PaperParams, fit_paper, paper_bounds
+from decoder.perf_model.presets import paper_draft_spec, preset_spec
 
 MACHINE = named_machine("2xa800")
 RIDGE = MACHINE.ridge_point()

@@ -10,8 +10,8 @@ from decoder.gamma.auto import AutoGamma
 from decoder.perf_model.fit_report import ErrorSummary
 from decoder.perf_model.forward_model import Adjustments, ForwardModel
 from decoder.perf_model.hardware.machine import RowCurve, named_machine
-from decoder.perf_model.hardware.presets import paper_draft_spec, preset_spec
 from decoder.perf_model.paper_model import PaperModel, PaperParams
+from decoder.perf_model.presets import paper_draft_spec, preset_spec
 from decoder.perf_model.profile import Profile, load_profile
 
 

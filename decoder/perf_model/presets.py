@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
-from decoder.perf_model.config_spec import MXFP4_BYTES, spec_from_config
-from decoder.perf_model.model_spec import ModelSpec, eagle_spec
+from .config_spec import MXFP4_BYTES, spec_from_config
+from .model_spec import ModelSpec, eagle_spec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
