@@ -16,7 +16,7 @@ from typing import Any, Literal
 from decoder.drafters import Drafter, build_drafter
 from decoder.errors import UserError
 from decoder.gamma.base import Controller
-from decoder.model.kernels import accelerate
+from decoder.model.kernels import AttentionName, accelerate
 from decoder.model.loading import eos_ids, load_model, load_tokenizer
 from decoder.model.runner import ModelRunner
 from decoder.requests.outputs import Output, Progress
@@ -71,8 +71,8 @@ class SpeculativeDecoder:
         max_length: int | None = None,
         max_gamma: int = _AUTO_MAX_GAMMA,
         kernels: bool = True,
-        attention: str = "auto",
-        static: bool | str = "auto",
+        attention: AttentionName = "auto",
+        static: bool | Literal["auto"] = "auto",
         drafter_options: dict[str, Any] | None = None,
     ) -> None:
         if max_batch_size < 1:

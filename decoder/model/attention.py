@@ -15,7 +15,7 @@ Three forms, one meaning (query at position p sees positions max(0, p - window +
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from .cache import whole_blocks
+from .kernels import RaggedOp
 
 NAME = "moesd_ragged"
-
-RaggedOp = Callable[..., Tensor]
 
 
 @dataclass(slots=True)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-
-from .attention import RaggedOp
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+RaggedOp = Callable[..., Tensor]
+
+AttentionName = Literal["auto", "portable"]
+# "auto" uses the attention kernel where there is one, "portable" never does.
+ATTENTION: tuple[str, ...] = get_args(AttentionName)
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accelerate(model: torch.nn.Module) -> bool:
@@ -35,19 +42,25 @@ def accelerate(model: torch.nn.Module) -> bool:
     return True
 
 
-def ragged_attention_op(device: torch.device, dtype: torch.dtype) -> RaggedOp | None:
-    """The attention kernel for this device and dtype, or ``None``: portable forms then."""
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return None
-    return _op("ragged_attention")
+def ragged_attention_op(
+    device: torch.device, dtype: torch.dtype, attention: AttentionName = "auto"
+) -> RaggedOp | None:
+    """The attention kernel for this device and dtype, or ``None``: portable forms then.
+
+    Raises:
+        ValueError: ``attention`` is none of ``ATTENTION``.
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+    ops = _cpu_ops(device, dtype) if attention == "auto" else None
+    return None if ops is None else ops.ragged_attention.default
 
 
 @functools.cache
 def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """``logits [..., V] -> (places [...], undefined [...])`` in one op, or ``None``."""
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return None
-    return _op("argmax")
+    ops = _cpu_ops(device, dtype)
+    return None if ops is None else ops.argmax.default
 
 
 @functools.cache
@@ -66,18 +79,29 @@ def nucleus_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] |
     return nucleus_threshold
 
 
-def _op(name: str) -> Any:
+def _cpu_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
+    """``torch.ops.moesd`` where tensors of this kind have C++ operators, or ``None``."""
+    if device.type != "cpu" or dtype not in _CPU_DTYPES:
+        return None
     try:
         from moesd_kernels.dense import ops
     except ImportError:
         return None
-    if ops.unavailable() is not None:
-        return None
-    return getattr(torch.ops.moesd, name).default
+    return None if ops.unavailable() is not None else torch.ops.moesd
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of ``x [T, H]``; there is one wherever there is the attention kernel."""
+    return torch.ops.moesd.rms_norm.default(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + delta`` and its ``rms_norm``, both ``[T, H]``."""
+    return torch.ops.moesd.add_rms_norm.default(x, delta, weight, eps)
 
 
 def layer_stack() -> Any:
-    """An empty ``LayerStack``; there is one wherever there is the attention kernel."""
+    """An empty ``LayerStack``; likewise."""
     from moesd_kernels.hooks.layer_stack import layer_stack
 
     return layer_stack()

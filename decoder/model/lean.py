@@ -79,20 +79,24 @@ class LeanForward:
         stops = sorted({*wanted, self.num_layers})
         kept: dict[int, Tensor] = {}
         x = torch.embedding(self._embedding, input_ids.reshape(-1))  # [T, H]
-        states = torch.ops.moesd.rms_norm.default(x, *self._norms[0])
-        slabs = self._slabs()
-        places = self._cache.write_index, placement.positions, placement.rows
-        angles = self._angles(position_ids.reshape(-1))
-        at = 0
+        weight, eps = self._norms[0]
+        states = kernels.rms_norm(x, weight, eps)
+        keys, values = self._slabs()
+        cos, sin = self._angles(position_ids.reshape(-1))
+        written, positions, rows = self._cache.write_index, placement.positions, placement.rows
+        layer = 0
         for stop in stops:
-            while at < stop:
-                x, states, at = self._stack.run(
-                    *(x, states, *angles, *places, *slabs, at, stop, not modules, columns)
-                )
-                if at < stop:  # this layer's MLP is not the stack's
-                    delta = self._mlps[at](states.view(B, -1, H)).view(-1, H)
-                    at += 1
-                    x, states = torch.ops.moesd.add_rms_norm.default(x, delta, *self._norms[at])
+            while layer < stop:
+                # By position: the stack's arguments have no names (csrc/cpu/ops/layers.cpp).
+                x, states, layer = self._stack.run(
+                    x, states, cos, sin, written, positions, rows, keys, values,
+                    layer, stop, not modules, columns,
+                )  # fmt: skip
+                if layer < stop:  # this layer's MLP is not the stack's
+                    delta = self._mlps[layer](states.view(B, -1, H)).view(-1, H)
+                    layer += 1
+                    weight, eps = self._norms[layer]
+                    x, states = kernels.add_rms_norm(x, delta, weight, eps)
             kept[stop] = x.view(B, -1, H)
         kept[self.num_layers] = last = states.view(B, -1, H)
         return last, [kept[index] for index in wanted]
@@ -112,10 +116,13 @@ class LeanForward:
         Returns:
             Tokens ``[B, count]``, and bool ``[B, count]``: logits that had no largest value.
         """
+        weight, eps = self._norms[0]
+        cos, sin = self._by_position()
+        keys, values = self._slabs()
         return self._stack.continue_greedily(
-            *(input_ids, positions, rows, self._embedding, *self._norms[0], head),
-            *(*self._by_position(), *self._slabs(), count),
-        )
+            input_ids, positions, rows, self._embedding, weight, eps, head,
+            cos, sin, keys, values, count,
+        )  # fmt: skip
 
     def _slabs(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         layers = self._cache.ragged_layers
@@ -161,18 +168,27 @@ def _add_attention(
     """Append a layer with its attention half to the stack."""
     attention = layer.self_attn
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    query_heads, kv_heads = (p.weight.shape[0] // attention.head_dim for p in projections[:2])
     biases = [p.bias for p in projections]
     has_norms = getattr(attention, "q_norm", None) is not None
-    q_norm = _norm(attention.q_norm) if has_norms else (None, 0.0)
-    k_norm = _norm(attention.k_norm) if has_norms else (None, 0.0)
-    post = _norm(layer.post_attention_layernorm)
+    q_weight, q_eps = _norm(attention.q_norm) if has_norms else (None, 0.0)
+    k_weight, k_eps = _norm(attention.k_norm) if has_norms else (None, 0.0)
+    post_weight, post_eps = _norm(layer.post_attention_layernorm)
+    next_weight, next_eps = following
     stack.add_layer(
         _joined([p.weight for p in projections]),
         None if biases[0] is None else _joined(biases),
-        *(q_norm[0], k_norm[0], attention.o_proj.weight, attention.o_proj.bias),
-        *(post[0], following[0], [q_norm[1], k_norm[1], post[1], following[1]]),
-        *(attention.scaling, windows.get(id(attention), 0)),
-        *(p.weight.shape[0] // attention.head_dim for p in projections[:2]),
+        q_weight,
+        k_weight,
+        attention.o_proj.weight,
+        attention.o_proj.bias,
+        post_weight,
+        next_weight,
+        [q_eps, k_eps, post_eps, next_eps],
+        attention.scaling,
+        windows.get(id(attention), 0),
+        query_heads,
+        kv_heads,
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,11 +55,9 @@ class ModelRunner:
         model: Any,
         max_batch_size: int,
         max_length: int,
-        attention: str = "auto",
-        static: bool | str = "auto",
+        attention: kernels.AttentionName = "auto",
+        static: bool | Literal["auto"] = "auto",
     ) -> None:
-        if attention not in ("auto", "portable"):
-            raise ValueError(f"attention must be 'auto' or 'portable', got {attention!r}")
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         check_supported(self.model)
@@ -75,9 +74,7 @@ class ModelRunner:
         is_static = cuda if static == "auto" else bool(static)
         # Growing would move the slabs under captured graphs.
         self.cache = RaggedCache(max_batch_size, max_length, max_length if is_static else None)
-        self._op = (
-            kernels.ragged_attention_op(self.device, self.dtype) if attention == "auto" else None
-        )
+        self._op = kernels.ragged_attention_op(self.device, self.dtype, attention)
         self._windows: dict[int, int] = {}
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._configs = attention_configs(self.model)
@@ -115,10 +112,11 @@ class ModelRunner:
         length = (int(positions.max()) if max_position is None else max_position) + 1
         self.cache.reserve(length)
         narrow = input_ids.shape[1] <= _STATIC_QUERIES
-        inputs = input_ids, rows, positions, length, hidden_layers, logits_positions
+        run = self._run
         if self._graphs is not None and narrow and not self._eager:
-            return ForwardOutput(*self._graphs(self._run, *inputs))
-        return ForwardOutput(*self._run(*inputs))
+            run = partial(self._graphs, self._run)
+        logits, hidden = run(input_ids, rows, positions, length, hidden_layers, logits_positions)
+        return ForwardOutput(logits, hidden)
 
     @torch.inference_mode()
     def prefill(
@@ -201,8 +199,9 @@ class ModelRunner:
         position_ids = positions.clamp(min=0)
         if self._lean is not None:
             columns = logits_positions if hidden_layers is None else None
-            where = input_ids, position_ids, placement
-            states, kept = self._lean(*where, hidden_layers, self._eager, columns)
+            states, kept = self._lean(
+                input_ids, position_ids, placement, hidden_layers, self._eager, columns
+            )
             logits = self._head(_gather(states, logits_positions) if columns is None else states)
         else:
             with ragged.placed(placement), ragged.used_by(self._configs):

@@ -189,3 +189,8 @@ def test_prefill_forwards_are_bounded():
     assert (found[0][0], found[-1][1]) == (0, 40)
     assert all(a[1] == b[0] for a, b in pairwise(found))
     assert max(end - start for start, end in found) <= 16  # of 256 tokens a forward
+
+
+def test_an_unknown_attention_is_refused_by_the_list_that_the_command_line_reads():
+    with pytest.raises(ValueError, match="one of auto, portable, got 'flash'"):
+        ModelRunner(tiny_moe(), 1, 32, attention="flash")
