@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoder.drafters import DraftOptions, build_drafter
 from decoder.engine.loop import SpeculativeDecoder
 from decoder.requests.params import SamplingParams
 
@@ -37,8 +38,9 @@ def speculative(
     """A function for ``generate(custom_generate=...)``.
 
     Args:
-        drafter, gamma, options: as in ``SpeculativeDecoder``. The decoder is built at the first
-            call and kept for later ones with the same model and batch size.
+        drafter: as for ``build_drafter``: a name, a draft model, a ``Drafter``.
+        gamma, options: as in ``SpeculativeDecoder``. The decoder is built at the first call and
+            kept for later ones with the same model and batch size.
     """
     decoders: dict[tuple[int, int], SpeculativeDecoder] = {}
 
@@ -54,8 +56,10 @@ def speculative(
         prompts = _prompts(input_ids, mask)
         key = id(model), len(prompts)
         if key not in decoders:
+            told = DraftOptions(kernels=options.get("kernels", True))
+            made = build_drafter(drafter, model, options=told)
             decoders[key] = SpeculativeDecoder(
-                model, drafter, gamma, **{"max_batch_size": len(prompts)} | options
+                model, made, gamma, **{"max_batch_size": len(prompts)} | options
             )
         longest = input_ids.shape[1]
         params = _params(generation_config, longest)

@@ -99,7 +99,6 @@ def load_writer(path: Path, device: str = "cpu"):
 
     return SpeculativeDecoder(
         load_model(path, device=device),
-        drafter="none",
         gamma=0,
         max_batch_size=GENERATION_BATCH,
         max_length=ROW,

@@ -24,7 +24,7 @@ from bench.peers.vllm_generate import VllmGenerate
 from bench.workloads.models import draft_like, moe_310m, random_model
 from bench.workloads.prompts import load_prompts, random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.drafters import ReplayDrafter
+from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.independent import IndependentDrafter
 from moesd_kernels import accelerate
 
@@ -170,8 +170,8 @@ def _drafter(args: argparse.Namespace, target: Any) -> Any:
     if args.target == "embedded":
         from decoder.embedded import draft_path
 
-        return str(draft_path())
-    return args.draft
+        return build_drafter("auto", target, draft_path())
+    return build_drafter("auto", target, args.draft)
 
 
 def _ours(args: argparse.Namespace, batch: int, gamma: str | None) -> Run:

@@ -1,1 +1,1 @@
-"""The command line: one module per sub-command, shared flags in ``options``."""
+"""The command line: one module per sub-command; ``options`` has flags, ``setup`` loads."""

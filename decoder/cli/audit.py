@@ -10,14 +10,7 @@ from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt
 
 from .compare import load_prompts
-from .options import (
-    Setup,
-    _positive,
-    add_model_arguments,
-    add_sampling_arguments,
-    embedded_path,
-    sampling_params,
-)
+from .options import add_model_arguments, add_sampling_arguments, positive, sampling_params
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,9 +34,9 @@ def add_parser(subparsers: Any) -> None:
     )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompts", metavar="FILE", help="JSONL (default: built-in prompts)")
-    group.add_argument("--limit", type=_positive, metavar="N", help="use the first N prompts only")
+    group.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
     group.add_argument(
-        "--samples", type=_positive, default=1, metavar="N",
+        "--samples", type=positive, default=1, metavar="N",
         help="decode every prompt N times with successive seeds",
     )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -58,11 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
     from decoder.audit import audit
 
+    from .setup import Setup
+
     params = sampling_params(args)
     prompts = repeated(_prompts(args), params, args.samples)
     setup = Setup(args)
     plain, speculative = setup.decoder(plain=True), setup.decoder()
-    result = audit(plain, speculative, prompts, params, lambda: _reference(args, setup))
+    result = audit(plain, speculative, prompts, params, setup.reference)
     if args.json:
         print(json.dumps(result.as_dict()))
     else:
@@ -134,13 +129,3 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
 
     return list((CODE_PROMPTS + PROSE_PROMPTS)[: args.limit])
-
-
-def _reference(args: argparse.Namespace, setup: Setup) -> Any:
-    """The target in fp32 with transformers' own experts and attention: none of our kernels."""
-    import torch
-
-    from decoder.model.loading import load_model
-
-    path = args.target or embedded_path("target")
-    return load_model(path, dtype=torch.float32, device=setup.target.device, experts="eager")

@@ -15,7 +15,7 @@ from decoder.requests.outputs import Output
 from decoder.requests.params import SamplingParams
 
 from .files import check_prompts, read_prompts
-from .options import Setup, _positive, add_model_arguments, add_sampling_arguments, sampling_params
+from .options import add_model_arguments, add_sampling_arguments, positive, sampling_params
 
 
 @dataclass(slots=True)
@@ -102,8 +102,8 @@ def add_parser(subparsers: Any) -> None:
     )
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompts", metavar="FILE", help="JSONL (default: built-in code prompts)")
-    group.add_argument("--limit", type=_positive, metavar="N", help="use the first N prompts only")
-    group.add_argument("--repetitions", type=_positive, default=3, metavar="N")
+    group.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
+    group.add_argument("--repetitions", type=positive, default=3, metavar="N")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 also when outputs differ, which sampling without coupling does."""
     from rich.console import Console
 
+    from .setup import Setup
     from .view import comparison_table
 
     params = sampling_params(args)

@@ -8,7 +8,7 @@ from typing import Any
 from decoder.requests.outputs import Output
 
 from .compare import Comparison, compare
-from .options import Setup, add_model_arguments, add_sampling_arguments, sampling_params
+from .options import add_model_arguments, add_sampling_arguments, positive, sampling_params
 
 _CODE, _PROSE = 8, 4
 
@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
         help="built-in prompts on the embedded pair (what no sub-command does)",
         description="Complete built-in code and prose prompts as one batch, then compare.",
     )
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N")
+    parser.add_argument("--repetitions", type=positive, default=3, metavar="N")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     parser.set_defaults(run=run, max_new_tokens=96, batch_size=_CODE + _PROSE)
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
 
+    from .setup import Setup
     from .view import legend
 
     params = sampling_params(args)

@@ -11,7 +11,7 @@ from decoder.errors import UserError
 from decoder.requests.outputs import Output
 
 from .files import LineId, ResultWriter, check_prompts, read_prompts
-from .options import Setup, add_model_arguments, add_sampling_arguments, sampling_params
+from .options import add_model_arguments, add_sampling_arguments, sampling_params
 
 _QUIET_BELOW = 64  # prompts: shorter runs without a terminal show no progress bar
 
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     total = len(args.prompt) if args.prompt else None
     if args.prompts and args.prompts != "-":
         total = check_prompts(args.prompts)
+    from .setup import Setup
+
     setup = Setup(args)
     decoder = setup.decoder()
     prompts: Iterable[dict[str, Any]]

@@ -1,35 +1,34 @@
-"""Flags shared by the sub-commands, under the names people know, and what is built from them."""
+"""Flags shared by the sub-commands, under the names people know. ``setup`` builds from them."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
+from decoder.drafters import DRAFTERS, DraftOptions
+from decoder.drafters.table import AUTO as DRAFTER_AUTO
+from decoder.drafters.table import drafter_names
 from decoder.errors import UserError
+from decoder.gamma.base import AUTO as GAMMA_AUTO
+from decoder.gamma.base import DEFAULT_MAX_GAMMA
+from decoder.model.kernels import ATTENTION
+from decoder.model.loading import DTYPES
 from decoder.requests.params import SamplingParams
+from decoder.sampling import VERIFIERS
 
-DRAFTER_NAMES = {
-    "auto": "auto",
-    "independent": "independent",
-    "draft_model": "independent",
-    "eagle": "eagle",
-    "eagle3": "eagle",
-    "ngram": "ngram",
-    "self": "self",
-    "replay": "replay",
-    "none": "none",
-}
+OURS = "moesd"  # the experts implementation that comes with our other kernels
 
-# vLLM's keys of --speculative-config, and the flag each one sets.
-_SPECULATIVE_KEYS = {
-    "method": "drafter",
-    "model": "draft",
-    "num_speculative_tokens": "gamma",
-    "prompt_lookup_max": "prompt_lookup_max",
-    "prompt_lookup_min": "prompt_lookup_min",
-    "rejection_sample_method": "verifier",
+# vLLM's keys of --speculative-config, and the flag that each one sets.
+_SPECULATIVE_FLAGS = {
+    "method": "--drafter",
+    "model": "--draft",
+    "num_speculative_tokens": "--gamma",
+    "prompt_lookup_max": "--prompt-lookup-max",
+    "prompt_lookup_min": "--prompt-lookup-min",
+    "rejection_sample_method": "--verifier",
 }
 
 
@@ -51,51 +50,83 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculative-draft-model-path", metavar="PATH", dest="draft",
         help="draft model or EAGLE head (default with the embedded target: its draft)",
     )  # fmt: skip
+    kinds = ", ".join(
+        f"{' or '.join([kind.name, *kind.aliases])} ({kind.summary})" for kind in DRAFTERS.values()
+    )
     group.add_argument(
-        "--drafter", "--method", "--spec-method", choices=sorted(DRAFTER_NAMES), default="auto",
-        help="who proposes tokens; auto: --draft if given, else n-gram lookup",
+        "--drafter", "--method", "--spec-method", choices=drafter_names(), default=DRAFTER_AUTO,
+        metavar="NAME",
+        help=f"who proposes tokens: {DRAFTER_AUTO} (--draft if given, else ngram), {kinds}",
     )  # fmt: skip
     group.add_argument(
         "--gamma", "--num-speculative-tokens", "--spec-tokens", "--num-assistant-tokens",
-        type=_gamma, default="auto", metavar="N|auto", help="draft length",
+        type=_gamma, default=GAMMA_AUTO, metavar=f"N|{GAMMA_AUTO}", help="draft length",
     )  # fmt: skip
-    group.add_argument("--max-gamma", type=_positive, default=8, help="longest that auto considers")
     group.add_argument(
-        "--verifier", "--rejection-sample-method", choices=("standard", "block", "coupled"),
-        default="standard", help="how drafts are accepted",
+        "--max-gamma", type=positive, default=DEFAULT_MAX_GAMMA, metavar="N",
+        help="longest that auto considers",
     )  # fmt: skip
-    group.add_argument("--prompt-lookup-max", type=_positive, default=4, metavar="N")
-    group.add_argument("--prompt-lookup-min", type=_positive, default=2, metavar="N")
     group.add_argument(
-        "--self-draft-top-k", type=_positive, metavar="K", help="experts per token for self drafts"
-    )
-    group.add_argument(
-        "--replay-alpha", type=float, default=0.9, metavar="A",
-        help="acceptance that --drafter replay simulates; --draft runs for its cost alone",
+        "--verifier", "--rejection-sample-method", choices=VERIFIERS, default=VERIFIERS[0],
+        help="how drafts are accepted",
     )  # fmt: skip
+    _add_draft_options(group)
     group.add_argument(
         "--speculative-config", type=_speculative_config, metavar="JSON", help="in vLLM's keys"
     )
     _add_machine_arguments(parser)
 
 
-def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    from decoder.model.loading import DTYPES
+def _add_draft_options(group: argparse._ArgumentGroup) -> None:
+    """One flag per field of ``DraftOptions`` that a kind of drafter reads, with its default."""
+    default = DraftOptions()
+    for flag, name, kind, metavar, meaning in (
+        ("--prompt-lookup-max", "max_ngram", positive, "N", "most tokens looked up"),
+        ("--prompt-lookup-min", "min_ngram", positive, "N", "fewest"),
+        ("--ngram-threshold", "ngram_threshold", positive, "N",
+         "repeated tokens from which n-gram lookup overrides the drafter"),
+        ("--self-draft-top-k", "self_top_k", positive, "K",
+         "experts per token while drafting (default: half)"),
+        ("--replay-alpha", "replay_alpha", float, "A", "acceptance that is simulated"),
+    ):  # fmt: skip
+        readers = ", ".join(k.name for k in DRAFTERS.values() if name in k.options)
+        group.add_argument(
+            flag, dest=name, type=kind, default=getattr(default, name), metavar=metavar,
+            help=f"{readers}: {meaning}",
+        )  # fmt: skip
 
+
+def draft_options(args: argparse.Namespace, **given: Any) -> DraftOptions:
+    """What the flags say about drafting; ``given``: the fields that have no flag."""
+    names = {name for kind in DRAFTERS.values() for name in kind.options}
+    options = DraftOptions(**{name: getattr(args, name) for name in names}, **given)
+    return replace(options, min_ngram=min(options.min_ngram, options.max_ngram))
+
+
+def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument("--batch-size", "--max-num-seqs", type=_positive, default=16, metavar="B")
-    group.add_argument("--max-length", "--max-model-len", type=_positive, metavar="N")
-    group.add_argument("--dtype", choices=sorted(DTYPES), default="auto")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda when there is one)")
-    group.add_argument("--threads", type=_positive, help="CPU threads")
     group.add_argument(
-        "--experts-implementation", default="moesd", metavar="NAME",
-        help="moesd (default) or one of transformers' own, which also turns our dense kernels off",
+        "--batch-size", "--max-num-seqs", type=positive, default=16, metavar="B",
+        help="sequences decoded at once",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-length", "--max-model-len", type=positive, metavar="N",
+        help="longest prompt plus output (default: the model's context)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the models; auto: the target's own"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda when there is one)")
+    group.add_argument("--threads", type=positive, help="CPU threads")
+    group.add_argument(
+        "--experts-implementation", default=OURS, metavar="NAME",
+        help=f"{OURS} (default) or one of transformers' own, which turn our dense kernels off",
     )  # fmt: skip
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument(
-        "--attention", "--attn-implementation", choices=("auto", "portable"), default="auto"
-    )
+        "--attention", "--attn-implementation", choices=ATTENTION, default=ATTENTION[0],
+        help="auto: our kernel where there is one",
+    )  # fmt: skip
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,114 +169,19 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         raise UserError(str(error)) from None
 
 
-class Setup:
-    """Loaded target, tokenizer and drafter choice; makes any number of decoders on one target."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        from decoder.model.loading import DTYPES, load_model, load_tokenizer
-
-        disable_progress_bar()
-        self.args = args
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        path = args.target
-        if path is None:
-            path = embedded_path("target")
-            if args.draft is None and args.drafter in ("auto", "independent", "draft_model"):
-                args.draft = embedded_path("draft")
-            elif args.draft is None and args.drafter in ("eagle", "eagle3"):
-                args.draft = embedded_path("eagle")
-        self.tokenizer = load_tokenizer(path)
-        self.target = load_model(
-            path,
-            dtype=DTYPES[args.dtype],
-            device=args.device,
-            experts=None if self.kernels else args.experts_implementation,
-        )
-
-    @property
-    def kernels(self) -> bool:
-        """Whether ``moesd_kernels`` runs the models."""
-        return self.args.experts_implementation == "moesd"
-
-    def decoder(self, *, plain: bool = False) -> Any:
-        """A decoder as the flags describe, or one that only decodes autoregressively."""
-        from decoder.engine.loop import SpeculativeDecoder
-        from decoder.engine.profile_rounds import profile_rounds
-
-        args = self.args
-        decoder = SpeculativeDecoder(
-            self.target,
-            None if plain else self.drafter(),
-            args.gamma,
-            args.verifier,
-            tokenizer=self.tokenizer,
-            max_batch_size=args.batch_size,
-            max_length=args.max_length,
-            max_gamma=args.max_gamma,
-            kernels=self.kernels,
-            attention=args.attention,
-            static=False if args.enforce_eager else "auto",
-        )
-        profile_rounds(decoder)
-        return decoder
-
-    def drafter(self) -> Any:
-        """The drafter that the flags describe."""
-        from decoder.drafters import ReplayDrafter, build_drafter
-
-        args = self.args
-        kind = DRAFTER_NAMES[args.drafter]
-        if kind in ("independent", "eagle") and args.draft is None:
-            raise UserError(f"--drafter {args.drafter} needs --draft, got none")
-        needs_path = kind in ("independent", "eagle", "replay") or (kind == "auto" and args.draft)
-        spec = args.draft if needs_path else ("ngram" if kind == "auto" else kind)
-        drafter = build_drafter(
-            spec,
-            self.target,
-            self.tokenizer,
-            kind=kind if kind in ("independent", "eagle") else "auto",
-            self_top_k=args.self_draft_top_k,
-            max_ngram=args.prompt_lookup_max,
-            min_ngram=min(args.prompt_lookup_min, args.prompt_lookup_max),
-            kernels=self.kernels,
-        )
-        if kind != "replay":
-            return drafter
-        return ReplayDrafter(args.replay_alpha, cost=drafter if args.draft else None)
-
-
-def embedded_path(part: str) -> str:
-    """Directory of a part of the embedded pair: ``"target"``, ``"draft"`` or ``"eagle"``.
-
-    Raises:
-        UserError: the package was installed without it.
-    """
-    from decoder import embedded
-
-    find = {"target": embedded.target_path, "draft": embedded.draft_path}
-    try:
-        return str(find.get(part, embedded.eagle_path)())
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
-
-
 def _gamma(text: str) -> int | str:
-    if text == "auto":
+    if text == GAMMA_AUTO:
         return text
     try:
         value = int(text)
     except ValueError:
         value = -1
     if value < 0:
-        raise argparse.ArgumentTypeError(f"expected auto or an integer >= 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {GAMMA_AUTO} or an integer >= 0, got {text!r}")
     return value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -270,8 +206,8 @@ def _speculative_config(text: str) -> dict[str, Any]:
     except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from None
     for key in config:
-        if key not in _SPECULATIVE_KEYS:
-            known = ", ".join(_SPECULATIVE_KEYS)
+        if key not in _SPECULATIVE_FLAGS:
+            known = ", ".join(_SPECULATIVE_FLAGS)
             raise argparse.ArgumentTypeError(f"unknown key {key!r}; known: {known}")
     return config
 
@@ -280,11 +216,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """Parse, then let ``--speculative-config`` set the flags that its keys name."""
     args = parser.parse_args(argv)
     config = getattr(args, "speculative_config", None)
-    for key, value in (config or {}).items():
-        # Through the parser once more: the same checks and the same messages as for flags.
-        flag = "--" + _SPECULATIVE_KEYS[key].replace("_", "-")
-        checked = OneLineParser(prog=parser.prog, add_help=False)
-        add_model_arguments(checked)
-        name = _SPECULATIVE_KEYS[key]
-        setattr(args, name, getattr(checked.parse_args([flag, str(value)]), name))
-    return args
+    if not config:
+        return args
+    # Through a parser once more: the same checks and the same messages as for flags. It leaves
+    # alone what the namespace has and no flag names.
+    flags = OneLineParser(prog=parser.prog, add_help=False)
+    add_model_arguments(flags)
+    argv = [f"{_SPECULATIVE_FLAGS[key]}={value}" for key, value in config.items()]
+    return flags.parse_args(argv, args)

@@ -141,11 +141,12 @@ def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
     if name == "this":
         import torch
 
+        from decoder.model.loading import DTYPES
         from decoder.perf_model.hardware.measure_machine import measure_machine
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtypes = {"fp32": torch.float32, "fp16": torch.float16}
-        return measure_machine(device, dtypes.get(dtype or "", torch.bfloat16)), None
+        # fp8 products are not measured: their weights are, in bytes.
+        return measure_machine(device, DTYPES.get(dtype or "", torch.bfloat16)), None
     if name.endswith(".json") or Path(name).is_file():
         profile = load_profile(name)
         return profile.model.machine, profile

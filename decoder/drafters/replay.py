@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from decoder.errors import UserError
 from decoder.round import Draft, StepState
 
 from .base import Drafter
@@ -67,7 +68,7 @@ class ReplayDrafter:
         cost: Drafter | None = None,
     ) -> None:
         if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+            raise UserError(f"alpha must be in [0, 1], got {alpha}")
         self.alpha = alpha
         self.seed = seed
         self.cost = cost

@@ -5,10 +5,14 @@ job with no network and no GPU. Importing this package loads nothing; ``load_pai
 transformers when it is called.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from decoder.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -28,14 +32,24 @@ def eagle_path() -> Path:
     return _existing("eagle")
 
 
+def draft_of(drafter: str) -> Path | None:
+    """What a drafter of this name reads, of those in ``decoder.drafters.DRAFTERS`` that need one.
+
+    ``"auto"`` is the draft model; ``None`` for drafters that need nothing.
+    """
+    find = {"auto": draft_path, "independent": draft_path, "eagle": eagle_path}.get(drafter)
+    return None if find is None else find()
+
+
 def load_pair(
     dtype: torch.dtype = torch.bfloat16, **target_options: Any
 ) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
     """Load target, draft and tokenizer.
 
     Args:
-        dtype: the weights are stored in bf16; fp32 widens them exactly. target_options: passed to
-        the target's ``from_pretrained``, such as ``experts_implementation="moesd"``.
+        dtype: the weights are stored in bf16; fp32 widens them exactly.
+        target_options: passed to the target's ``from_pretrained``, such as
+            ``experts_implementation="moesd"``.
 
     Returns:
         ``(target, draft, tokenizer)``, models in evaluation mode.
@@ -52,7 +66,7 @@ def load_pair(
 def _existing(part: str) -> Path:
     path = ASSETS / part
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise UserError(
             f"expected the embedded pair's {part} in {path}, got no such directory; "
             "reinstall the package, or train the pair with `python -m training all`"
         )

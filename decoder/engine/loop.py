@@ -10,26 +10,30 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from decoder.drafters import Drafter, build_drafter
+import torch
+
+from decoder.drafters import Drafter, DraftOptions, build_drafter
+from decoder.drafters.table import checked_drafter
 from decoder.errors import UserError
-from decoder.gamma.base import Controller
+from decoder.gamma.base import DEFAULT_MAX_GAMMA, Controller
 from decoder.model.kernels import AttentionName, accelerate
 from decoder.model.loading import eos_ids, load_model, load_tokenizer
 from decoder.model.runner import ModelRunner
+from decoder.model.support import check_loaded
 from decoder.requests.outputs import Output, Progress
 from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt, Request, RequestReader
 from decoder.requests.sequence import ActiveSequence
 from decoder.sampling import Sampler
+from decoder.sampling.sampler import VerifierName
 
 from .metrics import DecoderStats
 from .rounds import Rounds
 from .settings import checked_length, make_controller
-
-_AUTO_MAX_GAMMA = 8
 
 Params = SamplingParams | Sequence[SamplingParams]
 
@@ -38,22 +42,21 @@ class SpeculativeDecoder:
     """Batched speculative decoding whose output is the target's own.
 
     Args:
-        target: a transformers causal LM, or the directory of one.
-        drafter: ``None`` or ``"none"`` (plain autoregressive), ``"ngram"``, ``"self"``, the
-            directory of a draft model or EAGLE head, a loaded draft model, or a ``Drafter``.
+        target: a transformers causal LM, loaded; ``from_paths`` loads one.
+        drafter: who proposes tokens (``decoder.drafters.build_drafter`` makes one), or ``None``
+            for plain autoregressive decoding.
         gamma: draft length, ``"auto"`` to choose it each round from measured costs and
             acceptance, or a ``Controller``.
         verifier: ``"standard"`` or ``"block"`` (output has the target's distribution), or
             ``"coupled"`` (output equals the target's own sampled output for the seed). Greedy
             output is the target's own under each.
-        tokenizer: of the target; taken from the directory when ``target`` is one.
+        tokenizer: of the target; without one, prompts and outputs are token ids.
         max_batch_size: sequences decoded at once.
         max_length: longest prompt plus output; by default the model's context.
         max_gamma: longest draft that ``"auto"`` considers.
-        kernels: let ``moesd_kernels`` run what it can of target and draft.
+        kernels: let ``moesd_kernels`` run what it can of the target.
         attention: ``"auto"`` or ``"portable"``.
         static: run steps in fixed-size buffers, as CUDA graphs on a GPU; ``"auto"`` does so there.
-        drafter_options: passed to ``build_drafter``, such as ``self_top_k``.
 
     Raises:
         UserError: a path, a combination or an architecture that cannot work.
@@ -62,29 +65,25 @@ class SpeculativeDecoder:
     def __init__(
         self,
         target: Any,
-        drafter: Any = None,
+        drafter: Drafter | None = None,
         gamma: int | Literal["auto"] | Controller = "auto",
-        verifier: Literal["standard", "block", "coupled"] = "standard",
+        verifier: VerifierName = "standard",
         *,
         tokenizer: Any = None,
         max_batch_size: int = 16,
         max_length: int | None = None,
-        max_gamma: int = _AUTO_MAX_GAMMA,
+        max_gamma: int = DEFAULT_MAX_GAMMA,
         kernels: bool = True,
         attention: AttentionName = "auto",
         static: bool | Literal["auto"] = "auto",
-        drafter_options: dict[str, Any] | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise UserError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        if isinstance(target, (str, Path)):
-            tokenizer = tokenizer or load_tokenizer(target)
-            target = load_model(target)
+        check_loaded(target)
         if kernels:
             accelerate(target)
         self.tokenizer = tokenizer
-        options = {"kernels": kernels, **(drafter_options or {})}
-        self.drafter: Drafter = build_drafter(drafter, target, tokenizer, **options)
+        self.drafter: Drafter = checked_drafter(drafter)
         self.controller = make_controller(gamma, max_gamma, self.drafter)
         longest_draft = getattr(self.controller, "max_gamma", max_gamma)
         self.max_batch_size = max_batch_size
@@ -107,6 +106,38 @@ class SpeculativeDecoder:
         self._waiting: deque[Request] = deque()
         self._added = itertools.count()
         self.stats = DecoderStats()
+
+    @classmethod
+    def from_paths(
+        cls,
+        target: str | Path,
+        draft: str | Path | None = None,
+        *,
+        drafter: str = "auto",
+        draft_options: DraftOptions | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        experts: str | None = None,
+        kernels: bool = True,
+        **options: Any,
+    ) -> SpeculativeDecoder:
+        """Load a target, its tokenizer and what drafts for it.
+
+        Args:
+            target, dtype, device, experts: as for ``decoder.model.loading.load_model``.
+            draft, drafter, draft_options: as for ``decoder.drafters.build_drafter``: by default
+                what ``draft`` is, a model or an EAGLE head, and n-gram lookup without one.
+            kernels: let ``moesd_kernels`` run what it can of target and draft.
+            options: of the constructor.
+
+        Raises:
+            UserError: something that cannot be loaded, or does not go together.
+        """
+        model = load_model(target, dtype=dtype, device=device, experts=experts)
+        tokenizer = load_tokenizer(target)
+        told = replace(draft_options or DraftOptions(), kernels=kernels, tokenizer=tokenizer)
+        made = build_drafter(drafter, model, draft, told)
+        return cls(model, made, tokenizer=tokenizer, kernels=kernels, **options)
 
     def add(self, prompt: Prompt | Request, params: SamplingParams | None = None) -> Request:
         """Queue a request; a later ``step`` starts it when enough rows are free.

@@ -19,7 +19,7 @@ from statistics import median_low
 from typing import NamedTuple
 
 from .acceptance import AcceptanceEstimator
-from .base import Counts, Times
+from .base import DEFAULT_MAX_GAMMA, Counts, Times
 from .learned_cost import LearnedCost
 from .probing import Probe, ProbeBudget
 from .step_cost import CorrectedCost, RoundCost, bucket_of
@@ -65,7 +65,7 @@ class AutoGamma:
 
     def __init__(
         self,
-        max_gamma: int = 8,
+        max_gamma: int = DEFAULT_MAX_GAMMA,
         *,
         costs: RoundCost | None = None,
         acceptance_prior: float = 0.6,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+AUTO = "auto"  # in place of a number: choose the draft length of every round
+DEFAULT_MAX_GAMMA = 8  # the longest then considered
+
 Counts = Sequence[int]  # by row
 Times = Mapping[str, float]  # phase -> seconds
 

@@ -9,7 +9,7 @@ import torch
 
 from decoder.errors import UserError
 
-DTYPES = {
+DTYPES: dict[str, Any] = {
     "auto": "auto",
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -23,7 +23,7 @@ DTYPES = {
 def load_model(
     path: str | Path,
     *,
-    dtype: Any = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     experts: str | None = None,
 ) -> Any:
@@ -31,21 +31,25 @@ def load_model(
 
     Args:
         path: directory, or a model hub name that transformers can resolve.
-        dtype: a torch dtype, or ``"auto"`` for the checkpoint's own.
+        dtype: a torch dtype or a name in ``DTYPES``; ``"auto"`` is the checkpoint's own.
         device: CUDA when there is one, by default.
         experts: transformers' ``experts_implementation``, or its default.
 
     Raises:
-        UserError: nothing loadable there.
+        UserError: nothing loadable there, or an unknown dtype.
     """
     from transformers import AutoModelForCausalLM
 
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     _require_present(path, "model")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         options = {} if experts is None else {"experts_implementation": experts}
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype, **options
+        )
         return model.to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load model {str(path)!r}: {_first_line(error)}") from error

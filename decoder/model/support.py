@@ -11,6 +11,19 @@ from decoder.errors import UserError
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
+def check_loaded(model: Any) -> None:
+    """Refuse a path where a model is expected.
+
+    Raises:
+        UserError: ``model`` is no transformers model; says what loads one.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        raise UserError(
+            f"target must be a loaded causal LM, got {type(model).__name__} {str(model)[:80]!r}; "
+            "SpeculativeDecoder.from_paths loads one"
+        )
+
+
 def check_supported(model: Any) -> None:
     """Refuse models whose past cannot be rolled back by masking.
 

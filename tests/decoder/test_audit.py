@@ -17,6 +17,7 @@ from decoder import SamplingParams, SpeculativeDecoder
 from decoder import audit as verification
 from decoder.__main__ import main
 from decoder.audit import Audit, Divergence, LawCheck, audit, logit_jitter
+from decoder.drafters.independent import IndependentDrafter
 from decoder.requests.outputs import Output, SequenceStats
 from decoder.requests.reader import Request
 from decoder.sampling import Sampler
@@ -45,7 +46,7 @@ def pair():
 def decoders(pair, verifier="standard"):
     options = {"max_batch_size": 4, "max_length": 64, "kernels": False}
     plain = SpeculativeDecoder(pair[0], None, 0, verifier, **options)
-    return plain, SpeculativeDecoder(pair[0], pair[1], 3, verifier, **options)
+    return plain, SpeculativeDecoder(pair[0], IndependentDrafter(pair[1]), 3, verifier, **options)
 
 
 PROMPTS = random_prompts(6, seed=4, low=3)

@@ -18,6 +18,7 @@ from support.engine_models import tiny_moe
 
 import moesd_kernels
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import DraftOptions, build_drafter
 from decoder.drafters.base import DraftChain
 from decoder.drafters.eagle import EagleDrafter
 from decoder.round import Draft, StepState
@@ -59,7 +60,8 @@ def engine_of(
             # What runs where our kernels do not; the eager experts cannot be captured.
             model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     options = {"max_batch_size": 2, "max_length": 60, "static": True} | options
-    return SpeculativeDecoder(target, drafter, 3, **options)
+    told = DraftOptions(kernels=options.get("kernels", True))
+    return SpeculativeDecoder(target, build_drafter(drafter, target, options=told), 3, **options)
 
 
 def tokens_of(engine: SpeculativeDecoder) -> list[list[int]]:
@@ -190,7 +192,9 @@ def test_a_released_decoder_gives_its_memory_back(name, tmp_path):
     try:
         for _ in range(3):  # the first also takes what libraries keep
             drafter = DRAFTERS[name]("cuda", torch.bfloat16, tmp_path)
-            engine = SpeculativeDecoder(target, drafter, 3, max_batch_size=2, max_length=60)
+            engine = SpeculativeDecoder(
+                target, build_drafter(drafter, target), 3, max_batch_size=2, max_length=60
+            )
             tokens_of(engine)
             held = torch.cuda.memory_allocated()
             del engine, drafter

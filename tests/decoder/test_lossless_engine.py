@@ -17,6 +17,7 @@ from support.tiny import VOCAB, random_prompts, tiny_model
 from support.toy_markov import pooled_log_p
 
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import DraftOptions, build_drafter
 from decoder.sampling import Sampler
 from decoder.sampling import sampler as sampler_module
 
@@ -79,8 +80,9 @@ def pair():
 
 
 def outputs(pair, drafter, gamma, verifier, prompts, params, batch=5):
+    made = build_drafter(drafter, pair[0], options=DraftOptions(kernels=False))
     decoder = SpeculativeDecoder(
-        pair[0], drafter, gamma, verifier, max_batch_size=batch, max_length=64, kernels=False
+        pair[0], made, gamma, verifier, max_batch_size=batch, max_length=64, kernels=False
     )
     return [o.token_ids for o in decoder.generate(prompts, params)], decoder
 
@@ -161,9 +163,10 @@ def small_world():
 
 def sampled_log_p(small_world, verifier: str, drafter, gamma: int) -> tuple[float, float]:
     target, draft, law = small_world
+    told = DraftOptions(kernels=False)
     decoder = SpeculativeDecoder(
         target,
-        draft if drafter == "draft" else drafter,
+        build_drafter(draft if drafter == "draft" else drafter, target, options=told),
         gamma,
         verifier,
         max_batch_size=2000,

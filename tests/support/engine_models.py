@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,9 +58,22 @@ def ragged_prompts(count: int, seed: int = 0, longest: int = 12) -> list[list[in
 def decoder(target: Any, drafter: Any = None, gamma: Any = 3, **options: Any) -> Any:
     """A decoder of four rows on transformers' code alone."""
     from decoder import SpeculativeDecoder
+    from decoder.drafters import DraftOptions, build_drafter
 
     options = {"max_batch_size": 4, "kernels": False, "attention": "portable"} | options
-    return SpeculativeDecoder(target, drafter, gamma, **options)
+    made = build_drafter(drafter, target, options=DraftOptions(kernels=options["kernels"]))
+    return SpeculativeDecoder(target, made, gamma, **options)
+
+
+def save_tokenizer(path: Path, words: list[str]) -> None:
+    """A tokenizer on disk that knows these words, separated by spaces; the first is for others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0]).save_pretrained(path)
 
 
 class LetterTokenizer:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from decoder import SpeculativeDecoder
+from decoder.drafters import DraftOptions, build_drafter
 from decoder.model.cache import cache_argument
 from decoder.round import Draft, StepState
 
@@ -83,7 +84,8 @@ def decoder_of(
     """A decoder on the family's model; three rows for seven prompts, so rows are used again."""
     options = {"kernels": False, "max_length": MAX_LENGTH, **options}
     model = model_of(family, dtype)
-    return SpeculativeDecoder(model, drafter, gamma, max_batch_size=batch, **options)
+    made = build_drafter(drafter, model, options=DraftOptions(kernels=options["kernels"]))
+    return SpeculativeDecoder(model, made, gamma, max_batch_size=batch, **options)
 
 
 class DoubleOnly(TorchFunctionMode):

@@ -4,23 +4,18 @@ import json
 
 import pytest
 import torch
-from support.engine_models import tiny_moe
+from support.engine_models import save_tokenizer, tiny_moe
 
+from decoder import embedded
 from decoder.__main__ import main
 from decoder.cli import generate as generate_command
-from decoder.cli.options import OneLineParser, add_model_arguments, parse
+from decoder.cli.options import OneLineParser, add_model_arguments, draft_options, parse
+from decoder.drafters import DRAFTERS, DraftOptions
+from decoder.model.kernels import ATTENTION
+from decoder.model.loading import DTYPES
+from decoder.sampling import VERIFIERS
 
 torch.set_num_threads(1)
-
-
-def save_tokenizer(path, words):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0]).save_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +98,44 @@ def test_speculative_config_sets_flags():
     add_model_arguments(parser)
     text = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
     args = parse(parser, ["--speculative-config", text])
-    assert (args.drafter, args.gamma, args.prompt_lookup_max) == ("ngram", 4, 3)
+    assert (args.drafter, args.gamma, args.max_ngram) == ("ngram", 4, 3)
+    args = parse(parser, ["--batch-size", "3", "--speculative-config", '{"model": "d"}'])
+    assert (args.draft, args.batch_size, args.drafter) == ("d", 3, "auto")
+
+
+def choices(flag):
+    """What a flag of the shared ones may be, on the command line."""
+    parser = OneLineParser(prog="t")
+    add_model_arguments(parser)
+    return next(a.choices for a in parser._actions if flag in a.option_strings)
+
+
+def test_choices_are_the_tables():
+    aliases = [alias for kind in DRAFTERS.values() for alias in kind.aliases]
+    assert list(choices("--drafter")) == ["auto", *DRAFTERS, *aliases]
+    assert choices("--verifier") == VERIFIERS
+    assert choices("--attention") == ATTENTION
+    assert choices("--dtype") == DTYPES
+    assert set(DTYPES) > {"auto", "bf16", "float32"}
+
+
+def test_every_option_of_a_drafter_is_a_flag_with_its_default():
+    parser = OneLineParser(prog="t")
+    add_model_arguments(parser)
+    assert draft_options(parser.parse_args([])) == DraftOptions()
+    told = parser.parse_args(["--prompt-lookup-max", "1", "--replay-alpha", "0.5",
+                              "--self-draft-top-k", "3", "--ngram-threshold", "5"])  # fmt: skip
+    expected = DraftOptions(
+        max_ngram=1, min_ngram=1, replay_alpha=0.5, self_top_k=3, ngram_threshold=5, kernels=False
+    )
+    assert draft_options(told, kernels=False) == expected
+    assert "independent or draft_model (a smaller model)" in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_the_embedded_target_has_a_draft_for_each_drafter_that_needs_one(kind):
+    assert (embedded.draft_of(kind) is not None) == (DRAFTERS[kind].draft == "required")
+    assert embedded.draft_of("auto") == embedded.draft_of("independent")
 
 
 def one_error_line(capsys):
@@ -146,8 +178,9 @@ def test_mistakes_found_with_the_model_loaded(models, tmp_path, capsys):
     cases = [
         (["--prompts", str(long)], "300 tokens leave no room in a context"),
         (["--prompt", "w7", "--draft", str(models / "foreign")], "vocabular"),
-        (["--prompt", "w7", "--draft", str(models / "absent")], "neither a directory nor one of"),
-        (["--prompt", "w7", "--drafter", "independent"], "needs --draft"),
+        (["--prompt", "w7", "--draft", str(models / "absent")], "draft must be a directory, got"),
+        (["--prompt", "w7", "--drafter", "independent"], "needs a draft (--draft), got none"),
+        (["--prompt", "w7", "--drafter", "replay", "--replay-alpha", "2"], "must be in [0, 1]"),
         (["--prompt", "w7", "--resume"], "--resume needs --output"),
     ]
     for arguments, message in cases:

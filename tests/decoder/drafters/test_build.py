@@ -11,7 +11,9 @@ from support.tiny import tiny_model
 from torch import ones
 
 from decoder.drafters import (
+    DRAFTERS,
     Drafter,
+    DraftOptions,
     HybridDrafter,
     NgramDrafter,
     NoDrafter,
@@ -21,7 +23,10 @@ from decoder.drafters import (
 )
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
+from decoder.drafters.table import checked_drafter, drafter_names
 from decoder.errors import UserError
+
+PLAIN = DraftOptions(kernels=False)
 
 
 @pytest.fixture(scope="module")
@@ -29,54 +34,93 @@ def target() -> Any:
     return tiny_model("llama")
 
 
-@pytest.mark.parametrize(
-    ("spec", "kind"),
-    [(None, NoDrafter), ("none", NoDrafter), ("ngram", NgramDrafter), ("self", SelfDrafter)],
-)
-def test_names(target: Any, spec: str | None, kind: type) -> None:
-    drafter = build_drafter(spec, target)
-    assert isinstance(drafter, kind)
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A directory for each kind of drafter that needs one."""
+    root = tmp_path_factory.mktemp("drafts")
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(root / "model")
+    tensors = random_layer("layers.0", H, 0) | {"fc.weight": ones(H, 2 * H)}
+    head = save(root / "head", LAYER, tensors, False)
+    return {"independent": root / "model", "eagle": head}
+
+
+CLASSES = {
+    "none": NoDrafter,
+    "ngram": NgramDrafter,
+    "self": SelfDrafter,
+    "independent": IndependentDrafter,
+    "eagle": EagleDrafter,
+    "replay": ReplayDrafter,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in drafter_names() if name != "auto"])
+def test_every_name_of_the_table_makes_a_drafter(
+    target: Any, drafts: dict[str, Path], name: str
+) -> None:
+    kind = next(k for k in DRAFTERS.values() if name in (k.name, *k.aliases))
+    drafter = build_drafter(name, target, drafts.get(kind.name), PLAIN)
+    assert isinstance(drafter, CLASSES[kind.name])
     assert isinstance(drafter, Drafter)
+
+
+def test_auto_is_what_the_draft_is_or_lookup(target: Any, drafts: dict[str, Path]) -> None:
+    assert isinstance(build_drafter("auto", target), NgramDrafter)
+    for kind, path in drafts.items():
+        assert isinstance(build_drafter("auto", target, str(path), PLAIN), CLASSES[kind])
 
 
 def test_objects(target: Any) -> None:
     replay = ReplayDrafter(0.5)
     assert build_drafter(replay, target) is replay
-    model = build_drafter(tiny_model("llama", num_hidden_layers=1), target, kernels=False)
-    assert isinstance(model, IndependentDrafter)
+    assert isinstance(build_drafter(None, target), NoDrafter)
+    draft = tiny_model("llama", num_hidden_layers=1)
+    for given in ((draft, target, None), ("independent", target, draft)):
+        assert isinstance(build_drafter(*given, options=PLAIN), IndependentDrafter)
 
 
-def test_paths_are_told_apart(target: Any, tmp_path: Path) -> None:
-    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    model = build_drafter(str(tmp_path / "model"), target, kernels=False)
-    assert isinstance(model, IndependentDrafter)
-    tensors = random_layer("layers.0", H, 0) | {"fc.weight": ones(H, 2 * H)}
-    head = save(tmp_path / "head", LAYER, tensors, False)
-    assert isinstance(build_drafter(head, target, kernels=False), EagleDrafter)
+def test_replay_runs_a_draft_for_its_cost(target: Any, drafts: dict[str, Path]) -> None:
+    options = DraftOptions(kernels=False, replay_alpha=0.3)
+    replay = build_drafter("replay", target, drafts["eagle"], options)
+    assert isinstance(replay, ReplayDrafter) and replay.alpha == 0.3
+    assert isinstance(replay.cost, EagleDrafter)
 
 
 def test_options(target: Any) -> None:
-    ngram = build_drafter("ngram", target, max_ngram=6, min_ngram=3)
+    ngram = build_drafter("ngram", target, options=DraftOptions(max_ngram=6, min_ngram=3))
     assert isinstance(ngram, NgramDrafter) and (ngram.max_ngram, ngram.min_ngram) == (6, 3)
-    drafter = build_drafter("self", target, self_top_k=2)
+    drafter = build_drafter("self", target, options=DraftOptions(self_top_k=2))
     assert isinstance(drafter, SelfDrafter) and drafter.top_k == 2
-    hybrid = build_drafter("self", target, ngram_threshold=3)
+    hybrid = build_drafter("self", target, options=DraftOptions(ngram_threshold=3))
     assert isinstance(hybrid, HybridDrafter) and hybrid.name == "self+ngram"
 
 
+def test_each_option_is_a_field_that_some_kind_reads() -> None:
+    read = {name for kind in DRAFTERS.values() for name in kind.options}
+    assert read | {"kernels", "tokenizer"} == set(DraftOptions.__dataclass_fields__)
+
+
 @pytest.mark.parametrize(
-    ("spec", "options", "message"),
+    ("drafter", "draft", "message"),
     [
-        ("/no/such/draft", {}, r"'/no/such/draft' is neither a directory nor one of 'none'"),
-        ("ngram", {"kind": "medusa"}, "must be one of auto, none, ngram.*got 'medusa'"),
-        (3.5, {}, "must be a name, a path, a causal LM or a Drafter, got float"),
+        ("auto", "/no/such/draft", "draft must be a directory, got '/no/such/draft'"),
+        ("eagle", "/no/such/draft", "draft must be a directory, got '/no/such/draft'"),
+        ("eagle3", None, r"drafter 'eagle3' needs a draft \(--draft\), got none"),
+        ("medusa", None, "must be one of auto, none, ngram.*got 'medusa'; a draft model's path"),
+        (3.5, None, "draft must be a path or a causal LM, got float"),
     ],
 )
-def test_refusals(target: Any, spec: Any, options: dict[str, Any], message: str) -> None:
+def test_refusals(target: Any, drafter: Any, draft: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_drafter(spec, target, **options)
+        build_drafter(drafter, target, draft)
 
 
 def test_directory_without_a_model(target: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load model"):
-        build_drafter(tmp_path, target)
+        build_drafter("auto", target, tmp_path)
+
+
+def test_a_decoder_is_given_drafters_only() -> None:
+    assert isinstance(checked_drafter(None), NoDrafter)
+    with pytest.raises(UserError, match=r"got str; SpeculativeDecoder.from_paths takes paths"):
+        checked_drafter("ngram")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from decoder import embedded
 from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
+from decoder.errors import UserError
 
 MAX_BYTES = 24_000_000
 EAGLE_TENSORS = {
@@ -123,5 +124,5 @@ def test_prompts_are_enough_and_fit(pair):
 
 def test_missing_assets_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded, "ASSETS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="python -m training all"):
+    with pytest.raises(UserError, match="python -m training all"):
         embedded.target_path()

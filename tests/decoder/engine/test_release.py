@@ -18,7 +18,7 @@ from support.eagle_reference import LAYER, H, random_layer, save
 from support.engine_models import ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.drafters import ReplayDrafter
+from decoder.drafters import NgramDrafter, ReplayDrafter, SelfDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
 from decoder.model import capture
@@ -40,8 +40,8 @@ def independent() -> IndependentDrafter:
 
 DRAFTERS: dict[str, Callable[[Path], Any]] = {
     "none": lambda _: None,
-    "ngram": lambda _: "ngram",
-    "self": lambda _: "self",
+    "ngram": lambda _: NgramDrafter(),
+    "self": lambda _: SelfDrafter(),
     "independent": lambda _: independent(),
     "eagle": eagle,
     "replay": lambda _: ReplayDrafter(0.8, cost=independent()),

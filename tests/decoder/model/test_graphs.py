@@ -5,6 +5,7 @@ import torch
 from support.engine_models import VOCAB, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import DraftOptions, build_drafter
 from decoder.model.graphs import ForwardGraphs
 from decoder.model.runner import ModelRunner
 
@@ -80,7 +81,8 @@ def test_decoding_through_static_buffers(drafter):
     options = {"kernels": False, "attention": "portable", "max_batch_size": 3}
     expected = SpeculativeDecoder(target, None, **options).generate(prompts, params)
     draft = tiny_moe(seed=1, layers=1) if drafter == "independent" else drafter
-    engine = SpeculativeDecoder(target, draft, 3, static=True, max_length=60, **options)
+    made = build_drafter(draft, target, options=DraftOptions(kernels=False))
+    engine = SpeculativeDecoder(target, made, 3, static=True, max_length=60, **options)
     outputs = engine.generate(prompts, params)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
 

@@ -1,0 +1,82 @@
+"""What the flags describe, loaded once: a target, and any number of decoders on it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from decoder import embedded
+from decoder.drafters import Drafter, build_drafter
+from decoder.drafters.table import canonical_name
+from decoder.engine.loop import SpeculativeDecoder
+from decoder.engine.profile_rounds import profile_rounds
+from decoder.model.loading import load_model, load_tokenizer
+
+from .options import OURS, draft_options
+
+
+class Setup:
+    """Loaded target and tokenizer; makes any number of decoders on them.
+
+    Args:
+        args: parsed flags of ``options.add_model_arguments``.
+
+    Attributes:
+        target: the loaded target model.
+        tokenizer: its tokenizer.
+        path: directory of both; the embedded target's unless the flags name one.
+
+    Raises:
+        UserError: something that cannot be loaded.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        disable_progress_bar()
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self._args = args
+        self._kernels = args.experts_implementation == OURS
+        self.path = args.target or str(embedded.target_path())
+        self.tokenizer = load_tokenizer(self.path)
+        self.target = load_model(
+            self.path,
+            dtype=args.dtype,
+            device=args.device,
+            experts=None if self._kernels else args.experts_implementation,
+        )
+
+    def decoder(self, *, plain: bool = False) -> SpeculativeDecoder:
+        """A decoder as the flags describe, or one that only decodes autoregressively."""
+        args = self._args
+        decoder = SpeculativeDecoder(
+            self.target,
+            None if plain else self._drafter(),
+            args.gamma,
+            args.verifier,
+            tokenizer=self.tokenizer,
+            max_batch_size=args.batch_size,
+            max_length=args.max_length,
+            max_gamma=args.max_gamma,
+            kernels=self._kernels,
+            attention=args.attention,
+            static=False if args.enforce_eager else "auto",
+        )
+        profile_rounds(decoder)
+        return decoder
+
+    def reference(self) -> Any:
+        """The target in fp32 with transformers' own experts and attention: none of our kernels."""
+        return load_model(
+            self.path, dtype=torch.float32, device=self.target.device, experts="eager"
+        )
+
+    def _drafter(self) -> Drafter:
+        args = self._args
+        draft = args.draft
+        if draft is None and args.target is None:
+            draft = embedded.draft_of(canonical_name(args.drafter))
+        options = draft_options(args, kernels=self._kernels, tokenizer=self.tokenizer)
+        return build_drafter(args.drafter, self.target, draft, options)
