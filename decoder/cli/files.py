@@ -83,29 +83,29 @@ def _lines(path: str | Path) -> Iterator[str]:
         raise UserError(f"cannot read prompts from {path}: {reason}") from None
 
 
-def _parse(line: str, where: str, index: int) -> dict[str, Any]:
+def _parse(line: str, source: str, index: int) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except ValueError as error:
         raise UserError(
-            f"{where}: expected a JSON object, got {line.strip()[:40]!r} ({error})"
+            f"{source}: expected a JSON object, got {line.strip()[:40]!r} ({error})"
         ) from None
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+        raise UserError(f"{source}: expected a JSON object, got {type(fields).__name__}")
     text, ids = fields.get("prompt"), fields.get("token_ids")
     if (text is None) == (ids is None):
-        raise UserError(f'{where}: expected exactly one of "prompt" and "token_ids"')
+        raise UserError(f'{source}: expected exactly one of "prompt" and "token_ids"')
     if text is not None and not isinstance(text, str):
-        raise UserError(f'{where}: "prompt" must be text, got {type(text).__name__}')
+        raise UserError(f'{source}: "prompt" must be text, got {type(text).__name__}')
     if ids is not None and not _is_token_list(ids):
-        raise UserError(f'{where}: "token_ids" must be a list of integers')
+        raise UserError(f'{source}: "token_ids" must be a list of integers')
     prompt = {name: value for name, value in fields.items() if name in _KNOWN and value is not None}
     name = prompt.pop("task_id", None)
     parameters = {key: value for key, value in prompt.items() if key in _PARAMETERS}
     try:
         SamplingParams().updated(parameters)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
     return {**prompt, "id": LineId(index, prompt.get("id", name))}
 
 

@@ -13,7 +13,7 @@ from decoder.engine.metrics import DecoderStats
 from decoder.requests.outputs import Output
 
 DRAFTED = "green"
-OWN = "bold magenta"
+TARGET = "bold magenta"
 
 
 def colored(output: Output, tokenizer: Any) -> Text:
@@ -25,14 +25,14 @@ def colored(output: Output, tokenizer: Any) -> Text:
         # Prefixes are decoded, not single tokens: a character may span several tokens.
         prefix = tokenizer.decode(output.token_ids[:end], skip_special_tokens=True)
         prefix = prefix[: len(output.text)]
-        text.append(prefix[shown:], style=DRAFTED if drafted else OWN)
+        text.append(prefix[shown:], style=DRAFTED if drafted else TARGET)
         shown = max(shown, len(prefix))
     return text
 
 
 def legend() -> Text:
     """Explains the colours."""
-    return Text.assemble(("drafted and accepted", DRAFTED), "  ", ("the target's own", OWN))
+    return Text.assemble(("drafted and accepted", DRAFTED), "  ", ("the target's own", TARGET))
 
 
 def number(value: float | None, digits: int = 2, suffix: str = "") -> str:
@@ -65,11 +65,10 @@ def comparison_table(
     table.add_row("tokens per row and round", "1.00", number(speculative.acceptance_length, 2))
     efficiency = speculative.target_efficiency(plain)
     table.add_row("target efficiency", "-", number(efficiency, 3))
-    own, other = plain.ms_per_round(), speculative.ms_per_round()
-    for phase in own:
-        table.add_row(f"ms per round: {phase}", number(own[phase], 2), number(other[phase], 2))
-    rounds = f"{plain.rounds}", f"{speculative.rounds}"
-    table.add_row("rounds", *rounds)
+    plain_ms, speculative_ms = plain.ms_per_round(), speculative.ms_per_round()
+    for phase, ms in plain_ms.items():
+        table.add_row(f"ms per round: {phase}", number(ms, 2), number(speculative_ms[phase], 2))
+    table.add_row("rounds", f"{plain.rounds}", f"{speculative.rounds}")
     same, total = identical
     table.add_row("identical outputs", "", f"{'yes' if same == total else 'NO'} ({same}/{total})")
     return table

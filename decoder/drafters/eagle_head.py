@@ -178,8 +178,8 @@ class EagleHead(nn.Module):
     def feature_size(self) -> int:
         """Width of the concatenated target features that ``fuse`` expects."""
         assert isinstance(self.fc, nn.Linear)
-        own = 0 if self.config.kind == "eagle3" else self.config.hidden_size
-        return self.fc.in_features - own
+        embedding_width = 0 if self.config.kind == "eagle3" else self.config.hidden_size
+        return self.fc.in_features - embedding_width
 
     def fuse(self, features: Tensor) -> Tensor:
         """Target features ``[B, Q, n * H_t]`` to what ``forward`` takes in their place."""

@@ -1,13 +1,15 @@
 """Chooses the draft length of every round: the one that emits most tokens per second.
 
-``goodput(gamma) = E[tokens emitted per row | gamma] / seconds(batch, gamma, context)``, with
-acceptance from a running estimate per position and costs from a profile corrected by the rounds
-actually run, or from those rounds alone. ``gamma = 0`` (plain autoregressive decoding) is one of
-the choices, so that a bad drafter, a bad batch size or a bad machine ends in ordinary decoding, not
-in a slowdown. Exploration is paid from a budget of at most 0.5 % of the time (``probing.py``).
+``goodput(gamma) = batch * E[tokens emitted per row | gamma] / seconds(batch, gamma, context)``.
+Tokens come from a running estimate of acceptance per draft position (``acceptance.py``), seconds
+from a profile corrected by the rounds actually run (``step_cost.py``) or, without one, from those
+rounds alone (``learned_cost.py``). ``gamma = 0`` (plain autoregressive decoding) is one of the
+choices ("arms", as of a bandit), so that a bad drafter, batch size or machine ends in ordinary
+decoding, not in a slowdown. Arms other than the one held best are tried from a budget of at most
+0.5 % of the time (``probing.py``).
 
-Between decisions a round costs the controller next to nothing: rounds are kept as they come and
-learnt from when the next decision is due.
+A decision holds for several rounds, and until the next a round costs the controller next to
+nothing: rounds are kept as they come and learnt from when a decision is due.
 """
 
 from __future__ import annotations
@@ -24,19 +26,22 @@ from .learned_cost import LearnedCost
 from .probing import Probe, ProbeBudget
 from .step_cost import CorrectedCost, RoundCost, bucket_of
 
-_SWITCH_GAIN = 0.02  # relative goodput a new gamma must add: below it, noise would decide
-_LEAVE_GAIN = 0.04  # the same for leaving plain decoding, where going to and fro costs catching up
-_PROBE_CREDIT = 0.3  # of one plain step may be lost to probing at once
-_PLAN_EVERY = 4  # rounds between decisions for an unchanged batch
-_PLAN_PLAIN = 32  # the most between decisions that held to plain decoding, where little is learnt
-_ALIKE = 4  # plain rounds between two decisions that are learnt from
+_SWITCH_GAIN = 0.02  # relative goodput that another gamma must add: less could be noise
+# The same for leaving plain decoding, in which the drafter falls behind: each return costs it a
+# catch-up on the tokens it missed.
+_LEAVE_GAIN = 0.04
+_PROBE_CREDIT = 0.3  # plain steps' worth of time that probes may lose before the budget has grown
+_CHECK_CREDIT = 2.0  # the same for checking a forecast of plain decoding
+_HOLD = 4  # rounds that a decision holds while the batch does not change
+_HOLD_PLAIN = 32  # the most, doubling, where plain decoding is confirmed: it teaches little
+_LEARNT_PLAIN = 4  # of the plain rounds between two decisions, how many are learnt from: the last
 _WARM_UP = 2  # rounds per arm when no costs are known
 _WARM_TRIES = 8  # rounds a batch size may spend on first timings
-_WARM_REACH = 4  # timings at one batch size serve up to this factor of it
-_TRUSTED = 3  # rounds of an arm before its measured loss keeps it from being probed
-_NOISE = 1.2  # times its expected time, a round has taken no longer than usual
+_WARM_REACH = 4  # a verification counts as timed if one within this factor of its tokens was
+_TRUSTED = 3  # rounds of an arm from which its measured loss is believed
+_NOISE = 1.2  # a round within this factor of its expected time has taken no longer than usual
 _ADMISSIONS = 4  # groups of requests whose prompts' cost to the drafter is remembered
-_STEEP = 1.75  # times a plain step: a round of gamma 1 beyond this makes long drafts hopeless
+_STEEP = 1.75  # if a round of gamma 1 takes more plain steps than this, long drafts are hopeless
 
 
 class _Round(NamedTuple):
@@ -46,7 +51,7 @@ class _Round(NamedTuple):
     batch: int
     context: int
     probed: bool
-    caught_up: bool  # after plain rounds the drafter first caught up on the tokens it missed
+    caught_up: bool  # the drafter first took in the tokens of the plain rounds before
     drafted: Counts
     accepted: Counts
     seconds: float
@@ -77,50 +82,54 @@ class AutoGamma:
         self._costs: CorrectedCost | LearnedCost = (
             LearnedCost() if costs is None else CorrectedCost(costs)
         )
-        self._warming = 0
-        self._anchor = costs is not None  # a model's idea of plain decoding needs checking
-        self._current = 0
-        self._goodputs: list[float] = []
-        self._planned_for: int | None = None
-        self._plan_after = _PLAN_EVERY
-        self._rounds_since_plan = 0
+        self._warming = 0  # the batch size whose first timings are being taken
+        self._warm_tries: dict[int, int] = {}  # rounds spent on them, by bucket of batch sizes
+        # A forecast of plain decoding is checked by a round of it before drafts are trusted.
+        self._unchecked = costs is not None
+        self._current = 0  # the draft length held best
+        self._goodputs: list[float] = []  # by draft length, when that was decided
+        self._decided_for: int | None = None  # live rows at the decision that holds; None is none
+        self._hold = _HOLD  # rounds that it holds
+        self._held = 0  # rounds that it has held
         self._rounds: list[_Round] = []  # not learnt from yet
         self._context = 0
-        self._asked = self._asked_before = 0
-        self._warm_tries: dict[int, int] = {}
+        self._asked = self._asked_before = 0  # the draft lengths asked for last, and before that
         self._probe = Probe(0, 1, 0.0, 0.0)
         self._probe_left = 0
         self._probing = False  # the round asked for last is a probe
         self._budget = ProbeBudget()
-        # By whether the drafter was at work: its seconds for prompts, per token of their outputs.
-        self._prompt_costs = {idle: deque[float](maxlen=_ADMISSIONS) for idle in (True, False)}
+        # Seconds the drafter spent on new prompts per token of their outputs, kept apart by whether
+        # plain decoding was asked for (True: it may put prompts off) or drafts were (False).
+        self._prompt_costs = {plain: deque[float](maxlen=_ADMISSIONS) for plain in (True, False)}
         self._reason = "no round has run yet"
 
     def use_costs(self, costs: RoundCost) -> None:
         """Start from costs measured here, such as a start-up profile; rounds go on correcting them.
 
-        Unlike costs given at construction they are trusted about plain decoding, too.
+        Costs given at construction are a forecast, which a round of plain decoding has to confirm
+        before drafts are trusted; these were measured, plain decoding included.
         """
         self._costs = CorrectedCost(costs)
-        self._anchor = False
-        self._planned_for = None
+        self._unchecked = False
+        self._decided_for = None
 
     def choose(self, live_batch: int, context: int) -> int:
         """Draft length of the next round for ``live_batch`` rows of about ``context`` tokens."""
         self._context = context
-        self._asked_before, self._asked = self._asked, self._decide(live_batch)
+        self._asked_before, self._asked = self._asked, self._next_gamma(live_batch)
         return self._asked
 
-    def _decide(self, live_batch: int) -> int:
+    def _next_gamma(self, live_batch: int) -> int:
+        """What a probe under way, the decision that holds, a first timing or a new decision say."""
         self._probing = self._probe_left > 0
         if self._probing:
             self._probe_left -= 1
             return self._probe.gamma
-        if live_batch == self._planned_for and self._rounds_since_plan < self._plan_after:
-            self._rounds_since_plan += 1
+        if live_batch == self._decided_for and self._held < self._hold:
+            self._held += 1
             return self._current
         self._learn()
-        self._planned_for = None
+        self._decided_for = None
         if live_batch < 1:
             return 0
         if isinstance(self._costs, LearnedCost):
@@ -131,11 +140,11 @@ class AutoGamma:
                 self._warm_tries[bucket_of(live_batch)] = tries + 1
                 self._reason = f"gamma {arm}: first timings at batch {live_batch}"
                 return arm
-        self._plan(live_batch)
+        self._decide(live_batch)
         if self._budget.allows(self._probe, self._context):
             self._probing, self._probe_left = True, self._probe.rounds - 1
             return self._probe.gamma  # what it shows is looked at as soon as it is over
-        self._planned_for, self._rounds_since_plan = live_batch, 1
+        self._decided_for, self._held = live_batch, 1
         return self._current
 
     def observe(
@@ -144,35 +153,51 @@ class AutoGamma:
         """Take note of one finished round.
 
         Args:
-            drafted: valid drafts per row; accepted: accepted drafts per row.
+            gamma: draft length asked for.
+            batch: live rows.
+            drafted: valid drafts per row.
+            accepted: accepted drafts per row.
             times: phase -> seconds; their sum is the round, unless ``"total"`` is given.
         """
         caught_up = gamma > 0 and self._asked_before == 0
         seconds = times.get("total", 0.0) or sum(times.values())
-        situation = gamma, batch, self._context, self._probing, caught_up
-        measured = drafted, accepted, seconds, times.get("draft", 0.0)
-        self._rounds.append(_Round(*situation, *measured))
+        self._rounds.append(
+            _Round(
+                gamma=gamma,
+                batch=batch,
+                context=self._context,
+                probed=self._probing,
+                caught_up=caught_up,
+                drafted=drafted,
+                accepted=accepted,
+                seconds=seconds,
+                draft_seconds=times.get("draft", 0.0),
+            )
+        )
 
     def admitted(self, tokens: float, seconds: float) -> None:
         """Take note of new requests.
 
+        A drafter that may put prompts off while plain decoding goes on saves their time. What it
+        spends more when it drafts is a cost of drafting, and weighs most where outputs are short.
+
         Args:
-            tokens: that they are expected to emit.
-            seconds: that the drafter spent on their prompts. What it does not spend while it idles
-                is a cost of drafting, and weighs most where outputs are short.
+            tokens: that the requests are expected to emit.
+            seconds: that the drafter spent on their prompts.
         """
         self._prompt_costs[self._asked == 0].append(seconds / max(tokens, 1.0))
 
     def _learn(self) -> None:
-        early, last = self._rounds[:-_ALIKE], self._rounds[-_ALIKE:]
+        """Give the rounds since the last decision to the estimates and to the budget."""
+        early, last = self._rounds[:-_LEARNT_PLAIN], self._rounds[-_LEARNT_PLAIN:]
         plain = [r for r in early if r.gamma == 0]
-        for r in plain:  # of many, the last few say it all
+        for r in plain:  # of many alike, the last few say it all
             self._budget.spend(0, r.seconds)
         self.acceptance.idle(len(plain))
         for r in [r for r in early if r.gamma] + last:
             self.acceptance.update(r.gamma, r.drafted, r.accepted)
             known = self._costs.observations(r.batch, r.gamma)
-            # Catching up is not this arm's lasting cost, but what a probe costs all the same.
+            # Catching up is no lasting cost of this arm, but a probe of it has to pay for it.
             if r.caught_up and known:
                 expected = self._costs.seconds(r.batch, r.gamma, r.context)
                 self._budget.observe_catch_up(r.seconds - _NOISE * expected, r.context)
@@ -192,25 +217,26 @@ class AutoGamma:
         """Tokens per second of the whole batch for gamma = 0..max_gamma."""
         tokens = self.acceptance.expected_tokens()
         seconds = [self._costs.seconds(batch, gamma, context) for gamma in range(len(tokens))]
-        idle, drafting = (median_low(self._prompt_costs[key] or (0.0,)) for key in (True, False))
-        upkeep = batch * max(drafting - idle, 0.0)
-        seconds[1:] = [s + upkeep * n for s, n in zip(seconds[1:], tokens[1:], strict=True)]
+        plain, drafting = (median_low(self._prompt_costs[key] or (0.0,)) for key in (True, False))
+        prompts = batch * max(drafting - plain, 0.0)  # seconds per token that a row emits
+        seconds[1:] = [s + prompts * n for s, n in zip(seconds[1:], tokens[1:], strict=True)]
         # A longer draft cannot be cheaper: where it seems so, the shorter one's rounds stalled.
         least = list(accumulate(reversed(seconds), min))[::-1]
         return [batch * n / s for n, s in zip(tokens, least, strict=True)]
 
-    def _plan(self, batch: int) -> None:
+    def _decide(self, batch: int) -> None:
+        """Hold to the current draft length or take a better one; choose what to probe next."""
         goodputs = self._goodputs = self._predicted(batch, self._context)
         best = max(range(len(goodputs)), key=goodputs.__getitem__)
         gain = goodputs[best] / goodputs[self._current] - 1.0
         # Falling back to plain decoding needs no margin: it is the safe choice.
         threshold = 0.0 if best == 0 else _SWITCH_GAIN if self._current else _LEAVE_GAIN
-        held = gain <= threshold
-        if not held:
+        better = gain > threshold
+        if better:
             self._current = best
-        patient = held and best == 0
-        self._plan_after = min(2 * self._plan_after, _PLAN_PLAIN) if patient else _PLAN_EVERY
-        self._probe = self._plan_probe(batch)
+        plain_confirmed = best == 0 and not better
+        self._hold = min(2 * self._hold, _HOLD_PLAIN) if plain_confirmed else _HOLD
+        self._probe = self._choose_probe(batch)
         plain, chosen = goodputs[0], goodputs[self._current]
         rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance.conditional()[:4])
         self._reason = (
@@ -244,30 +270,30 @@ class AutoGamma:
         rate = min(max(self.acceptance.conditional()[0], 0.01), 0.99)
         return min(max(round(math.log(1 / 3) / math.log(rate)), 2), self.max_gamma)
 
-    def _plan_probe(self, batch: int) -> Probe:
+    def _choose_probe(self, batch: int) -> Probe:
         """The arm whose next probe is worth most, and what it is expected to cost."""
         arm = self._arm_to_probe(batch, self._goodputs)
         rounds = 1 if batch >= 8 or arm == 0 else 2
-        plain = self._costs.seconds(batch, 0, self._context)
-        seconds = rounds * self._costs.seconds(batch, arm, self._context)
+        plain, current, probed = (
+            self._costs.seconds(batch, gamma, self._context) for gamma in (0, self._current, arm)
+        )
         promise = min(self._goodputs[arm] / self._goodputs[self._current], 1.0)
-        loss = seconds * (1.0 - promise)
+        loss = rounds * probed * (1.0 - promise)
         if self._costs.observations(batch, arm) < _TRUSTED:
-            # one stalled round may be all that speaks against this arm
+            # One stalled round may be all that speaks against this arm.
             promise = 1.0
-            loss = min(
-                loss, rounds * min(plain, self._costs.seconds(batch, self._current, self._context))
-            )
-        return Probe(arm, rounds, loss, (2.0 if self._anchor else _PROBE_CREDIT) * plain, promise)
+            loss = min(loss, rounds * min(plain, current))
+        credit = (_CHECK_CREDIT if self._unchecked else _PROBE_CREDIT) * plain
+        return Probe(arm, rounds, loss, credit, promise)
 
     def _arm_to_probe(self, batch: int, goodputs: list[float]) -> int:
-        """Plain decoding until it is known; from there the best speculative arm, from a
-        speculative arm its least known neighbour."""
+        """Plain decoding while it is only forecast; then, from plain decoding, the best draft
+        length, and from a draft length the least known of its neighbours and plain decoding."""
         others = [gamma for gamma in range(len(goodputs)) if gamma != self._current]
-        if self._anchor and self._current:
+        if self._unchecked and self._current:
             if self._costs.observations(batch, 0) < _TRUSTED:
                 return 0  # "never slower than plain" needs to know what plain costs
-            self._anchor = False
+            self._unchecked = False
         if self._current == 0:
             return max(others, key=goodputs.__getitem__)
         near = [g for g in others if g == 0 or abs(g - self._current) <= 2]

@@ -13,8 +13,8 @@ from collections import deque
 
 from .step_cost import bucket_of, typical
 
-_WINDOW = 9
-_ENOUGH = 5
+_WINDOW = 9  # rounds remembered per arm, and per point of a curve
+_ENOUGH = 5  # rounds from which an arm speaks for itself
 
 
 class _Curve:
@@ -34,24 +34,23 @@ class _Curve:
         self._points = points
 
     def covers(self, x: int, factor: float) -> bool:
-        return any(abs(at - math.log(x)) <= math.log(factor) for at, _ in self._points)
+        return any(abs(seen - math.log(x)) <= math.log(factor) for seen, _ in self._points)
 
     def __bool__(self) -> bool:
         return bool(self._points)
 
     def __call__(self, x: int) -> float:
-        points, at = self._points, math.log(x)
+        points, log_x = self._points, math.log(x)
         if len(points) == 1:
             return math.exp(points[0][1])
-        upper = min(max(bisect_left(points, (at, -math.inf)), 1), len(points) - 1)
+        upper = min(max(bisect_left(points, (log_x, -math.inf)), 1), len(points) - 1)
         (x0, y0), (x1, y1) = points[upper - 1], points[upper]
-        # time neither falls with work nor grows faster than it
+        if x0 <= log_x <= x1:
+            return math.exp(y0 + (y1 - y0) * (log_x - x0) / (x1 - x0))
+        # Outside, time neither falls with work nor grows faster than it.
         slope = min(max((y1 - y0) / (x1 - x0), 0.0), 1.0)
-        inside = x0 <= at <= x1
-        if inside:
-            return math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
-        near_x, near_y = (x0, y0) if at < x0 else (x1, y1)
-        return math.exp(near_y + slope * (at - near_x))
+        near_x, near_y = (x0, y0) if log_x < x0 else (x1, y1)
+        return math.exp(near_y + slope * (log_x - near_x))
 
 
 class LearnedCost:
@@ -60,7 +59,8 @@ class LearnedCost:
     def __init__(self) -> None:
         self._verify = _Curve()
         self._draft = _Curve()
-        self._own: dict[tuple[int, int], deque[tuple[int, float]]] = {}
+        # By arm, (bucket of batch sizes, gamma): (batch, seconds) of its latest rounds.
+        self._rounds: dict[tuple[int, int], deque[tuple[int, float]]] = {}
 
     def observe(
         self, batch: int, gamma: int, context: int, seconds: float, draft: float = 0.0
@@ -73,11 +73,11 @@ class LearnedCost:
         if gamma and draft > 0:
             self._draft.add(batch, draft / gamma)
         arm = (bucket_of(batch), gamma)
-        self._own.setdefault(arm, deque(maxlen=_WINDOW)).append((batch, seconds))
+        self._rounds.setdefault(arm, deque(maxlen=_WINDOW)).append((batch, seconds))
 
     def observations(self, batch: int, gamma: int) -> int:
         """Rounds remembered at this bucket and gamma."""
-        return len(self._own.get((bucket_of(batch), gamma), ()))
+        return len(self._rounds.get((bucket_of(batch), gamma), ()))
 
     def knows_verify(self, tokens: int, factor: float) -> bool:
         """Whether a verification within this factor of ``tokens`` was timed."""
@@ -91,16 +91,17 @@ class LearnedCost:
         """Expected seconds of a round; 1 before anything was observed."""
         if not self._verify:
             return 1.0
-        own = self._own.get((bucket_of(batch), gamma), ())
-        if len(own) < _ENOUGH:
-            return self._from_curves(batch, gamma)
-        here = self._from_curves(batch, gamma)
-        scale = {b: here / self._from_curves(b, gamma) for b, _ in own if b != batch}
-        return typical([s * scale.get(b, 1.0) for b, s in own])
+        expected = self._from_curves(batch, gamma)
+        rounds = self._rounds.get((bucket_of(batch), gamma), ())
+        if len(rounds) < _ENOUGH:
+            return expected
+        # Rounds of a neighbouring batch size count as the curves say they differ.
+        scale = {b: expected / self._from_curves(b, gamma) for b, _ in rounds if b != batch}
+        return typical([s * scale.get(b, 1.0) for b, s in rounds])
 
     def _from_curves(self, batch: int, gamma: int) -> float:
-        time = self._verify(batch * (gamma + 1))
-        if gamma:
+        seconds = self._verify(batch * (gamma + 1))
+        if gamma:  # before any draft was timed, a draft step is taken for a tenth of a plain step
             step = self._draft(batch) if self._draft else 0.1 * self._verify(batch)
-            time += gamma * step
-        return time
+            seconds += gamma * step
+        return seconds

@@ -12,9 +12,12 @@ from statistics import median_low
 from typing import NamedTuple
 
 _SHARE = 0.005  # of the elapsed time may be lost to probing
-_DOUBT = 2  # power of its promise that a probe's share goes with: what is far off can wait
-_FLOOR = 0.05  # of its worth is what any probe counts: a flat optimum is no reason to probe always
-_OVERDRAWN = 2.0  # times what it was expected to lose is the most that a probe is charged
+# A probe may use that share times its promise to this power: what looks far worse can wait.
+_DOUBT = 2
+# A probe is charged at least this part of the time that its tokens would have taken without it:
+# where all draft lengths are equally good it loses nothing, which is no reason to go on probing.
+_FLOOR = 0.05
+_OVERDRAWN = 2.0  # a probe is charged at most this many times what it was expected to lose
 _CATCH_UPS = 4  # timings kept of a drafter catching up
 
 
@@ -22,7 +25,8 @@ class Probe(NamedTuple):
     """Rounds of another draft length.
 
     Attributes:
-        gamma: the draft length; rounds: how many.
+        gamma: the draft length.
+        rounds: how many.
         loss: seconds expected to be lost in all of them.
         credit: seconds that may be lost before the budget has grown.
         promise: its expected rate of tokens over that of the draft length held best, at most 1.

@@ -1,8 +1,8 @@
 """What one decoding round costs for a (batch, gamma), corrected by the rounds actually run.
 
-A prior gives the shape (a start-up profile or a fitted model); medians of observed
-over predicted time correct it. Ratios rather than seconds are kept, so that an observation at one
-batch size, gamma or context says something about its neighbours.
+A prior gives the shape (a start-up profile or a fitted model); medians of observed over predicted
+time correct it. Ratios rather than seconds are kept, so that an observation at one batch size,
+gamma or context says something about its neighbours. An arm is a bucket of batch sizes and a gamma.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from statistics import median_low
 from typing import Protocol
 
 _WINDOW = 9  # observations kept per arm: enough for a median, short enough to follow context
-_FULL_WEIGHT = 8.0
+_FULL_WEIGHT = 8.0  # an arm weighs as many rounds as it remembers, at most these
 _ENOUGH = 5  # observations from which an arm speaks for itself
-_GLOBAL_WEIGHT = 0.5
-_FEW = 3
+_GLOBAL_WEIGHT = 0.5  # of the correction common to all arms, in rounds
+_FEW = 3  # rounds of which the fastest counts; of more, the median
 _SUSPICIOUS = 0.4  # log ratio from the overall correction that few rounds alone do not establish
 
 
@@ -70,8 +70,8 @@ class MeasuredCost:
         slope = math.log(high_time / low_time) / math.log(high / low)
         if not low <= batch <= high:
             slope = min(max(slope, 0.0), 1.0)  # time grows with batch, at most in proportion
-            near, time = (low, low_time) if batch < low else (high, high_time)
-            return time * math.exp(slope * math.log(batch / near))
+            near, seconds = (low, low_time) if batch < low else (high, high_time)
+            return seconds * math.exp(slope * math.log(batch / near))
         return low_time * math.exp(slope * math.log(batch / low))
 
     def _along_gamma(self, batch: int, gamma: int) -> float:
@@ -80,8 +80,8 @@ class MeasuredCost:
         while upper < len(row) - 1 and row[upper][0] < gamma:
             upper += 1
         (g0, t0), (g1, t1) = row[upper - 1], row[upper]
-        time = t0 + (t1 - t0) * (gamma - g0) / (g1 - g0)
-        return max(time, 0.5 * min(t0, t1))
+        seconds = t0 + (t1 - t0) * (gamma - g0) / (g1 - g0)
+        return max(seconds, 0.5 * min(t0, t1))  # extrapolation must not reach 0
 
 
 def measure_costs(

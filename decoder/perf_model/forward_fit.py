@@ -49,8 +49,8 @@ class ImprovedFit:
 def predict_speedup(model: ForwardModel, observation: Observation) -> float:
     """Eq. 4 for a cell: its batch, gamma, K, context, memory speed and measured sigma."""
     o = observation
-    own = model.with_top_k(o.top_k).at_memory_speed(o.memory_speed)
-    return own.speedup(o.batch, o.gamma, o.sigma, o.context)
+    adapted = model.with_top_k(o.top_k).at_memory_speed(o.memory_speed)
+    return adapted.speedup(o.batch, o.gamma, o.sigma, o.context)
 
 
 def fit_improved(
@@ -201,8 +201,8 @@ def _data_residuals(
     """Log ratios, predicted over measured, of everything that was measured."""
     values = []
     for o in observations:
-        own = replace(model, target=targets[o.top_k], machine=machines[o.memory_speed])
-        times = own.round_times(o.batch, o.gamma, o.context)
+        adapted = replace(model, target=targets[o.top_k], machine=machines[o.memory_speed])
+        times = adapted.round_times(o.batch, o.gamma, o.context)
         predicted = (times.ar, times.verify, times.draft, times.reject)
         for name, guess in zip(_TIMES, predicted, strict=True):
             measured = getattr(o, name)

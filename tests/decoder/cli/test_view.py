@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from decoder.cli.view import DRAFTED, OWN, colored, comparison_table, number, stats_line
+from decoder.cli.view import DRAFTED, TARGET, colored, comparison_table, number, stats_line
 from decoder.engine.metrics import DecoderStats
 from decoder.requests.outputs import Output, SequenceStats
 
@@ -20,7 +20,7 @@ def test_spans_follow_origin():
     text = colored(Output(0, None, None, ids, "abé!", "length", SequenceStats(1), flags), Bytes())
     assert text.plain == "abé!"
     spans = [(text.plain[s.start : s.end], s.style) for s in text.spans if s.end > s.start]
-    assert spans == [("a", OWN), ("b", DRAFTED), ("é", OWN), ("!", DRAFTED)]
+    assert spans == [("a", TARGET), ("b", DRAFTED), ("é", TARGET), ("!", DRAFTED)]
 
 
 def test_text_cut_at_a_stop_string_stays_cut():
