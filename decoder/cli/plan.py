@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from decoder.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,10 +82,15 @@ def add_parser(subparsers: Any) -> None:
         help="the paper's i.i.d. routing (Eq. 8) instead of correlated tokens",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; 2 on a usage error."""
+    """Print the plan.
+
+    Raises:
+        UserError: an unknown name, a file that is not there, or one that cannot be used.
+    """
     from decoder.perf_model.planner import make_plan
 
     try:
@@ -98,8 +104,7 @@ def run(args: argparse.Namespace) -> int:
             profile=profile,
         )
     except (ValueError, NotImplementedError, OSError) as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from None
     if args.json:
         print(json.dumps(plan.to_json(), indent=1))
     else:

@@ -51,7 +51,8 @@ def load_model(
             path, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype, **options
         )
         return model.to(device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    # Torch without CUDA asserts that there is none.
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         raise UserError(f"cannot load model {str(path)!r}: {_first_line(error)}") from error
 
 

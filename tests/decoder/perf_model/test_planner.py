@@ -1,12 +1,12 @@
 """The planner: its arithmetic, its command line, and how wrong it is known to be."""
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from decoder.__main__ import main
 from decoder.cli import plan as cli
 from decoder.perf_model.fit_report import ErrorSummary
 from decoder.perf_model.forward_model import ForwardModel
@@ -19,9 +19,7 @@ from decoder.perf_model.theory import expected_tokens
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers())
-    return cli.run(parser.parse_args(["plan", *arguments]))
+    return main(["plan", *arguments])
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
