@@ -1,6 +1,6 @@
-// The one C++ type of moesd::experts. Torch compares the types of a schema's kernels as their libraries load and ends
-// the process where they differ (std::string_view is not std::string), so each device's kernel is held to this type
-// where it is compiled.
+// The one C++ type of moesd::experts. Torch compares the types of a schema's kernels as their
+// libraries load and ends the process where they differ (std::string_view is not std::string), so
+// each device's kernel is held to this type where it is compiled.
 #pragma once
 
 #include <ATen/core/Tensor.h>

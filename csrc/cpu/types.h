@@ -1,5 +1,6 @@
-// Plain types shared by the op boundary (which sees torch) and the kernels (which must not: code compiled with wider
-// instruction sets may not share inline functions with the rest of the program).
+// Plain types shared by the op boundary (which sees torch) and the kernels (which must not: code
+// compiled with wider instruction sets may not share inline functions with the rest of the
+// program).
 #pragma once
 
 #include <cstdint>
@@ -16,23 +17,26 @@ struct half {
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
 
-// Every packed activation row is padded with zeros to a multiple of this, the longest K step of any instruction set.
+// Every packed activation row is padded with zeros to a multiple of this, the longest K step of any
+// instruction set.
 constexpr int64_t kDepthAlign = 32;
-// To an odd multiple: rows a power of two apart would compete for the same few lines of the first-level cache.
+// To an odd multiple: rows a power of two apart would compete for the same few lines of the
+// first-level cache.
 static constexpr int64_t align_depth(int64_t k) { return ((k + kDepthAlign - 1) / kDepthAlign | 1) * kDepthAlign; }
 
 // What the kernels' buffers hold, and the op boundary checks.
 constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kMaxExperts = 1024;
 
-// Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their work from counters.
+// Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their
+// work from counters.
 using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
 
 // Told the name of each phase a kernel enters, by whichever threads enter it.
 using EnterPhase = void (*)(void* ctx, const char* name);
 
-// Rows of activations that lie together where kernels compute in tiles. An expert's rows begin a panel of their own, so
-// `rows` of them need no more than this.
+// Rows of activations that lie together where kernels compute in tiles. An expert's rows begin a
+// panel of their own, so `rows` of them need no more than this.
 constexpr int64_t kPanelRows = 16;
 static constexpr int64_t panel_rows(int64_t rows, int64_t experts) {
     return (rows / kPanelRows + (experts < rows ? experts : rows)) * kPanelRows;
@@ -54,8 +58,9 @@ struct ExpertsArgs {
     const int64_t* offsets;         // [num_active + 1] into the sorted rows
     const int64_t* sorted_token;    // [N]
     const float* sorted_weight;     // [N]
-    float* packed_x;                // [T, align_depth(H)] scratch, or [panel_rows(N, E), align_depth(H)] for panels
-    float* packed_act;              // [N, align_depth(I)] scratch, or [panel_rows(N, E), align_depth(I)] for panels
+    // Scratch: [T, align_depth(H)] and [N, align_depth(I)]; for panels both have panel_rows(N, E).
+    float* packed_x;
+    float* packed_act;
     float* acc;                     // [T * H] scratch, by slices of the output
     void* out;                      // [T, H]
     EnterPhase enter_phase;         // null unless a profiler listens
@@ -70,7 +75,8 @@ struct LinearArgs {
     const void* x;     // [T, K]
     const void* w;     // [N, K]
     const void* bias;  // [N] or null
-    float* packed_x;   // [T, align_depth(K)] scratch, or [panel_rows(T, 1), align_depth(K)] for panels
+    // Scratch: [T, align_depth(K)]; for panels [panel_rows(T, 1), align_depth(K)].
+    float* packed_x;
     void* out;         // [T, N]
     int threads;
     RunTeam run;

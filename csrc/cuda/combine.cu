@@ -1,4 +1,5 @@
-// Weighted sum of a token's expert outputs, in slot order and fp32; and the gather that feeds the experts.
+// Weighted sum of a token's expert outputs, in slot order and fp32; and the gather that feeds the
+// experts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,8 +19,8 @@ __device__ void from_float(float x, float& y) { y = x; }
 __device__ void from_float(float x, __half& y) { y = __float2half_rn(x); }
 __device__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
-// Grid: (T, H / (128 * 4)); a thread sums four columns. A slot outside [0, E) was never computed: its partial
-// is not read and its weight not multiplied.
+// Grid: (T, H / (128 * 4)); a thread sums four columns. A slot outside [0, E) was never computed:
+// its partial is not read and its weight not multiplied.
 template <typename Id, typename Weight, typename Out>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const float* __restrict__ partial, const Id* __restrict__ ids, const Weight* __restrict__ weights,
@@ -47,7 +48,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kVector && column + j < H; ++j) from_float(sum[j], out[token * H + column + j]);
 }
 
-// Grid: (num_blocks * block_rows); a CTA copies one row, 16 bytes a thread at a time. H is a multiple of 8.
+// Grid: (num_blocks * block_rows); a CTA copies one row, 16 bytes a thread at a time. H is a
+// multiple of 8.
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __nv_bfloat16* __restrict__ x, int64_t x_stride, Plan plan, int block_rows, int topk, int H,
                   __nv_bfloat16* __restrict__ sorted) {

@@ -1,6 +1,7 @@
-// Both products of the expert layer for Hopper: persistent CTAs stream weights through a TMA ring that does not
-// drain between tiles or experts. Weights are the 64-row operand of wgmma, tokens its 8..64 columns, so that the
-// instruction is full however few tokens an expert has. NOT RUN ON A GPU YET.
+// Both products of the expert layer for Hopper: persistent CTAs stream weights through a TMA ring
+// that does not drain between tiles or experts. Weights are the 64-row operand of wgmma, tokens its
+// 8..64 columns, so that the instruction is full however few tokens an expert has. NOT RUN ON A GPU
+// YET.
 #include <cuda_bf16.h>
 
 #include "hopper.cuh"
@@ -59,7 +60,8 @@ struct Tiles {
     }
 };
 
-// Blocks in use, which lie before the idle ones. Every thread of the CTA takes part, and waits for the others.
+// Blocks in use, which lie before the idle ones. Every thread of the CTA takes part, and waits for
+// the others.
 __device__ int count_used(const Product& product) {
     int used = 0;
     for (int first = 0; first < product.num_blocks; first += kThreads) {
@@ -93,7 +95,8 @@ __device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens, c
     }
 }
 
-// Writes a tile's valid rows; D is [64 weight rows, N tokens] spread over the warp group's registers.
+// Writes a tile's valid rows; D is [64 weight rows, N tokens] spread over the warp group's
+// registers.
 template <int N, bool kGateUp>
 __device__ void store(const Product& product, const Tiles& tiles, const float (&d0)[N / 2], const float (&d1)[N / 2]) {
 #pragma unroll
@@ -210,7 +213,8 @@ EncodeTiled encode_tiled() {
     return function;
 }
 
-// A [rows, columns] bf16 matrix read in boxes of [box_rows, 64], swizzled; rows past the end read as zero.
+// A [rows, columns] bf16 matrix read in boxes of [box_rows, 64], swizzled; rows past the end read
+// as zero.
 cudaError_t make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows) {
     const EncodeTiled encode = encode_tiled();
     if (encode == nullptr) return cudaErrorNotSupported;

@@ -43,7 +43,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         : "memory");
 }
 
-// Weights are used once per launch and should leave the cache first; rows of tokens are read by every tile.
+// Weights are used once per launch and should leave the cache first; rows of tokens are read by
+// every tile.
 __device__ __forceinline__ uint64_t evict_first_policy() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

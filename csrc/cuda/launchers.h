@@ -1,5 +1,6 @@
-// Plain launchers of the CUDA kernels: raw pointers and a stream, no torch, so that nvcc compiles them anywhere.
-// None of this has run on a GPU; it is compiled and its index arithmetic tested on every change.
+// Plain launchers of the CUDA kernels: raw pointers and a stream, no torch, so that nvcc compiles
+// them anywhere. None of this has run on a GPU; it is compiled and its index arithmetic tested on
+// every change.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -43,8 +44,9 @@ struct Experts {
     int pairs, num_blocks, block_rows, E, H, I;
 };
 
-// silu(gate) * up, then down, for every block of the plan, on sm_90a; H and I multiples of 64, block_rows in {8, 16, 32, 64}.
-// Returns cudaErrorNotSupported on any other architecture. The code must have been compiled for sm_90a.
+// silu(gate) * up, then down, for every block of the plan, on sm_90a; H and I multiples of 64,
+// block_rows in {8, 16, 32, 64}. Returns cudaErrorNotSupported on any other architecture. The code
+// must have been compiled for sm_90a.
 cudaError_t launch_experts_sm90(const Experts& experts, cudaStream_t stream);
 
 }  // namespace moesd

@@ -1,5 +1,6 @@
-// Index arithmetic of the CUDA kernels that needs no GPU: tests/moesd_kernels/experts/test_cuda_compile.py compiles it for
-// the host and checks it against what the hardware does with the same numbers.
+// Index arithmetic of the CUDA kernels that needs no GPU:
+// tests/moesd_kernels/experts/test_cuda_compile.py compiles it for the host and checks it against
+// what the hardware does with the same numbers.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,8 @@
 
 namespace moesd {
 
-// One wgmma takes 64 weight rows; a stage holds 64 columns of K, which is one 128-byte swizzled row.
+// One wgmma takes 64 weight rows; a stage holds 64 columns of K, which is one 128-byte swizzled
+// row.
 constexpr int kTileRows = 64;
 constexpr int kTileK = 64;
 constexpr int kRowBytes = kTileK * 2;
@@ -34,9 +36,10 @@ struct Work {
 
 MOESD_BOTH int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Equal tiles of a group of blocks are adjacent: an expert's blocks lie next to each other in the plan, so CTAs that
-// run at the same time read one weight tile, from DRAM once and then from the cache. Blocks are those in use; the last
-// group may be smaller. (Idle ones in a group would leave the CTAs that meet them without work.)
+// Equal tiles of a group of blocks are adjacent: an expert's blocks lie next to each other in the
+// plan, so CTAs that run at the same time read one weight tile, from DRAM once and then from the
+// cache. Blocks are those in use; the last group may be smaller. (Idle ones in a group would leave
+// the CTAs that meet them without work.)
 constexpr int kGroupBlocks = 4;
 MOESD_BOTH Work work_of(int index, int tiles_per_block, int blocks) {
     const int group = index / (kGroupBlocks * tiles_per_block);
@@ -46,22 +49,23 @@ MOESD_BOTH Work work_of(int index, int tiles_per_block, int blocks) {
     return {group * kGroupBlocks + within % size, within / size};
 }
 
-// First row of each weight operand in the [E * rows_per_expert, K] matrix. gate_up pairs row j with row I + j.
+// First row of each weight operand in the [E * rows_per_expert, K] matrix. gate_up pairs row j with
+// row I + j.
 MOESD_BOTH int first_weight_row(int expert, int rows_per_expert, int tile, bool gate_up) {
     return expert * rows_per_expert + tile * (gate_up ? kTileRows : kWeightTiles * kTileRows);
 }
 MOESD_BOTH int second_weight_row(int first, int I, bool gate_up) { return first + (gate_up ? I : kTileRows); }
 
-// Byte of element (row, k) in a tile that TMA wrote with the 128-byte swizzle: the 16-byte chunk's number is
-// xor-ed with the row's number in its group of eight.
+// Byte of element (row, k) in a tile that TMA wrote with the 128-byte swizzle: the 16-byte chunk's
+// number is xor-ed with the row's number in its group of eight.
 MOESD_BOTH uint32_t swizzled_offset(int row, int k) {
     const uint32_t chunk = static_cast<uint32_t>(k) / 8;
     return static_cast<uint32_t>(row) * kRowBytes + ((chunk ^ (static_cast<uint32_t>(row) & 7)) * 16) +
            (static_cast<uint32_t>(k) % 8) * 2;
 }
 
-// wgmma shared-memory descriptor of a K-major operand with 128-byte swizzle: address and the distance of
-// eight-row groups in 16-byte units; the leading offset is not used by this layout.
+// wgmma shared-memory descriptor of a K-major operand with 128-byte swizzle: address and the
+// distance of eight-row groups in 16-byte units; the leading offset is not used by this layout.
 MOESD_BOTH uint64_t matrix_descriptor(uint32_t shared_address) {
     constexpr uint64_t kGroupBytes = 8 * kRowBytes;
     constexpr uint64_t kSwizzle128 = 1;

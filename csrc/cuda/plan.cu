@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const Id* __restrict__ t
         if (threadIdx.x % 32 == 0) counts[e] = count;
     }
     __syncthreads();
-    // E is a few hundred at most: one thread's prefix sum is shorter than a parallel one's barriers.
+    // E is a few hundred at most: one thread's prefix sum is shorter than a parallel one's
+    // barriers.
     if (threadIdx.x == 0) {
         int rows = 0, blocks = 0;
         for (int e = 0; e < E; ++e) {

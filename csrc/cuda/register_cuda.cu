@@ -1,5 +1,6 @@
-// Binds the CUDA kernels to torch: `moesd::experts` has the schema of csrc/register.cpp, whose library must be
-// loaded first; `plan` and `combine` exist on CUDA only. Needs a torch built for CUDA.
+// Binds the CUDA kernels to torch: `moesd::experts` has the schema of csrc/register.cpp, whose
+// library must be loaded first; `plan` and `combine` exist on CUDA only. Needs a torch built for
+// CUDA.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

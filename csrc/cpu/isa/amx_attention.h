@@ -1,9 +1,10 @@
-// The rows of ragged attention on AMX tiles, in bf16: up to sixteen of them are a tile, first of queries against transposed
-// keys, then of weights against pairs of slots of the values, in the order of columns that Values<bf16> has. A tile of few
-// rows takes little time, so a single token costs no more than it has to.
+// The rows of ragged attention on AMX tiles, in bf16: up to sixteen of them are a tile, first of
+// queries against transposed keys, then of weights against pairs of slots of the values, in the
+// order of columns that Values<bf16> has. A tile of few rows takes little time, so a single token
+// costs no more than it has to.
 //
-// Invariance: a row takes its slots in ascending order, thirty-two at a time counted from the first of a block, and those it
-// may not see with a weight of zero, which adds nothing.
+// Invariance: a row takes its slots in ascending order, thirty-two at a time counted from the first
+// of a block, and those it may not see with a weight of zero, which adds nothing.
 #pragma once
 
 #include "amx_tiles.h"
@@ -38,7 +39,8 @@ public:
 private:
     static constexpr int64_t kColumns = Values<bf16>::kWide;  // of the values, at a time: two tiles
 
-    // Sums of the first sixteen rows in tiles 0 and 1, of the others in 2 and 3; the rows themselves in 4 and 5.
+    // Sums of the first sixteen rows in tiles 0 and 1, of the others in 2 and 3; the rows
+    // themselves in 4 and 5.
     void tile_rows(int rows) {
         if (rows == tiled_) return;
         const uint8_t first = static_cast<uint8_t>(rows < kTile ? rows : kTile);
@@ -47,7 +49,8 @@ private:
         tiled_ = rows;
     }
 
-    // Scores of the thirty-two slots from j on; those of slots that nobody sees are never looked at.
+    // Scores of the thirty-two slots from j on; those of slots that nobody sees are never looked
+    // at.
     void score(const bf16* keys, int64_t j, bool ends) {
         const int64_t left = most_ - j;
         const bf16* ahead = left <= 2 * kTile && ends ? nullptr : keys + 2 * kTile * a_.k_slot;
@@ -88,8 +91,8 @@ private:
         tile_store<2>(at, stride * sizeof(float)), tile_store<3>(at + kTile, stride * sizeof(float));
     }
 
-    // Columns d .. d + kColumns of values [0, slots) as pairs of slots, zeros up to thirty-two of them; false if one that some
-    // query may not see is not finite.
+    // Columns d .. d + kColumns of values [0, slots) as pairs of slots, zeros up to thirty-two of
+    // them; false if one that some query may not see is not finite.
     bool pack_values(const bf16* values, int64_t d, int64_t slots) {
         const int64_t columns = a_.value_dim - d, open = columns < kColumns ? 0 : slots < common_ ? slots : common_;
         const __mmask32 inside = columns < kColumns ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
@@ -118,7 +121,8 @@ private:
         return !_mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
     }
 
-    // Adds the packed values of `slots` slots to columns d .. d + kColumns of the rows from m on that are tiled.
+    // Adds the packed values of `slots` slots to columns d .. d + kColumns of the rows from m on
+    // that are tiled.
     void add_values(int m, int64_t d, int64_t slots) {
         load_sums(acc_ + m * width_ + d, width_);
         for (int64_t i = 0; i < slots; i += kStepDepth) {
@@ -127,7 +131,8 @@ private:
         store_sums(acc_ + m * width_ + d, width_);
     }
 
-    // A weight of zero would not hide a value that is not a number: every query gets what it sees and nothing else.
+    // A weight of zero would not hide a value that is not a number: every query gets what it sees
+    // and nothing else.
     void add_by_query(const bf16* values, int64_t d) {
         const int rows = tiled_;
         tile_rows(heads);

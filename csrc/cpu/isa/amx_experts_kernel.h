@@ -1,6 +1,6 @@
-// The experts layer in bf16 on AMX tiles, in the two passes of ExpertsKernel. Each expert's tokens lie in panels of sixteen.
-// The tiles of gate and up have a token in each column, as the panels of the down projection need them, so what lies between
-// the two projections needs no transposition.
+// The experts layer in bf16 on AMX tiles, in the two passes of ExpertsKernel. Each expert's tokens
+// lie in panels of sixteen. The tiles of gate and up have a token in each column, as the panels of
+// the down projection need them, so what lies between the two projections needs no transposition.
 #pragma once
 
 #include "amx_tiles.h"
@@ -86,7 +86,8 @@ private:
         return {gate_up_of(e) + (part * a_.inter + j) * a_.hidden, a_.hidden, rows};
     }
 
-    // The weights of a gate/up item as two stretches, as long as all of them but an expert's last have.
+    // The weights of a gate/up item as two stretches, as long as all of them but an expert's last
+    // have.
     Ahead fetch_gate_up(int64_t item, int64_t loads) const {
         const int64_t half = kRows * a_.hidden;
         const bf16* first = rows_of(item / blocks_, 0, item % blocks_ * kRows).at;
@@ -104,7 +105,8 @@ private:
         return {first, first + half, half * 2, loads};
     }
 
-    // One item: kRows intermediate rows for all of an expert's tokens. Parts: gate and up, or one projection.
+    // One item: kRows intermediate rows for all of an expert's tokens. Parts: gate and up, or one
+    // projection.
     template <int Parts>
     void gate_up(int64_t item, Ahead& ahead) const {
         const int64_t e = item / blocks_, j = item % blocks_ * kRows, count = panels_of(e);
@@ -175,7 +177,8 @@ private:
         out.store<bf16>();
     }
 
-    // Adds sixteen outputs from h on of sixteen of an expert's tokens to what the experts before it gave.
+    // Adds sixteen outputs from h on of sixteen of an expert's tokens to what the experts before it
+    // gave.
     void combine(int64_t e, int64_t h, int64_t h1, int64_t p, const float* sums,
                  const OutputSlice& out) const {
         const int64_t width = h1 - h < kTile ? h1 - h : kTile;

@@ -1,5 +1,6 @@
-// y = x w^T + bias in bf16 on AMX tiles: items are blocks of weight rows, all panels of tokens pass over each. Where there
-// are too few blocks for the threads, as of a router's, items are parts of the panels, too.
+// y = x w^T + bias in bf16 on AMX tiles: items are blocks of weight rows, all panels of tokens pass
+// over each. Where there are too few blocks for the threads, as of a router's, items are parts of
+// the panels, too.
 #pragma once
 
 #include "amx_tiles.h"
@@ -68,13 +69,15 @@ private:
                        finish);
     }
 
-    // Thirty-two features from `feature` on, in two tiles, of sixteen tokens from `token` on, as far as there are any.
+    // Thirty-two features from `feature` on, in two tiles, of sixteen tokens from `token` on, as
+    // far as there are any.
     void store(int64_t feature, int64_t token, const float* first, const float* second) const {
         const int64_t width = a_.features - feature < 2 * kTile ? a_.features - feature : 2 * kTile;
         if (width <= 0) return;
         alignas(64) float bias[2 * kTile] = {};
         if (a_.bias) load_row(bias, static_cast<const bf16*>(a_.bias) + feature, width);
-        __m512i pairs[kTile], by_token[kTile];  // a token's sums as bf16 are half as much to turn round
+        // A token's sums as bf16 are half as much to transpose as in fp32.
+        __m512i pairs[kTile], by_token[kTile];
 #pragma GCC unroll 16
         for (int n = 0; n < kTile; ++n) {
             const float* sums = n < kTile / 2 ? first + 2 * n * kTile : second + (2 * n - kTile) * kTile;

@@ -1,5 +1,6 @@
-// Products on AMX tiles. The weights are the operand that is read as it lies: sixteen of their rows times a panel of sixteen
-// activation rows give a tile of sums, an output to each row and a token to each column.
+// Products on AMX tiles. The weights are the operand that is read as it lies: sixteen of their rows
+// times a panel of sixteen activation rows give a tile of sums, an output to each row and a token
+// to each column.
 //
 // Invariance: an output accumulates its depth in ascending order, whatever else the tiles hold.
 #pragma once
@@ -18,7 +19,8 @@ constexpr int64_t kStepSize = kTile * kStepDepth;
 
 constexpr int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kStepDepth; }
 
-// The calling thread's tiles, configured for as long as this lives: eight of up to sixteen rows of 64 bytes.
+// The calling thread's tiles, configured for as long as this lives: eight of up to sixteen rows of
+// 64 bytes.
 class Tiles {
 public:
     Tiles() { configure({kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile}); }
@@ -54,20 +56,23 @@ inline void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Weights), "i"(Panel));
 }
 
-// f.operator()<0>() ... f.operator()<N - 1>(): tiles have no addresses, so loops over them are unrolled by hand.
+// f.operator()<0>() ... f.operator()<N - 1>(): tiles have no addresses, so loops over them are
+// unrolled by hand.
 template <int N, class F>
 inline __attribute__((always_inline)) void for_tiles(const F& f) {
     [&]<int... I>(std::integer_sequence<int, I...>) { (f.template operator()<I>(), ...); }
     (std::make_integer_sequence<int, N>());
 }
 
-// Memory that is read next, fetched into the second-level cache while tiles compute: two stretches of the same length, each
-// as four streams that lie a quarter apart. A tile takes a line of sixteen rows at a time, which the machine's own
-// prefetchers do not follow; these streams they do, and several keep memory busier than one.
+// Memory that is read next, fetched into the second-level cache while tiles compute: two stretches
+// of the same length, each as four streams that lie a quarter apart. A tile takes a line of sixteen
+// rows at a time, which the machine's own prefetchers do not follow; these streams they do, and
+// several keep memory busier than one.
 class Ahead {
 public:
-    // `bytes` of each stretch, spread over the loads of `loads` tiles of weights. Nothing when `first` is null, or when the
-    // cache would not hold this besides what is being read: tiles then wait for memory themselves.
+    // `bytes` of each stretch, spread over the loads of `loads` tiles of weights. Nothing when
+    // `first` is null, or when the cache would not hold this besides what is being read: tiles then
+    // wait for memory themselves.
     Ahead(const bf16* first, const bf16* second, int64_t bytes, int64_t loads)
         : at_(reinterpret_cast<const char*>(first)),
           other_(first ? reinterpret_cast<const char*>(second) - at_ : 0),
@@ -84,16 +89,18 @@ public:
     }
 
 private:
-    static constexpr int64_t kMostAhead = 640 * 1024;  // of a second-level cache of 2 MB: every processor with AMX has it
+    // Of a second-level cache of 2 MB, which every processor with AMX has.
+    static constexpr int64_t kMostAhead = 640 * 1024;
 
     const char* at_;
     const int64_t other_, quarter_, lines_;
 };
 
+// Up to kTile rows; those that are missing count as zero, as does the depth beyond its end.
 struct WeightRows {
     const bf16* at;
     int64_t stride;  // elements from row to row
-    int64_t rows;    // up to kTile; what is missing counts as zero, as does the depth beyond its end
+    int64_t rows;
 };
 
 // sums[w * T + t] = weights[w] times panels[t], sums of kTileSums, for W * T <= 4 tiles.
@@ -137,8 +144,8 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
     for_tiles<W * T>([&]<int I>() { tile_store<I>(sums + I * kTileSums, 64); });
 }
 
-// finish(w, p, first, second) for every pair of tiles w and w + 1 of up to four tiles of weight rows and each of `count`
-// panels, `panel_size` apart.
+// finish(w, p, first, second) for every pair of tiles w and w + 1 of up to four tiles of weight
+// rows and each of `count` panels, `panel_size` apart.
 template <class F>
 void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count, int64_t depth,
                     Ahead& ahead, const F& finish) {
@@ -180,7 +187,8 @@ constexpr int64_t tile_loads(int64_t count, int64_t rows, int64_t depth) {
     return (count + 1) / 2 * ((rows + kTile - 1) / kTile) * steps_of(depth);
 }
 
-// A panel from `count` <= kTile rows: pairs of the depth, each of all tokens, zeros where there is no row or no more depth.
+// A panel from `count` <= kTile rows: pairs of the depth, each of all tokens, zeros where there is
+// no row or no more depth.
 inline void pack_panel(const bf16* const* rows, int count, int64_t depth, bf16* panel) {
     for (int64_t k = 0; k < depth; k += kStepDepth, panel += kStepSize) {
         const __mmask32 inside = depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};

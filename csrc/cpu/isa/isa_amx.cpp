@@ -1,5 +1,5 @@
-// AVX-512-BF16, with the experts, the linear layers and the attention of bf16 on AMX tiles; compiled with its own flags, so it
-// includes nothing of torch.
+// AVX-512-BF16, with the experts, the linear layers and the attention of bf16 on AMX tiles;
+// compiled with its own flags, so it includes nothing of torch.
 #define MOESD_ISA amx
 #define MOESD_AVX512_BF16
 #include "vec_avx512.h"

@@ -1,4 +1,5 @@
-// The kernels for one instruction set; compiled with its own flags, so it includes nothing of torch.
+// The kernels for one instruction set; compiled with its own flags, so it includes nothing of
+// torch.
 #define MOESD_ISA avx512_bf16
 #define MOESD_AVX512_BF16
 #include "vec_avx512.h"

@@ -1,4 +1,5 @@
-// The kernels for one instruction set; compiled with its own flags, so it includes nothing of torch.
+// The kernels for one instruction set; compiled with its own flags, so it includes nothing of
+// torch.
 #define MOESD_ISA portable
 #include "vec_portable.h"
 

@@ -1,4 +1,5 @@
-// Builds one instruction set's KernelTable. Included once by each isa_*.cpp after its vector header.
+// Builds one instruction set's KernelTable. Included once by each isa_*.cpp after its vector
+// header.
 #pragma once
 
 #include "../kernels/argmax_kernel.h"

@@ -77,7 +77,8 @@ inline Vec rounded(Vec v, const bf16*) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(v), 16));
 }
 
-// 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.
+// 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no
+// shuffle; others into halves.
 template <class W>
 inline Vec load_low(const W* p) {
     return load(p);
@@ -125,7 +126,8 @@ inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
-// Eight quads, two to a vector in ascending order: their first elements to a, the second ones to b, and so on.
+// Eight quads, two to a vector in ascending order: their first elements to a, the second ones to b,
+// and so on.
 inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
     const Vec ac = _mm256_permute2f128_ps(a, c, 0x20), ac2 = _mm256_permute2f128_ps(a, c, 0x31);
     const Vec bd = _mm256_permute2f128_ps(b, d, 0x20), bd2 = _mm256_permute2f128_ps(b, d, 0x31);

@@ -1,4 +1,5 @@
-// AVX-512 F/BW/VL/DQ: sixteen fp32 lanes. With MOESD_AVX512_BF16 the dot products of bf16 weights use vdpbf16ps.
+// AVX-512 F/BW/VL/DQ: sixteen fp32 lanes. With MOESD_AVX512_BF16 the dot products of bf16 weights
+// use vdpbf16ps.
 #pragma once
 
 #ifndef MOESD_INTRINSICS
@@ -53,7 +54,8 @@ inline void store(half* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #ifdef MOESD_AVX512_BF16
-// One instruction, which takes numbers too small for a normal bf16 for zero, as the dot products do.
+// One instruction, which takes numbers too small for a normal bf16 for zero, as the dot products
+// do.
 inline void store(bf16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
 }
@@ -80,7 +82,8 @@ inline Vec rounded(Vec v, const half*) {
 }
 inline Vec rounded(Vec v, const bf16*) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(v), 16)); }
 
-// 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no shuffle; others into halves.
+// 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no
+// shuffle; others into halves.
 template <class W>
 inline Vec load_low(const W* p) {
     return load(p);
@@ -132,7 +135,8 @@ inline Quad load_quad(const float* p) { return _mm_loadu_ps(p); }
 inline Quad add(Quad a, Quad b) { return _mm_add_ps(a, b); }
 inline void store(float* p, Quad v) { _mm_storeu_ps(p, v); }
 
-// Interleaving before folding: one tree of shuffles for four sums, where four folds would need seven more instructions.
+// Interleaving before folding: one tree of shuffles for four sums, where four folds would need
+// seven more instructions.
 inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
@@ -141,7 +145,8 @@ inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Sixteen quads, four to a vector in ascending order: their first elements to a, the second ones to b, and so on.
+// Sixteen quads, four to a vector in ascending order: their first elements to a, the second ones to
+// b, and so on.
 inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
     const __m512i early = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i late = _mm512_add_epi32(early, _mm512_set1_epi32(2));

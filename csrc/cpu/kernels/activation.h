@@ -1,5 +1,5 @@
-// Vectorised exponential and the experts' activations, on fp32 lanes. Every element takes the same instructions wherever
-// it lies in a row, so results do not depend on the position or on the batch.
+// Vectorised exponential and the experts' activations, on fp32 lanes. Every element takes the same
+// instructions wherever it lies in a row, so results do not depend on the position or on the batch.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@
 
 namespace moesd::MOESD_ISA {
 
-// exp(x) to about one ulp: 2^n * p(r) with |r| <= ln(2)/2 (Cephes' expf coefficients). Saturates instead of overflowing,
-// so that 1 / (1 + exp(-x)) stays finite; NaN stays NaN.
+// exp(x) to about one ulp: 2^n * p(r) with |r| <= ln(2)/2 (Cephes' expf coefficients). Saturates
+// instead of overflowing, so that 1 / (1 + exp(-x)) stays finite; NaN stays NaN.
 inline Vec exp(Vec x) {
     x = min(splat(88.3f), max(splat(-87.3f), x));
     const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer

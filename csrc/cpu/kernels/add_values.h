@@ -1,7 +1,7 @@
 // The second half of attention: values added up with weights, the exponentials of their scores.
 //
-// Invariance: a row adds its slots in ascending order, in steps of kTogether counted from the first slot of a block, whatever
-// rows share the pass.
+// Invariance: a row adds its slots in ascending order, in steps of kTogether counted from the first
+// slot of a block, whatever rows share the pass.
 #pragma once
 
 #include <cstring>
@@ -24,7 +24,8 @@ struct Values {
     // From the order of columns in accumulators to that in memory.
     static void in_order(Vec& a, Vec& b) { from_pack_order(static_cast<const W*>(nullptr), a, b); }
 
-    // low and high [m][p] += weights[m * ld] of a step times `slots` values, of P times kWide columns or less.
+    // low and high [m][p] += weights[m * ld] of a step times `slots` values, of P times kWide
+    // columns or less.
     template <int M, int P>
     static inline __attribute__((always_inline)) void step(Vec (&low)[M][P], Vec (&high)[M][P], const Weight* weights,
                                                            int64_t ld, const W* values, int64_t stride, int64_t,
@@ -60,7 +61,8 @@ struct Values<bf16> {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(weights));
     }
 
-    // Unpacking two slots leaves the first and the second half of every eight columns in vectors of their own.
+    // Unpacking two slots leaves the first and the second half of every eight columns in vectors of
+    // their own.
     static void in_order(Vec& a, Vec& b) {
         const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -73,7 +75,8 @@ struct Values<bf16> {
                                                            int64_t ld, const bf16* values, int64_t stride, int64_t slots,
                                                            int64_t columns) {
         const __mmask32 inside = columns < kWide ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
-        const __mmask32 second = slots > 1 ? inside : 0;  // a weight of zero would not hide a value that is not a number
+        // A weight of zero would not hide a value that is not a number.
+        const __mmask32 second = slots > 1 ? inside : 0;
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
             const bf16* v = values + p * kWide;
@@ -93,7 +96,8 @@ struct Values<bf16> {
 };
 #endif
 
-// acc[m] += the sum over slots of weights[m * ld + slot] * values[slot], for M rows and P times kWide columns or less.
+// acc[m] += the sum over slots of weights[m * ld + slot] * values[slot], for M rows and P times
+// kWide columns or less.
 template <class W, int M, int P>
 void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* weights, int64_t ld, const W* values,
                  int64_t stride, int64_t slots, int64_t columns) {
@@ -134,7 +138,8 @@ void add_values_of(float* acc, int64_t width, const typename Values<W>::Weight* 
     }
 }
 
-// Adds `slots` values [dim], `stride` apart, to `count` rows acc [width]; weights [ld] end with zeros up to kTogether.
+// Adds `slots` values [dim], `stride` apart, to `count` rows acc [width]; weights [ld] end with
+// zeros up to kTogether.
 template <class W>
 void add_values(float* acc, int64_t width, int count, const typename Values<W>::Weight* weights, int64_t ld,
                 const W* values, int64_t stride, int64_t slots, int64_t dim) {

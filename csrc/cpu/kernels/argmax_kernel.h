@@ -1,4 +1,5 @@
-// The place of each row's largest value, the lowest one among equals; NaN counts as the largest, as torch.argmax has it.
+// The place of each row's largest value, the lowest one among equals; NaN counts as the largest, as
+// torch.argmax has it.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,8 @@ namespace moesd::MOESD_ISA {
 
 template <class W>
 class ArgmaxKernel {
-    static constexpr int64_t kSpan = 32 * kLanes;  // columns whose maximum is found before any place is looked for
+    // Columns whose maximum is found before any place is looked for.
+    static constexpr int64_t kSpan = 32 * kLanes;
 
 public:
     explicit ArgmaxKernel(const ArgmaxArgs& a) : a_(a), rows_(a.rows, a.threads) {}

@@ -1,7 +1,7 @@
 // Attention of a few queries per sequence over a ragged KV cache: a query at position p reads slots
-// max(0, p - window + 1) .. p of its own row and nothing else, so garbage beyond a row's length is never touched. Online
-// softmax in fp32 over blocks of slots counted from the first visible one; the queries and heads of a sequence that share
-// keys read them together.
+// max(0, p - window + 1) .. p of its own row and nothing else, so garbage beyond a row's length is
+// never touched. Online softmax in fp32 over blocks of slots counted from the first visible one;
+// the queries and heads of a sequence that share keys read them together.
 #pragma once
 
 #include "attention_rows.h"
@@ -47,7 +47,8 @@ private:
         }
     }
 
-    // Blocks of slots are counted from here, so only queries that agree on it can share a pass; -1 sees nothing.
+    // Blocks of slots are counted from here, so only queries that agree on it can share a pass; -1
+    // sees nothing.
     int64_t first_slot(int64_t b, int64_t j) const {
         const int64_t position = a_.positions[b * a_.queries + j];
         if (position < 0) return -1;

@@ -1,5 +1,6 @@
-// The (query, head) rows that pass over the keys of a sequence together, and their online softmax. A row's weights
-// exp(score - top) and what it accumulates are its own, whatever rows share the pass.
+// The (query, head) rows that pass over the keys of a sequence together, and their online softmax.
+// A row's weights exp(score - top) and what it accumulates are its own, whatever rows share the
+// pass.
 #pragma once
 
 #include "add_values.h"
@@ -56,7 +57,8 @@ protected:
         std::memset(acc_, 0, count() * width_ * sizeof(float));
     }
 
-    // Turns a block's scores into weights exp(score - top) and scales what was accumulated to the new maximum.
+    // Turns a block's scores into weights exp(score - top) and scales what was accumulated to the
+    // new maximum.
     void rescale(int m, int64_t slots) {
         float* scores = scores_ + m * kSlotBlock;
         const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
@@ -90,8 +92,9 @@ protected:
 
     const AttentionArgs& a_;
     const int64_t depth_, width_;
-    int64_t common_ = 0, most_ = 0;  // slots of the current block that every query sees, and that any does
-    int64_t seen_[Max];              // by query
+    // Slots of the current block that every query sees, that any does, and that each does.
+    int64_t common_ = 0, most_ = 0;
+    int64_t seen_[Max];
     float top_[Max], sum_[Max];
     alignas(64) typename Dot<W>::Act query_[Max * align_depth(kMaxHeadDim)];
     alignas(64) float acc_[Max * align_depth(kMaxHeadDim)];  // in the order of Values
@@ -111,8 +114,9 @@ public:
         for (int m = 0; m < Base::count(); ++m) xs_[m] = Base::query_ + m * Base::depth_;
     }
 
-    // Scores of slots that a query may not see are computed with the others' and never looked at. Values are added to all
-    // queries together only as far as all may see them, then to each by itself, so that nothing hidden reaches a sum.
+    // Scores of slots that a query may not see are computed with the others' and never looked at.
+    // Values are added to all queries together only as far as all may see them, then to each by
+    // itself, so that nothing hidden reaches a sum.
     void add_block(const W* keys, const W* values, bool ends) {
         const int rows = Base::count();
         dot_rows<W>(xs_, rows, keys, a_.k_slot, most_, a_.head_dim, ends ? nullptr : keys + most_ * a_.k_slot, scores_,

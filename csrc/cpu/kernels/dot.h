@@ -1,8 +1,10 @@
-// The multiply-add step of dot products between packed activation rows and weight rows as they lie in memory, and packing.
+// The multiply-add step of dot products between packed activation rows and weight rows as they lie
+// in memory, and packing.
 //
-// Invariance: lane l of a dot product accumulates elements l, l + kLanes, ... of the packed order with one fused
-// multiply-add each, in ascending order, whatever the tile's shape; sum4 then adds the lanes in one fixed tree, per block
-// of the depth. So a (row, output) pair has the same bits at every batch size, place and thread count.
+// Invariance: lane l of a dot product accumulates elements l, l + kLanes, ... of the packed order
+// with one fused multiply-add each, in ascending order, whatever the tile's shape; sum4 then adds
+// the lanes in one fixed tree, per block of the depth. So a (row, output) pair has the same bits at
+// every batch size, place and thread count.
 #pragma once
 
 #include <cstring>
@@ -12,7 +14,8 @@
 
 namespace moesd::MOESD_ISA {
 
-// Copies n < N elements and zeros up to N. (Vector headers overload it where a masked load does it.)
+// Copies n < N elements and zeros up to N. (Vector headers overload it where a masked load does
+// it.)
 template <int N, class W>
 inline void pad_step(const W* src, int64_t n, W* dst) {
     std::memset(static_cast<void*>(dst), 0, N * sizeof(W));
@@ -29,7 +32,8 @@ struct Dot {
     static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N], const Act* const (&x)[M],
                                                            const W* const (&w)[N], int64_t k) {
         half_step<0>(acc, x, w, k);
-        // Keeps the compiler from holding all the raw weights across the halves, which spills accumulators.
+        // Keeps the compiler from holding all the raw weights across the halves, which spills
+        // accumulators.
         asm volatile("" ::: "memory");
         half_step<kLanes>(acc, x, w, k);
     }
@@ -92,8 +96,8 @@ struct Dot<bf16> {
 };
 #endif
 
-// For weights stored [K, columns]: out[m * ld + j] = sum_k xs[m][k] * w[k * stride + j], ascending k. A strided
-// reader for the rare transposed checkpoints; two vectors of columns at a time.
+// For weights stored [K, columns]: out[m * ld + j] = sum_k xs[m][k] * w[k * stride + j], ascending
+// k. A strided reader for the rare transposed checkpoints; two vectors of columns at a time.
 template <class W>
 void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t columns,
                  int64_t depth, float* out, int64_t ld) {

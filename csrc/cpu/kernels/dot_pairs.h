@@ -1,8 +1,9 @@
-// Dot products over few steps of the depth, for AVX-512-BF16: there, adding up the lanes of every sum costs more than the
-// sums. Weight rows are transposed instead, so that a lane is an output and a pair of elements is broadcast to all of them;
-// one transposition serves all activation rows.
+// Dot products over few steps of the depth, for AVX-512-BF16: there, adding up the lanes of every
+// sum costs more than the sums. Weight rows are transposed instead, so that a lane is an output and
+// a pair of elements is broadcast to all of them; one transposition serves all activation rows.
 //
-// Invariance: an output accumulates the pairs of the depth in ascending order, whatever shares the call with it.
+// Invariance: an output accumulates the pairs of the depth in ascending order, whatever shares the
+// call with it.
 #pragma once
 
 #include "dot.h"
@@ -11,10 +12,11 @@
 namespace moesd::MOESD_ISA {
 
 constexpr int64_t kMaxPairs = 128;
-constexpr int kPairRows = 8;  // activation rows that share a register tile with two vectors of outputs
+// Activation rows that share a register tile with two vectors of outputs.
+constexpr int kPairRows = 8;
 
-// pairs[k] = elements 2k and 2k + 1 of each of sixteen weight rows; rows past `rows` repeat the last. Fetches the rows of
-// `ahead` into the second-level cache: the first is full of pairs.
+// pairs[k] = elements 2k and 2k + 1 of each of sixteen weight rows; rows past `rows` repeat the
+// last. Fetches the rows of `ahead` into the second-level cache: the first is full of pairs.
 inline void transpose_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t depth, const bf16* ahead,
                             __m512i* pairs) {
     for (int64_t k = 0; k < depth; k += 32, pairs += 16) {
@@ -70,11 +72,13 @@ __attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (
     }
 }
 
-// out[m * ld + j] = xs[m] . w[j] for depth <= 2 * kMaxPairs (columns up to the next multiple of 16 are overwritten).
+// out[m * ld + j] = xs[m] . w[j] for depth <= 2 * kMaxPairs (columns up to the next multiple of 16
+// are overwritten).
 inline void dot_pairs(const bf16* const* xs, int count, const bf16* w, int64_t stride, int64_t rows, int64_t depth,
                       const bf16* next, float* out, int64_t ld) {
     alignas(64) __m512i pairs[2][kMaxPairs];
-    // A multiple of what a tile reads at once; what is padded is zero in the activations and the weights.
+    // A multiple of what a tile reads at once; what is padded is zero in the activations and the
+    // weights.
     const int64_t steps = (depth + 7) / 8 * 4;
     const int tiles = (count + kPairRows - 1) / kPairRows;
     for (int64_t j = 0; j < rows; j += 2 * kLanes) {

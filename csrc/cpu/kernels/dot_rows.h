@@ -1,4 +1,5 @@
-// Register-tiled dot products of several activation rows with many weight rows: tiles, their order, and what they prefetch.
+// Register-tiled dot products of several activation rows with many weight rows: tiles, their order,
+// and what they prefetch.
 #pragma once
 
 #include "dot.h"
@@ -12,20 +13,24 @@ namespace moesd::MOESD_ISA {
 constexpr int64_t kFarBytes = 2048, kNearBytes = 256;
 constexpr int64_t kMaxQuarter = 32;  // rows of a call that one of its four streams reads
 
-// What a tile fetches from memory while it computes: at every step one line of each of up to four weight rows. They go to
-// the second-level cache, because the first can wait for too few lines at once to keep memory busy (Zen 4: half as fast).
-// From there to the first a tile fetches its own rows, kNearBytes ahead.
+// What a tile fetches from memory while it computes: at every step one line of each of up to four
+// weight rows. They go to the second-level cache, because the first can wait for too few lines at
+// once to keep memory busy (Zen 4: half as fast). From there to the first a tile fetches its own
+// rows, kNearBytes ahead.
 struct Prefetch {
     const char* at;    // where the first of the rows is read on from, until step `cut` ...
     const char* then;  // ... and from there on
     int64_t cut = 0;
-    int64_t rest[3] = {0, 0, 0};  // bytes from the first row to the others; repeating one costs nothing
-    int64_t advance = 0;          // bytes a step; zero to stay on a line that is in the cache anyway
+    // Bytes from the first row to the others; repeating one costs nothing.
+    int64_t rest[3] = {0, 0, 0};
+    // Bytes a step; zero to stay on a line that is in the cache anyway.
+    int64_t advance = 0;
 };
 
-// Four weight rows, a quarter of all rows apart: `depth` elements in whole steps, then maybe one step more from zero-padded
-// copies. From group to group each of the four goes on to the next row, so that memory is read as four long streams, which
-// the machine's own prefetchers follow (four rows that lie together: a quarter slower).
+// Four weight rows, a quarter of all rows apart: `depth` elements in whole steps, then maybe one
+// step more from zero-padded copies. From group to group each of the four goes on to the next row,
+// so that memory is read as four long streams, which the machine's own prefetchers follow (four
+// rows that lie together: a quarter slower).
 template <class W>
 struct Group {
     const W* rows[4];
@@ -79,9 +84,10 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
     }
 }
 
-// Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of tiles and two groups of
-// weight rows then stay in the first-level cache. What is a little longer stays whole: a block more costs more than that.
-// Blocks depend on the depth alone, so rows keep their bits.
+// Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of
+// tiles and two groups of weight rows then stay in the first-level cache. What is a little longer
+// stays whole: a block more costs more than that. Blocks depend on the depth alone, so rows keep
+// their bits.
 constexpr int64_t kDepthBytes = 2048, kWholeBytes = 3072;
 
 template <class W>
@@ -92,10 +98,11 @@ inline int64_t depth_block(int64_t depth) {
     return ((depth + blocks - 1) / blocks + step - 1) / step * step;
 }
 
-// The rows that visit t of `tiles` to a group of four fetches. A lone tile reads its own group, a little ahead of itself,
-// and goes on into the next group. Two share the next group, two rows each. Of more, the first two find it in the
-// second-level cache, because all of them have shared what the next block of the depth has in its place (`later`): memory
-// is then read all the time, and not only while some tiles run.
+// The rows that visit t of `tiles` to a group of four fetches. A lone tile reads its own group, a
+// little ahead of itself, and goes on into the next group. Two share the next group, two rows each.
+// Of more, the first two find it in the second-level cache, because all of them have shared what
+// the next block of the depth has in its place (`later`): memory is then read all the time, and not
+// only while some tiles run.
 template <class W>
 inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t apart,
                              int64_t depth) {
@@ -119,8 +126,8 @@ inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* followin
     return {address(group), address(group)};
 }
 
-// dot_rows for a tile of tokens and a depth of few steps, where setting up a tile and its prefetches would cost more than
-// the sums: one call passes over all rows.
+// dot_rows for a tile of tokens and a depth of few steps, where setting up a tile and its
+// prefetches would cost more than the sums: one call passes over all rows.
 template <class W, int M>
 __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, const W* w, int64_t stride, int64_t rows,
                                          int64_t depth, float* out, int64_t ld) {
@@ -153,7 +160,8 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
 
 constexpr int64_t kShortDepth = 128;
 
-// Sums leave the tiles group by group; sorts those of one row by the weight row, of which each group has one per quarter.
+// Sums leave the tiles group by group; sorts those of one row by the weight row, of which each
+// group has one per quarter.
 inline void sort_quarters(float* sums, int64_t quarter) {
     alignas(64) float groups[4 * kMaxQuarter];
     std::memcpy(groups, sums, 4 * quarter * sizeof(float));
@@ -170,14 +178,15 @@ inline void sort_quarters(float* sums, int64_t quarter) {
     }
 }
 
-// out[m * ld + j] = xs[m] . w[j] for m < count, j < rows <= 4 * kMaxQuarter (columns up to the next multiple of 4, or of 16
-// where the depth is short, are overwritten). `next` is where as many rows of the same stride will be read after these, or
-// null.
+// out[m * ld + j] = xs[m] . w[j] for m < count, j < rows <= 4 * kMaxQuarter (columns up to the next
+// multiple of 4, or of 16 where the depth is short, are overwritten). `next` is where as many rows
+// of the same stride will be read after these, or null.
 template <class W>
 void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t rows,
               int64_t depth, const W* next, float* out, int64_t ld) {
     constexpr int64_t kStep = Dot<W>::kStep;
-    // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an addition.
+    // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of
+    // an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
 #ifdef MOESD_AVX512_BF16
     if constexpr (std::is_same_v<W, bf16>) {

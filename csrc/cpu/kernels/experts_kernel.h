@@ -1,6 +1,7 @@
-// The experts layer in two passes over work items taken from counters: gate/up + activation by (expert, block of
-// intermediate rows), then down + combine by blocks of output rows, each of which one thread accumulates over all experts
-// in ascending order. Neither pass stores anything of size T * K * H, and no pass needs a reduction between threads.
+// The experts layer in two passes over work items taken from counters: gate/up + activation by
+// (expert, block of intermediate rows), then down + combine by blocks of output rows, each of which
+// one thread accumulates over all experts in ascending order. Neither pass stores anything of size
+// T * K * H, and no pass needs a reduction between threads.
 #pragma once
 
 #include <cstring>
@@ -13,23 +14,24 @@ namespace moesd::MOESD_ISA {
 
 constexpr int kBlock = 64;      // rows of a weight matrix per block of sums
 constexpr int kMaxChunk = 48;   // tokens per block of sums
-constexpr int64_t kChunkBytes = 192 * 1024;  // activations that stay in a core's own cache while a block's rows pass
+// Activations that stay in a core's own cache while a block's weight rows are read.
+constexpr int64_t kChunkBytes = 192 * 1024;
 
 inline int chunk_tokens(int64_t row_bytes) {
     int64_t fit = kChunkBytes / row_bytes / kTileTokens * kTileTokens;
     return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens : fit < kMaxChunk ? fit : kMaxChunk);
 }
 
-// Rows of a slice of the output: enough slices that threads end together, few enough that a slice is a long read and many
-// tokens' activations are re-read seldom.
+// Rows of a slice of the output: enough slices that threads end together, few enough that a slice
+// is a long read and many tokens' activations are re-read seldom.
 inline int64_t output_slice(const ExpertsArgs& a) {
     const int64_t slices = a.tokens <= 16 ? 4 : 2;
     const int64_t rows = a.hidden / (slices * a.threads) / 16 * 16;
     return rows < 16 ? 16 : rows > 256 ? 256 : rows;
 }
 
-// Columns h0 .. h1 of the output, which experts add up in fp32. Tokens lie side by side: as far apart as rows of the output
-// they would share a few lines of the first-level cache.
+// Columns h0 .. h1 of the output, which experts add up in fp32. Tokens lie side by side: as far
+// apart as rows of the output they would share a few lines of the first-level cache.
 class OutputSlice {
 public:
     OutputSlice(const ExpertsArgs& a, int64_t h0, int64_t h1) : a_(a), h0_(h0), width_(h1 - h0) {

@@ -1,5 +1,6 @@
-// From a joined projection to attention's inputs: per-head norms, rotary positions, keys and values into their cache slots.
-// Rounds where transformers' separate operations round, so that the results have the same bits.
+// From a joined projection to attention's inputs: per-head norms, rotary positions, keys and values
+// into their cache slots. Rounds where transformers' separate operations round, so that the results
+// have the same bits.
 #pragma once
 
 #include "row_kernels.h"
@@ -35,7 +36,8 @@ private:
         std::memcpy(static_cast<W*>(a_.values) + a_.index[t] * kv, row + kv, kv * sizeof(W));
     }
 
-    // Every head x: out = n * cos + (-n's second half, n's first half) * sin of the normalised head n.
+    // Every head x: out = n * cos + (-n's second half, n's first half) * sin of the normalised head
+    // n.
     void turn(const W* x, int64_t heads, const W* norm, float eps, const float* cos, const float* sin, W* out) const {
         const int64_t D = a_.head_dim;
         alignas(64) float scales[kLanes];  // of four heads

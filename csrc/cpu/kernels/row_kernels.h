@@ -23,7 +23,8 @@ inline void scale_step(const W* x, const W* w, Vec scale, W* out) {
 template <class W>
 inline Vec squares_of(const W* x, int64_t width) {
     const int64_t whole = width / kLanes * kLanes;
-    Vec squares = splat(0.0f), more[3] = {squares, squares, squares};  // four chains hide the latency of fma
+    // Four chains hide the latency of fma.
+    Vec squares = splat(0.0f), more[3] = {squares, squares, squares};
     int64_t i = 0;
     for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
         const Vec a = load(x + i);
@@ -50,7 +51,8 @@ Vec inverse_rms(const W* x, int64_t width, float eps) {
     return splat(1.0f / std::sqrt(sum_lanes(squares_of(x, width)) / static_cast<float>(width) + eps));
 }
 
-// The same of each of `count` <= 4 rows, one after another in memory, which share the long way from squares to result.
+// The same of each of `count` <= 4 rows, one after another in memory, which share the long way from
+// squares to result.
 template <class W>
 void inverse_rms4(const W* x, int64_t count, int64_t width, float eps, float (&out)[kLanes]) {
     const auto squares = [&](int64_t row) { return row < count ? squares_of(x + row * width, width) : splat(0.0f); };
@@ -59,7 +61,8 @@ void inverse_rms4(const W* x, int64_t count, int64_t width, float eps, float (&o
     store(out, div(splat(1.0f), sqrt(add(div(load(sums), splat(static_cast<float>(width))), splat(eps)))));
 }
 
-// out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as transformers does.
+// out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as
+// transformers does.
 template <class W>
 void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
     const int64_t whole = width / kLanes * kLanes;
@@ -74,7 +77,8 @@ void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
     }
 }
 
-// RMS norm of rows, or of rows + delta, which is then stored, too, rounded as torch's addition rounds it.
+// RMS norm of rows, or of rows + delta, which is then stored, too, rounded as torch's addition
+// rounds it.
 template <class W>
 class NormKernel {
 public:
@@ -111,8 +115,8 @@ private:
     Rows rows_;
 };
 
-// act(gate) * up, the activation rounded to the dtype before the product, as transformers' dense MLPs do. Elements are
-// independent, so rows need no attention.
+// act(gate) * up, the activation rounded to the dtype before the product, as transformers' dense
+// MLPs do. Elements are independent, so rows need no attention.
 template <class W>
 class ActKernel {
 public:
@@ -152,7 +156,8 @@ private:
     Counter blocks_;
 };
 
-// softmax over a token's logits in fp32, its K largest in descending order (the lower id first among equals).
+// softmax over a token's logits in fp32, its K largest in descending order (the lower id first
+// among equals).
 template <class W>
 class RouterKernel {
 public:
@@ -176,7 +181,8 @@ private:
         Vec sums = splat(0.0f);
         for (int64_t e = 0; e < n; e += kLanes) {
             store(probs + e, exp(sub(load(probs + e), splat(top))));
-            // Lanes past the last expert add exp(-87.3), which is below half an ulp of the sum (at least 1).
+            // Lanes past the last expert add exp(-87.3), which is below half an ulp of the sum (at
+            // least 1).
             sums = add(sums, load(probs + e));
         }
         const Vec total = splat(sum_lanes(sums));

@@ -12,8 +12,9 @@ inline void pause() {
 #endif
 }
 
-// Work taken item by item; `wait` returns when every item taken by anyone is finished. On cache lines of its own: every
-// `take` costs the other threads the line, and they must not lose what they only read with it.
+// Work taken item by item; `wait` returns when every item taken by anyone is finished. On cache
+// lines of its own: every `take` costs the other threads the line, and they must not lose what they
+// only read with it.
 struct alignas(128) Counter {
     std::atomic<int64_t> taken{0};
     int64_t total;
@@ -26,8 +27,9 @@ struct alignas(128) Counter {
     }
 };
 
-// Rows of little work each, taken in runs: a `take` per row costs more than the row when the counter's line has to come
-// from another core. A few runs per thread let one that was held up do less.
+// Rows of little work each, taken in runs: a `take` per row costs more than the row when the
+// counter's line has to come from another core. A few runs per thread let one that was held up do
+// less.
 class Rows {
     static constexpr int64_t kRuns = 4;
 

@@ -1,4 +1,5 @@
-// moesd::linear, rms_norm, add_rms_norm, act_and_mul, softmax_topk_router and argmax: the dense ops around the experts.
+// moesd::linear, rms_norm, add_rms_norm, act_and_mul, softmax_topk_router and argmax: the dense ops
+// around the experts.
 #include <torch/library.h>
 
 #include "ops.h"
@@ -32,7 +33,8 @@ Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta,
     args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(), args.eps = static_cast<float>(eps);
     args.out = out.mutable_data_ptr();
     if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
-    args.threads = team_size(x.numel() * 12);  // an element is read, rounded and written more than once
+    // An element is read, rounded and written more than once.
+    args.threads = team_size(x.numel() * 12);
     args.run = run_team;
     kernels().rms_norm(args);
     return out;

@@ -33,10 +33,12 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 
-// Whether the kernel lets this process use tiles, which it has to be asked for because their state is large.
+// Whether the kernel lets this process use tiles, which it has to be asked for because their state
+// is large.
 bool may_use_tiles() {
 #ifdef __linux__
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA.
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
@@ -45,7 +47,8 @@ bool may_use_tiles() {
 #endif
 
 const KernelTable& choose() {
-    Candidate candidates[] = {  // best first
+    // Best first.
+    Candidate candidates[] = {
 #ifdef MOESD_X86_KERNELS
         {&kAmxTable, has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
                          __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
@@ -119,7 +122,8 @@ void* scratch(size_t bytes) {
 }
 
 int team_size(int64_t multiply_adds) {
-    constexpr int64_t kWorthAThread = 100'000;  // a few microseconds of work, about what waking a thread costs
+    // A few microseconds of work, about what waking a thread costs.
+    constexpr int64_t kWorthAThread = 100'000;
     if (at::in_parallel_region()) return 1;
     return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(),
                                                                    multiply_adds / kWorthAThread)));

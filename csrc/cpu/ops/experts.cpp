@@ -1,4 +1,5 @@
-// moesd::experts: checks, the routing plan (a stable counting sort of the routed rows by expert), scratch.
+// moesd::experts: checks, the routing plan (a stable counting sort of the routed rows by expert),
+// scratch.
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <torch/library.h>
@@ -165,8 +166,9 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
 
 namespace {
 
-// experts() in a new tensor, or nothing where these kernels do not serve the call. All of that is decided here because
-// deciding it in Python costs more than a small layer, when the interpreter has to come from memory like the weights.
+// experts() in a new tensor, or nothing where these kernels do not serve the call. All of that is
+// decided here because deciding it in Python costs more than a small layer, when the interpreter
+// has to come from memory like the weights.
 OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_ids,
                       const Tensor& topk_weights, const OptTensor& gate_up_bias, const OptTensor& down_bias,
                       c10::string_view activation, bool gated, bool interleaved, bool transposed,

@@ -1,5 +1,5 @@
-// moesd::LayerStack: the decoder layers of a Llama-shaped model, walked without the interpreter between their ops, and
-// its greedy continuation, without the interpreter between its steps.
+// moesd::LayerStack: the decoder layers of a Llama-shaped model, walked without the interpreter
+// between their ops, and its greedy continuation, without the interpreter between its steps.
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
 #include <ATen/ops/full.h>
@@ -69,8 +69,8 @@ Tensor run_moe(const Moe& m, const Tensor& x) {
 
 class LayerStack : public torch::CustomClassHolder {
 public:
-    // Appends a layer: its attention, the norm after it and the norm that follows the layer. The four epsilons come in the
-    // order that their argument's name gives.
+    // Appends a layer: its attention, the norm after it and the norm that follows the layer. The
+    // four epsilons come in the order that their argument's name gives.
     void add_layer(Tensor qkv, OptTensor qkv_bias, OptTensor q_norm, OptTensor k_norm, Tensor out, OptTensor out_bias,
                    Tensor post_norm, Tensor following_norm, const std::vector<double>& q_k_post_following_eps,
                    double scale, int64_t window, int64_t q_heads, int64_t kv_heads) {
@@ -91,14 +91,15 @@ public:
         last().moe = Moe{router, top_k, renormalize, cast, gate_up, down, std::move(activation)};
     }
 
-    // Runs layers from `first` up to `stop` (exclusive), or up to and including the attention half of the first layer
-    // whose MLP the caller runs: one that was given none, or any unless `mlps`.
+    // Runs layers from `first` up to `stop` (exclusive), or up to and including the attention half
+    // of the first layer whose MLP the caller runs: one that was given none, or any unless `mlps`.
     //
-    // x and states [T, H]: the residual stream, and the same after the norm before layer `first`. cos, sin [T, D]; index
-    // [T] where keys and values are written; positions [B, Q] and rows [B] as of ragged_attention; keys, values: each
-    // layer's slab [rows, S, Hkv, D]; columns [B, n]: of each sequence's Q tokens, those that are wanted after the last layer,
-    // which computes no others. Returns the stream, the same after the norm of the part that comes next, and the layer
-    // reached.
+    // x and states [T, H]: the residual stream, and the same after the norm before layer `first`.
+    // cos, sin [T, D]; index [T] where keys and values are written; positions [B, Q] and rows [B]
+    // as of ragged_attention; keys, values: each layer's slab [rows, S, Hkv, D]; columns [B, n]: of
+    // each sequence's Q tokens, those that are wanted after the last layer, which computes no
+    // others. Returns the stream, the same after the norm of the part that comes next, and the
+    // layer reached.
     std::tuple<Tensor, Tensor, int64_t> run(Tensor x, Tensor states, const Tensor& cos, const Tensor& sin,
                                             const Tensor& index, const Tensor& positions, const OptTensor& rows,
                                             const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
@@ -124,11 +125,13 @@ public:
         return {x, states, stop};
     }
 
-    // The `count` >= 1 tokens that follow each row greedily, [B, count], and where no token was the largest, [B, count].
+    // The `count` >= 1 tokens that follow each row greedily, [B, count], and where no token was the
+    // largest, [B, count].
     //
-    // ids and positions [B, W]: the newest tokens of every row, the latest in the last column; -1 is padding, which goes to
-    // the cache's last slot. embedding [V, H]; norm, eps: before the first layer; head [V, H]; cos, sin [S, D] by position;
-    // rows, keys, values as of `run`. Every layer must have its MLP.
+    // ids and positions [B, W]: the newest tokens of every row, the latest in the last column; -1
+    // is padding, which goes to the cache's last slot. embedding [V, H]; norm, eps: before the
+    // first layer; head [V, H]; cos, sin [S, D] by position; rows, keys, values as of `run`. Every
+    // layer must have its MLP.
     std::tuple<Tensor, Tensor> continue_greedily(const Tensor& ids, const Tensor& positions, const Tensor& rows,
                                                  const Tensor& embedding, const Tensor& norm, double eps,
                                                  const Tensor& head, const Tensor& cos, const Tensor& sin,
@@ -156,8 +159,8 @@ public:
                 fed = best.view({-1, 1}), at = following(at);
             }
         };
-        // Rows are independent, so each thread can take some of them through all the steps alone. It then reads all the
-        // weights, which pays while they stay in its cache.
+        // Rows are independent, so each thread can take some of them through all the steps alone.
+        // It then reads all the weights, which pays while they stay in its cache.
         if (weight_bytes() + head.nbytes() > kOwnBytes) {
             chain(0, batch);
         } else {

@@ -1,5 +1,5 @@
-// What the op boundary files share: the chosen kernels, dtype names, scratch memory, the thread team, and the ops
-// themselves as functions (register.cpp says what they do).
+// What the op boundary files share: the chosen kernels, dtype names, scratch memory, the thread
+// team, and the ops themselves as functions (register.cpp says what they do).
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -19,7 +19,8 @@ const KernelTable& kernels();
 // Raises TypeError-like errors naming `what` for dtypes the kernels do not store.
 DType storage_dtype(const at::Tensor& t, const char* what);
 
-// Raises ValueError or TypeError unless t is contiguous, of these sizes, and of the dtype of `like`; names both.
+// Raises ValueError or TypeError unless t is contiguous, of these sizes, and of the dtype of
+// `like`; names both.
 void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes, const at::Tensor& like,
                 const char* like_name);
 

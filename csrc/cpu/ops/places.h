@@ -1,5 +1,5 @@
-// Where the tokens of a ragged batch lie: in tables, in the cache and among each other. Plain loops, since there are few
-// tokens and one of torch's ops takes longer than they do.
+// Where the tokens of a ragged batch lie: in tables, in the cache and among each other. Plain
+// loops, since there are few tokens and one of torch's ops takes longer than they do.
 #pragma once
 
 #include <cstring>
@@ -39,8 +39,8 @@ inline at::Tensor flat_index(const at::Tensor& columns, int64_t B, int64_t Q) {
     return index;
 }
 
-// Where the tokens at `positions` [B, W] go in slabs of `slots` slots, and the positions of their angles: both [B * W].
-// Padding, at -1, goes to the last slot.
+// Where the tokens at `positions` [B, W] go in slabs of `slots` slots, and the positions of their
+// angles: both [B * W]. Padding, at -1, goes to the last slot.
 inline std::pair<at::Tensor, at::Tensor> cache_places(const at::Tensor& positions, const at::Tensor& rows, int64_t slots) {
     at::Tensor index = fresh({positions.numel()}, at::kLong), angle = fresh({positions.numel()}, at::kLong);
     const auto position = positions.accessor<int64_t, 2>();

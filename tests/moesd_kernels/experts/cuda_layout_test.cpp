@@ -1,4 +1,5 @@
-// Host program of test_cuda_compile.py: the CUDA kernels' index arithmetic against a model of the hardware.
+// Host program of test_cuda_compile.py: the CUDA kernels' index arithmetic against a model of the
+// hardware.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -33,8 +34,8 @@ void swizzle_is_the_hardwares() {
     CHECK(seen.size() == kTileRows * kTileK, "%zu distinct offsets", seen.size());
 }
 
-// What wgmma reads for element (row, k16 column) of a K-major operand given a descriptor: groups of eight rows at
-// the stride offset, rows 128 bytes apart, and the swizzle on the final address.
+// What wgmma reads for element (row, k16 column) of a K-major operand given a descriptor: groups of
+// eight rows at the stride offset, rows 128 bytes apart, and the swizzle on the final address.
 uint32_t hardware_read(uint64_t descriptor, int row, int k) {
     const uint32_t base = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
     const uint32_t group = static_cast<uint32_t>((descriptor >> 32) & 0x3FFF) << 4;
@@ -95,7 +96,8 @@ void every_tile_has_one_cta() {
     }
 }
 
-// Blocks of one expert in one group read its tile at neighbouring indices: one read of DRAM, then the cache.
+// Blocks of one expert in one group read its tile at neighbouring indices: one read of DRAM, then
+// the cache.
 void equal_tiles_of_a_group_are_adjacent() {
     const int blocks = 13, tiles = 24;
     std::map<std::pair<int, int>, std::vector<int>> indices;  // (group, tile) -> where it is read
@@ -108,7 +110,8 @@ void equal_tiles_of_a_group_are_adjacent() {
     }
 }
 
-// Each weight row of the active expert is read by exactly one tile, gate with its up, and none beyond the expert.
+// Each weight row of the active expert is read by exactly one tile, gate with its up, and none
+// beyond the expert.
 void weight_rows_are_read_once() {
     const int E = 3;
     for (int rows : {64, 192, 768}) {
@@ -134,7 +137,8 @@ void weight_rows_are_read_once() {
     }
 }
 
-// A producer and a consumer that follow the ring's parities never overwrite or read a stage too early.
+// A producer and a consumer that follow the ring's parities never overwrite or read a stage too
+// early.
 void ring_parities() {
     for (int stages : {2, 4, 6}) {
         std::vector<int> full(stages, 0), empty(stages, 0), held(stages, -1);
