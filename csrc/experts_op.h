@@ -10,11 +10,13 @@
 
 namespace moesd {
 
-using ExpertsOp = void(const at::Tensor& hidden, const at::Tensor& w_gate_up, const at::Tensor& w_down,
-                       const at::Tensor& topk_ids, const at::Tensor& topk_weights,
-                       const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-                       std::string_view activation, bool gated, bool interleaved, bool transposed,
-                       std::optional<double> activation_limit, std::optional<double> activation_alpha,
-                       at::Tensor& out);
+using ExpertsOp = void(const at::Tensor& hidden, const at::Tensor& w_gate_up,
+                       const at::Tensor& w_down, const at::Tensor& topk_ids,
+                       const at::Tensor& topk_weights,
+                       const std::optional<at::Tensor>& gate_up_bias,
+                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                       bool gated, bool interleaved, bool transposed,
+                       std::optional<double> activation_limit,
+                       std::optional<double> activation_alpha, at::Tensor& out);
 
 }  // namespace moesd

@@ -3,22 +3,29 @@
 
 TORCH_LIBRARY(moesd, m) {
     m.def(
-        "experts(Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "
-        "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
+        "experts(Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor "
+        "topk_weights, "
+        "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, "
+        "bool transposed, "
         "float? activation_limit, float? activation_alpha, Tensor(a!) out) -> ()");
     m.def(
-        "try_experts(Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "
-        "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
+        "try_experts(Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor "
+        "topk_weights, "
+        "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, "
+        "bool transposed, "
         "float? activation_limit, float? activation_alpha) -> Tensor?");
     m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
     m.def(
-        "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, int window, "
+        "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, "
+        "int window, "
         "Tensor? sinks, Tensor? rows) -> Tensor");
     m.def("act_and_mul(Tensor gate, Tensor up, str activation) -> Tensor");
     m.def("rms_norm(Tensor x, Tensor w, float eps) -> Tensor");
-    m.def("add_rms_norm(Tensor x, Tensor delta, Tensor w, float eps) -> (Tensor sum, Tensor normed)");
     m.def(
-        "rope_to_cache(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, float q_eps, Tensor? k_norm, float k_eps, "
+        "add_rms_norm(Tensor x, Tensor delta, Tensor w, float eps) -> (Tensor sum, Tensor normed)");
+    m.def(
+        "rope_to_cache(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, float q_eps, Tensor? "
+        "k_norm, float k_eps, "
         "Tensor index, int q_heads, int kv_heads, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
     m.def(
         "softmax_topk_router(Tensor x, Tensor w, int top_k, bool renormalize) "

@@ -22,7 +22,9 @@ enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
 constexpr int64_t kDepthAlign = 32;
 // To an odd multiple: rows a power of two apart would compete for the same few lines of the
 // first-level cache.
-static constexpr int64_t align_depth(int64_t k) { return ((k + kDepthAlign - 1) / kDepthAlign | 1) * kDepthAlign; }
+static constexpr int64_t align_depth(int64_t k) {
+    return ((k + kDepthAlign - 1) / kDepthAlign | 1) * kDepthAlign;
+}
 
 // What the kernels' buffers hold, and the op boundary checks.
 constexpr int64_t kMaxHeadDim = 576;
@@ -49,21 +51,21 @@ struct ExpertsArgs {
     bool has_limit, has_alpha;
     float limit, alpha;
     int64_t tokens, hidden, inter, num_active;
-    const void* x;                  // [T, H]
-    const void* w_gate_up;          // [E, 2I, H] (or [E, H, 2I] when transposed)
-    const void* w_down;             // [E, H, I] (or [E, I, H])
-    const void* gate_up_bias;       // [E, 2I] or null
-    const void* down_bias;          // [E, H] or null
-    const int64_t* active;          // [num_active] expert ids, ascending
-    const int64_t* offsets;         // [num_active + 1] into the sorted rows
-    const int64_t* sorted_token;    // [N]
-    const float* sorted_weight;     // [N]
+    const void* x;                // [T, H]
+    const void* w_gate_up;        // [E, 2I, H] (or [E, H, 2I] when transposed)
+    const void* w_down;           // [E, H, I] (or [E, I, H])
+    const void* gate_up_bias;     // [E, 2I] or null
+    const void* down_bias;        // [E, H] or null
+    const int64_t* active;        // [num_active] expert ids, ascending
+    const int64_t* offsets;       // [num_active + 1] into the sorted rows
+    const int64_t* sorted_token;  // [N]
+    const float* sorted_weight;   // [N]
     // Scratch: [T, align_depth(H)] and [N, align_depth(I)]; for panels both have panel_rows(N, E).
     float* packed_x;
     float* packed_act;
-    float* acc;                     // [T * H] scratch, by slices of the output
-    void* out;                      // [T, H]
-    EnterPhase enter_phase;         // null unless a profiler listens
+    float* acc;              // [T * H] scratch, by slices of the output
+    void* out;               // [T, H]
+    EnterPhase enter_phase;  // null unless a profiler listens
     void* phase_ctx;
     int threads;
     RunTeam run;
@@ -77,7 +79,7 @@ struct LinearArgs {
     const void* bias;  // [N] or null
     // Scratch: [T, align_depth(K)]; for panels [panel_rows(T, 1), align_depth(K)].
     float* packed_x;
-    void* out;         // [T, N]
+    void* out;  // [T, N]
     int threads;
     RunTeam run;
 };
@@ -85,18 +87,18 @@ struct LinearArgs {
 struct AttentionArgs {
     DType dtype;
     int64_t batch, queries, q_heads, kv_heads, head_dim, value_dim, slots;
-    const void* q;                       // [B, Q, Hq, D], element strides below
+    const void* q;  // [B, Q, Hq, D], element strides below
     int64_t q_batch, q_query, q_head;
-    const void* k;                       // [rows, S, Hkv, D]
+    const void* k;  // [rows, S, Hkv, D]
     int64_t k_row, k_slot, k_head;
-    const void* v;                       // [rows, S, Hkv, Dv]
+    const void* v;  // [rows, S, Hkv, Dv]
     int64_t v_row, v_slot, v_head;
-    const int64_t* positions;            // [B, Q]
-    const int64_t* rows;                 // [B] or null for the identity
-    const float* sinks;                  // [Hq] or null
+    const int64_t* positions;  // [B, Q]
+    const int64_t* rows;       // [B] or null for the identity
+    const float* sinks;        // [Hq] or null
     float scale;
     int64_t window;
-    void* out;                           // [B, Q, Hq, Dv] contiguous
+    void* out;  // [B, Q, Hq, Dv] contiguous
     int threads;
     RunTeam run;
 };
@@ -117,16 +119,16 @@ struct NormArgs {
 struct RopeArgs {
     DType dtype;
     int64_t tokens, q_heads, kv_heads, head_dim;
-    const void* qkv;         // [T, (Hq + 2 Hkv) * D]
-    const void* cos;         // [T, D]
-    const void* sin;         // [T, D]
-    const void* q_norm;      // [D] or null
-    const void* k_norm;      // [D] or null
+    const void* qkv;     // [T, (Hq + 2 Hkv) * D]
+    const void* cos;     // [T, D]
+    const void* sin;     // [T, D]
+    const void* q_norm;  // [D] or null
+    const void* k_norm;  // [D] or null
     float q_eps, k_eps;
-    const int64_t* index;    // [T] rows of the cache
-    void* keys;              // [rows, Hkv * D]
-    void* values;            // [rows, Hkv * D]
-    void* q;                 // [T, Hq, D]
+    const int64_t* index;  // [T] rows of the cache
+    void* keys;            // [rows, Hkv * D]
+    void* values;          // [rows, Hkv * D]
+    void* q;               // [T, Hq, D]
     int threads;
     RunTeam run;
 };

@@ -23,8 +23,9 @@ __device__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(
 // its partial is not read and its weight not multiplied.
 template <typename Id, typename Weight, typename Out>
 __global__ void __launch_bounds__(kThreads)
-    combine_kernel(const float* __restrict__ partial, const Id* __restrict__ ids, const Weight* __restrict__ weights,
-                   Out* __restrict__ out, int topk, int E, int H) {
+    combine_kernel(const float* __restrict__ partial, const Id* __restrict__ ids,
+                   const Weight* __restrict__ weights, Out* __restrict__ out, int topk, int E,
+                   int H) {
     const int64_t token = blockIdx.x;
     const int column = (blockIdx.y * kThreads + threadIdx.x) * kVector;
     if (column >= H) return;
@@ -42,17 +43,19 @@ __global__ void __launch_bounds__(kThreads)
             sum[2] = fmaf(weight, value.z, sum[2]);
             sum[3] = fmaf(weight, value.w, sum[3]);
         } else {
-            for (int j = 0; j < kVector && column + j < H; ++j) sum[j] = fmaf(weight, row[j], sum[j]);
+            for (int j = 0; j < kVector && column + j < H; ++j)
+                sum[j] = fmaf(weight, row[j], sum[j]);
         }
     }
-    for (int j = 0; j < kVector && column + j < H; ++j) from_float(sum[j], out[token * H + column + j]);
+    for (int j = 0; j < kVector && column + j < H; ++j)
+        from_float(sum[j], out[token * H + column + j]);
 }
 
 // Grid: (num_blocks * block_rows); a CTA copies one row, 16 bytes a thread at a time. H is a
 // multiple of 8.
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const __nv_bfloat16* __restrict__ x, int64_t x_stride, Plan plan, int block_rows, int topk, int H,
-                  __nv_bfloat16* __restrict__ sorted) {
+    gather_kernel(const __nv_bfloat16* __restrict__ x, int64_t x_stride, Plan plan, int block_rows,
+                  int topk, int H, __nv_bfloat16* __restrict__ sorted) {
     const int* const block = plan.blocks + 3 * (blockIdx.x / block_rows);
     const int row = blockIdx.x % block_rows;
     if (row >= block[2]) return;
@@ -95,9 +98,9 @@ void launch(const Call& c, Float weights, Float out) {
 
 }  // namespace
 
-cudaError_t launch_combine(const float* partial, const void* ids, bool ids_are_int64, const void* weights,
-                           Float weights_type, void* out, Float out_type, int T, int topk, int experts, int H,
-                           cudaStream_t stream) {
+cudaError_t launch_combine(const float* partial, const void* ids, bool ids_are_int64,
+                           const void* weights, Float weights_type, void* out, Float out_type,
+                           int T, int topk, int experts, int H, cudaStream_t stream) {
     const Call call{partial, ids, weights, out, T, topk, experts, H, stream};
     if (ids_are_int64) {
         launch<int64_t>(call, weights_type, out_type);
@@ -107,12 +110,12 @@ cudaError_t launch_combine(const float* partial, const void* ids, bool ids_are_i
     return cudaGetLastError();
 }
 
-cudaError_t launch_gather(const void* x, int64_t x_stride, Plan plan, int num_blocks, int block_rows, int topk, int H,
-                          void* sorted, cudaStream_t stream) {
+cudaError_t launch_gather(const void* x, int64_t x_stride, Plan plan, int num_blocks,
+                          int block_rows, int topk, int H, void* sorted, cudaStream_t stream) {
     if (H % 8 != 0) return cudaErrorInvalidValue;
-    gather_kernel<<<num_blocks * block_rows, kThreads, 0, stream>>>(static_cast<const __nv_bfloat16*>(x), x_stride,
-                                                                     plan, block_rows, topk, H,
-                                                                     static_cast<__nv_bfloat16*>(sorted));
+    gather_kernel<<<num_blocks * block_rows, kThreads, 0, stream>>>(
+        static_cast<const __nv_bfloat16*>(x), x_stride, plan, block_rows, topk, H,
+        static_cast<__nv_bfloat16*>(sorted));
     return cudaGetLastError();
 }
 

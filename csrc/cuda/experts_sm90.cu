@@ -28,7 +28,7 @@ struct Ring {
 };
 
 struct Product {
-    int num_blocks;       // bound; idle blocks come last
+    int num_blocks;  // bound; idle blocks come last
     int tiles_per_block;
     int k_tiles;
     int rows_per_expert;  // of the weight matrix: 2I or H
@@ -66,20 +66,23 @@ __device__ int count_used(const Product& product) {
     int used = 0;
     for (int first = 0; first < product.num_blocks; first += kThreads) {
         const int block = first + static_cast<int>(threadIdx.x);
-        used += __syncthreads_count(block < product.num_blocks && product.plan.blocks[3 * block] >= 0);
+        used +=
+            __syncthreads_count(block < product.num_blocks && product.plan.blocks[3 * block] >= 0);
     }
     return used;
 }
 
 template <int N, bool kGateUp>
-__device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens, const Product& product, int used,
-                        char* ring, uint64_t* full, uint64_t* empty) {
+__device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens,
+                        const Product& product, int used, char* ring, uint64_t* full,
+                        uint64_t* empty) {
     using R = Ring<N>;
     const uint64_t once = evict_first_policy(), again = evict_last_policy();
     RingSlot slot;
     Tiles tiles{product, used};
     while (tiles.next()) {
-        const int row0 = first_weight_row(tiles.block.expert, product.rows_per_expert, tiles.work.tile, kGateUp);
+        const int row0 =
+            first_weight_row(tiles.block.expert, product.rows_per_expert, tiles.work.tile, kGateUp);
         const int row1 = second_weight_row(row0, product.I, kGateUp);
         for (int k = 0; k < product.k_tiles; ++k) {
             char* const stage = ring + slot.index * R::kStageBytes;
@@ -87,9 +90,10 @@ __device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens, c
             barrier_wait(&empty[slot.index], slot.phase ^ 1);
             barrier_expect(&full[slot.index], R::kStageBytes);
             tensor_copy(stage, weights, k * kTileK, row0, &full[slot.index], once);
-            tensor_copy(stage + kWeightTileBytes, weights, k * kTileK, row1, &full[slot.index], once);
-            tensor_copy(stage + kWeightTiles * kWeightTileBytes, tokens, k * kTileK, tiles.block.first_row,
-                        &full[slot.index], again);
+            tensor_copy(stage + kWeightTileBytes, weights, k * kTileK, row1, &full[slot.index],
+                        once);
+            tensor_copy(stage + kWeightTiles * kWeightTileBytes, tokens, k * kTileK,
+                        tiles.block.first_row, &full[slot.index], again);
             slot.advance(R::kStages);
         }
     }
@@ -98,7 +102,8 @@ __device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens, c
 // Writes a tile's valid rows; D is [64 weight rows, N tokens] spread over the warp group's
 // registers.
 template <int N, bool kGateUp>
-__device__ void store(const Product& product, const Tiles& tiles, const float (&d0)[N / 2], const float (&d1)[N / 2]) {
+__device__ void store(const Product& product, const Tiles& tiles, const float (&d0)[N / 2],
+                      const float (&d1)[N / 2]) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
         const int token = fragment_column(threadIdx.x, i);
@@ -111,7 +116,8 @@ __device__ void store(const Product& product, const Tiles& tiles, const float (&
             product.act[sorted * product.I + column] = __float2bfloat16_rn(value);
         } else {
             const int column = tiles.work.tile * kWeightTiles * kTileRows + row;
-            float* const out = product.partial + int64_t{product.plan.sorted_to_pair[sorted]} * product.H + column;
+            float* const out =
+                product.partial + int64_t{product.plan.sorted_to_pair[sorted]} * product.H + column;
             out[0] = d0[i];
             // H is a multiple of 64, not of 128.
             if (column + kTileRows < product.H) out[kTileRows] = d1[i];
@@ -125,7 +131,8 @@ __device__ void release(uint64_t* empty) {
 }
 
 template <int N, bool kGateUp>
-__device__ void consume(const Product& product, int used, char* ring, uint64_t* full, uint64_t* empty) {
+__device__ void consume(const Product& product, int used, char* ring, uint64_t* full,
+                        uint64_t* empty) {
     using R = Ring<N>;
     RingSlot slot;
     Tiles tiles{product, used};
@@ -164,8 +171,8 @@ __device__ void consume(const Product& product, int used, char* ring, uint64_t* 
 // Grid: kCtasPerSm CTAs a multiprocessor; warp 4 copies, warps 0..3 multiply.
 template <int N, bool kGateUp>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
-    product_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
-                   const Product product) {
+    product_kernel(const __grid_constant__ CUtensorMap weights,
+                   const __grid_constant__ CUtensorMap tokens, const Product product) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using R = Ring<N>;
     extern __shared__ char shared[];
@@ -196,41 +203,45 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
 #endif
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // The driver's function, found at run time so that nothing links against the driver.
 EncodeTiled encode_tiled() {
     static const EncodeTiled function = [] {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult status;
-        const cudaError_t error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-        return error == cudaSuccess && status == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
-                                                                             : nullptr;
+        const cudaError_t error = cudaGetDriverEntryPointByVersion(
+            "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+        return error == cudaSuccess && status == cudaDriverEntryPointSuccess
+                   ? reinterpret_cast<EncodeTiled>(found)
+                   : nullptr;
     }();
     return function;
 }
 
 // A [rows, columns] bf16 matrix read in boxes of [box_rows, 64], swizzled; rows past the end read
 // as zero.
-cudaError_t make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns, int box_rows) {
+cudaError_t make_map(CUtensorMap* map, const void* data, int64_t rows, int64_t columns,
+                     int box_rows) {
     const EncodeTiled encode = encode_tiled();
     if (encode == nullptr) return cudaErrorNotSupported;
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
     const cuuint32_t box[2] = {kTileK, static_cast<cuuint32_t>(box_rows)};
     const cuuint32_t steps[2] = {1, 1};
-    const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides,
-                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), sizes, strides,
+               box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <int N, bool kGateUp>
-cudaError_t launch_product(const void* weights, int64_t weight_rows, const void* tokens, const Experts& e, int sms,
-                           cudaStream_t stream) {
+cudaError_t launch_product(const void* weights, int64_t weight_rows, const void* tokens,
+                           const Experts& e, int sms, cudaStream_t stream) {
     const int K = kGateUp ? e.H : e.I;
     CUtensorMap weight_map, token_map;
     cudaError_t error = make_map(&weight_map, weights, weight_rows, K, kTileRows);
@@ -238,17 +249,14 @@ cudaError_t launch_product(const void* weights, int64_t weight_rows, const void*
     error = make_map(&token_map, tokens, e.pairs, K, N);
     if (error != cudaSuccess) return error;
     const int tile_rows = kGateUp ? kTileRows : kWeightTiles * kTileRows;
-    const Product product{e.num_blocks,
-                          ceil_div(kGateUp ? e.I : e.H, tile_rows),
-                          K / kTileK,
-                          kGateUp ? 2 * e.I : e.H,
-                          e.I,
-                          e.H,
-                          e.plan,
-                          static_cast<__nv_bfloat16*>(e.act),
+    const Product product{e.num_blocks, ceil_div(kGateUp ? e.I : e.H, tile_rows),
+                          K / kTileK,   kGateUp ? 2 * e.I : e.H,
+                          e.I,          e.H,
+                          e.plan,       static_cast<__nv_bfloat16*>(e.act),
                           e.partial};
     const auto kernel = product_kernel<N, kGateUp>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring<N>::kSharedBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 Ring<N>::kSharedBytes);
     if (error != cudaSuccess) return error;
     const int grid = min(kCtasPerSm * sms, product.num_blocks * product.tiles_per_block);
     kernel<<<grid, kThreads, Ring<N>::kSharedBytes, stream>>>(weight_map, token_map, product);
@@ -258,7 +266,8 @@ cudaError_t launch_product(const void* weights, int64_t weight_rows, const void*
 template <int N>
 cudaError_t launch(const Experts& e, int sms, cudaStream_t stream) {
     const int64_t gate_up_rows = int64_t{e.E} * 2 * e.I, down_rows = int64_t{e.E} * e.H;
-    const cudaError_t error = launch_product<N, true>(e.w_gate_up, gate_up_rows, e.x_sorted, e, sms, stream);
+    const cudaError_t error =
+        launch_product<N, true>(e.w_gate_up, gate_up_rows, e.x_sorted, e, sms, stream);
     if (error != cudaSuccess) return error;
     return launch_product<N, false>(e.w_down, down_rows, e.act, e, sms, stream);
 }
@@ -274,16 +283,11 @@ cudaError_t launch_experts_sm90(const Experts& e, cudaStream_t stream) {
     if (major != 9) return cudaErrorNotSupported;
     if (e.H % kTileK != 0 || e.I % kTileK != 0) return cudaErrorInvalidValue;
     switch (e.block_rows) {
-        case 8:
-            return launch<8>(e, sms, stream);
-        case 16:
-            return launch<16>(e, sms, stream);
-        case 32:
-            return launch<32>(e, sms, stream);
-        case 64:
-            return launch<64>(e, sms, stream);
-        default:
-            return cudaErrorInvalidValue;
+        case 8: return launch<8>(e, sms, stream);
+        case 16: return launch<16>(e, sms, stream);
+        case 32: return launch<32>(e, sms, stream);
+        case 64: return launch<64>(e, sms, stream);
+        default: return cudaErrorInvalidValue;
     }
 }
 

@@ -21,18 +21,18 @@ struct Plan {
 };
 
 // Stable counting sort of ids [pairs] by expert; ids outside [0, experts) are dropped.
-cudaError_t launch_plan(const void* ids, bool ids_are_int64, int pairs, int experts, int block_rows, Plan plan,
-                        cudaStream_t stream);
+cudaError_t launch_plan(const void* ids, bool ids_are_int64, int pairs, int experts, int block_rows,
+                        Plan plan, cudaStream_t stream);
 
 // out[t] = sum over slots, in order and in fp32, of weights[t, k] * partial[t * topk + k].
 // partial [T * topk, H] fp32, ids and weights [T, topk], out [T, H].
-cudaError_t launch_combine(const float* partial, const void* ids, bool ids_are_int64, const void* weights,
-                           Float weights_type, void* out, Float out_type, int T, int topk, int experts, int H,
-                           cudaStream_t stream);
+cudaError_t launch_combine(const float* partial, const void* ids, bool ids_are_int64,
+                           const void* weights, Float weights_type, void* out, Float out_type,
+                           int T, int topk, int experts, int H, cudaStream_t stream);
 
 // Rows of x [T, H] bf16 in sorted order -> sorted [pairs, H]; rows of idle blocks are not written.
-cudaError_t launch_gather(const void* x, int64_t x_stride, Plan plan, int num_blocks, int block_rows, int topk,
-                          int H, void* sorted, cudaStream_t stream);
+cudaError_t launch_gather(const void* x, int64_t x_stride, Plan plan, int num_blocks,
+                          int block_rows, int topk, int H, void* sorted, cudaStream_t stream);
 
 struct Experts {
     const void* x_sorted;   // [pairs, H] bf16

@@ -54,14 +54,16 @@ MOESD_BOTH Work work_of(int index, int tiles_per_block, int blocks) {
 MOESD_BOTH int first_weight_row(int expert, int rows_per_expert, int tile, bool gate_up) {
     return expert * rows_per_expert + tile * (gate_up ? kTileRows : kWeightTiles * kTileRows);
 }
-MOESD_BOTH int second_weight_row(int first, int I, bool gate_up) { return first + (gate_up ? I : kTileRows); }
+MOESD_BOTH int second_weight_row(int first, int I, bool gate_up) {
+    return first + (gate_up ? I : kTileRows);
+}
 
 // Byte of element (row, k) in a tile that TMA wrote with the 128-byte swizzle: the 16-byte chunk's
 // number is xor-ed with the row's number in its group of eight.
 MOESD_BOTH uint32_t swizzled_offset(int row, int k) {
     const uint32_t chunk = static_cast<uint32_t>(k) / 8;
-    return static_cast<uint32_t>(row) * kRowBytes + ((chunk ^ (static_cast<uint32_t>(row) & 7)) * 16) +
-           (static_cast<uint32_t>(k) % 8) * 2;
+    return static_cast<uint32_t>(row) * kRowBytes +
+           ((chunk ^ (static_cast<uint32_t>(row) & 7)) * 16) + (static_cast<uint32_t>(k) % 8) * 2;
 }
 
 // wgmma shared-memory descriptor of a K-major operand with 128-byte swizzle: address and the
@@ -77,7 +79,9 @@ MOESD_BOTH uint64_t matrix_descriptor(uint32_t shared_address) {
 constexpr uint64_t kDescriptorStep = (16 * 2) >> 4;
 
 // Element of the 64 x N result that register `i` of thread `thread` (of 128) holds.
-MOESD_BOTH int fragment_row(int thread, int i) { return (thread / 32) * 16 + (thread % 32) / 4 + ((i % 4) / 2) * 8; }
+MOESD_BOTH int fragment_row(int thread, int i) {
+    return (thread / 32) * 16 + (thread % 32) / 4 + ((i % 4) / 2) * 8;
+}
 MOESD_BOTH int fragment_column(int thread, int i) { return (i / 4) * 8 + (thread % 4) * 2 + i % 2; }
 
 // Position in a ring of `stages` slots and the parity its barrier's next phase has.

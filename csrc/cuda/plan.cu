@@ -27,8 +27,9 @@ __device__ int walk(const int* ids, int pairs, int expert, Place place) {
 
 // Grid: one CTA. Shared: ids [pairs], then counts, row starts and block starts [E + 1].
 template <typename Id>
-__global__ void __launch_bounds__(kThreads) plan_kernel(const Id* __restrict__ topk_ids, int pairs, int E,
-                                                        int block_rows, int max_blocks, Plan plan) {
+__global__ void __launch_bounds__(kThreads)
+    plan_kernel(const Id* __restrict__ topk_ids, int pairs, int E, int block_rows, int max_blocks,
+                Plan plan) {
     extern __shared__ int shared[];
     int* const ids = shared;
     int* const counts = ids + pairs;
@@ -62,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const Id* __restrict__ t
     for (int e = warp; e < E; e += kWarps) {
         const int first = row_start[e];
         if (counts[e] > 0) {
-            walk(ids, pairs, e, [&](int pair, int rank) { plan.sorted_to_pair[first + rank] = pair; });
+            walk(ids, pairs, e,
+                 [&](int pair, int rank) { plan.sorted_to_pair[first + rank] = pair; });
         }
         const int blocks = block_start[e + 1] - block_start[e];
         for (int j = threadIdx.x % 32; j < blocks; j += 32) {
@@ -80,17 +82,19 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const Id* __restrict__ t
 }
 
 template <typename Id>
-cudaError_t launch(const void* ids, int pairs, int E, int block_rows, Plan plan, cudaStream_t stream) {
+cudaError_t launch(const void* ids, int pairs, int E, int block_rows, Plan plan,
+                   cudaStream_t stream) {
     const size_t shared = sizeof(int) * (pairs + 3 * E + 2);
     const int bound = max_blocks(pairs, E, block_rows);
-    plan_kernel<<<1, kThreads, shared, stream>>>(static_cast<const Id*>(ids), pairs, E, block_rows, bound, plan);
+    plan_kernel<<<1, kThreads, shared, stream>>>(static_cast<const Id*>(ids), pairs, E, block_rows,
+                                                 bound, plan);
     return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_plan(const void* ids, bool ids_are_int64, int pairs, int experts, int block_rows, Plan plan,
-                        cudaStream_t stream) {
+cudaError_t launch_plan(const void* ids, bool ids_are_int64, int pairs, int experts, int block_rows,
+                        Plan plan, cudaStream_t stream) {
     // 8192 pairs and 1024 experts stay below the 48 KB every kernel may use without asking.
     if (pairs > kMaxPlanPairs || experts > kMaxPlanExperts) return cudaErrorInvalidValue;
     return ids_are_int64 ? launch<int64_t>(ids, pairs, experts, block_rows, plan, stream)

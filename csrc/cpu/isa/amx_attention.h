@@ -62,7 +62,8 @@ private:
         }
         for_tiles<4>([]<int I>() { tile_zero<I>(); });
         for (int64_t step = 0; step < steps_of(a_.head_dim); ++step) {
-            multiply(query_ + step * kStepDepth, depth_, keys_[0] + step * kTile, keys_[1] + step * kTile);
+            multiply(query_ + step * kStepDepth, depth_, keys_[0] + step * kTile,
+                     keys_[1] + step * kTile);
         }
         store_sums(scores_ + j, kSlotBlock);
     }
@@ -85,21 +86,26 @@ private:
     }
 
     void store_sums(float* at, int64_t stride) const {
-        tile_store<0>(at, stride * sizeof(float)), tile_store<1>(at + kTile, stride * sizeof(float));
+        tile_store<0>(at, stride * sizeof(float)),
+            tile_store<1>(at + kTile, stride * sizeof(float));
         if (tiled_ <= kTile) return;
         at += kTile * stride;
-        tile_store<2>(at, stride * sizeof(float)), tile_store<3>(at + kTile, stride * sizeof(float));
+        tile_store<2>(at, stride * sizeof(float)),
+            tile_store<3>(at + kTile, stride * sizeof(float));
     }
 
     // Columns d .. d + kColumns of values [0, slots) as pairs of slots, zeros up to thirty-two of
     // them; false if one that some query may not see is not finite.
     bool pack_values(const bf16* values, int64_t d, int64_t slots) {
-        const int64_t columns = a_.value_dim - d, open = columns < kColumns ? 0 : slots < common_ ? slots : common_;
+        const int64_t columns = a_.value_dim - d, open = columns < kColumns ? 0
+                                                         : slots < common_  ? slots
+                                                                            : common_;
         const __mmask32 inside = columns < kColumns ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
         const bf16* at = values + d;
         int64_t i = 0;
         for (; i + 2 <= open; i += 2, at += 2 * a_.v_slot) {
-            __builtin_prefetch(at + kValuesAhead * a_.v_slot), __builtin_prefetch(at + (kValuesAhead + 1) * a_.v_slot);
+            __builtin_prefetch(at + kValuesAhead * a_.v_slot),
+                __builtin_prefetch(at + (kValuesAhead + 1) * a_.v_slot);
             pack_pair(_mm512_loadu_si512(at), _mm512_loadu_si512(at + a_.v_slot), i);
         }
         bool finite = true;
@@ -113,7 +119,8 @@ private:
     }
 
     void pack_pair(__m512i x, __m512i y, int64_t i) {
-        values_[0][i / 2] = _mm512_unpacklo_epi16(x, y), values_[1][i / 2] = _mm512_unpackhi_epi16(x, y);
+        values_[0][i / 2] = _mm512_unpacklo_epi16(x, y),
+                       values_[1][i / 2] = _mm512_unpackhi_epi16(x, y);
     }
 
     static bool is_finite(__m512i x) {

@@ -37,8 +37,10 @@ private:
         for (int64_t i = up_.take(); i < up_.total; ++done) {
             const int64_t following = up_.take();
             if (following >= up_.total) slice = down_.take();
-            const int64_t loads = tile_loads(panels_of(i / blocks_), (a_.gated ? 2 : 1) * kRows, a_.hidden);
-            Ahead ahead = following < up_.total ? fetch_gate_up(following, loads) : fetch_down(slice, loads);
+            const int64_t loads =
+                tile_loads(panels_of(i / blocks_), (a_.gated ? 2 : 1) * kRows, a_.hidden);
+            Ahead ahead =
+                following < up_.total ? fetch_gate_up(following, loads) : fetch_down(slice, loads);
             if (a_.gated) gate_up<2>(i, ahead);
             else gate_up<1>(i, ahead);
             i = following;
@@ -57,8 +59,12 @@ private:
     int64_t panels_of(int64_t e) const { return (tokens_of(e) + kTile - 1) / kTile; }
     // Of expert e, counted among all: at least as many as the experts before it have.
     int64_t first_panel(int64_t e) const { return a_.offsets[e] / kTile + e; }
-    bf16* x_panels(int64_t e) const { return reinterpret_cast<bf16*>(a_.packed_x) + first_panel(e) * x_size_; }
-    bf16* act_panels(int64_t e) const { return reinterpret_cast<bf16*>(a_.packed_act) + first_panel(e) * act_size_; }
+    bf16* x_panels(int64_t e) const {
+        return reinterpret_cast<bf16*>(a_.packed_x) + first_panel(e) * x_size_;
+    }
+    bf16* act_panels(int64_t e) const {
+        return reinterpret_cast<bf16*>(a_.packed_act) + first_panel(e) * act_size_;
+    }
 
     const bf16* gate_up_of(int64_t e) const {
         return static_cast<const bf16*>(a_.w_gate_up) + a_.active[e] * up_rows_ * a_.hidden;
@@ -82,7 +88,8 @@ private:
     // Sixteen rows from row j on of an expert's gate (part 0) or up projection (part 1).
     WeightRows rows_of(int64_t e, int64_t part, int64_t j) const {
         const int64_t left = a_.inter - j, rows = left < 0 ? 0 : left < kTile ? left : kTile;
-        if (a_.interleaved) return {gate_up_of(e) + (2 * j + part) * a_.hidden, 2 * a_.hidden, rows};
+        if (a_.interleaved)
+            return {gate_up_of(e) + (2 * j + part) * a_.hidden, 2 * a_.hidden, rows};
         return {gate_up_of(e) + (part * a_.inter + j) * a_.hidden, a_.hidden, rows};
     }
 
@@ -98,7 +105,8 @@ private:
     // The first weights of a slice of the output.
     Ahead fetch_down(int64_t slice, int64_t loads) const {
         if (slice >= down_.total) return {nullptr, nullptr, 0, 0};
-        return fetch_rows(down_of(0) + slice * slice_ * a_.inter, slice_ < 4 * kTile ? slice_ : 4 * kTile, loads);
+        return fetch_rows(down_of(0) + slice * slice_ * a_.inter,
+                          slice_ < 4 * kTile ? slice_ : 4 * kTile, loads);
     }
     Ahead fetch_rows(const bf16* first, int64_t rows, int64_t loads) const {
         const int64_t half = rows * a_.inter / 2;
@@ -113,7 +121,8 @@ private:
         const bf16* x = x_panels(e);
         alignas(64) float sums[4 * kTileSums];
         WeightRows weights[2 * Parts];
-        for (int i = 0; i < 2 * Parts; ++i) weights[i] = rows_of(e, i % Parts, j + i / Parts * kTile);
+        for (int i = 0; i < 2 * Parts; ++i)
+            weights[i] = rows_of(e, i % Parts, j + i / Parts * kTile);
         int64_t p = 0;
         for (; p + 2 <= count; p += 2) {
             const bf16* const pair[2] = {x + p * x_size_, x + (p + 1) * x_size_};
@@ -122,7 +131,8 @@ private:
                 for (int i = 0; i < Parts; ++i) part[i] = weights[half * Parts + i];
                 tile_product<Parts, 2>(part, pair, a_.hidden, ahead, sums);
                 for (int t = 0; t < 2; ++t) {
-                    activate_tile(e, j + half * kTile, p + t, sums + t * kTileSums, sums + (Parts * 2 - 2 + t) * kTileSums);
+                    activate_tile(e, j + half * kTile, p + t, sums + t * kTileSums,
+                                  sums + (Parts * 2 - 2 + t) * kTileSums);
                 }
             }
         }
@@ -150,7 +160,8 @@ private:
         if (a_.gate_up_bias) {
             const bf16* bias = static_cast<const bf16*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
             g = add(g, splat(widened(bias[a_.interleaved ? 2 * row : row])));
-            if (a_.gated) u = add(u, splat(widened(bias[a_.interleaved ? 2 * row + 1 : a_.inter + row])));
+            if (a_.gated)
+                u = add(u, splat(widened(bias[a_.interleaved ? 2 * row + 1 : a_.inter + row])));
         }
         return gated_activation(a_, g, u);
     }
@@ -163,11 +174,13 @@ private:
                 const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile;
                 const int64_t loads = tile_loads(panels_of(e), rows, a_.inter);
                 const bool more = h + 4 * kTile < h1;
-                Ahead ahead = more                       ? fetch_rows(down_of(e) + (h + 4 * kTile) * a_.inter, rows, loads)
-                              : e + 1 < a_.num_active ? fetch_rows(down_of(e + 1) + h0 * a_.inter, rows, loads)
-                                                      : fetch_down(following, loads);
-                panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles, act_panels(e), act_size_,
-                               panels_of(e), a_.inter, ahead,
+                Ahead ahead = more
+                                  ? fetch_rows(down_of(e) + (h + 4 * kTile) * a_.inter, rows, loads)
+                              : e + 1 < a_.num_active
+                                  ? fetch_rows(down_of(e + 1) + h0 * a_.inter, rows, loads)
+                                  : fetch_down(following, loads);
+                panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles,
+                               act_panels(e), act_size_, panels_of(e), a_.inter, ahead,
                                [&](int64_t w, int64_t p, const float* first, const float* second) {
                                    combine(e, h + w * kTile, h1, p, first, out);
                                    combine(e, h + (w + 1) * kTile, h1, p, second, out);
@@ -186,7 +199,9 @@ private:
         Vec by_token[kTile];
         sums_by_token(sums, by_token);
         alignas(64) float bias[kTile] = {};
-        if (a_.down_bias) load_row(bias, static_cast<const bf16*>(a_.down_bias) + a_.active[e] * a_.hidden + h, width);
+        if (a_.down_bias)
+            load_row(bias, static_cast<const bf16*>(a_.down_bias) + a_.active[e] * a_.hidden + h,
+                     width);
         const __mmask16 inside = static_cast<__mmask16>((1u << width) - 1);
         for (int64_t m = 0; m < kTile && p * kTile + m < tokens_of(e); ++m) {
             const int64_t n = a_.offsets[e] + p * kTile + m;

@@ -45,12 +45,15 @@ private:
     }
 
     bf16* panel(int64_t p) const { return reinterpret_cast<bf16*>(a_.packed_x) + p * panel_size_; }
-    const bf16* weights(int64_t row) const { return static_cast<const bf16*>(a_.w) + row * a_.depth; }
+    const bf16* weights(int64_t row) const {
+        return static_cast<const bf16*>(a_.w) + row * a_.depth;
+    }
 
     // A panel that is not full repeats its last token, whose copies are never stored.
     void pack(int64_t p) const {
         const bf16* rows = static_cast<const bf16*>(a_.x) + p * kTile * a_.depth;
-        transpose_pairs(rows, a_.depth, a_.tokens - p * kTile, a_.depth, nullptr, reinterpret_cast<__m512i*>(panel(p)));
+        transpose_pairs(rows, a_.depth, a_.tokens - p * kTile, a_.depth, nullptr,
+                        reinterpret_cast<__m512i*>(panel(p)));
     }
 
     // A block of features of a part of the panels; `following`: the thread's next item.
@@ -61,12 +64,13 @@ private:
         const int64_t then = following % blocks_ * block_;
         const bf16* next = following < items_.total && then != j ? weights(then) : nullptr;
         const int64_t half = block_ / 2 * a_.depth;  // the next block as two stretches
-        Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16), tile_loads(count, rows, a_.depth));
+        Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16),
+                    tile_loads(count, rows, a_.depth));
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
             store(j + w * kTile, (first_panel + p) * kTile, first, second);
         };
-        panels_product(Block(weights(j), a_.depth, rows).tiles, panel(first_panel), panel_size_, count, a_.depth, ahead,
-                       finish);
+        panels_product(Block(weights(j), a_.depth, rows).tiles, panel(first_panel), panel_size_,
+                       count, a_.depth, ahead, finish);
     }
 
     // Thirty-two features from `feature` on, in two tiles, of sixteen tokens from `token` on, as
@@ -80,8 +84,10 @@ private:
         __m512i pairs[kTile], by_token[kTile];
 #pragma GCC unroll 16
         for (int n = 0; n < kTile; ++n) {
-            const float* sums = n < kTile / 2 ? first + 2 * n * kTile : second + (2 * n - kTile) * kTile;
-            pairs[n] = rounded_pairs(add(load(sums), splat(bias[2 * n])), add(load(sums + kTile), splat(bias[2 * n + 1])));
+            const float* sums =
+                n < kTile / 2 ? first + 2 * n * kTile : second + (2 * n - kTile) * kTile;
+            pairs[n] = rounded_pairs(add(load(sums), splat(bias[2 * n])),
+                                     add(load(sums + kTile), splat(bias[2 * n + 1])));
         }
         transpose16(pairs, by_token);
         const __mmask32 inside = width < 2 * kTile ? (uint32_t{1} << width) - 1 : ~uint32_t{0};

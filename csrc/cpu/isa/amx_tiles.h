@@ -12,9 +12,9 @@
 
 namespace moesd::MOESD_ISA {
 
-constexpr int kTile = kPanelRows;          // rows of a tile, and tokens of a panel
+constexpr int kTile = kPanelRows;  // rows of a tile, and tokens of a panel
 constexpr int kTileSums = kTile * kTile;
-constexpr int64_t kStepDepth = 32;         // elements of the depth in a tile
+constexpr int64_t kStepDepth = 32;  // elements of the depth in a tile
 constexpr int64_t kStepSize = kTile * kStepDepth;
 
 constexpr int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kStepDepth; }
@@ -60,8 +60,9 @@ inline void tile_multiply() {
 // unrolled by hand.
 template <int N, class F>
 inline __attribute__((always_inline)) void for_tiles(const F& f) {
-    [&]<int... I>(std::integer_sequence<int, I...>) { (f.template operator()<I>(), ...); }
-    (std::make_integer_sequence<int, N>());
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+        (f.template operator()<I>(), ...);
+    }(std::make_integer_sequence<int, N>());
 }
 
 // Memory that is read next, fetched into the second-level cache while tiles compute: two stretches
@@ -77,13 +78,16 @@ public:
         : at_(reinterpret_cast<const char*>(first)),
           other_(first ? reinterpret_cast<const char*>(second) - at_ : 0),
           quarter_(bytes / 4 / 64 * 64),
-          lines_(first && loads > 0 && 2 * bytes <= kMostAhead ? (bytes / 4 / 64 + loads - 1) / loads : 0) {}
+          lines_(first && loads > 0 && 2 * bytes <= kMostAhead
+                     ? (bytes / 4 / 64 + loads - 1) / loads
+                     : 0) {}
 
     void fetch() {
         for (int64_t i = 0; i < lines_; ++i, at_ += 64) {
 #pragma GCC unroll 4
             for (int q = 0; q < 4; ++q) {
-                __builtin_prefetch(at_ + q * quarter_), __builtin_prefetch(at_ + q * quarter_ + other_);
+                __builtin_prefetch(at_ + q * quarter_),
+                    __builtin_prefetch(at_ + q * quarter_ + other_);
             }
         }
     }
@@ -105,7 +109,8 @@ struct WeightRows {
 
 // sums[w * T + t] = weights[w] times panels[t], sums of kTileSums, for W * T <= 4 tiles.
 template <int W, int T>
-__attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], const bf16* const (&panels)[T], int64_t depth,
+__attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
+                                            const bf16* const (&panels)[T], int64_t depth,
                                             Ahead& ahead, float* sums) {
     static_assert(W * T <= 4 && T <= 2);
     bool whole_rows = true;
@@ -122,19 +127,22 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
         load_panels(step);
         for_tiles<W>([&]<int I>() {
             ahead.fetch();
-            tile_load<4 + I % 2>(weights[I].at + step * kStepDepth, weights[I].stride * sizeof(bf16));
+            tile_load<4 + I % 2>(weights[I].at + step * kStepDepth,
+                                 weights[I].stride * sizeof(bf16));
             multiply.template operator()<I>();
         });
     }
     for (int64_t step = whole; step < steps; ++step) {
         load_panels(step);
         const int64_t k = step * kStepDepth;
-        const __mmask32 inside = depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
+        const __mmask32 inside =
+            depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
         for_tiles<W>([&]<int I>() {
             alignas(64) bf16 edge[kStepSize];
             for (int64_t n = 0; n < kTile; ++n) {
                 const bf16* row = weights[I].at + n * weights[I].stride + k;
-                _mm512_store_si512(edge + n * kStepDepth, _mm512_maskz_loadu_epi16(n < weights[I].rows ? inside : 0, row));
+                _mm512_store_si512(edge + n * kStepDepth,
+                                   _mm512_maskz_loadu_epi16(n < weights[I].rows ? inside : 0, row));
             }
             ahead.fetch();
             tile_load<4 + I % 2>(edge, 64);
@@ -147,8 +155,8 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W], cons
 // finish(w, p, first, second) for every pair of tiles w and w + 1 of up to four tiles of weight
 // rows and each of `count` panels, `panel_size` apart.
 template <class F>
-void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count, int64_t depth,
-                    Ahead& ahead, const F& finish) {
+void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count,
+                    int64_t depth, Ahead& ahead, const F& finish) {
     alignas(64) float sums[4 * kTileSums];
     const auto tile = [&](int i) { return sums + i * kTileSums; };
     int64_t p = 0;
@@ -191,11 +199,13 @@ constexpr int64_t tile_loads(int64_t count, int64_t rows, int64_t depth) {
 // no row or no more depth.
 inline void pack_panel(const bf16* const* rows, int count, int64_t depth, bf16* panel) {
     for (int64_t k = 0; k < depth; k += kStepDepth, panel += kStepSize) {
-        const __mmask32 inside = depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
+        const __mmask32 inside =
+            depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
         __m512i a[kTile];
 #pragma GCC unroll 16
         for (int n = 0; n < kTile; ++n) {
-            a[n] = n < count ? _mm512_maskz_loadu_epi16(inside, rows[n] + k) : _mm512_setzero_si512();
+            a[n] =
+                n < count ? _mm512_maskz_loadu_epi16(inside, rows[n] + k) : _mm512_setzero_si512();
         }
         transpose16(a, reinterpret_cast<__m512i*>(panel));
     }
@@ -204,7 +214,9 @@ inline void pack_panel(const bf16* const* rows, int count, int64_t depth, bf16* 
 // Both rounded to bf16, lane by lane `even` below `odd`.
 inline __m512i rounded_pairs(Vec even, Vec odd) {
     alignas(64) static constexpr auto kInterleaved = [] {
-        struct { uint16_t lane[32]; } order{};
+        struct {
+            uint16_t lane[32];
+        } order{};
         for (int i = 0; i < 32; ++i) order.lane[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
         return order;
     }();

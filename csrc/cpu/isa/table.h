@@ -22,10 +22,16 @@ void run_for_dtype(const Args& args) {
 
 // constexpr: nothing compiled for a wider instruction set may run while the library loads.
 constexpr KernelTable make_table(const char* name) {
-    return {name, false, run_for_dtype<ExpertsKernel, ExpertsArgs>, run_for_dtype<LinearKernel, LinearArgs>,
-            run_for_dtype<AttentionKernel, AttentionArgs>, run_for_dtype<NormKernel, NormArgs>,
-            run_for_dtype<RopeKernel, RopeArgs>, run_for_dtype<ActKernel, ActArgs>,
-            run_for_dtype<RouterKernel, RouterArgs>, run_for_dtype<ArgmaxKernel, ArgmaxArgs>};
+    return {name,
+            false,
+            run_for_dtype<ExpertsKernel, ExpertsArgs>,
+            run_for_dtype<LinearKernel, LinearArgs>,
+            run_for_dtype<AttentionKernel, AttentionArgs>,
+            run_for_dtype<NormKernel, NormArgs>,
+            run_for_dtype<RopeKernel, RopeArgs>,
+            run_for_dtype<ActKernel, ActArgs>,
+            run_for_dtype<RouterKernel, RouterArgs>,
+            run_for_dtype<ArgmaxKernel, ArgmaxArgs>};
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -34,7 +34,8 @@ inline float max_lanes(Vec v) {
 }
 // The first lane in which a and b are equal, or kLanes.
 inline int first_equal(Vec a, Vec b) {
-    return __builtin_ctz(1u << kLanes | static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))));
+    return __builtin_ctz(
+        1u << kLanes | static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))));
 }
 
 // 2^n for integral n in [-126, 127].
@@ -45,7 +46,9 @@ inline Vec exp2_int(Vec n) {
 
 // kLanes elements in memory order.
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
-inline Vec load(const half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline Vec load(const bf16* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -60,7 +63,8 @@ inline __m256i bf16_bits(Vec v) {
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    return _mm256_srli_epi32(_mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc00000), is_nan), 16);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc00000), is_nan),
+                             16);
 }
 inline void store(bf16* p, Vec v) {
     const __m256i bits = bf16_bits(v);
@@ -93,7 +97,8 @@ inline Vec load_low(const bf16* p) {
 }
 inline Vec load_high(const bf16* p) {
     __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline void to_pack_order(const float*, Vec&, Vec&) {}
 inline void to_pack_order(const half*, Vec&, Vec&) {}

@@ -51,7 +51,8 @@ inline Vec load(const bf16* p) {
 }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store(half* p, Vec v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #ifdef MOESD_AVX512_BF16
 // One instruction, which takes numbers too small for a normal bf16 for zero, as the dot products
@@ -68,7 +69,8 @@ inline __m512i bf16_bits(Vec v) {
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, nearest, _mm512_set1_epi32(0x7fc00000)), 16);
+    return _mm512_srli_epi32(
+        _mm512_mask_blend_epi32(is_nan, nearest, _mm512_set1_epi32(0x7fc00000)), 16);
 }
 inline void store(bf16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v)));
@@ -80,7 +82,9 @@ inline Vec rounded(Vec v, const float*) { return v; }
 inline Vec rounded(Vec v, const half*) {
     return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline Vec rounded(Vec v, const bf16*) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(v), 16)); }
+inline Vec rounded(Vec v, const bf16*) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(v), 16));
+}
 
 // 2 * kLanes elements in pack order: bf16 splits into even and odd elements, which needs no
 // shuffle; others into halves.
@@ -92,7 +96,9 @@ template <class W>
 inline Vec load_high(const W* p) {
     return load(p + kLanes);
 }
-inline Vec load_low(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline Vec load_low(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
 inline Vec load_high(const bf16* p) {
     const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), mask));
@@ -100,8 +106,10 @@ inline Vec load_high(const bf16* p) {
 inline void to_pack_order(const float*, Vec&, Vec&) {}
 inline void to_pack_order(const half*, Vec&, Vec&) {}
 inline void to_pack_order(const bf16*, Vec& a, Vec& b) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd =
+        _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     Vec e = _mm512_permutex2var_ps(a, even, b);
     b = _mm512_permutex2var_ps(a, odd, b), a = e;
 }
@@ -109,7 +117,8 @@ inline void from_pack_order(const float*, Vec&, Vec&) {}
 inline void from_pack_order(const half*, Vec&, Vec&) {}
 inline void from_pack_order(const bf16*, Vec& a, Vec& b) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const __m512i high =
+        _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     Vec l = _mm512_permutex2var_ps(a, low, b);
     b = _mm512_permutex2var_ps(a, high, b), a = l;
 }
@@ -140,15 +149,18 @@ inline void store(float* p, Quad v) { _mm_storeu_ps(p, v); }
 inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
     const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    const Vec abcd = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    const Vec abcd = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 half =
+        _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 // Sixteen quads, four to a vector in ascending order: their first elements to a, the second ones to
 // b, and so on.
 inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
-    const __m512i early = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i early =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i late = _mm512_add_epi32(early, _mm512_set1_epi32(2));
     const Vec ab = _mm512_permutex2var_ps(a, early, b), cd = _mm512_permutex2var_ps(c, early, d);
     const Vec ab2 = _mm512_permutex2var_ps(a, late, b), cd2 = _mm512_permutex2var_ps(c, late, d);
@@ -161,21 +173,26 @@ inline void transpose16(__m512i (&a)[16], __m512i* out) {
     __m512i b[16];
 #pragma GCC unroll 8
     for (int n = 0; n < 16; n += 2) {
-        b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]), b[n + 1] = _mm512_unpackhi_epi32(a[n], a[n + 1]);
+        b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]),
+        b[n + 1] = _mm512_unpackhi_epi32(a[n], a[n + 1]);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < 16; n += 4) {  // a[n + i]: lane i of every four, rows n to n + 3
-        a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]), a[n + 1] = _mm512_unpackhi_epi64(b[n], b[n + 2]);
+        a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]),
+        a[n + 1] = _mm512_unpackhi_epi64(b[n], b[n + 2]);
         a[n + 2] = _mm512_unpacklo_epi64(b[n + 1], b[n + 3]);
         a[n + 3] = _mm512_unpackhi_epi64(b[n + 1], b[n + 3]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {  // a 4 x 4 transposition of quarters
-        const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44), high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
+        const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44),
+                      high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
         const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
         const __m512i high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
-        out[i] = _mm512_shuffle_i32x4(low, low2, 0x88), out[4 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        out[8 + i] = _mm512_shuffle_i32x4(high, high2, 0x88), out[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+        out[i] = _mm512_shuffle_i32x4(low, low2, 0x88),
+        out[4 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        out[8 + i] = _mm512_shuffle_i32x4(high, high2, 0x88),
+                out[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
     }
 }
 

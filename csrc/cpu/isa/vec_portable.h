@@ -18,7 +18,9 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec div(Vec a, Vec b) { return a / b; }
-inline Vec sqrt(Vec a) { return Vec{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
+inline Vec sqrt(Vec a) {
+    return Vec{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])};
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 // min and max return the second operand when either is NaN.
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
@@ -51,9 +53,10 @@ inline float widen(bf16 x) {
 }
 inline float widen(half x) {
     int exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
-    float magnitude = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
-                      : exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                       : std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
+    float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                      : exponent == 31
+                          ? (mantissa ? NAN : INFINITY)
+                          : std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
     return x.bits & 0x8000 ? -magnitude : magnitude;
 }
 inline bf16 narrow(float x, const bf16*) {
@@ -117,13 +120,14 @@ using Quad = Vec;
 inline Quad load_quad(const float* p) { return load(p); }
 
 inline Quad sum4(Vec a, Vec b, Vec c, Vec d) {
-    return Quad{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]),
-                (d[0] + d[1]) + (d[2] + d[3])};
+    return Quad{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]),
+                (c[0] + c[1]) + (c[2] + c[3]), (d[0] + d[1]) + (d[2] + d[3])};
 }
 
 // Four quads: their first elements to a, the second ones to b, and so on.
 inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
-    const Vec first{a[0], b[0], c[0], d[0]}, second{a[1], b[1], c[1], d[1]}, third{a[2], b[2], c[2], d[2]};
+    const Vec first{a[0], b[0], c[0], d[0]}, second{a[1], b[1], c[1], d[1]},
+        third{a[2], b[2], c[2], d[2]};
     d = Vec{a[3], b[3], c[3], d[3]}, a = first, b = second, c = third;
 }
 

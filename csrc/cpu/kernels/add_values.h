@@ -27,8 +27,9 @@ struct Values {
     // low and high [m][p] += weights[m * ld] of a step times `slots` values, of P times kWide
     // columns or less.
     template <int M, int P>
-    static inline __attribute__((always_inline)) void step(Vec (&low)[M][P], Vec (&high)[M][P], const Weight* weights,
-                                                           int64_t ld, const W* values, int64_t stride, int64_t,
+    static inline __attribute__((always_inline)) void step(Vec (&low)[M][P], Vec (&high)[M][P],
+                                                           const Weight* weights, int64_t ld,
+                                                           const W* values, int64_t stride, int64_t,
                                                            int64_t columns) {
         alignas(64) W tail[kWide];
         if (columns < kWide) {
@@ -64,25 +65,31 @@ struct Values<bf16> {
     // Unpacking two slots leaves the first and the second half of every eight columns in vectors of
     // their own.
     static void in_order(Vec& a, Vec& b) {
-        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        const __m512i first =
+            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second =
+            _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
         const Vec low = _mm512_permutex2var_ps(a, first, b);
         b = _mm512_permutex2var_ps(a, second, b), a = low;
     }
 
     template <int M, int P>
-    static inline __attribute__((always_inline)) void step(Vec (&low)[M][P], Vec (&high)[M][P], const Weight* weights,
-                                                           int64_t ld, const bf16* values, int64_t stride, int64_t slots,
-                                                           int64_t columns) {
+    static inline __attribute__((always_inline)) void step(Vec (&low)[M][P], Vec (&high)[M][P],
+                                                           const Weight* weights, int64_t ld,
+                                                           const bf16* values, int64_t stride,
+                                                           int64_t slots, int64_t columns) {
         const __mmask32 inside = columns < kWide ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
         // A weight of zero would not hide a value that is not a number.
         const __mmask32 second = slots > 1 ? inside : 0;
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
             const bf16* v = values + p * kWide;
-            __builtin_prefetch(v + kValuesAhead * stride), __builtin_prefetch(v + (kValuesAhead + 1) * stride);
-            const __m512i x = _mm512_maskz_loadu_epi16(inside, v), y = _mm512_maskz_loadu_epi16(second, v + stride);
-            const __m512bh a = (__m512bh)_mm512_unpacklo_epi16(x, y), b = (__m512bh)_mm512_unpackhi_epi16(x, y);
+            __builtin_prefetch(v + kValuesAhead * stride),
+                __builtin_prefetch(v + (kValuesAhead + 1) * stride);
+            const __m512i x = _mm512_maskz_loadu_epi16(inside, v),
+                          y = _mm512_maskz_loadu_epi16(second, v + stride);
+            const __m512bh a = (__m512bh)_mm512_unpacklo_epi16(x, y),
+                           b = (__m512bh)_mm512_unpackhi_epi16(x, y);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 int32_t pair;
@@ -99,34 +106,39 @@ struct Values<bf16> {
 // acc[m] += the sum over slots of weights[m * ld + slot] * values[slot], for M rows and P times
 // kWide columns or less.
 template <class W, int M, int P>
-void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* weights, int64_t ld, const W* values,
-                 int64_t stride, int64_t slots, int64_t columns) {
+void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* weights, int64_t ld,
+                 const W* values, int64_t stride, int64_t slots, int64_t columns) {
     constexpr int kWide = Values<W>::kWide, kTogether = Values<W>::kTogether;
     Vec low[M][P], high[M][P];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            low[m][p] = load(acc + m * width + p * kWide), high[m][p] = load(acc + m * width + p * kWide + kLanes);
+            low[m][p] = load(acc + m * width + p * kWide),
+            high[m][p] = load(acc + m * width + p * kWide + kLanes);
         }
     }
     int64_t i = 0;
     for (; i + kTogether <= slots; i += kTogether) {
-        Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, kTogether, columns);
+        Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, kTogether,
+                        columns);
     }
-    if (i < slots) Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, slots - i, columns);
+    if (i < slots)
+        Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, slots - i,
+                        columns);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            store(acc + m * width + p * kWide, low[m][p]), store(acc + m * width + p * kWide + kLanes, high[m][p]);
+            store(acc + m * width + p * kWide, low[m][p]),
+                store(acc + m * width + p * kWide + kLanes, high[m][p]);
         }
     }
 }
 
 template <class W, int M, int P>
-void add_values_of(float* acc, int64_t width, const typename Values<W>::Weight* weights, int64_t ld, const W* values,
-                   int64_t stride, int64_t slots, int64_t dim) {
+void add_values_of(float* acc, int64_t width, const typename Values<W>::Weight* weights, int64_t ld,
+                   const W* values, int64_t stride, int64_t slots, int64_t dim) {
     constexpr int kWide = Values<W>::kWide;
     int64_t d = 0;
     for (; d + P * kWide <= dim; d += P * kWide) {
@@ -141,8 +153,8 @@ void add_values_of(float* acc, int64_t width, const typename Values<W>::Weight* 
 // Adds `slots` values [dim], `stride` apart, to `count` rows acc [width]; weights [ld] end with
 // zeros up to kTogether.
 template <class W>
-void add_values(float* acc, int64_t width, int count, const typename Values<W>::Weight* weights, int64_t ld,
-                const W* values, int64_t stride, int64_t slots, int64_t dim) {
+void add_values(float* acc, int64_t width, int count, const typename Values<W>::Weight* weights,
+                int64_t ld, const W* values, int64_t stride, int64_t slots, int64_t dim) {
     constexpr int kWhole = kTileTokens == 6 ? 2 : 1;  // six rows of two pairs need 32 registers
     const auto rows = [&]<int M, int P>() {
         add_values_of<W, M, P>(acc, width, weights, ld, values, stride, slots, dim);

@@ -32,13 +32,15 @@ private:
     void work() {
         Rows rows(a_);
         for (int64_t i; (i = items_.take()) < items_.total;) {
-            const int64_t h = i / spans_ % a_.kv_heads, b = i / spans_ / a_.kv_heads, from = i % spans_ * span_;
+            const int64_t h = i / spans_ % a_.kv_heads, b = i / spans_ / a_.kv_heads,
+                          from = i % spans_ * span_;
             const int64_t end = from + span_ < a_.queries ? from + span_ : a_.queries;
             for (int64_t g = 0; g < group_; g += heads_) {
                 rows.heads = static_cast<int>(group_ - g < heads_ ? group_ - g : heads_);
                 for (int64_t j = from; j < end; j += rows.queries) {
                     rows.queries = 1;
-                    while (j + rows.queries < end && first_slot(b, j) == first_slot(b, j + rows.queries)) {
+                    while (j + rows.queries < end &&
+                           first_slot(b, j) == first_slot(b, j + rows.queries)) {
                         ++rows.queries;
                     }
                     attend(b, j, h, h * group_ + g, rows);
@@ -63,16 +65,19 @@ private:
         const W* values = static_cast<const W*>(a_.v) + row * a_.v_row + h * a_.v_head;
         if (first < 0) {  // padding sees nothing: there is no slot before the first
             for (int m = 0; m < rows.count(); ++m) {
-                std::memset(static_cast<void*>(out_row(b, j, head, m, rows)), 0, a_.value_dim * sizeof(W));
+                std::memset(static_cast<void*>(out_row(b, j, head, m, rows)), 0,
+                            a_.value_dim * sizeof(W));
             }
             return;
         }
-        rows.start(static_cast<const W*>(a_.q) + b * a_.q_batch + j * a_.q_query + head * a_.q_head, head);
+        rows.start(static_cast<const W*>(a_.q) + b * a_.q_batch + j * a_.q_query + head * a_.q_head,
+                   head);
         int64_t last = -1;
         for (int n = 0; n < rows.queries; ++n) last = positions[n] > last ? positions[n] : last;
         for (int64_t from = first; from <= last; from += kSlotBlock) {
             rows.look(positions, from);
-            rows.add_block(keys + from * a_.k_slot, values + from * a_.v_slot, from + kSlotBlock > last);
+            rows.add_block(keys + from * a_.k_slot, values + from * a_.v_slot,
+                           from + kSlotBlock > last);
         }
         for (int m = 0; m < rows.count(); ++m) rows.finish(m, out_row(b, j, head, m, rows));
     }
@@ -80,7 +85,8 @@ private:
     // The output of row m of a pass over queries from j on and heads from `head` on.
     W* out_row(int64_t b, int64_t j, int64_t head, int m, const Rows& rows) const {
         const int64_t query = b * a_.queries + j + m / rows.heads;
-        return static_cast<W*>(a_.out) + (query * a_.q_heads + head + m % rows.heads) * a_.value_dim;
+        return static_cast<W*>(a_.out) +
+               (query * a_.q_heads + head + m % rows.heads) * a_.value_dim;
     }
 
     const AttentionArgs& a_;

@@ -18,7 +18,8 @@ public:
     static constexpr int kMax = Max;
     int heads = 0, queries = 0;
 
-    explicit AttentionRows(const AttentionArgs& a) : a_(a), depth_(align_depth(a.head_dim)), width_(align_depth(a.value_dim)) {}
+    explicit AttentionRows(const AttentionArgs& a)
+        : a_(a), depth_(align_depth(a.head_dim)), width_(align_depth(a.value_dim)) {}
 
     int count() const { return heads * queries; }
 
@@ -28,7 +29,8 @@ public:
         for (int n = 0; n < queries; ++n) {
             const int64_t left = positions[n] + 1 - from;
             seen_[n] = left < 0 ? 0 : left < kSlotBlock ? left : kSlotBlock;
-            common_ = seen_[n] < common_ ? seen_[n] : common_, most_ = seen_[n] > most_ ? seen_[n] : most_;
+            common_ = seen_[n] < common_ ? seen_[n] : common_,
+            most_ = seen_[n] > most_ ? seen_[n] : most_;
         }
     }
 
@@ -50,7 +52,8 @@ protected:
     // Queries that start at q, of heads from `head` on.
     void start_rows(const W* q, int64_t head) {
         for (int m = 0; m < count(); ++m) {
-            pack_row(q + m / heads * a_.q_query + m % heads * a_.q_head, a_.head_dim, query_ + m * depth_);
+            pack_row(q + m / heads * a_.q_query + m % heads * a_.q_head, a_.head_dim,
+                     query_ + m * depth_);
             top_[m] = a_.sinks ? a_.sinks[head + m % heads] : -1e30f;
             sum_[m] = a_.sinks ? 1.0f : 0.0f;
         }
@@ -119,8 +122,8 @@ public:
     // itself, so that nothing hidden reaches a sum.
     void add_block(const W* keys, const W* values, bool ends) {
         const int rows = Base::count();
-        dot_rows<W>(xs_, rows, keys, a_.k_slot, most_, a_.head_dim, ends ? nullptr : keys + most_ * a_.k_slot, scores_,
-                    kSlotBlock);
+        dot_rows<W>(xs_, rows, keys, a_.k_slot, most_, a_.head_dim,
+                    ends ? nullptr : keys + most_ * a_.k_slot, scores_, kSlotBlock);
         for (int m = 0; m < rows; ++m) {
             if (seen_[m / heads] > 0) Base::rescale(m, seen_[m / heads]);
         }
@@ -134,8 +137,9 @@ public:
 private:
     // Adds the values of slots [from, to) of the block to rows m .. m + count.
     void add_slots(int m, int count, const W* values, int64_t from, int64_t to) {
-        add_values<W>(Base::acc_ + m * width_, width_, count, Base::weights_of(m) + from, Base::kWeightStride,
-                      values + from * a_.v_slot, a_.v_slot, to - from, a_.value_dim);
+        add_values<W>(Base::acc_ + m * width_, width_, count, Base::weights_of(m) + from,
+                      Base::kWeightStride, values + from * a_.v_slot, a_.v_slot, to - from,
+                      a_.value_dim);
     }
 
     const typename Dot<W>::Act* xs_[Base::kMax];

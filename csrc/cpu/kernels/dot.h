@@ -29,7 +29,8 @@ struct Dot {
     static constexpr int kStep = 2 * kLanes;
 
     template <int M, int N>
-    static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N], const Act* const (&x)[M],
+    static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N],
+                                                           const Act* const (&x)[M],
                                                            const W* const (&w)[N], int64_t k) {
         half_step<0>(acc, x, w, k);
         // Keeps the compiler from holding all the raw weights across the halves, which spills
@@ -39,7 +40,8 @@ struct Dot {
     }
 
     template <int Half, int M, int N>
-    static inline __attribute__((always_inline)) void half_step(Vec (&acc)[M][N], const Act* const (&x)[M],
+    static inline __attribute__((always_inline)) void half_step(Vec (&acc)[M][N],
+                                                                const Act* const (&x)[M],
                                                                 const W* const (&w)[N], int64_t k) {
         Vec v[M];
 #pragma GCC unroll 8
@@ -72,7 +74,8 @@ struct Dot<bf16> {
     static constexpr int kStep = 2 * kLanes;
 
     template <int M, int N>
-    static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N], const Act* const (&x)[M],
+    static inline __attribute__((always_inline)) void step(Vec (&acc)[M][N],
+                                                           const Act* const (&x)[M],
                                                            const bf16* const (&w)[N], int64_t k) {
         __m512bh wide[N];
 #pragma GCC unroll 8
@@ -99,8 +102,8 @@ struct Dot<bf16> {
 // For weights stored [K, columns]: out[m * ld + j] = sum_k xs[m][k] * w[k * stride + j], ascending
 // k. A strided reader for the rare transposed checkpoints; two vectors of columns at a time.
 template <class W>
-void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t columns,
-                 int64_t depth, float* out, int64_t ld) {
+void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride,
+                 int64_t columns, int64_t depth, float* out, int64_t ld) {
     constexpr int kWide = 2 * kLanes;
     for (int64_t j = 0; j < columns; j += kWide) {
         const int64_t width = columns - j < kWide ? columns - j : kWide;
@@ -109,7 +112,8 @@ void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, i
             for (int64_t k = 0; k < depth; ++k) {
                 alignas(64) W tail[kWide] = {};
                 const W* row = w + k * stride + j;
-                if (width < kWide) row = static_cast<const W*>(std::memcpy(tail, row, width * sizeof(W)));
+                if (width < kWide)
+                    row = static_cast<const W*>(std::memcpy(tail, row, width * sizeof(W)));
                 const Vec v = splat(Dot<W>::unpack(xs[m], k));
                 a = fma(v, load_low(row), a), b = fma(v, load_high(row), b);
             }

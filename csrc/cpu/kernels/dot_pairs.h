@@ -17,8 +17,8 @@ constexpr int kPairRows = 8;
 
 // pairs[k] = elements 2k and 2k + 1 of each of sixteen weight rows; rows past `rows` repeat the
 // last. Fetches the rows of `ahead` into the second-level cache: the first is full of pairs.
-inline void transpose_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t depth, const bf16* ahead,
-                            __m512i* pairs) {
+inline void transpose_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t depth,
+                            const bf16* ahead, __m512i* pairs) {
     for (int64_t k = 0; k < depth; k += 32, pairs += 16) {
         if (ahead) {
 #pragma GCC unroll 16
@@ -36,8 +36,8 @@ inline void transpose_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t
 
 // out[m * ld + 16 * n + lane] for M activation rows and N transposed blocks.
 template <int M, int N>
-__attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (*pairs)[kMaxPairs], int64_t count,
-                                          float* out, int64_t ld) {
+__attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (*pairs)[kMaxPairs],
+                                          int64_t count, float* out, int64_t ld) {
     Vec acc[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -61,7 +61,8 @@ __attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (
                 std::memcpy(&pair, x + 2 * i, sizeof(pair));
                 const __m512i v = _mm512_set1_epi32(pair);
 #pragma GCC unroll 2
-                for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], (__m512bh)v, (__m512bh)w[n][i]);
+                for (int n = 0; n < N; ++n)
+                    acc[m][n] = _mm512_dpbf16_ps(acc[m][n], (__m512bh)v, (__m512bh)w[n][i]);
             }
         }
     }
@@ -74,8 +75,8 @@ __attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (
 
 // out[m * ld + j] = xs[m] . w[j] for depth <= 2 * kMaxPairs (columns up to the next multiple of 16
 // are overwritten).
-inline void dot_pairs(const bf16* const* xs, int count, const bf16* w, int64_t stride, int64_t rows, int64_t depth,
-                      const bf16* next, float* out, int64_t ld) {
+inline void dot_pairs(const bf16* const* xs, int count, const bf16* w, int64_t stride, int64_t rows,
+                      int64_t depth, const bf16* next, float* out, int64_t ld) {
     alignas(64) __m512i pairs[2][kMaxPairs];
     // A multiple of what a tile reads at once; what is padded is zero in the activations and the
     // weights.
@@ -87,8 +88,8 @@ inline void dot_pairs(const bf16* const* xs, int count, const bf16* w, int64_t s
         const bf16* ahead = left > 2 * kLanes ? block + 2 * kLanes * stride : next;
         transpose_pairs(block, stride, left, depth, ahead, pairs[0]);
         if (left > kLanes) {
-            transpose_pairs(block + kLanes * stride, stride, left - kLanes, depth, ahead ? ahead + kLanes * stride : nullptr,
-                            pairs[1]);
+            transpose_pairs(block + kLanes * stride, stride, left - kLanes, depth,
+                            ahead ? ahead + kLanes * stride : nullptr, pairs[1]);
         }
         for (int t = 0; t < tiles; ++t) {
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;

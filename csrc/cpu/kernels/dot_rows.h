@@ -40,8 +40,9 @@ struct Group {
 
 // out[m * ld + n] = xs[m][k0:] . row n of the group, added to what is there when k0 > 0.
 template <class W, int M>
-__attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, int64_t k0, const Group<W>& group,
-                                        const Prefetch& prefetch, float* out, int64_t ld) {
+__attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, int64_t k0,
+                                        const Group<W>& group, const Prefetch& prefetch, float* out,
+                                        int64_t ld) {
     using D = Dot<W>;
     Vec acc[M][4];
     const typename D::Act* x[M];
@@ -70,7 +71,8 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
     at = prefetch.then;
     run_to(group.depth);
     if (group.tail) {
-        const W* const last[4] = {group.tail[0] - k, group.tail[1] - k, group.tail[2] - k, group.tail[3] - k};
+        const W* const last[4] = {group.tail[0] - k, group.tail[1] - k, group.tail[2] - k,
+                                  group.tail[3] - k};
         D::step(acc, x, last, k);
     }
     if (k0 > 0) {
@@ -80,7 +82,8 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
         }
     } else {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m, out += ld) store(out, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+        for (int m = 0; m < M; ++m, out += ld)
+            store(out, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
     }
 }
 
@@ -92,7 +95,8 @@ constexpr int64_t kDepthBytes = 2048, kWholeBytes = 3072;
 
 template <class W>
 inline int64_t depth_block(int64_t depth) {
-    constexpr int64_t size = sizeof(typename Dot<W>::Act), most = kDepthBytes / size, step = Dot<W>::kStep;
+    constexpr int64_t size = sizeof(typename Dot<W>::Act), most = kDepthBytes / size,
+                      step = Dot<W>::kStep;
     if (depth * size <= kWholeBytes) return depth > 0 ? depth : step;
     const int64_t blocks = (depth + most - 1) / most;
     return ((depth + blocks - 1) / blocks + step - 1) / step * step;
@@ -104,9 +108,10 @@ inline int64_t depth_block(int64_t depth) {
 // the next block of the depth has in its place (`later`): memory is then read all the time, and not
 // only while some tiles run.
 template <class W>
-inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later, int64_t apart,
-                             int64_t depth) {
-    constexpr int64_t kSize = sizeof(W), kReach = kFarBytes / kSize, kAdvance = Dot<W>::kStep * kSize;
+inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later,
+                             int64_t apart, int64_t depth) {
+    constexpr int64_t kSize = sizeof(W), kReach = kFarBytes / kSize,
+                      kAdvance = Dot<W>::kStep * kSize;
     const int64_t row = apart * kSize;  // to the next of the four
     const auto address = [](const W* p) { return reinterpret_cast<const char*>(p); };
     if (tiles == 1) {
@@ -129,8 +134,9 @@ inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* followin
 // dot_rows for a tile of tokens and a depth of few steps, where setting up a tile and its
 // prefetches would cost more than the sums: one call passes over all rows.
 template <class W, int M>
-__attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, const W* w, int64_t stride, int64_t rows,
-                                         int64_t depth, float* out, int64_t ld) {
+__attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, const W* w,
+                                         int64_t stride, int64_t rows, int64_t depth, float* out,
+                                         int64_t ld) {
     using D = Dot<W>;
     const typename D::Act* x[M];
     for (int m = 0; m < M; ++m) x[m] = xs[m];
@@ -154,7 +160,8 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
             D::step(acc, x, group, whole);
         }
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) store(out + m * ld + j, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+        for (int m = 0; m < M; ++m)
+            store(out + m * ld + j, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
     }
 }
 
@@ -168,7 +175,8 @@ inline void sort_quarters(float* sums, int64_t quarter) {
     int64_t g = 0;
     for (; g + kLanes <= quarter; g += kLanes) {
         const float* in = groups + 4 * g;
-        Vec a = load(in), b = load(in + kLanes), c = load(in + 2 * kLanes), d = load(in + 3 * kLanes);
+        Vec a = load(in), b = load(in + kLanes), c = load(in + 2 * kLanes),
+            d = load(in + 3 * kLanes);
         deal_quads(a, b, c, d);
         store(sums + g, a), store(sums + quarter + g, b);
         store(sums + 2 * quarter + g, c), store(sums + 3 * quarter + g, d);
@@ -182,28 +190,32 @@ inline void sort_quarters(float* sums, int64_t quarter) {
 // multiple of 4, or of 16 where the depth is short, are overwritten). `next` is where as many rows
 // of the same stride will be read after these, or null.
 template <class W>
-void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride, int64_t rows,
-              int64_t depth, const W* next, float* out, int64_t ld) {
+void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride,
+              int64_t rows, int64_t depth, const W* next, float* out, int64_t ld) {
     constexpr int64_t kStep = Dot<W>::kStep;
     // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of
     // an addition.
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
 #ifdef MOESD_AVX512_BF16
     if constexpr (std::is_same_v<W, bf16>) {
-        if (depth <= 2 * kMaxPairs) return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
+        if (depth <= 2 * kMaxPairs)
+            return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
     }
 #endif
     if (depth <= kShortDepth) {
         for (int t = 0; t < tiles; ++t) {
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
-            for_size<kTileTokens>(size, [&]<int M>() { dot_short<W, M>(xs + m, w, stride, rows, depth, out + m * ld, ld); });
+            for_size<kTileTokens>(size, [&]<int M>() {
+                dot_short<W, M>(xs + m, w, stride, rows, depth, out + m * ld, ld);
+            });
         }
         return;
     }
     const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
     const int64_t quarter = (rows + 3) / 4, apart = quarter * stride;
     // Tiles [from, to) over group g, in the block of the depth that begins at k0.
-    const auto visit = [&](int64_t k0, int64_t g, int from, int to, const W* following, const W* later) {
+    const auto visit = [&](int64_t k0, int64_t g, int from, int to, const W* following,
+                           const W* later) {
         const int64_t length = whole - k0 < block ? whole - k0 : block;
         const bool has_tail = k0 + length == whole && whole < depth;
         alignas(64) W tail[4][kStep];
@@ -214,10 +226,12 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
             if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
         }
         for (int t = from; t < to; ++t) {
-            const Prefetch ahead = prefetch_for<W>(t, tiles, group.rows[0], following, later, apart, length);
+            const Prefetch ahead =
+                prefetch_for<W>(t, tiles, group.rows[0], following, later, apart, length);
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
-            for_size<kTileTokens>(size,
-                                  [&]<int M>() { dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + 4 * g, ld); });
+            for_size<kTileTokens>(size, [&]<int M>() {
+                dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + 4 * g, ld);
+            });
         }
     };
     if (tiles == 1) {  // waits for memory, which is fastest along whole rows
@@ -225,7 +239,11 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
             const W* row = w + g * stride;
             for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
                 const bool ends = k0 + block >= whole;
-                visit(k0, g, 0, 1, !ends ? row + k0 + block : g + 1 < quarter ? row + stride : next, nullptr);
+                visit(k0, g, 0, 1,
+                      !ends             ? row + k0 + block
+                      : g + 1 < quarter ? row + stride
+                                        : next,
+                      nullptr);
             }
         }
     } else {

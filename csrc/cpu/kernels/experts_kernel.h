@@ -12,14 +12,16 @@
 
 namespace moesd::MOESD_ISA {
 
-constexpr int kBlock = 64;      // rows of a weight matrix per block of sums
-constexpr int kMaxChunk = 48;   // tokens per block of sums
+constexpr int kBlock = 64;     // rows of a weight matrix per block of sums
+constexpr int kMaxChunk = 48;  // tokens per block of sums
 // Activations that stay in a core's own cache while a block's weight rows are read.
 constexpr int64_t kChunkBytes = 192 * 1024;
 
 inline int chunk_tokens(int64_t row_bytes) {
     int64_t fit = kChunkBytes / row_bytes / kTileTokens * kTileTokens;
-    return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens : fit < kMaxChunk ? fit : kMaxChunk);
+    return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens
+                            : fit < kMaxChunk     ? fit
+                                                  : kMaxChunk);
 }
 
 // Rows of a slice of the output: enough slices that threads end together, few enough that a slice
@@ -39,7 +41,9 @@ public:
     }
 
     // Where token t's sums from column h on are.
-    float* sums(int64_t t, int64_t h) const { return a_.acc + h0_ * a_.tokens + t * width_ + (h - h0_); }
+    float* sums(int64_t t, int64_t h) const {
+        return a_.acc + h0_ * a_.tokens + t * width_ + (h - h0_);
+    }
 
     template <class W>
     void store() const {
@@ -59,7 +63,8 @@ inline Vec gated_activation(const ExpertsArgs& a, Vec gate, Vec up) {
         gate = min(splat(a.limit), gate);
         if (a.gated) up = min(splat(a.limit), max(splat(-a.limit), up));
     }
-    if (a.has_alpha) return mul(add(up, splat(1.0f)), mul(gate, sigmoid(mul(splat(a.alpha), gate))));
+    if (a.has_alpha)
+        return mul(add(up, splat(1.0f)), mul(gate, sigmoid(mul(splat(a.alpha), gate))));
     const Vec v = activate(a.activation, gate);
     return a.gated ? mul(v, up) : v;
 }
@@ -89,7 +94,8 @@ public:
 private:
     void work() {
         pack_.share([this](int64_t t) {
-            pack_row(static_cast<const W*>(a_.x) + t * a_.hidden, a_.hidden, const_cast<Act*>(packed_x(t)));
+            pack_row(static_cast<const W*>(a_.x) + t * a_.hidden, a_.hidden,
+                     const_cast<Act*>(packed_x(t)));
         });
         pack_.wait();
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
@@ -104,8 +110,12 @@ private:
         while ((i = down_.take()) < down_.total) down(i);
     }
 
-    const Act* packed_x(int64_t t) const { return reinterpret_cast<const Act*>(a_.packed_x) + t * depth_x_; }
-    const Act* packed_act(int64_t n) const { return reinterpret_cast<const Act*>(a_.packed_act) + n * depth_act_; }
+    const Act* packed_x(int64_t t) const {
+        return reinterpret_cast<const Act*>(a_.packed_x) + t * depth_x_;
+    }
+    const Act* packed_act(int64_t n) const {
+        return reinterpret_cast<const Act*>(a_.packed_act) + n * depth_act_;
+    }
     const W* gate_up_of(int64_t i) const {
         return static_cast<const W*>(a_.w_gate_up) + a_.active[i] * up_rows_ * a_.hidden;
     }
@@ -116,7 +126,8 @@ private:
     // First weights of a gate/up item, or of the down projection after the last one.
     const W* first_row(int64_t item) const {
         if (item >= up_.total) return down_of(0);
-        return gate_up_of(item / blocks_) + item % blocks_ * block_ * (a_.transposed ? 1 : a_.hidden);
+        return gate_up_of(item / blocks_) +
+               item % blocks_ * block_ * (a_.transposed ? 1 : a_.hidden);
     }
 
     void gate_up(int64_t item, int64_t following) {
@@ -126,13 +137,15 @@ private:
         const Act* xs[kMaxChunk];
         alignas(64) float gate[kMaxChunk * kBlock], up[kMaxChunk * kBlock];
         for (int64_t n = a_.offsets[e]; n < a_.offsets[e + 1]; n += limit) {
-            const int count = static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
+            const int count =
+                static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
             for (int m = 0; m < count; ++m) xs[m] = packed_x(a_.sorted_token[n + m]);
             project_gate_up(xs, count, e, j, rows, first_row(following), gate, up);
             for (int m = 0; m < count; ++m) {
                 finish_row(e, j, rows, gate + m * kBlock, up + m * kBlock);
                 Act* act = const_cast<Act*>(packed_act(n + m)) + j;
-                for (int64_t k = 0; k < rows; k += D::kStep) D::pack_step(gate + m * kBlock + k, act + k);
+                for (int64_t k = 0; k < rows; k += D::kStep)
+                    D::pack_step(gate + m * kBlock + k, act + k);
                 // A row's padding up to align_depth belongs to its last block.
                 if (j + rows == a_.inter) {
                     int64_t end = (rows + D::kStep - 1) / D::kStep * D::kStep;
@@ -142,15 +155,17 @@ private:
         }
     }
 
-    void project_gate_up(const Act* const* xs, int count, int64_t e, int64_t j, int64_t rows, const W* next,
-                         float* gate, float* up) const {
+    void project_gate_up(const Act* const* xs, int count, int64_t e, int64_t j, int64_t rows,
+                         const W* next, float* gate, float* up) const {
         const W* w = gate_up_of(e);
         const int64_t depth = a_.hidden, step = a_.interleaved ? 2 : 1;
         const int64_t first = j * step, second = a_.interleaved ? j * 2 + 1 : a_.inter + j;
         if (!a_.transposed) {
             const W* then = a_.gated ? w + second * depth : next;
             dot_rows(xs, count, w + first * depth, step * depth, rows, depth, then, gate, kBlock);
-            if (a_.gated) dot_rows(xs, count, w + second * depth, step * depth, rows, depth, next, up, kBlock);
+            if (a_.gated)
+                dot_rows(xs, count, w + second * depth, step * depth, rows, depth, next, up,
+                         kBlock);
         } else if (!a_.interleaved) {
             dot_columns(xs, count, w + first, up_rows_, rows, depth, gate, kBlock);
             if (a_.gated) dot_columns(xs, count, w + second, up_rows_, rows, depth, up, kBlock);
@@ -172,12 +187,14 @@ private:
             const W* bias = static_cast<const W*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
             for (int64_t i = 0; i < rows; ++i) {
                 gate[i] += widened(bias[a_.interleaved ? 2 * (j + i) : j + i]);
-                if (a_.gated) up[i] += widened(bias[a_.interleaved ? 2 * (j + i) + 1 : a_.inter + j + i]);
+                if (a_.gated)
+                    up[i] += widened(bias[a_.interleaved ? 2 * (j + i) + 1 : a_.inter + j + i]);
             }
         }
         for (int64_t i = rows; i < padded; ++i) gate[i] = up[i] = 0.0f;
         for (int64_t i = 0; i < padded; i += kLanes) {
-            store(gate + i, gated_activation(a_, load(gate + i), a_.gated ? load(up + i) : splat(1.0f)));
+            store(gate + i,
+                  gated_activation(a_, load(gate + i), a_.gated ? load(up + i) : splat(1.0f)));
         }
         for (int64_t i = rows; i < padded; ++i) gate[i] = 0.0f;
     }
@@ -189,7 +206,8 @@ private:
             const W* after = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
             for (int64_t h = h0; h < h1; h += kBlock) {
                 const int64_t rows = h1 - h < kBlock ? h1 - h : kBlock;
-                down_block(e, h, rows, out, h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : after);
+                down_block(e, h, rows, out,
+                           h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : after);
             }
         }
         out.template store<W>();
@@ -201,20 +219,24 @@ private:
         alignas(64) float sums[kMaxChunk * kBlock];
         float bias[kBlock] = {};
         if (a_.down_bias) {
-            load_row(bias, static_cast<const W*>(a_.down_bias) + a_.active[e] * a_.hidden + h, rows);
+            load_row(bias, static_cast<const W*>(a_.down_bias) + a_.active[e] * a_.hidden + h,
+                     rows);
         }
         for (int64_t n = a_.offsets[e]; n < a_.offsets[e + 1]; n += limit) {
-            const int count = static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
+            const int count =
+                static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
             for (int m = 0; m < count; ++m) xs[m] = packed_act(n + m);
             if (a_.transposed) {
                 dot_columns(xs, count, down_of(e) + h, a_.hidden, rows, a_.inter, sums, kBlock);
             } else {
-                dot_rows(xs, count, down_of(e) + h * a_.inter, a_.inter, rows, a_.inter, next, sums, kBlock);
+                dot_rows(xs, count, down_of(e) + h * a_.inter, a_.inter, rows, a_.inter, next, sums,
+                         kBlock);
             }
             for (int m = 0; m < count; ++m) {
                 float* acc = out.sums(a_.sorted_token[n + m], h);
                 const float weight = a_.sorted_weight[n + m];
-                for (int64_t i = 0; i < rows; ++i) acc[i] += weight * (sums[m * kBlock + i] + bias[i]);
+                for (int64_t i = 0; i < rows; ++i)
+                    acc[i] += weight * (sums[m * kBlock + i] + bias[i]);
             }
         }
     }

@@ -24,7 +24,9 @@ public:
 
 private:
     void work() {
-        pack_.share([this](int64_t t) { pack_row(static_cast<const W*>(a_.x) + t * a_.depth, a_.depth, packed(t)); });
+        pack_.share([this](int64_t t) {
+            pack_row(static_cast<const W*>(a_.x) + t * a_.depth, a_.depth, packed(t));
+        });
         pack_.wait();
         int64_t i = rows_.take();
         while (i < rows_.total) {
@@ -53,7 +55,8 @@ private:
                 if (a_.bias) {
                     for (int64_t i = 0; i < rows; ++i) sums[m * kBlock + i] += bias[i];
                 }
-                store_row(static_cast<W*>(a_.out) + (t + m) * a_.features + j, sums + m * kBlock, rows);
+                store_row(static_cast<W*>(a_.out) + (t + m) * a_.features + j, sums + m * kBlock,
+                          rows);
             }
         }
     }

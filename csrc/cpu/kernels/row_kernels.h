@@ -48,17 +48,21 @@ inline Vec squares_of(const W* x, int64_t width) {
 // 1 / rms(x) in every lane.
 template <class W>
 Vec inverse_rms(const W* x, int64_t width, float eps) {
-    return splat(1.0f / std::sqrt(sum_lanes(squares_of(x, width)) / static_cast<float>(width) + eps));
+    return splat(1.0f /
+                 std::sqrt(sum_lanes(squares_of(x, width)) / static_cast<float>(width) + eps));
 }
 
 // The same of each of `count` <= 4 rows, one after another in memory, which share the long way from
 // squares to result.
 template <class W>
 void inverse_rms4(const W* x, int64_t count, int64_t width, float eps, float (&out)[kLanes]) {
-    const auto squares = [&](int64_t row) { return row < count ? squares_of(x + row * width, width) : splat(0.0f); };
+    const auto squares = [&](int64_t row) {
+        return row < count ? squares_of(x + row * width, width) : splat(0.0f);
+    };
     alignas(64) float sums[kLanes] = {};
     store(sums, sum4(squares(0), squares(1), squares(2), squares(3)));
-    store(out, div(splat(1.0f), sqrt(add(div(load(sums), splat(static_cast<float>(width))), splat(eps)))));
+    store(out, div(splat(1.0f),
+                   sqrt(add(div(load(sums), splat(static_cast<float>(width))), splat(eps)))));
 }
 
 // out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as
@@ -93,14 +97,17 @@ private:
         rows_.share([this](int64_t r) {
             const int64_t at = r * a_.width;
             const W* x = static_cast<const W*>(a_.x) + at;
-            if (a_.delta) x = add_row(x, static_cast<const W*>(a_.delta) + at, static_cast<W*>(a_.sum) + at);
-            normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps, static_cast<W*>(a_.out) + at);
+            if (a_.delta)
+                x = add_row(x, static_cast<const W*>(a_.delta) + at, static_cast<W*>(a_.sum) + at);
+            normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps,
+                          static_cast<W*>(a_.out) + at);
         });
     }
 
     const W* add_row(const W* x, const W* delta, W* sum) const {
         const int64_t whole = a_.width / kLanes * kLanes, rest = a_.width - whole;
-        for (int64_t i = 0; i < whole; i += kLanes) store(sum + i, add(load(x + i), load(delta + i)));
+        for (int64_t i = 0; i < whole; i += kLanes)
+            store(sum + i, add(load(x + i), load(delta + i)));
         if (rest > 0) {
             alignas(64) W tail[3][kLanes] = {};
             std::memcpy(tail[0], x + whole, rest * sizeof(W));
@@ -120,7 +127,8 @@ private:
 template <class W>
 class ActKernel {
 public:
-    explicit ActKernel(const ActArgs& a) : a_(a), blocks_((a.elements + kElements - 1) / kElements) {}
+    explicit ActKernel(const ActArgs& a)
+        : a_(a), blocks_((a.elements + kElements - 1) / kElements) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<ActKernel*>(self)->work(); }, this);
@@ -131,7 +139,8 @@ private:
 
     void work() {
         for (int64_t b; (b = blocks_.take()) < blocks_.total;) {
-            const int64_t end = (b + 1) * kElements < a_.elements ? (b + 1) * kElements : a_.elements;
+            const int64_t end =
+                (b + 1) * kElements < a_.elements ? (b + 1) * kElements : a_.elements;
             multiply(b * kElements, end);
         }
     }

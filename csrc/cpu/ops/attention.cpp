@@ -10,16 +10,17 @@ using at::Tensor;
 
 void check_cache(const Tensor& q, const Tensor& cache, const char* name) {
     TORCH_CHECK_VALUE(cache.dim() == 4 && cache.stride(3) == 1, name,
-                      " must be [rows, S, Hkv, D] with a contiguous last dimension, got ", cache.sizes(), " strides ",
-                      cache.strides());
-    TORCH_CHECK_TYPE(cache.scalar_type() == q.scalar_type(), name, " must be ", q.scalar_type(), " like q, got ",
-                     cache.scalar_type());
-    TORCH_CHECK_VALUE(cache.size(3) <= kMaxHeadDim, name, " must have a head dimension up to ", kMaxHeadDim, ", got ",
-                      cache.size(3));
+                      " must be [rows, S, Hkv, D] with a contiguous last dimension, got ",
+                      cache.sizes(), " strides ", cache.strides());
+    TORCH_CHECK_TYPE(cache.scalar_type() == q.scalar_type(), name, " must be ", q.scalar_type(),
+                     " like q, got ", cache.scalar_type());
+    TORCH_CHECK_VALUE(cache.size(3) <= kMaxHeadDim, name, " must have a head dimension up to ",
+                      kMaxHeadDim, ", got ", cache.size(3));
 }
 
 void check_indices(const Tensor& index, const char* name, int64_t bound) {
-    TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, name, " must be int64, got ", index.scalar_type());
+    TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, name, " must be int64, got ",
+                     index.scalar_type());
     const int64_t* values = index.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < index.numel(); ++i) {
         TORCH_CHECK_INDEX(values[i] < bound, name, " must be below ", bound, ", got ", values[i]);
@@ -28,40 +29,46 @@ void check_indices(const Tensor& index, const char* name, int64_t bound) {
 
 }  // namespace
 
-Tensor ragged_attention(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& positions, double scale,
-                        int64_t window, const OptTensor& sinks, const OptTensor& rows) {
+Tensor ragged_attention(const Tensor& query, const Tensor& k, const Tensor& v,
+                        const Tensor& positions, double scale, int64_t window,
+                        const OptTensor& sinks, const OptTensor& rows) {
     TORCH_CHECK_VALUE(query.dim() == 4, "q must be [B, Q, Hq, D], got ", query.sizes());
     const Tensor q = query.stride(3) == 1 ? query : query.contiguous();
     check_cache(q, k, "k_cache"), check_cache(q, v, "v_cache");
     AttentionArgs args{};
-    args.batch = q.size(0), args.queries = q.size(1), args.q_heads = q.size(2), args.head_dim = q.size(3);
+    args.batch = q.size(0), args.queries = q.size(1), args.q_heads = q.size(2),
+    args.head_dim = q.size(3);
     args.slots = k.size(1), args.kv_heads = k.size(2), args.value_dim = v.size(3);
-    TORCH_CHECK_VALUE(k.size(3) == args.head_dim && v.size(0) == k.size(0) && v.size(1) == args.slots &&
-                          v.size(2) == args.kv_heads,
-                      "k_cache [rows, S, Hkv, D] and v_cache [rows, S, Hkv, Dv] must agree with q [B, Q, Hq, D], got ",
+    TORCH_CHECK_VALUE(k.size(3) == args.head_dim && v.size(0) == k.size(0) &&
+                          v.size(1) == args.slots && v.size(2) == args.kv_heads,
+                      "k_cache [rows, S, Hkv, D] and v_cache [rows, S, Hkv, Dv] must agree with q "
+                      "[B, Q, Hq, D], got ",
                       k.sizes(), ", ", v.sizes(), " and ", q.sizes());
     TORCH_CHECK_VALUE(args.kv_heads > 0 && args.q_heads % args.kv_heads == 0,
-                      "query heads must be a multiple of the key heads ", args.kv_heads, ", got ", args.q_heads);
-    TORCH_CHECK_VALUE(positions.dim() == 2 && positions.size(0) == args.batch && positions.size(1) == args.queries,
-                      "positions must be [", args.batch, ", ", args.queries, "], got ", positions.sizes());
+                      "query heads must be a multiple of the key heads ", args.kv_heads, ", got ",
+                      args.q_heads);
+    TORCH_CHECK_VALUE(positions.dim() == 2 && positions.size(0) == args.batch &&
+                          positions.size(1) == args.queries,
+                      "positions must be [", args.batch, ", ", args.queries, "], got ",
+                      positions.sizes());
     const Tensor at_positions = positions.contiguous();
     check_indices(at_positions, "positions", args.slots);
     const Tensor at_rows = rows ? rows->contiguous() : Tensor();
     if (rows) {
-        TORCH_CHECK_VALUE(at_rows.dim() == 1 && at_rows.size(0) == args.batch, "rows must be [", args.batch,
-                          "], got ", at_rows.sizes());
+        TORCH_CHECK_VALUE(at_rows.dim() == 1 && at_rows.size(0) == args.batch, "rows must be [",
+                          args.batch, "], got ", at_rows.sizes());
         check_indices(at_rows, "rows", k.size(0));
         for (int64_t b = 0; b < args.batch; ++b) {
             const int64_t row = at_rows.const_data_ptr<int64_t>()[b];
             TORCH_CHECK_INDEX(row >= 0, "rows must not be negative, got ", row);
         }
     } else {
-        TORCH_CHECK_VALUE(k.size(0) >= args.batch, "k_cache must have at least ", args.batch, " rows, got ",
-                          k.size(0));
+        TORCH_CHECK_VALUE(k.size(0) >= args.batch, "k_cache must have at least ", args.batch,
+                          " rows, got ", k.size(0));
     }
     const Tensor sink_logits = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
-    TORCH_CHECK_VALUE(!sinks || (sink_logits.dim() == 1 && sink_logits.size(0) == args.q_heads), "sinks must be [",
-                      args.q_heads, "], got ", sinks->sizes());
+    TORCH_CHECK_VALUE(!sinks || (sink_logits.dim() == 1 && sink_logits.size(0) == args.q_heads),
+                      "sinks must be [", args.q_heads, "], got ", sinks->sizes());
     Tensor out = fresh({args.batch, args.queries, args.q_heads, args.value_dim}, q.scalar_type());
     if (out.numel() == 0) return out;
     args.dtype = storage_dtype(q, "q");

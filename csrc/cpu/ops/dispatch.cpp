@@ -50,8 +50,9 @@ const KernelTable& choose() {
     // Best first.
     Candidate candidates[] = {
 #ifdef MOESD_X86_KERNELS
-        {&kAmxTable, has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-                         __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
+        {&kAmxTable, has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+                         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                         may_use_tiles()},
         {&kAvx512Bf16Table, has_avx512() && __builtin_cpu_supports("avx512bf16")},
         {&kAvx512Table, has_avx512()},
         {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -68,7 +69,8 @@ const KernelTable& choose() {
     std::string known;
     for (const Candidate& c : candidates) {
         if (std::string(forced) == c.table->name) {
-            TORCH_CHECK(c.supported, "MOESD_CPU_ISA=", forced, " is not supported by this processor");
+            TORCH_CHECK(c.supported, "MOESD_CPU_ISA=", forced,
+                        " is not supported by this processor");
             return *c.table;
         }
         known = c.table->name + (known.empty() ? "" : ", " + known);
@@ -88,15 +90,17 @@ DType storage_dtype(const at::Tensor& t, const char* what) {
         case at::kFloat: return DType::kFloat32;
         case at::kBFloat16: return DType::kBFloat16;
         case at::kHalf: return DType::kFloat16;
-        default: TORCH_CHECK_TYPE(false, what, " must be float32, bfloat16 or float16, got ", t.scalar_type());
+        default:
+            TORCH_CHECK_TYPE(false, what, " must be float32, bfloat16 or float16, got ",
+                             t.scalar_type());
     }
 }
 
-void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes, const at::Tensor& like,
-                const char* like_name) {
+void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes,
+                const at::Tensor& like, const char* like_name) {
     TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must be ", sizes, ", got ", t.sizes());
-    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), " like ", like_name,
-                     ", got ", t.scalar_type());
+    TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(),
+                     " like ", like_name, ", got ", t.scalar_type());
     TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous, got strides ", t.strides());
 }
 
@@ -125,8 +129,8 @@ int team_size(int64_t multiply_adds) {
     // A few microseconds of work, about what waking a thread costs.
     constexpr int64_t kWorthAThread = 100'000;
     if (at::in_parallel_region()) return 1;
-    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(),
-                                                                   multiply_adds / kWorthAThread)));
+    return static_cast<int>(std::max<int64_t>(
+        1, std::min<int64_t>(at::get_num_threads(), multiply_adds / kWorthAThread)));
 }
 
 void run_team(int threads, void (*body)(void*), void* ctx) {

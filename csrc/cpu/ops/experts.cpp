@@ -32,11 +32,13 @@ private:
     std::optional<at::RecordFunction> scope_;
 };
 
-void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const OptTensor& gate_up_bias,
-                  const OptTensor& down_bias, bool gated, bool transposed, const Tensor& out) {
+void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
+                  const OptTensor& gate_up_bias, const OptTensor& down_bias, bool gated,
+                  bool transposed, const Tensor& out) {
     TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [T, H], got ", hidden.sizes());
     TORCH_CHECK_VALUE(w_down.dim() == 3, "w_down must be [E, H, I], got ", w_down.sizes());
-    const int64_t hidden_size = hidden.size(1), experts = w_down.size(0), inter = w_down.size(transposed ? 1 : 2);
+    const int64_t hidden_size = hidden.size(1), experts = w_down.size(0),
+                  inter = w_down.size(transposed ? 1 : 2);
     const int64_t up_rows = gated ? 2 * inter : inter;
     if (transposed) {
         check_like(w_gate_up, "w_gate_up", {experts, hidden_size, up_rows}, hidden, "hidden");
@@ -45,7 +47,8 @@ void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w
         check_like(w_gate_up, "w_gate_up", {experts, up_rows, hidden_size}, hidden, "hidden");
         check_like(w_down, "w_down", {experts, hidden_size, inter}, hidden, "hidden");
     }
-    if (gate_up_bias) check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
+    if (gate_up_bias)
+        check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
     if (down_bias) check_like(*down_bias, "down_bias", {experts, hidden_size}, hidden, "hidden");
     check_like(out, "out", hidden.sizes(), hidden, "hidden");
 }
@@ -56,7 +59,9 @@ struct Plan {
     float* sorted_weight;
     int64_t num_active = 0;
 
-    static size_t bytes(int64_t experts, int64_t rows) { return (2 * experts + 1 + rows) * 8 + rows * 4 + 64; }
+    static size_t bytes(int64_t experts, int64_t rows) {
+        return (2 * experts + 1 + rows) * 8 + rows * 4 + 64;
+    }
 
     Plan(void* memory, int64_t experts, int64_t rows) {
         active = static_cast<int64_t*>(memory);
@@ -100,24 +105,27 @@ struct Plan {
             case at::kDouble: return fill<Id, double>(ids, weights, experts, cursor);
             case at::kBFloat16: return fill<Id, at::BFloat16>(ids, weights, experts, cursor);
             case at::kHalf: return fill<Id, at::Half>(ids, weights, experts, cursor);
-            default: TORCH_CHECK_TYPE(false, "topk_weights must be floating, got ", weights.scalar_type());
+            default:
+                TORCH_CHECK_TYPE(false, "topk_weights must be floating, got ",
+                                 weights.scalar_type());
         }
     }
 };
 
 }  // namespace
 
-void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_ids,
-             const Tensor& topk_weights, const OptTensor& gate_up_bias, const OptTensor& down_bias,
-             c10::string_view activation, bool gated, bool interleaved, bool transposed, std::optional<double> limit,
-             std::optional<double> alpha, Tensor& out) {
+void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
+             const Tensor& topk_ids, const Tensor& topk_weights, const OptTensor& gate_up_bias,
+             const OptTensor& down_bias, c10::string_view activation, bool gated, bool interleaved,
+             bool transposed, std::optional<double> limit, std::optional<double> alpha,
+             Tensor& out) {
     check_shapes(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed, out);
     const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1), experts = w_down.size(0);
     const int64_t inter = w_down.size(transposed ? 1 : 2);
-    TORCH_CHECK_VALUE(topk_ids.dim() == 2 && topk_ids.size(0) == tokens, "topk_ids must be [", tokens, ", K], got ",
-                      topk_ids.sizes());
-    TORCH_CHECK_VALUE(topk_weights.sizes() == topk_ids.sizes(), "topk_weights must be ", topk_ids.sizes(), ", got ",
-                      topk_weights.sizes());
+    TORCH_CHECK_VALUE(topk_ids.dim() == 2 && topk_ids.size(0) == tokens, "topk_ids must be [",
+                      tokens, ", K], got ", topk_ids.sizes());
+    TORCH_CHECK_VALUE(topk_weights.sizes() == topk_ids.sizes(), "topk_weights must be ",
+                      topk_ids.sizes(), ", got ", topk_weights.sizes());
     TORCH_CHECK_VALUE(gated || !(interleaved || limit || alpha),
                       "interleaved, activation_limit and activation_alpha need gated=True");
     TORCH_CHECK_TYPE(topk_ids.scalar_type() == at::kLong || topk_ids.scalar_type() == at::kInt,
@@ -126,12 +134,14 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     PhaseScopes phases;
     phases.enter("moesd::plan");
     const Tensor x = hidden.contiguous();
-    const int64_t rows = topk_ids.numel(), depth_x = align_depth(hidden_size), depth_act = align_depth(inter);
+    const int64_t rows = topk_ids.numel(), depth_x = align_depth(hidden_size),
+                  depth_act = align_depth(inter);
     const bool panels = kernels().panels;
     const int64_t packed_x = (panels ? panel_rows(rows, experts) : tokens) * depth_x;
     const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
     const size_t floats = packed_x + packed_act + tokens * hidden_size;
-    auto* memory = static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8 + 64));
+    auto* memory =
+        static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8 + 64));
     auto* cursor = reinterpret_cast<int64_t*>(memory + (floats + 15) / 16 * 16);
     Plan plan(cursor + experts, experts, rows);
     if (topk_ids.scalar_type() == at::kLong) {
@@ -146,8 +156,10 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.gated = gated, args.interleaved = interleaved, args.transposed = transposed;
     args.has_limit = limit.has_value(), args.limit = static_cast<float>(limit.value_or(0));
     args.has_alpha = alpha.has_value(), args.alpha = static_cast<float>(alpha.value_or(0));
-    args.tokens = tokens, args.hidden = hidden_size, args.inter = inter, args.num_active = plan.num_active;
-    args.x = x.const_data_ptr(), args.w_gate_up = w_gate_up.const_data_ptr(), args.w_down = w_down.const_data_ptr();
+    args.tokens = tokens, args.hidden = hidden_size, args.inter = inter,
+    args.num_active = plan.num_active;
+    args.x = x.const_data_ptr(), args.w_gate_up = w_gate_up.const_data_ptr(),
+    args.w_down = w_down.const_data_ptr();
     args.gate_up_bias = gate_up_bias ? gate_up_bias->const_data_ptr() : nullptr;
     args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;
     args.active = plan.active, args.offsets = plan.offsets;
@@ -158,7 +170,9 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
     args.run = run_team;
     if (phases.active) {
-        args.enter_phase = [](void* ctx, const char* name) { static_cast<PhaseScopes*>(ctx)->enter(name); };
+        args.enter_phase = [](void* ctx, const char* name) {
+            static_cast<PhaseScopes*>(ctx)->enter(name);
+        };
         args.phase_ctx = &phases;
     }
     if (tokens > 0) kernels().experts(args);
@@ -169,20 +183,23 @@ namespace {
 // experts() in a new tensor, or nothing where these kernels do not serve the call. All of that is
 // decided here because deciding it in Python costs more than a small layer, when the interpreter
 // has to come from memory like the weights.
-OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& topk_ids,
-                      const Tensor& topk_weights, const OptTensor& gate_up_bias, const OptTensor& down_bias,
+OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
+                      const Tensor& topk_ids, const Tensor& topk_weights,
+                      const OptTensor& gate_up_bias, const OptTensor& down_bias,
                       c10::string_view activation, bool gated, bool interleaved, bool transposed,
                       std::optional<double> limit, std::optional<double> alpha) {
     const bool recording = at::GradMode::is_enabled();
-    const auto served = [recording](const Tensor& t) { return t.is_cpu() && !(recording && t.requires_grad()); };
+    const auto served = [recording](const Tensor& t) {
+        return t.is_cpu() && !(recording && t.requires_grad());
+    };
     const bool mine = served(hidden) && served(w_gate_up) && served(w_down) && served(topk_ids) &&
                       served(topk_weights) && (!gate_up_bias || served(*gate_up_bias)) &&
-                      (!down_bias || served(*down_bias)) && w_gate_up.is_contiguous() && w_down.is_contiguous() &&
-                      hidden.scalar_type() != at::kDouble;
+                      (!down_bias || served(*down_bias)) && w_gate_up.is_contiguous() &&
+                      w_down.is_contiguous() && hidden.scalar_type() != at::kDouble;
     if (!mine) return std::nullopt;
     Tensor out = fresh(hidden.sizes(), hidden.scalar_type());
-    experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias, activation, gated, interleaved,
-            transposed, limit, alpha, out);
+    experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias, activation,
+            gated, interleaved, transposed, limit, alpha, out);
     return out;
 }
 

@@ -50,19 +50,22 @@ Tensor scoped_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
 }
 
 Tensor run_mlp(const Mlp& m, const Tensor& x) {
-    const Tensor gate = scoped_linear(x, m.gate, m.gate_bias), up = scoped_linear(x, m.up, m.up_bias);
-    const Tensor inner = scoped("moesd::act_and_mul", [&] { return act_and_mul(gate, up, m.activation); });
+    const Tensor gate = scoped_linear(x, m.gate, m.gate_bias),
+                 up = scoped_linear(x, m.up, m.up_bias);
+    const Tensor inner =
+        scoped("moesd::act_and_mul", [&] { return act_and_mul(gate, up, m.activation); });
     return scoped_linear(inner, m.down, m.down_bias);
 }
 
 Tensor run_moe(const Moe& m, const Tensor& x) {
-    auto [logits, weights, ids] =
-        scoped("moesd::softmax_topk_router", [&] { return softmax_topk_router(x, m.router, m.top_k, m.renormalize); });
+    auto [logits, weights, ids] = scoped("moesd::softmax_topk_router", [&] {
+        return softmax_topk_router(x, m.router, m.top_k, m.renormalize);
+    });
     if (m.cast) weights = weights.to(x.scalar_type());
     Tensor out = fresh(x.sizes(), x.scalar_type());
     scoped("moesd::experts", [&] {
-        experts(x, m.gate_up, m.down, ids, weights, std::nullopt, std::nullopt, m.activation, true, false, false,
-                std::nullopt, std::nullopt, out);
+        experts(x, m.gate_up, m.down, ids, weights, std::nullopt, std::nullopt, m.activation, true,
+                false, false, std::nullopt, std::nullopt, out);
     });
     return out;
 }
@@ -71,23 +74,25 @@ class LayerStack : public torch::CustomClassHolder {
 public:
     // Appends a layer: its attention, the norm after it and the norm that follows the layer. The
     // four epsilons come in the order that their argument's name gives.
-    void add_layer(Tensor qkv, OptTensor qkv_bias, OptTensor q_norm, OptTensor k_norm, Tensor out, OptTensor out_bias,
-                   Tensor post_norm, Tensor following_norm, const std::vector<double>& q_k_post_following_eps,
-                   double scale, int64_t window, int64_t q_heads, int64_t kv_heads) {
+    void add_layer(Tensor qkv, OptTensor qkv_bias, OptTensor q_norm, OptTensor k_norm, Tensor out,
+                   OptTensor out_bias, Tensor post_norm, Tensor following_norm,
+                   const std::vector<double>& q_k_post_following_eps, double scale, int64_t window,
+                   int64_t q_heads, int64_t kv_heads) {
         TORCH_CHECK_VALUE(q_k_post_following_eps.size() == 4, "expected four epsilons, got ",
                           q_k_post_following_eps.size());
         const auto& eps = q_k_post_following_eps;
-        layers_.push_back({qkv, qkv_bias, q_norm, k_norm, out_bias, out, post_norm, following_norm, eps[0], eps[1],
-                           eps[2], eps[3], scale, window, q_heads, kv_heads, std::nullopt, std::nullopt});
+        layers_.push_back({qkv, qkv_bias, q_norm, k_norm, out_bias, out, post_norm, following_norm,
+                           eps[0], eps[1], eps[2], eps[3], scale, window, q_heads, kv_heads,
+                           std::nullopt, std::nullopt});
     }
 
     // The MLP of the layer added last; a layer without one is left to the caller (see `run`).
-    void set_mlp(Tensor gate, OptTensor gate_bias, Tensor up, OptTensor up_bias, Tensor down, OptTensor down_bias,
-                 std::string activation) {
+    void set_mlp(Tensor gate, OptTensor gate_bias, Tensor up, OptTensor up_bias, Tensor down,
+                 OptTensor down_bias, std::string activation) {
         last().mlp = Mlp{gate, up, down, gate_bias, up_bias, down_bias, std::move(activation)};
     }
-    void set_moe(Tensor router, int64_t top_k, bool renormalize, bool cast, Tensor gate_up, Tensor down,
-                 std::string activation) {
+    void set_moe(Tensor router, int64_t top_k, bool renormalize, bool cast, Tensor gate_up,
+                 Tensor down, std::string activation) {
         last().moe = Moe{router, top_k, renormalize, cast, gate_up, down, std::move(activation)};
     }
 
@@ -100,26 +105,34 @@ public:
     // each sequence's Q tokens, those that are wanted after the last layer, which computes no
     // others. Returns the stream, the same after the norm of the part that comes next, and the
     // layer reached.
-    std::tuple<Tensor, Tensor, int64_t> run(Tensor x, Tensor states, const Tensor& cos, const Tensor& sin,
-                                            const Tensor& index, const Tensor& positions, const OptTensor& rows,
-                                            const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                                            int64_t first, int64_t stop, bool mlps, const OptTensor& columns) const {
+    std::tuple<Tensor, Tensor, int64_t> run(Tensor x, Tensor states, const Tensor& cos,
+                                            const Tensor& sin, const Tensor& index,
+                                            const Tensor& positions, const OptTensor& rows,
+                                            const std::vector<Tensor>& keys,
+                                            const std::vector<Tensor>& values, int64_t first,
+                                            int64_t stop, bool mlps,
+                                            const OptTensor& columns) const {
         const auto count = static_cast<int64_t>(layers_.size());
-        TORCH_CHECK_VALUE(0 <= first && first <= stop && stop <= count, "expected 0 <= first <= stop <= ", count,
-                          ", got ", first, " and ", stop);
-        TORCH_CHECK_VALUE(static_cast<int64_t>(keys.size()) == count && keys.size() == values.size(), "expected ", count,
-                          " slabs of keys and of values, got ", keys.size(), " and ", values.size());
-        TORCH_CHECK_VALUE(positions.dim() == 2, "positions must be [B, Q], got ", positions.sizes());
+        TORCH_CHECK_VALUE(0 <= first && first <= stop && stop <= count,
+                          "expected 0 <= first <= stop <= ", count, ", got ", first, " and ", stop);
+        TORCH_CHECK_VALUE(
+            static_cast<int64_t>(keys.size()) == count && keys.size() == values.size(), "expected ",
+            count, " slabs of keys and of values, got ", keys.size(), " and ", values.size());
+        TORCH_CHECK_VALUE(positions.dim() == 2, "positions must be [B, Q], got ",
+                          positions.sizes());
         for (int64_t i = first; i < stop; ++i) {
             const Layer& layer = layers_[i];
             OptTensor wanted;
-            if (columns && i + 1 == count) wanted = flat_index(*columns, positions.size(0), positions.size(1));
-            const Tensor attended = attend(layer, states, cos, sin, index, positions, rows, keys[i], values[i], wanted);
+            if (columns && i + 1 == count)
+                wanted = flat_index(*columns, positions.size(0), positions.size(1));
+            const Tensor attended =
+                attend(layer, states, cos, sin, index, positions, rows, keys[i], values[i], wanted);
             if (wanted) x = rows_of(x, *wanted);
             const Tensor projected = scoped_linear(attended, layer.out, layer.out_bias);
             std::tie(x, states) = add_norm(x, projected, layer.post_norm, layer.post_eps);
             if (!mlps || !(layer.mlp || layer.moe)) return {x, states, i};
-            const Tensor delta = layer.mlp ? run_mlp(*layer.mlp, states) : run_moe(*layer.moe, states);
+            const Tensor delta =
+                layer.mlp ? run_mlp(*layer.mlp, states) : run_moe(*layer.moe, states);
             std::tie(x, states) = add_norm(x, delta, layer.following_norm, layer.following_eps);
         }
         return {x, states, stop};
@@ -132,17 +145,18 @@ public:
     // is padding, which goes to the cache's last slot. embedding [V, H]; norm, eps: before the
     // first layer; head [V, H]; cos, sin [S, D] by position; rows, keys, values as of `run`. Every
     // layer must have its MLP.
-    std::tuple<Tensor, Tensor> continue_greedily(const Tensor& ids, const Tensor& positions, const Tensor& rows,
-                                                 const Tensor& embedding, const Tensor& norm, double eps,
-                                                 const Tensor& head, const Tensor& cos, const Tensor& sin,
-                                                 const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                                                 int64_t count) const {
-        TORCH_CHECK_VALUE(ids.dim() == 2 && ids.sizes() == positions.sizes() && rows.numel() == ids.size(0),
-                          "expected ids and positions [B, W] and rows [B], got ", ids.sizes(), ", ", positions.sizes(),
-                          " and ", rows.sizes());
+    std::tuple<Tensor, Tensor> continue_greedily(
+        const Tensor& ids, const Tensor& positions, const Tensor& rows, const Tensor& embedding,
+        const Tensor& norm, double eps, const Tensor& head, const Tensor& cos, const Tensor& sin,
+        const std::vector<Tensor>& keys, const std::vector<Tensor>& values, int64_t count) const {
+        TORCH_CHECK_VALUE(
+            ids.dim() == 2 && ids.sizes() == positions.sizes() && rows.numel() == ids.size(0),
+            "expected ids and positions [B, W] and rows [B], got ", ids.sizes(), ", ",
+            positions.sizes(), " and ", rows.sizes());
         TORCH_CHECK_VALUE(!keys.empty(), "expected the slabs of at least one layer, got none");
         const int64_t batch = ids.size(0);
-        Tensor tokens = fresh({batch, count}, at::kLong), undefined = fresh({batch, count}, at::kBool);
+        Tensor tokens = fresh({batch, count}, at::kLong),
+               undefined = fresh({batch, count}, at::kBool);
         const Tensor newest = ids.contiguous(), where = positions.contiguous();
         int64_t* token = tokens.mutable_data_ptr<int64_t>();
         bool* no_largest = undefined.mutable_data_ptr<bool>();
@@ -150,8 +164,8 @@ public:
             const Tensor own = rows.slice(0, from, to);
             Tensor fed = newest.slice(0, from, to), at = where.slice(0, from, to);
             for (int64_t step = 0; step < count; ++step) {
-                const auto [best, none] =
-                    argmax(forward(fed, at, own, embedding, norm, eps, head, cos, sin, keys, values));
+                const auto [best, none] = argmax(
+                    forward(fed, at, own, embedding, norm, eps, head, cos, sin, keys, values));
                 for (int64_t b = from; b < to; ++b) {
                     token[b * count + step] = best.const_data_ptr<int64_t>()[b - from];
                     no_largest[b * count + step] = none.const_data_ptr<bool>()[b - from];
@@ -178,17 +192,20 @@ private:
     static constexpr size_t kOwnBytes = 4 << 20;
 
     // Logits [B, V] of the last column; the arguments as of continue_greedily.
-    Tensor forward(const Tensor& ids, const Tensor& positions, const Tensor& rows, const Tensor& embedding,
-                   const Tensor& norm, double eps, const Tensor& head, const Tensor& cos, const Tensor& sin,
-                   const std::vector<Tensor>& keys, const std::vector<Tensor>& values) const {
+    Tensor forward(const Tensor& ids, const Tensor& positions, const Tensor& rows,
+                   const Tensor& embedding, const Tensor& norm, double eps, const Tensor& head,
+                   const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys,
+                   const std::vector<Tensor>& values) const {
         const auto depth = static_cast<int64_t>(layers_.size());
         const auto [index, angle] = cache_places(positions, rows, keys[0].size(1));
         const Tensor x = rows_of(embedding, ids);
         OptTensor latest;  // all there are, from the second step on
         if (ids.size(1) > 1) latest = at::full({ids.size(0), 1}, ids.size(1) - 1, ids.options());
-        const auto [stream, normed, reached] = run(x, rms_norm(x, norm, eps), rows_of(cos, angle), rows_of(sin, angle),
-                                                   index, positions, rows, keys, values, 0, depth, true, latest);
-        TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ", reached);
+        const auto [stream, normed, reached] =
+            run(x, rms_norm(x, norm, eps), rows_of(cos, angle), rows_of(sin, angle), index,
+                positions, rows, keys, values, 0, depth, true, latest);
+        TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ",
+                          reached);
         return scoped_linear(normed, head, std::nullopt);
     }
 
@@ -196,7 +213,9 @@ private:
         size_t bytes = 0;
         for (const Layer& layer : layers_) {
             bytes += layer.qkv.nbytes() + layer.out.nbytes();
-            if (layer.mlp) bytes += layer.mlp->gate.nbytes() + layer.mlp->up.nbytes() + layer.mlp->down.nbytes();
+            if (layer.mlp)
+                bytes +=
+                    layer.mlp->gate.nbytes() + layer.mlp->up.nbytes() + layer.mlp->down.nbytes();
             if (layer.moe) bytes += layer.moe->gate_up.nbytes() + layer.moe->down.nbytes();
         }
         return bytes;
@@ -207,19 +226,22 @@ private:
         return layers_.back();
     }
 
-    static std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& delta, const Tensor& w, double eps) {
+    static std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& delta,
+                                               const Tensor& w, double eps) {
         return scoped("moesd::add_rms_norm", [&] { return add_rms_norm(x, delta, w, eps); });
     }
 
-    static Tensor attend(const Layer& layer, const Tensor& states, const Tensor& cos, const Tensor& sin,
-                         const Tensor& index, const Tensor& positions, const OptTensor& rows, const Tensor& keys,
-                         const Tensor& values, const OptTensor& wanted) {
+    static Tensor attend(const Layer& layer, const Tensor& states, const Tensor& cos,
+                         const Tensor& sin, const Tensor& index, const Tensor& positions,
+                         const OptTensor& rows, const Tensor& keys, const Tensor& values,
+                         const OptTensor& wanted) {
         const Tensor qkv = scoped_linear(states, layer.qkv, layer.qkv_bias);
         const int64_t head_dim = cos.size(-1), width = layer.kv_heads * head_dim;
         Tensor flat_keys = keys.view({-1, width}), flat_values = values.view({-1, width});
         Tensor queries = scoped("moesd::rope_to_cache", [&] {
-            return rope_to_cache(qkv, cos, sin, layer.q_norm, layer.q_eps, layer.k_norm, layer.k_eps, index,
-                                 layer.q_heads, layer.kv_heads, flat_keys, flat_values);
+            return rope_to_cache(qkv, cos, sin, layer.q_norm, layer.q_eps, layer.k_norm,
+                                 layer.k_eps, index, layer.q_heads, layer.kv_heads, flat_keys,
+                                 flat_values);
         });
         Tensor at = positions;
         if (wanted) {
@@ -228,7 +250,8 @@ private:
         }
         const Tensor placed = queries.view({at.size(0), at.size(1), layer.q_heads, head_dim});
         const Tensor attended = scoped("moesd::ragged_attention", [&] {
-            return ragged_attention(placed, keys, values, at, layer.scale, layer.window, std::nullopt, rows);
+            return ragged_attention(placed, keys, values, at, layer.scale, layer.window,
+                                    std::nullopt, rows);
         });
         return attended.view({at.numel(), layer.q_heads * head_dim});
     }

@@ -21,8 +21,8 @@ DType storage_dtype(const at::Tensor& t, const char* what);
 
 // Raises ValueError or TypeError unless t is contiguous, of these sizes, and of the dtype of
 // `like`; names both.
-void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes, const at::Tensor& like,
-                const char* like_name);
+void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes,
+                const at::Tensor& like, const char* like_name);
 
 // Raises ValueError for names the kernels do not know.
 Activation parse_activation(c10::string_view name);
@@ -45,17 +45,19 @@ using OptTensor = std::optional<at::Tensor>;
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& w, double eps);
 std::tuple<at::Tensor, at::Tensor> argmax(const at::Tensor& x);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const OptTensor& bias);
-std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& w,
-                                                double eps);
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& delta,
+                                                const at::Tensor& w, double eps);
 at::Tensor act_and_mul(const at::Tensor& gate, const at::Tensor& up, c10::string_view activation);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_topk_router(const at::Tensor& x, const at::Tensor& w,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_topk_router(const at::Tensor& x,
+                                                                   const at::Tensor& w,
                                                                    int64_t top_k, bool renormalize);
-at::Tensor rope_to_cache(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin, const OptTensor& q_norm,
-                         double q_eps, const OptTensor& k_norm, double k_eps, const at::Tensor& index, int64_t q_heads,
-                         int64_t kv_heads, at::Tensor& keys, at::Tensor& values);
+at::Tensor rope_to_cache(const at::Tensor& qkv, const at::Tensor& cos, const at::Tensor& sin,
+                         const OptTensor& q_norm, double q_eps, const OptTensor& k_norm,
+                         double k_eps, const at::Tensor& index, int64_t q_heads, int64_t kv_heads,
+                         at::Tensor& keys, at::Tensor& values);
 at::Tensor ragged_attention(const at::Tensor& query, const at::Tensor& k, const at::Tensor& v,
-                            const at::Tensor& positions, double scale, int64_t window, const OptTensor& sinks,
-                            const OptTensor& rows);
+                            const at::Tensor& positions, double scale, int64_t window,
+                            const OptTensor& sinks, const OptTensor& rows);
 ExpertsOp experts;
 
 }  // namespace moesd

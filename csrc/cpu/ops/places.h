@@ -18,7 +18,8 @@ inline at::Tensor rows_of(const at::Tensor& table, const at::Tensor& index) {
     auto* to = static_cast<char*>(out.mutable_data_ptr());
     const int64_t* row = index.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < index.numel(); ++n) {
-        TORCH_CHECK_INDEX(row[n] >= 0 && row[n] < rows.size(0), "index must be in [0, ", rows.size(0), "), got ", row[n]);
+        TORCH_CHECK_INDEX(row[n] >= 0 && row[n] < rows.size(0), "index must be in [0, ",
+                          rows.size(0), "), got ", row[n]);
         std::memcpy(to + n * bytes, from + row[n] * bytes, bytes);
     }
     return out;
@@ -26,13 +27,15 @@ inline at::Tensor rows_of(const at::Tensor& table, const at::Tensor& index) {
 
 // Among the B * Q tokens of a batch, those in `columns` [B, n] of its sequences: [B, n].
 inline at::Tensor flat_index(const at::Tensor& columns, int64_t B, int64_t Q) {
-    TORCH_CHECK_VALUE(columns.dim() == 2 && columns.size(0) == B, "columns must be [", B, ", n], got ", columns.sizes());
+    TORCH_CHECK_VALUE(columns.dim() == 2 && columns.size(0) == B, "columns must be [", B,
+                      ", n], got ", columns.sizes());
     at::Tensor index = fresh(columns.sizes(), at::kLong);
     const auto column = columns.accessor<int64_t, 2>();
     int64_t* to = index.mutable_data_ptr<int64_t>();
     for (int64_t b = 0; b < B; ++b) {
         for (int64_t n = 0; n < columns.size(1); ++n) {
-            TORCH_CHECK_INDEX(column[b][n] >= 0 && column[b][n] < Q, "columns must be in [0, ", Q, "), got ", column[b][n]);
+            TORCH_CHECK_INDEX(column[b][n] >= 0 && column[b][n] < Q, "columns must be in [0, ", Q,
+                              "), got ", column[b][n]);
             *to++ = b * Q + column[b][n];
         }
     }
@@ -41,8 +44,10 @@ inline at::Tensor flat_index(const at::Tensor& columns, int64_t B, int64_t Q) {
 
 // Where the tokens at `positions` [B, W] go in slabs of `slots` slots, and the positions of their
 // angles: both [B * W]. Padding, at -1, goes to the last slot.
-inline std::pair<at::Tensor, at::Tensor> cache_places(const at::Tensor& positions, const at::Tensor& rows, int64_t slots) {
-    at::Tensor index = fresh({positions.numel()}, at::kLong), angle = fresh({positions.numel()}, at::kLong);
+inline std::pair<at::Tensor, at::Tensor> cache_places(const at::Tensor& positions,
+                                                      const at::Tensor& rows, int64_t slots) {
+    at::Tensor index = fresh({positions.numel()}, at::kLong),
+               angle = fresh({positions.numel()}, at::kLong);
     const auto position = positions.accessor<int64_t, 2>();
     const auto row = rows.accessor<int64_t, 1>();
     int64_t *to = index.mutable_data_ptr<int64_t>(), *turn = angle.mutable_data_ptr<int64_t>();

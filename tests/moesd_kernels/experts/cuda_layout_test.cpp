@@ -10,12 +10,12 @@
 
 using namespace moesd;
 
-#define CHECK(condition, ...)                                        \
-    if (!(condition)) {                                              \
-        std::printf("line %d: %s: ", __LINE__, #condition);          \
-        std::printf(__VA_ARGS__);                                    \
-        std::printf("\n");                                           \
-        std::exit(1);                                                \
+#define CHECK(condition, ...)                               \
+    if (!(condition)) {                                     \
+        std::printf("line %d: %s: ", __LINE__, #condition); \
+        std::printf(__VA_ARGS__);                           \
+        std::printf("\n");                                  \
+        std::exit(1);                                       \
     }
 
 // The hardware's 128-byte swizzle: bits 4..6 of an address are xor-ed with bits 7..9.
@@ -39,8 +39,10 @@ void swizzle_is_the_hardwares() {
 uint32_t hardware_read(uint64_t descriptor, int row, int k) {
     const uint32_t base = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
     const uint32_t group = static_cast<uint32_t>((descriptor >> 32) & 0x3FFF) << 4;
-    CHECK((descriptor >> 62) == 1, "layout %llu is not the 128-byte swizzle", (unsigned long long)(descriptor >> 62));
-    CHECK(((descriptor >> 49) & 7) == 0, "base offset must be 0 for operands at multiples of 1024 bytes");
+    CHECK((descriptor >> 62) == 1, "layout %llu is not the 128-byte swizzle",
+          (unsigned long long)(descriptor >> 62));
+    CHECK(((descriptor >> 49) & 7) == 0,
+          "base offset must be 0 for operands at multiples of 1024 bytes");
     return hardware_swizzle(base + (row / 8) * group + (row % 8) * kRowBytes + k * 2);
 }
 
@@ -52,8 +54,8 @@ void descriptors_read_what_tma_wrote() {
                 for (int k = 0; k < 16; ++k) {
                     const uint32_t expected = base + swizzled_offset(row, step * 16 + k);
                     const uint32_t got = hardware_read(descriptor, row, k);
-                    CHECK(got == expected, "base %u step %d row %d k %d: %u, expected %u", base, step, row, k, got,
-                          expected);
+                    CHECK(got == expected, "base %u step %d row %d k %d: %u, expected %u", base,
+                          step, row, k, got, expected);
                 }
             }
         }
@@ -66,7 +68,8 @@ void fragments_cover_the_result() {
         for (int thread = 0; thread < 128; ++thread) {
             for (int i = 0; i < N / 2; ++i) {
                 const int row = fragment_row(thread, i), column = fragment_column(thread, i);
-                CHECK(row >= 0 && row < 64 && column >= 0 && column < N, "row %d column %d", row, column);
+                CHECK(row >= 0 && row < 64 && column >= 0 && column < N, "row %d column %d", row,
+                      column);
                 CHECK(row / 16 == thread / 32, "a warp holds its own 16 rows");
                 seen.insert({row, column});
             }
@@ -91,7 +94,8 @@ void every_tile_has_one_cta() {
                 }
             }
             CHECK(count.size() == size_t(blocks * tiles), "%zu tiles", count.size());
-            for (const auto& [tile, times] : count) CHECK(times == 1, "block %d tile %d", tile.first, tile.second);
+            for (const auto& [tile, times] : count)
+                CHECK(times == 1, "block %d tile %d", tile.first, tile.second);
         }
     }
 }
@@ -106,7 +110,8 @@ void equal_tiles_of_a_group_are_adjacent() {
         indices[{work.block / kGroupBlocks, work.tile}].push_back(index);
     }
     for (const auto& [key, read] : indices) {
-        CHECK(read.back() - read.front() == int(read.size()) - 1, "group %d tile %d", key.first, key.second);
+        CHECK(read.back() - read.front() == int(read.size()) - 1, "group %d tile %d", key.first,
+              key.second);
     }
 }
 
@@ -131,7 +136,8 @@ void weight_rows_are_read_once() {
             }
             for (int row = 0; row < E * per_expert; ++row) {
                 const bool mine = row >= per_expert && row < 2 * per_expert;
-                CHECK(read[row] == mine, "rows %d gate_up %d row %d read %d times", rows, gate_up, row, read[row]);
+                CHECK(read[row] == mine, "rows %d gate_up %d row %d read %d times", rows, gate_up,
+                      row, read[row]);
             }
         }
     }
@@ -156,7 +162,8 @@ void ring_parities() {
                 producer.advance(stages);
             } else {
                 if (!done(full[consumer.index], consumer.phase)) continue;
-                CHECK(held[consumer.index] == consumed, "stage %d holds %d", consumer.index, held[consumer.index]);
+                CHECK(held[consumer.index] == consumed, "stage %d holds %d", consumer.index,
+                      held[consumer.index]);
                 held[consumer.index] = -1;
                 ++consumed;
                 ++empty[consumer.index];
