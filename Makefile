@@ -1,6 +1,9 @@
 # Three commands do all of their own set-up: `make demo`, `make test` and `make test-oldest`.
 PYTHON ?= python3
 PYTEST := -m pytest -n auto --dist loadfile
+# Found at any depth: a folder that moves leaves no stale build.
+SOURCES := $(shell find csrc -type f)
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
 .PHONY: demo test test-oldest lint clean
 
@@ -16,6 +19,7 @@ test-oldest: .venv-oldest/.ready
 lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(FORMATTED)
 	.venv/bin/mypy -p moesd_kernels -p decoder -p bench -p training
 
 .venv/.ready: CONSTRAINTS := constraints.txt
@@ -23,7 +27,7 @@ lint: .venv/.ready
 
 # torch goes in first, so that setup.py finds it and builds the C++ extension ahead of time
 # (--no-build-isolation: the build must see this torch, not one of its own).
-%/.ready: pyproject.toml setup.py $(wildcard constraints*.txt csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+%/.ready: pyproject.toml setup.py $(wildcard constraints*.txt) $(SOURCES)
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install -q -c $(CONSTRAINTS) setuptools torch
 	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
