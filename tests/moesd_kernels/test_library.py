@@ -1,14 +1,18 @@
-"""Which built module is loaded: this torch's, no older than its sources."""
+"""Which built module is loaded: this torch's, no older than any of its sources."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sysconfig
 
 import pytest
 import torch
 
 from moesd_kernels import library
+
+FILES = {path for path in library.SOURCE_ROOT.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -24,3 +28,26 @@ def test_only_a_current_module_of_this_torch_is_found(device, tmp_path, monkeypa
     os.utime(built)
     monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
     assert library.built_module(device) is None, "built for another torch"
+
+
+@pytest.mark.parametrize(("device", "other"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_every_source_of_a_device_is_watched(device, other):
+    shared = {path for path in FILES if other not in path.relative_to(library.SOURCE_ROOT).parts}
+    assert set(library._source_files(device)) == shared
+
+
+def test_every_source_is_compiled(monkeypatch):
+    monkeypatch.setattr(library, "_is_x86", lambda: True)
+    compiled = {name for device in ("cpu", "cuda") for name in library._source_flags(device)}
+    sources = {path for path in FILES if path.suffix in (".cpp", ".cu")}
+    assert {library.SOURCE_ROOT / name for name in compiled} == sources
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_builds_anew_when_any_source_changes():
+    root = library.SOURCE_ROOT.parent
+    command = ["make", "--print-data-base", "--question", ".venv/.ready"]
+    rules = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout
+    needed = [line for line in rules.splitlines() if line.startswith(".venv/.ready: ")]
+    listed = {root / name for line in needed for name in line.split()}
+    assert listed >= FILES, sorted(FILES - listed)
