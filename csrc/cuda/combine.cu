@@ -43,12 +43,14 @@ __global__ void __launch_bounds__(kThreads)
             sum[2] = fmaf(weight, value.z, sum[2]);
             sum[3] = fmaf(weight, value.w, sum[3]);
         } else {
-            for (int j = 0; j < kVector && column + j < H; ++j)
+            for (int j = 0; j < kVector && column + j < H; ++j) {
                 sum[j] = fmaf(weight, row[j], sum[j]);
+            }
         }
     }
-    for (int j = 0; j < kVector && column + j < H; ++j)
+    for (int j = 0; j < kVector && column + j < H; ++j) {
         from_float(sum[j], out[token * H + column + j]);
+    }
 }
 
 // Grid: (num_blocks * block_rows); a CTA copies one row, 16 bytes a thread at a time. H is a

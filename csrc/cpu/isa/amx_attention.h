@@ -86,12 +86,12 @@ private:
     }
 
     void store_sums(float* at, int64_t stride) const {
-        tile_store<0>(at, stride * sizeof(float)),
-            tile_store<1>(at + kTile, stride * sizeof(float));
+        tile_store<0>(at, stride * sizeof(float));
+        tile_store<1>(at + kTile, stride * sizeof(float));
         if (tiled_ <= kTile) return;
         at += kTile * stride;
-        tile_store<2>(at, stride * sizeof(float)),
-            tile_store<3>(at + kTile, stride * sizeof(float));
+        tile_store<2>(at, stride * sizeof(float));
+        tile_store<3>(at + kTile, stride * sizeof(float));
     }
 
     // Columns d .. d + kColumns of values [0, slots) as pairs of slots, zeros up to thirty-two of
@@ -104,8 +104,8 @@ private:
         const bf16* at = values + d;
         int64_t i = 0;
         for (; i + 2 <= open; i += 2, at += 2 * a_.v_slot) {
-            __builtin_prefetch(at + kValuesAhead * a_.v_slot),
-                __builtin_prefetch(at + (kValuesAhead + 1) * a_.v_slot);
+            __builtin_prefetch(at + kValuesAhead * a_.v_slot);
+            __builtin_prefetch(at + (kValuesAhead + 1) * a_.v_slot);
             pack_pair(_mm512_loadu_si512(at), _mm512_loadu_si512(at + a_.v_slot), i);
         }
         bool finite = true;
@@ -119,8 +119,8 @@ private:
     }
 
     void pack_pair(__m512i x, __m512i y, int64_t i) {
-        values_[0][i / 2] = _mm512_unpacklo_epi16(x, y),
-                       values_[1][i / 2] = _mm512_unpackhi_epi16(x, y);
+        values_[0][i / 2] = _mm512_unpacklo_epi16(x, y);
+        values_[1][i / 2] = _mm512_unpackhi_epi16(x, y);
     }
 
     static bool is_finite(__m512i x) {

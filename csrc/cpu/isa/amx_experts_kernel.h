@@ -88,8 +88,9 @@ private:
     // Sixteen rows from row j on of an expert's gate (part 0) or up projection (part 1).
     WeightRows rows_of(int64_t e, int64_t part, int64_t j) const {
         const int64_t left = a_.inter - j, rows = left < 0 ? 0 : left < kTile ? left : kTile;
-        if (a_.interleaved)
+        if (a_.interleaved) {
             return {gate_up_of(e) + (2 * j + part) * a_.hidden, 2 * a_.hidden, rows};
+        }
         return {gate_up_of(e) + (part * a_.inter + j) * a_.hidden, a_.hidden, rows};
     }
 
@@ -121,8 +122,9 @@ private:
         const bf16* x = x_panels(e);
         alignas(64) float sums[4 * kTileSums];
         WeightRows weights[2 * Parts];
-        for (int i = 0; i < 2 * Parts; ++i)
+        for (int i = 0; i < 2 * Parts; ++i) {
             weights[i] = rows_of(e, i % Parts, j + i / Parts * kTile);
+        }
         int64_t p = 0;
         for (; p + 2 <= count; p += 2) {
             const bf16* const pair[2] = {x + p * x_size_, x + (p + 1) * x_size_};
@@ -160,8 +162,9 @@ private:
         if (a_.gate_up_bias) {
             const bf16* bias = static_cast<const bf16*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
             g = add(g, splat(widened(bias[a_.interleaved ? 2 * row : row])));
-            if (a_.gated)
+            if (a_.gated) {
                 u = add(u, splat(widened(bias[a_.interleaved ? 2 * row + 1 : a_.inter + row])));
+            }
         }
         return gated_activation(a_, g, u);
     }
@@ -199,9 +202,10 @@ private:
         Vec by_token[kTile];
         sums_by_token(sums, by_token);
         alignas(64) float bias[kTile] = {};
-        if (a_.down_bias)
+        if (a_.down_bias) {
             load_row(bias, static_cast<const bf16*>(a_.down_bias) + a_.active[e] * a_.hidden + h,
                      width);
+        }
         const __mmask16 inside = static_cast<__mmask16>((1u << width) - 1);
         for (int64_t m = 0; m < kTile && p * kTile + m < tokens_of(e); ++m) {
             const int64_t n = a_.offsets[e] + p * kTile + m;

@@ -86,8 +86,8 @@ public:
         for (int64_t i = 0; i < lines_; ++i, at_ += 64) {
 #pragma GCC unroll 4
             for (int q = 0; q < 4; ++q) {
-                __builtin_prefetch(at_ + q * quarter_),
-                    __builtin_prefetch(at_ + q * quarter_ + other_);
+                __builtin_prefetch(at_ + q * quarter_);
+                __builtin_prefetch(at_ + q * quarter_ + other_);
             }
         }
     }

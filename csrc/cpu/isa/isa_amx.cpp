@@ -13,8 +13,9 @@ namespace moesd {
 namespace {
 
 void experts(const ExpertsArgs& args) {
-    if (args.dtype != DType::kBFloat16 || args.transposed)
+    if (args.dtype != DType::kBFloat16 || args.transposed) {
         return amx::run_for_dtype<amx::ExpertsKernel>(args);
+    }
     amx::AmxExpertsKernel(args).run();
 }
 
@@ -30,7 +31,9 @@ void attention(const AttentionArgs& args) {
 
 constexpr KernelTable make_table() {
     KernelTable table = amx::make_table("amx");
-    table.panels = true, table.experts = experts, table.linear = linear,
+    table.panels = true;
+    table.experts = experts;
+    table.linear = linear;
     table.attention = attention;
     return table;
 }

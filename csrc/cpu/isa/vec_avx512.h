@@ -173,12 +173,12 @@ inline void transpose16(__m512i (&a)[16], __m512i* out) {
     __m512i b[16];
 #pragma GCC unroll 8
     for (int n = 0; n < 16; n += 2) {
-        b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]),
+        b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]);
         b[n + 1] = _mm512_unpackhi_epi32(a[n], a[n + 1]);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < 16; n += 4) {  // a[n + i]: lane i of every four, rows n to n + 3
-        a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]),
+        a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]);
         a[n + 1] = _mm512_unpackhi_epi64(b[n], b[n + 2]);
         a[n + 2] = _mm512_unpacklo_epi64(b[n + 1], b[n + 3]);
         a[n + 3] = _mm512_unpackhi_epi64(b[n + 1], b[n + 3]);
@@ -189,10 +189,10 @@ inline void transpose16(__m512i (&a)[16], __m512i* out) {
                       high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
         const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
         const __m512i high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
-        out[i] = _mm512_shuffle_i32x4(low, low2, 0x88),
+        out[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
         out[4 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        out[8 + i] = _mm512_shuffle_i32x4(high, high2, 0x88),
-                out[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+        out[8 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        out[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
     }
 }
 

@@ -31,8 +31,9 @@ inline Vec sigmoid(Vec x) { return div(splat(1.0f), add(splat(1.0f), exp(sub(spl
 inline Vec gelu(Vec x) {
     alignas(64) float lanes[kLanes];
     store(lanes, x);
-    for (int i = 0; i < kLanes; ++i)
+    for (int i = 0; i < kLanes; ++i) {
         lanes[i] = 0.5f * lanes[i] * (1.0f + std::erf(lanes[i] * 0.70710678f));
+    }
     return load(lanes);
 }
 

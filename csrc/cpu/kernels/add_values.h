@@ -84,8 +84,8 @@ struct Values<bf16> {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
             const bf16* v = values + p * kWide;
-            __builtin_prefetch(v + kValuesAhead * stride),
-                __builtin_prefetch(v + (kValuesAhead + 1) * stride);
+            __builtin_prefetch(v + kValuesAhead * stride);
+            __builtin_prefetch(v + (kValuesAhead + 1) * stride);
             const __m512i x = _mm512_maskz_loadu_epi16(inside, v),
                           y = _mm512_maskz_loadu_epi16(second, v + stride);
             const __m512bh a = (__m512bh)_mm512_unpacklo_epi16(x, y),
@@ -114,7 +114,7 @@ void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* we
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            low[m][p] = load(acc + m * width + p * kWide),
+            low[m][p] = load(acc + m * width + p * kWide);
             high[m][p] = load(acc + m * width + p * kWide + kLanes);
         }
     }
@@ -123,15 +123,16 @@ void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* we
         Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, kTogether,
                         columns);
     }
-    if (i < slots)
+    if (i < slots) {
         Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, slots - i,
                         columns);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            store(acc + m * width + p * kWide, low[m][p]),
-                store(acc + m * width + p * kWide + kLanes, high[m][p]);
+            store(acc + m * width + p * kWide, low[m][p]);
+            store(acc + m * width + p * kWide + kLanes, high[m][p]);
         }
     }
 }

@@ -29,7 +29,7 @@ public:
         for (int n = 0; n < queries; ++n) {
             const int64_t left = positions[n] + 1 - from;
             seen_[n] = left < 0 ? 0 : left < kSlotBlock ? left : kSlotBlock;
-            common_ = seen_[n] < common_ ? seen_[n] : common_,
+            common_ = seen_[n] < common_ ? seen_[n] : common_;
             most_ = seen_[n] > most_ ? seen_[n] : most_;
         }
     }

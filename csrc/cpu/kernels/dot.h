@@ -112,8 +112,9 @@ void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, i
             for (int64_t k = 0; k < depth; ++k) {
                 alignas(64) W tail[kWide] = {};
                 const W* row = w + k * stride + j;
-                if (width < kWide)
+                if (width < kWide) {
                     row = static_cast<const W*>(std::memcpy(tail, row, width * sizeof(W)));
+                }
                 const Vec v = splat(Dot<W>::unpack(xs[m], k));
                 a = fma(v, load_low(row), a), b = fma(v, load_high(row), b);
             }

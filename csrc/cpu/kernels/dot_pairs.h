@@ -61,8 +61,9 @@ __attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (
                 std::memcpy(&pair, x + 2 * i, sizeof(pair));
                 const __m512i v = _mm512_set1_epi32(pair);
 #pragma GCC unroll 2
-                for (int n = 0; n < N; ++n)
+                for (int n = 0; n < N; ++n) {
                     acc[m][n] = _mm512_dpbf16_ps(acc[m][n], (__m512bh)v, (__m512bh)w[n][i]);
+                }
             }
         }
     }

@@ -82,8 +82,9 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
         }
     } else {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m, out += ld)
+        for (int m = 0; m < M; ++m, out += ld) {
             store(out, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+        }
     }
 }
 
@@ -160,8 +161,9 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
             D::step(acc, x, group, whole);
         }
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m) {
             store(out + m * ld + j, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+        }
     }
 }
 
@@ -198,8 +200,9 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
     const int tiles = (count + kTileTokens - 1) / kTileTokens;
 #ifdef MOESD_AVX512_BF16
     if constexpr (std::is_same_v<W, bf16>) {
-        if (depth <= 2 * kMaxPairs)
+        if (depth <= 2 * kMaxPairs) {
             return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
+        }
     }
 #endif
     if (depth <= kShortDepth) {

@@ -63,8 +63,9 @@ inline Vec gated_activation(const ExpertsArgs& a, Vec gate, Vec up) {
         gate = min(splat(a.limit), gate);
         if (a.gated) up = min(splat(a.limit), max(splat(-a.limit), up));
     }
-    if (a.has_alpha)
+    if (a.has_alpha) {
         return mul(add(up, splat(1.0f)), mul(gate, sigmoid(mul(splat(a.alpha), gate))));
+    }
     const Vec v = activate(a.activation, gate);
     return a.gated ? mul(v, up) : v;
 }
@@ -144,8 +145,9 @@ private:
             for (int m = 0; m < count; ++m) {
                 finish_row(e, j, rows, gate + m * kBlock, up + m * kBlock);
                 Act* act = const_cast<Act*>(packed_act(n + m)) + j;
-                for (int64_t k = 0; k < rows; k += D::kStep)
+                for (int64_t k = 0; k < rows; k += D::kStep) {
                     D::pack_step(gate + m * kBlock + k, act + k);
+                }
                 // A row's padding up to align_depth belongs to its last block.
                 if (j + rows == a_.inter) {
                     int64_t end = (rows + D::kStep - 1) / D::kStep * D::kStep;
@@ -163,9 +165,10 @@ private:
         if (!a_.transposed) {
             const W* then = a_.gated ? w + second * depth : next;
             dot_rows(xs, count, w + first * depth, step * depth, rows, depth, then, gate, kBlock);
-            if (a_.gated)
+            if (a_.gated) {
                 dot_rows(xs, count, w + second * depth, step * depth, rows, depth, next, up,
                          kBlock);
+            }
         } else if (!a_.interleaved) {
             dot_columns(xs, count, w + first, up_rows_, rows, depth, gate, kBlock);
             if (a_.gated) dot_columns(xs, count, w + second, up_rows_, rows, depth, up, kBlock);
@@ -187,8 +190,9 @@ private:
             const W* bias = static_cast<const W*>(a_.gate_up_bias) + a_.active[e] * up_rows_;
             for (int64_t i = 0; i < rows; ++i) {
                 gate[i] += widened(bias[a_.interleaved ? 2 * (j + i) : j + i]);
-                if (a_.gated)
+                if (a_.gated) {
                     up[i] += widened(bias[a_.interleaved ? 2 * (j + i) + 1 : a_.inter + j + i]);
+                }
             }
         }
         for (int64_t i = rows; i < padded; ++i) gate[i] = up[i] = 0.0f;
@@ -235,8 +239,9 @@ private:
             for (int m = 0; m < count; ++m) {
                 float* acc = out.sums(a_.sorted_token[n + m], h);
                 const float weight = a_.sorted_weight[n + m];
-                for (int64_t i = 0; i < rows; ++i)
+                for (int64_t i = 0; i < rows; ++i) {
                     acc[i] += weight * (sums[m * kBlock + i] + bias[i]);
+                }
             }
         }
     }

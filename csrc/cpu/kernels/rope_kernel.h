@@ -27,8 +27,8 @@ private:
         const int64_t D = a_.head_dim, kv = a_.kv_heads * D;
         const W* row = static_cast<const W*>(a_.qkv) + t * (a_.q_heads + 2 * a_.kv_heads) * D;
         alignas(64) float cos[kRow], sin[kRow];  // beyond D: lanes that are computed and not kept
-        load_row(cos, static_cast<const W*>(a_.cos) + t * D, D),
-            load_row(sin, static_cast<const W*>(a_.sin) + t * D, D);
+        load_row(cos, static_cast<const W*>(a_.cos) + t * D, D);
+        load_row(sin, static_cast<const W*>(a_.sin) + t * D, D);
         turn(row, a_.q_heads, static_cast<const W*>(a_.q_norm), a_.q_eps, cos, sin,
              static_cast<W*>(a_.q) + t * a_.q_heads * D);
         row += a_.q_heads * D;
@@ -48,8 +48,9 @@ private:
                 turn_any(x + h * D, norm, eps, cos, sin, out + h * D);
                 continue;
             }
-            if (norm && h % 4 == 0)
+            if (norm && h % 4 == 0) {
                 inverse_rms4(x + h * D, heads - h < 4 ? heads - h : 4, D, eps, scales);
+            }
             turn_whole(x + h * D, norm, splat(norm ? scales[h % 4] : 1.0f), cos, sin, out + h * D);
         }
     }

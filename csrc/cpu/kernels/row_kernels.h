@@ -97,8 +97,9 @@ private:
         rows_.share([this](int64_t r) {
             const int64_t at = r * a_.width;
             const W* x = static_cast<const W*>(a_.x) + at;
-            if (a_.delta)
+            if (a_.delta) {
                 x = add_row(x, static_cast<const W*>(a_.delta) + at, static_cast<W*>(a_.sum) + at);
+            }
             normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps,
                           static_cast<W*>(a_.out) + at);
         });
@@ -106,8 +107,9 @@ private:
 
     const W* add_row(const W* x, const W* delta, W* sum) const {
         const int64_t whole = a_.width / kLanes * kLanes, rest = a_.width - whole;
-        for (int64_t i = 0; i < whole; i += kLanes)
+        for (int64_t i = 0; i < whole; i += kLanes) {
             store(sum + i, add(load(x + i), load(delta + i)));
+        }
         if (rest > 0) {
             alignas(64) W tail[3][kLanes] = {};
             std::memcpy(tail[0], x + whole, rest * sizeof(W));

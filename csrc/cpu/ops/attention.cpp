@@ -36,7 +36,9 @@ Tensor ragged_attention(const Tensor& query, const Tensor& k, const Tensor& v,
     const Tensor q = query.stride(3) == 1 ? query : query.contiguous();
     check_cache(q, k, "k_cache"), check_cache(q, v, "v_cache");
     AttentionArgs args{};
-    args.batch = q.size(0), args.queries = q.size(1), args.q_heads = q.size(2),
+    args.batch = q.size(0);
+    args.queries = q.size(1);
+    args.q_heads = q.size(2);
     args.head_dim = q.size(3);
     args.slots = k.size(1), args.kv_heads = k.size(2), args.value_dim = v.size(3);
     TORCH_CHECK_VALUE(k.size(3) == args.head_dim && v.size(0) == k.size(0) &&

@@ -32,7 +32,8 @@ Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta,
     NormArgs args{};
     args.dtype = storage_dtype(x, "x");
     args.width = x.size(-1), args.rows = x.numel() / args.width;
-    args.x = rows.const_data_ptr(), args.w = scale.const_data_ptr(),
+    args.x = rows.const_data_ptr();
+    args.w = scale.const_data_ptr();
     args.eps = static_cast<float>(eps);
     args.out = out.mutable_data_ptr();
     if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
@@ -117,7 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk_router(const Tensor& x, const Te
     Tensor ids = fresh({x.size(0), top_k}, at::kLong);
     RouterArgs args{};
     args.dtype = storage_dtype(x, "x");
-    args.tokens = x.size(0), args.experts = w.size(0), args.top_k = top_k,
+    args.tokens = x.size(0);
+    args.experts = w.size(0);
+    args.top_k = top_k;
     args.renormalize = renormalize;
     args.logits = logits.const_data_ptr();
     args.weights = weights.mutable_data_ptr<float>(), args.ids = ids.mutable_data_ptr<int64_t>();

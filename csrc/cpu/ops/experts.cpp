@@ -47,8 +47,9 @@ void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w
         check_like(w_gate_up, "w_gate_up", {experts, up_rows, hidden_size}, hidden, "hidden");
         check_like(w_down, "w_down", {experts, hidden_size, inter}, hidden, "hidden");
     }
-    if (gate_up_bias)
+    if (gate_up_bias) {
         check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
+    }
     if (down_bias) check_like(*down_bias, "down_bias", {experts, hidden_size}, hidden, "hidden");
     check_like(out, "out", hidden.sizes(), hidden, "hidden");
 }
@@ -156,9 +157,12 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.gated = gated, args.interleaved = interleaved, args.transposed = transposed;
     args.has_limit = limit.has_value(), args.limit = static_cast<float>(limit.value_or(0));
     args.has_alpha = alpha.has_value(), args.alpha = static_cast<float>(alpha.value_or(0));
-    args.tokens = tokens, args.hidden = hidden_size, args.inter = inter,
+    args.tokens = tokens;
+    args.hidden = hidden_size;
+    args.inter = inter;
     args.num_active = plan.num_active;
-    args.x = x.const_data_ptr(), args.w_gate_up = w_gate_up.const_data_ptr(),
+    args.x = x.const_data_ptr();
+    args.w_gate_up = w_gate_up.const_data_ptr();
     args.w_down = w_down.const_data_ptr();
     args.gate_up_bias = gate_up_bias ? gate_up_bias->const_data_ptr() : nullptr;
     args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;

@@ -123,8 +123,9 @@ public:
         for (int64_t i = first; i < stop; ++i) {
             const Layer& layer = layers_[i];
             OptTensor wanted;
-            if (columns && i + 1 == count)
+            if (columns && i + 1 == count) {
                 wanted = flat_index(*columns, positions.size(0), positions.size(1));
+            }
             const Tensor attended =
                 attend(layer, states, cos, sin, index, positions, rows, keys[i], values[i], wanted);
             if (wanted) x = rows_of(x, *wanted);
@@ -213,9 +214,10 @@ private:
         size_t bytes = 0;
         for (const Layer& layer : layers_) {
             bytes += layer.qkv.nbytes() + layer.out.nbytes();
-            if (layer.mlp)
+            if (layer.mlp) {
                 bytes +=
                     layer.mlp->gate.nbytes() + layer.mlp->up.nbytes() + layer.mlp->down.nbytes();
+            }
             if (layer.moe) bytes += layer.moe->gate_up.nbytes() + layer.moe->down.nbytes();
         }
         return bytes;

@@ -30,8 +30,8 @@ Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
                       head_dim);
     TORCH_CHECK_VALUE(keys.dim() == 2, "keys must be [rows, Hkv * D], got ", keys.sizes());
     check_like(qkv, "qkv", {tokens, (q_heads + 2 * kv_heads) * head_dim}, qkv, "qkv");
-    check_like(cos, "cos", {tokens, head_dim}, qkv, "qkv"),
-        check_like(sin, "sin", {tokens, head_dim}, qkv, "qkv");
+    check_like(cos, "cos", {tokens, head_dim}, qkv, "qkv");
+    check_like(sin, "sin", {tokens, head_dim}, qkv, "qkv");
     check_like(keys, "keys", {keys.size(0), kv_heads * head_dim}, qkv, "qkv");
     check_like(values, "values", keys.sizes(), qkv, "qkv");
     TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64, got ",
@@ -45,15 +45,19 @@ Tensor rope_to_cache(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
     }
     Tensor q = fresh({tokens, q_heads, head_dim}, qkv.scalar_type());
     args.dtype = storage_dtype(qkv, "qkv");
-    args.tokens = tokens, args.q_heads = q_heads, args.kv_heads = kv_heads,
+    args.tokens = tokens;
+    args.q_heads = q_heads;
+    args.kv_heads = kv_heads;
     args.head_dim = head_dim;
-    args.qkv = qkv.const_data_ptr(), args.cos = cos.const_data_ptr(),
+    args.qkv = qkv.const_data_ptr();
+    args.cos = cos.const_data_ptr();
     args.sin = sin.const_data_ptr();
-    args.q_norm = checked_norm(q_norm, qkv, head_dim, "q_norm"),
+    args.q_norm = checked_norm(q_norm, qkv, head_dim, "q_norm");
     args.q_eps = static_cast<float>(q_eps);
-    args.k_norm = checked_norm(k_norm, qkv, head_dim, "k_norm"),
+    args.k_norm = checked_norm(k_norm, qkv, head_dim, "k_norm");
     args.k_eps = static_cast<float>(k_eps);
-    args.keys = keys.mutable_data_ptr(), args.values = values.mutable_data_ptr(),
+    args.keys = keys.mutable_data_ptr();
+    args.values = values.mutable_data_ptr();
     args.q = q.mutable_data_ptr();
     args.threads = team_size(qkv.numel() * 16);  // five roundings an element
     args.run = run_team;
