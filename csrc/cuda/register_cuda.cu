@@ -1,6 +1,5 @@
-// Binds the CUDA kernels to torch: `moesd::experts` has the schema of csrc/register.cpp, whose
-// library must be loaded first; `plan` and `combine` exist on CUDA only. Needs a torch built for
-// CUDA.
+// Binds the CUDA kernels to torch. Their schemas are those of csrc/register.cpp, whose library must
+// be loaded first. Needs a torch built for CUDA.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -168,15 +167,6 @@ static_assert(std::is_same_v<decltype(experts), ExpertsOp>,
 
 }  // namespace
 }  // namespace moesd
-
-TORCH_LIBRARY_FRAGMENT(moesd, m) {
-    m.def(
-        "plan(Tensor topk_ids, int num_experts, int block_m, Tensor(a!) sorted_to_pair, Tensor(b!) "
-        "blocks) -> ()");
-    m.def(
-        "combine(Tensor partial, Tensor topk_ids, Tensor topk_weights, int num_experts, Tensor(a!) "
-        "out) -> ()");
-}
 
 TORCH_LIBRARY_IMPL(moesd, CUDA, m) {
     m.impl("plan", moesd::plan);
