@@ -29,6 +29,7 @@ TORCH_LIBRARY(moesd, m) {
         "-> (Tensor logits, Tensor weights, Tensor ids)");
     m.def("argmax(Tensor x) -> (Tensor ids, Tensor undefined)");
     m.def("cpu_isa() -> str");
+    m.def("activation_names() -> str[]");
     // Kernels on CUDA only.
     m.def(
         "plan(Tensor topk_ids, int num_experts, int block_m, Tensor(a!) sorted_to_pair, "

@@ -49,3 +49,15 @@ def test_both_ops_of_the_experts_have_the_same_options(native):
     experts, tried = (str(op._schema).partition("(")[2].rpartition(") ->")[0] for op in ops)
     assert tried + ", Tensor(a!) out" == experts
     assert REGISTER.read_text().count("gate_up_bias") == 1, "the options are spelled once"
+
+
+def test_the_activations_named_are_those_taken(native):
+    names = torch.ops.moesd.activation_names()
+    assert len(set(names)) == len(names) > 0
+    x = torch.linspace(-3, 3, 64)
+    results = [torch.ops.moesd.act_and_mul(x, x, name) for name in names]
+    for i, result in enumerate(results):
+        assert not any(torch.equal(result, other) for other in results[:i]), names[i]
+    listed = f"activation must be {', '.join(names[:-1])} or {names[-1]}, got tanh"
+    with pytest.raises(ValueError, match=listed):
+        torch.ops.moesd.act_and_mul(x, x, "tanh")

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace moesd {
 
@@ -78,6 +79,22 @@ const KernelTable& choose() {
     TORCH_CHECK(false, "MOESD_CPU_ISA must be one of ", known, ", got ", forced);
 }
 
+// The names of moesd_kernels/experts/activations.py, which also knows their aliases.
+constexpr struct {
+    const char* name;
+    Activation kind;
+} kActivations[] = {
+    {"silu", Activation::kSilu},          {"gelu", Activation::kGelu},
+    {"gelu_tanh", Activation::kGeluTanh}, {"relu", Activation::kRelu},
+    {"relu2", Activation::kRelu2},
+};
+
+std::vector<std::string> activation_names() {
+    std::vector<std::string> names;
+    for (const auto& known : kActivations) names.push_back(known.name);
+    return names;
+}
+
 }  // namespace
 
 const KernelTable& kernels() {
@@ -105,12 +122,15 @@ void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes,
 }
 
 Activation parse_activation(c10::string_view name) {
-    if (name == "silu" || name == "swish") return Activation::kSilu;
-    if (name == "gelu") return Activation::kGelu;
-    if (name == "gelu_tanh" || name == "gelu_pytorch_tanh") return Activation::kGeluTanh;
-    if (name == "relu") return Activation::kRelu;
-    if (name == "relu2") return Activation::kRelu2;
-    TORCH_CHECK_VALUE(false, "activation must be silu, gelu, gelu_tanh, relu or relu2, got ", name);
+    for (const auto& known : kActivations) {
+        if (name == known.name) return known.kind;
+    }
+    std::string names;
+    for (const std::string& known : activation_names()) {
+        const bool last = known == std::end(kActivations)[-1].name;
+        names += (names.empty() ? "" : last ? " or " : ", ") + known;
+    }
+    TORCH_CHECK_VALUE(false, "activation must be ", names, ", got ", name);
 }
 
 void* scratch(size_t bytes) {
@@ -140,6 +160,7 @@ void run_team(int threads, void (*body)(void*), void* ctx) {
 
 TORCH_LIBRARY_IMPL(moesd, CompositeExplicitAutograd, m) {
     m.impl("cpu_isa", [] { return std::string(kernels().name); });
+    m.impl("activation_names", &activation_names);
 }
 
 }  // namespace moesd
