@@ -30,7 +30,7 @@ from bench.workloads.routing import DEFAULT_UNION_RATIO
 from bench.workloads.shapes import Shape, parse_shape
 from moesd_kernels.experts.triton.config import Gemm, bucket, model_choice
 from moesd_kernels.experts.triton.tuned import FOLDER, config_path, entry_of
-from moesd_kernels.experts.triton.types import H200, Device, LayerShape, MoEConfig
+from moesd_kernels.experts.triton.types import H200, Device, LayerShape, LayerTiles
 
 TOKENS = "1,2,4,8,16,32,64,128,256,512"
 CANDIDATES = 16
@@ -41,7 +41,7 @@ DISTINCT_BATCHES = 8
 ROUNDINGS = 4.0
 
 # What changes in one step of the search: the best so far -> configurations to try.
-Step = Callable[[MoEConfig], list[MoEConfig]]
+Step = Callable[[LayerTiles], list[LayerTiles]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +112,7 @@ def tune_shape(
 
     Returns:
         For each T that was reached: T, micros (of the best configuration, per layer), model_micros
-        (of the model's choice), config (a :class:`MoEConfig`) and dropped (what failed, in words).
+        (of the model's choice), config (a :class:`LayerTiles`) and dropped (what failed, in words).
     """
     return list(_tune(shape, tokens, dtype, candidates, rounds, budget_s, folder, device))
 
@@ -136,7 +136,7 @@ def search_steps(
     return [(name, partial(_first, step, limit)) for name, step in steps]
 
 
-def _first(step: Step, limit: int, best: MoEConfig) -> list[MoEConfig]:
+def _first(step: Step, limit: int, best: LayerTiles) -> list[LayerTiles]:
     """The first `limit` candidates of a step that are not the best so far itself."""
     return [config for config in step(best) if config != best][:limit]
 
@@ -175,11 +175,11 @@ class _Bench:
             for seed in range(DISTINCT_BATCHES)
         ]
 
-    def output(self, batch: Batch, config: MoEConfig) -> Tensor:
+    def output(self, batch: Batch, config: LayerTiles) -> Tensor:
         """The first layer's result."""
         return _caller(config)(self.layers[0], batch.hidden, batch.topk_ids, batch.topk_weights)
 
-    def seconds(self, batches: list[Batch], config: MoEConfig) -> float:
+    def seconds(self, batches: list[Batch], config: LayerTiles) -> float:
         """Median seconds of a layer: in graphs, and interpreted simply as long as it takes."""
         if self.device.type == "cpu":
             calls = (partial(self.output, batch, config) for batch in batches[: self.rounds])
@@ -191,7 +191,7 @@ class _Bench:
         return statistics.median(times)
 
 
-def _caller(config: MoEConfig) -> Callable[[Layer, Tensor, Tensor, Tensor], Tensor]:
+def _caller(config: LayerTiles) -> Callable[[Layer, Tensor, Tensor, Tensor], Tensor]:
     from moesd_kernels.experts.triton.launch import fused_experts_triton
 
     return lambda layer, hidden, ids, weights: fused_experts_triton(

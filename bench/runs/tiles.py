@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moesd_kernels.experts.triton.config import GROUP_M, Gemm, block_rows, shared_bytes
-from moesd_kernels.experts.triton.types import Device, GemmConfig, LayerShape, MoEConfig
+from moesd_kernels.experts.triton.types import Device, LayerShape, LayerTiles, TileConfig
 
 # block_n, block_k, num_stages, num_warps, split_k, swap_ab; the first is tried at every height.
 GATE_UP = (
@@ -85,8 +85,8 @@ def heights(shape: LayerShape) -> list[int]:
 
 
 def gate_up_choices(
-    shape: LayerShape, gemm: Gemm, start: MoEConfig, device: Device
-) -> list[MoEConfig]:
+    shape: LayerShape, gemm: Gemm, start: LayerTiles, device: Device
+) -> list[LayerTiles]:
     """`start` with other tiles of gate_up; and lower, with its own and the list's first tile."""
     tallest, *lower = heights(shape)
     tiles = _tiles(GATE_UP, tallest, start.gate_up.group_m, gemm, device)
@@ -104,13 +104,13 @@ def gate_up_choices(
     return choices
 
 
-def down_choices(gemm: Gemm, start: MoEConfig, device: Device) -> list[MoEConfig]:
+def down_choices(gemm: Gemm, start: LayerTiles, device: Device) -> list[LayerTiles]:
     """`start` with other tiles of down, of its height."""
     tiles = _tiles(DOWN, start.block_m, start.down.group_m, gemm, device)
     return [replace(start, down=tile) for tile in tiles]
 
 
-def inline_choices(shape: LayerShape, start: MoEConfig) -> list[MoEConfig]:
+def inline_choices(shape: LayerShape, start: LayerTiles) -> list[LayerTiles]:
     """`start` with the plan in a launch of its own if it was inline, and the reverse."""
     pairs = shape.T * shape.K
     if pairs > MAX_INLINE_PAIRS:
@@ -118,15 +118,15 @@ def inline_choices(shape: LayerShape, start: MoEConfig) -> list[MoEConfig]:
     return [replace(start, inline_pairs=0 if pairs <= start.inline_pairs else MAX_INLINE_PAIRS)]
 
 
-def single_gate_up_choices(start: MoEConfig) -> list[MoEConfig]:
+def single_gate_up_choices(start: LayerTiles) -> list[LayerTiles]:
     """`start` with other tiles of one token's gate_up, and with the matrix product instead."""
-    tiles = [GemmConfig(16, n, k, 1, warps, stages) for n, k, stages, warps in SINGLE_GATE_UP]
+    tiles = [TileConfig(16, n, k, 1, warps, stages) for n, k, stages, warps in SINGLE_GATE_UP]
     return [replace(start, single_gate_up=tile) for tile in (*tiles, None)]
 
 
-def single_down_choices(start: MoEConfig) -> list[MoEConfig]:
+def single_down_choices(start: LayerTiles) -> list[LayerTiles]:
     """`start` with other tiles of one token's down."""
-    tiles = [GemmConfig(16, n, k, 1, warps, stages) for n, k, stages, warps in SINGLE_DOWN]
+    tiles = [TileConfig(16, n, k, 1, warps, stages) for n, k, stages, warps in SINGLE_DOWN]
     return [replace(start, single_down=tile) for tile in tiles]
 
 
@@ -136,10 +136,10 @@ def _tiles(
     group_m: int,
     gemm: Gemm,
     device: Device,
-) -> Iterator[GemmConfig]:
+) -> Iterator[TileConfig]:
     """Those of the list that fit shared memory and registers and have steps enough."""
     for n, k, stages, warps, split, swap in rows:
-        tile = GemmConfig(block_m, n, k, split, warps, stages, swap, group_m)
+        tile = TileConfig(block_m, n, k, split, warps, stages, swap, group_m)
         # Tall tiles keep operands out of registers, which leaves more to accumulators.
         most = 128 if block_m == 128 else 64
         accumulators = block_m * n * gemm.streams // (32 * warps)

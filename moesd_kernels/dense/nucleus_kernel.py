@@ -34,9 +34,9 @@ def _nucleus_kernel(
     lowest = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     highest = tl.zeros([BLOCK], tl.int32)
     for start in range(0, stop, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        bits = tl.load(row_ptr + at, mask=at < V, other=0)
-        lowest = tl.minimum(lowest, tl.where(at < V, bits, 0x7FFFFFFF))
+        column = start + tl.arange(0, BLOCK)
+        bits = tl.load(row_ptr + column, mask=column < V, other=0)
+        lowest = tl.minimum(lowest, tl.where(column < V, bits, 0x7FFFFFFF))
         highest = tl.maximum(highest, bits)
     low = tl.where(keeps_all, 0, tl.min(lowest))
     high = tl.where(keeps_all, 0, tl.max(highest))
@@ -48,8 +48,8 @@ def _nucleus_kernel(
         above_b = tl.zeros([BLOCK], tl.float64)
         above_c = tl.zeros([BLOCK], tl.float64)
         for start in range(0, stop, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            bits = tl.load(row_ptr + at, mask=at < V, other=0)
+            column = start + tl.arange(0, BLOCK)
+            bits = tl.load(row_ptr + column, mask=column < V, other=0)
             probs = bits.to(tl.float32, bitcast=True)
             mass = tl.where(probs < SMALL, (probs + SMALL) - SMALL, probs).to(tl.float64)
             above_a += tl.where(bits > a, mass, 0.0)

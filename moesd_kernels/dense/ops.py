@@ -10,20 +10,11 @@ and dtypes are checked in C++ (`csrc/cpu`); gradients are not supported.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moesd_kernels import library
-
-
-class Routed(NamedTuple):
-    """A router's result: `logits` [T, E], `weights` [T, K] fp32, `ids` [T, K] int64."""
-
-    logits: Tensor
-    weights: Tensor
-    ids: Tensor
 
 
 @functools.cache
@@ -112,13 +103,13 @@ def ragged_attention(
     sinks: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of Q queries per sequence over a KV cache whose slot is the position.
+    """Causal attention of Q queries per sequence over a KV cache indexed by position.
 
     Args:
         q: [B, Q, Hq, D].
         k_cache: [rows, S, Hkv, D], contiguous in the last dimension; Hkv divides Hq.
         v_cache: [rows, S, Hkv, Dv], likewise.
-        positions: [B, Q] int64. A query at p sees slots max(0, p - window + 1)..p; one at a
+        positions: [B, Q] int64. A query at p sees positions max(0, p - window + 1)..p; one at a
             negative position returns zeros.
         scale: multiplies the scores.
         window: sliding window; <= 0 for full attention.
@@ -190,14 +181,19 @@ def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return torch.ops.moesd.act_and_mul(gate, up, activation)
 
 
-def softmax_topk_router(x: Tensor, w: Tensor, top_k: int, renormalize: bool) -> Routed:
+def softmax_topk_router(
+    x: Tensor, w: Tensor, top_k: int, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over x [T, H] times w [E, H] and its top_k, as transformers' TopKRouter classes.
 
     The logits are rounded to x.dtype before the fp32 softmax; among equal probabilities the lower
     id comes first. Weights stay fp32, also where a model rounds them to x.dtype afterwards.
+
+    Returns:
+        Logits [T, E], weights [T, top_k] fp32 and ids [T, top_k] int64.
     """
     _require()
-    return Routed(*torch.ops.moesd.softmax_topk_router(x, w, top_k, renormalize))
+    return torch.ops.moesd.softmax_topk_router(x, w, top_k, renormalize)
 
 
 def argmax(x: Tensor) -> tuple[Tensor, Tensor]:

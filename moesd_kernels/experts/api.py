@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .activations import canonical_activation
-from .backends import Request, choose_backend
+from .backends import CallTraits, choose_backend
 from .validation import check_arguments
 
 
@@ -89,14 +89,14 @@ def fused_experts(
         out=out,
     )
     tensors = (w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias)
-    request = Request(
+    traits = CallTraits(
         hidden_states.device.type,
         hidden_states.dtype,
         needs_grad(hidden_states, *tensors),
         w_gate_up.is_contiguous() and w_down.is_contiguous(),
         batch_invariant,
     )
-    function = choose_backend(backend, request)
+    function = choose_backend(backend, traits)
     if hasattr(function, "direct"):
         _direct[backend] = function.direct
     return function(

@@ -49,7 +49,7 @@ class Backend:
     invariant: bool = True
 
 
-class Request(NamedTuple):
+class CallTraits(NamedTuple):
     """The properties of a call that decide which back-ends can serve it.
 
     A tuple, because one is made and hashed on every call.
@@ -153,36 +153,36 @@ def _unavailable(backend: Backend) -> str | None:
         return f"it cannot be imported ({error})"
 
 
-def _refusal(backend: Backend, request: Request) -> str | None:
-    """Why `backend` cannot serve `request`, or None. Cheap reasons come first."""
-    if backend.devices is not None and request.device not in backend.devices:
-        return f"it runs on {'/'.join(sorted(backend.devices))} tensors, got {request.device}"
-    if request.dtype not in backend.dtypes:
+def _refusal(backend: Backend, traits: CallTraits) -> str | None:
+    """Why `backend` cannot serve `traits`, or None. Cheap reasons come first."""
+    if backend.devices is not None and traits.device not in backend.devices:
+        return f"it runs on {'/'.join(sorted(backend.devices))} tensors, got {traits.device}"
+    if traits.dtype not in backend.dtypes:
         supported = ", ".join(sorted(str(dtype) for dtype in backend.dtypes))
-        return f"it takes {supported}, got {request.dtype}"
-    if backend.compiled and request.needs_grad:
+        return f"it takes {supported}, got {traits.dtype}"
+    if backend.compiled and traits.needs_grad:
         return "it has no backward pass, and an input requires gradients"
-    if backend.compiled and not request.contiguous:
+    if backend.compiled and not traits.contiguous:
         return "it reads contiguous weights, and these are not"
-    if request.batch_invariant and not backend.invariant:
+    if traits.batch_invariant and not backend.invariant:
         return "it does not support batch_invariant=True"
     return _unavailable(backend)
 
 
 @functools.lru_cache(maxsize=256)
-def choose_backend(name: str, request: Request) -> Callable[..., Tensor]:
-    """The function of the named back-end, or of the fastest that can serve `request`.
+def choose_backend(name: str, traits: CallTraits) -> Callable[..., Tensor]:
+    """The function of the named back-end, or of the fastest that can serve `traits`.
 
     The answer is remembered: what a process can run does not change, and the choice is logged once.
 
     Raises:
         ValueError: Unknown name.
-        RuntimeError: The named back-end cannot serve `request`; the message says why.
+        RuntimeError: The named back-end cannot serve `traits`; the message says why.
     """
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
-        refusal = _refusal(BACKENDS[name], request)
+        refusal = _refusal(BACKENDS[name], traits)
         if refusal is not None:
             raise RuntimeError(f"backend {name!r} cannot run this call: {refusal}")
         return BACKENDS[name].load()
@@ -190,19 +190,19 @@ def choose_backend(name: str, request: Request) -> Callable[..., Tensor]:
     for backend in BACKENDS.values():
         if not backend.automatic:
             continue
-        refusal = _refusal(backend, request)
+        refusal = _refusal(backend, traits)
         if refusal is None:
-            _log_choice(backend.name, request, refusals)
+            _log_choice(backend.name, traits, refusals)
             return backend.load()
-        if backend.devices is None or request.device in backend.devices:
+        if backend.devices is None or traits.device in backend.devices:
             refusals.append(f"{backend.name}: {refusal}")
     raise RuntimeError(f"no backend can run this call: {'; '.join(refusals)}")
 
 
-def _log_choice(name: str, request: Request, refusals: list[str]) -> None:
+def _log_choice(name: str, traits: CallTraits, refusals: list[str]) -> None:
     because = f" ({'; '.join(refusals)})" if refusals else ""
     # Falling back from a compiled kernel costs much speed, so it is said louder.
-    level = logging.WARNING if refusals and not request.needs_grad else logging.INFO
+    level = logging.WARNING if refusals and not traits.needs_grad else logging.INFO
     logger.log(
-        level, "experts on %s in %s use backend %r%s", request.device, request.dtype, name, because
+        level, "experts on %s in %s use backend %r%s", traits.device, traits.dtype, name, because
     )

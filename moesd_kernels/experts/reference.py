@@ -41,7 +41,7 @@ def fused_experts_reference(
     x = hidden_states.to(dtype)
     weighted = x.new_zeros(*topk_ids.shape, hidden_states.shape[1])  # [T, K, H]
     for expert in range(w_down.shape[0]):
-        token, slot = torch.where(topk_ids == expert)
+        token, k = torch.where(topk_ids == expert)
         up_weight, down_weight = w_gate_up[expert].to(dtype), w_down[expert].to(dtype)
         if transposed:
             up_weight, down_weight = up_weight.T, down_weight.T
@@ -59,7 +59,7 @@ def fused_experts_reference(
         y = active @ down_weight.T
         if down_bias is not None:
             y = y + down_bias[expert].to(dtype)
-        weighted = weighted.index_put((token, slot), y * topk_weights[token, slot, None].to(dtype))
+        weighted = weighted.index_put((token, k), y * topk_weights[token, k, None].to(dtype))
     result = weighted.sum(dim=1).to(hidden_states.dtype)
     return result if out is None else out.copy_(result)
 

@@ -1,7 +1,7 @@
 """Which rows each expert gets: the routing plan, with shapes known before the data is.
 
 Kernels that read an expert's weights once need its tokens side by side. The plan is a stable sort
-of the (token, slot) pairs by expert, cut into blocks that never mix two experts. All sizes follow
+of the (token, k) pairs by expert, cut into blocks that never mix two experts. All sizes follow
 from T, K, E and the block size, so a plan can be made inside a CUDA graph or ``torch.compile``.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """A routing plan for N = T * K pairs; pair ``p`` is token ``p // K``, slot ``p % K``.
+    """A routing plan for N = T * K pairs; pair ``p`` is choice ``p % K`` of token ``p // K``.
 
     Attributes:
         expert_offsets: [E + 1] int32. Expert e's pairs are sorted rows offsets[e] … offsets[e + 1].

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moesd_kernels.experts.api import fused_experts, needs_grad
-from moesd_kernels.experts.backends import Request, choose_backend
+from moesd_kernels.experts.backends import CallTraits, choose_backend
 
 from .gates import recognise_gate
 
@@ -32,11 +32,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
 
 
-class Plan(NamedTuple):
+class ModuleSpec(NamedTuple):
     """What one experts module computes, in the terms of ``fused_experts``.
 
     ``refusal`` says why it cannot be run by us at all. Plain values only: ``torch.compile`` folds
-    a plan into the graph.
+    one into the graph.
     """
 
     refusal: str | None
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
     batch_invariant: bool = False
 
 
-_plans: weakref.WeakKeyDictionary[nn.Module, Plan] = weakref.WeakKeyDictionary()
+_specs: weakref.WeakKeyDictionary[nn.Module, ModuleSpec] = weakref.WeakKeyDictionary()
 _settings: weakref.WeakKeyDictionary[nn.Module, Settings] = weakref.WeakKeyDictionary()
 _DEFAULTS = Settings()
 _said: set[str] = set()
@@ -115,7 +115,7 @@ def accelerate(
         for module in model.modules():
             if hasattr(module, "_apply_gate") or hasattr(module, "is_concatenated"):
                 _settings[module] = Settings(backend, batch_invariant)
-                _plans[module] = make_plan(module)
+                _specs[module] = read_spec(module)
     if dense is not False:
         accelerate_dense(model, required=dense is True)
     return model
@@ -131,16 +131,16 @@ def decelerate(model: Model) -> Model:
     return model
 
 
-def make_plan(experts: nn.Module) -> Plan:
+def read_spec(experts: nn.Module) -> ModuleSpec:
     """Read an experts module's flags and recognise its gate."""
     if getattr(experts, "has_post_expert_norm", False):
-        return Plan("experts have a norm after the down projection")
+        return ModuleSpec("experts have a norm after the down projection")
     gated = getattr(experts, "has_gate", True)
     interleaved = not getattr(experts, "is_concatenated", True)
     gate = recognise_gate(experts, gated, interleaved)
     if gate is None:
-        return Plan(f"the gate of {type(experts).__name__} is not one of the fused ones")
-    return Plan(
+        return ModuleSpec(f"the gate of {type(experts).__name__} is not one of the fused ones")
+    return ModuleSpec(
         None,
         gate.activation,
         gated,
@@ -152,12 +152,12 @@ def make_plan(experts: nn.Module) -> Plan:
     )
 
 
-def plan_of(experts: nn.Module) -> Plan:
-    """The module's plan, made at its first use."""
-    plan = _plans.get(experts)
-    if plan is None:
-        plan = _plans[experts] = make_plan(experts)
-    return plan
+def spec_of(experts: nn.Module) -> ModuleSpec:
+    """What the module computes, made at its first use."""
+    found = _specs.get(experts)
+    if found is None:
+        found = _specs[experts] = read_spec(experts)
+    return found
 
 
 def settings_of(experts: nn.Module) -> Settings:
@@ -165,11 +165,11 @@ def settings_of(experts: nn.Module) -> Settings:
     return _settings.get(experts, _DEFAULTS)
 
 
-def _decisions_at(address: int) -> tuple[Plan, Settings]:
+def _decisions_at(address: int) -> tuple[ModuleSpec, Settings]:
     """Both, for the module whose ``id`` this is. Only Dynamo calls it, with a module it guards:
     torch 2.11's passes numbers but no modules to a function whose result is a constant."""
     experts = ctypes.cast(address, ctypes.py_object).value
-    return plan_of(experts), settings_of(experts)
+    return spec_of(experts), settings_of(experts)
 
 
 def experts_forward(
@@ -188,48 +188,48 @@ def experts_forward(
     """
     compiling = torch.compiler.is_compiling()
     if compiling:
-        plan, settings = _decisions_at(id(self))
+        found, settings = _decisions_at(id(self))
     else:
-        plan, settings = plan_of(self), settings_of(self)
-    w_gate_up = self.gate_up_proj if plan.gated else self.up_proj
+        found, settings = spec_of(self), settings_of(self)
+    w_gate_up = self.gate_up_proj if found.gated else self.up_proj
     w_down = self.down_proj
-    reason = plan.refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
+    reason = found.refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
     if reason is not None:
         return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)
     gate_up_bias = down_bias = None
-    if plan.has_bias:
-        gate_up_bias = self.gate_up_proj_bias if plan.gated else self.up_proj_bias
+    if found.has_bias:
+        gate_up_bias = self.gate_up_proj_bias if found.gated else self.up_proj_bias
         down_bias = self.down_proj_bias
     function: Callable[..., Tensor] = partial(fused_experts, backend=settings.backend)
     if not compiling:
         # Straight to the back-end: transformers' shapes are right by construction.
-        request = Request(
+        traits = CallTraits(
             hidden_states.device.type,
             hidden_states.dtype,
             False,
             w_gate_up.is_contiguous() and w_down.is_contiguous(),
             settings.batch_invariant,
         )
-        function = choose_backend(settings.backend, request)
+        function = choose_backend(settings.backend, traits)
         direct = getattr(function, "direct", None)
         if direct is not None:
             result = direct(
                 *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
-                *(gate_up_bias, down_bias, plan.activation, plan.gated, plan.interleaved),
-                *(plan.transposed, plan.limit, plan.alpha),
+                *(gate_up_bias, down_bias, found.activation, found.gated, found.interleaved),
+                *(found.transposed, found.limit, found.alpha),
             )
             if result is not None:
                 return result
     return function(
         *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
-        activation=plan.activation,
+        activation=found.activation,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        gated=plan.gated,
-        interleaved=plan.interleaved,
-        transposed=plan.transposed,
-        activation_limit=plan.limit,
-        activation_alpha=plan.alpha,
+        gated=found.gated,
+        interleaved=found.interleaved,
+        transposed=found.transposed,
+        activation_limit=found.limit,
+        activation_alpha=found.alpha,
         batch_invariant=settings.batch_invariant,
     )
 

@@ -36,14 +36,14 @@ def recognise_gate(experts: torch.nn.Module, gated: bool, interleaved: bool) -> 
         interleaved: Whether gate and up columns alternate.
     """
     probe = _probe(experts)
-    own: Callable[[Tensor], Tensor] | None = (
+    function: Callable[[Tensor], Tensor] | None = (
         getattr(experts, "_apply_gate", None) if gated else getattr(experts, "act_fn", None)
     )
-    if own is None:
+    if function is None:
         return None
     try:
         with torch.no_grad():
-            expected = own(probe)
+            expected = function(probe)
     except (RuntimeError, TypeError, AttributeError, ValueError):
         return None  # it needs more than the projection: none of ours
     for gate in _candidates(experts, gated):

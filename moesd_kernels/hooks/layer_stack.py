@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .dense import fused_router_of, gated_activation_of, runs_linear
-from .experts import Plan, plan_of, settings_of
+from .experts import ModuleSpec, settings_of, spec_of
 
 
 def layer_stack() -> Any:
@@ -46,7 +46,7 @@ def _set_moe(stack: Any, block: Any) -> bool:
     experts = block.experts
     stack.set_moe(
         *(block.gate.weight, rule.top_k, rule.renormalize, rule.cast),
-        *(experts.gate_up_proj, experts.down_proj, plan_of(experts).activation),
+        *(experts.gate_up_proj, experts.down_proj, spec_of(experts).activation),
     )
     return True
 
@@ -56,6 +56,6 @@ def _plain_experts(experts: nn.Module, dtype: torch.dtype) -> bool:
     weights = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights):
         return False
-    plan = plan_of(experts)
-    plain = plan._replace(activation=Plan(None).activation) == Plan(None)
+    found = spec_of(experts)
+    plain = found._replace(activation=ModuleSpec(None).activation) == ModuleSpec(None)
     return plain and settings_of(experts).backend in ("auto", "cpu")

@@ -23,20 +23,21 @@ def _combine_kernel(
 ):
     """Grid: (T, cdiv(H, BLOCK_H)); each program writes BLOCK_H values of one token.
 
-    A slot outside [0, E) was never computed: its partial is not read, its weight not multiplied.
+    A pair whose id is outside [0, E) was never computed: its partial is not read, its weight not
+    multiplied.
     """
     pdl_wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     acc = tl.zeros([BLOCK_H], tl.float32)
-    for slot in tl.static_range(TOPK):
-        pair = token * TOPK + slot
+    for k in tl.static_range(TOPK):
+        pair = token * TOPK + k
         e = tl.load(ids_ptr + pair)
         mask = column < tl.where((e >= 0) & (e < E), H, 0)
         value = tl.zeros([BLOCK_H], tl.float32)
         for split in tl.static_range(SPLIT_K):
-            at = partial_ptr + (split * num_pairs.to(tl.int64) + pair) * H + column
-            value += tl.load(at, mask=mask, other=0.0)
+            partial_ptrs = partial_ptr + (split * num_pairs.to(tl.int64) + pair) * H + column
+            value += tl.load(partial_ptrs, mask=mask, other=0.0)
         weight = tl.load(weights_ptr + pair).to(tl.float32)
         acc += tl.where(mask, value * weight, 0.0)
     out_ptrs = out_ptr + token * stride_ot + column

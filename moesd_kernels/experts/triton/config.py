@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .tuned import tuned_configs
-from .types import Device, GemmConfig, LayerShape, MoEConfig
+from .types import Device, LayerShape, LayerTiles, TileConfig
 
 # Up to here a block holds every token, so that no expert is read twice however tokens are routed.
 READ_ONCE_TOKENS = 64
@@ -60,7 +60,7 @@ class Gemm:
 
 def select_config(
     shape: LayerShape, dtype: torch.dtype, device: Device, *, batch_invariant: bool = False
-) -> MoEConfig:
+) -> LayerTiles:
     """Tiles of both products for a layer.
 
     With ``batch_invariant`` the tiles do not depend on T at all: a row then goes through the same
@@ -86,7 +86,7 @@ def select_config(
 
 
 @functools.lru_cache(maxsize=1024)
-def model_choice(shape: LayerShape, dtype: torch.dtype, device: Device) -> MoEConfig:
+def model_choice(shape: LayerShape, dtype: torch.dtype, device: Device) -> LayerTiles:
     """The model's configuration, whatever a tuned file says."""
     return _model_config(_representative(shape), block_rows(shape), dtype, device)
 
@@ -116,7 +116,9 @@ def _representative(shape: LayerShape) -> LayerShape:
 
 
 @functools.lru_cache(maxsize=1024)
-def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: Device) -> MoEConfig:
+def _model_config(
+    shape: LayerShape, block_m: int, dtype: torch.dtype, device: Device
+) -> LayerTiles:
     active = shape.E * (1.0 - (1.0 - min(1.0, shape.K / shape.E)) ** shape.T)
     rows = shape.T * shape.K / active
     itemsize = dtype.itemsize
@@ -124,11 +126,11 @@ def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: D
     down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True)
     group_m = 1 if shape.T <= READ_ONCE_TOKENS else GROUP_M
 
-    def best(gemm: Gemm) -> GemmConfig:
+    def best(gemm: Gemm) -> TileConfig:
         choices = [c for c in _candidates(gemm, block_m, group_m, device) if fits(gemm, c, device)]
         return min(choices, key=lambda c: predicted_seconds(gemm, c, device))
 
-    return MoEConfig(
+    return LayerTiles(
         best(gate_up),
         best(down),
         _single_gate_up(shape, itemsize, device),
@@ -136,7 +138,7 @@ def _model_config(shape: LayerShape, block_m: int, dtype: torch.dtype, device: D
     )
 
 
-def _candidates(gemm: Gemm, block_m: int, group_m: int, device: Device) -> Iterator[GemmConfig]:
+def _candidates(gemm: Gemm, block_m: int, group_m: int, device: Device) -> Iterator[TileConfig]:
     """Tiles worth considering; fp32 multiplies without matrix instructions and needs small ones."""
     half = gemm.itemsize == 2
     # Blackwell's accumulators come from a memory of their own into registers all at once.
@@ -149,7 +151,7 @@ def _candidates(gemm: Gemm, block_m: int, group_m: int, device: Device) -> Itera
                     if split > 1 and 8 * block_k * split > gemm.K:
                         continue
                     wide = block_m * block_n * gemm.streams >= 128 * most
-                    yield GemmConfig(
+                    yield TileConfig(
                         block_m=block_m,
                         block_n=block_n,
                         block_k=block_k,
@@ -160,19 +162,19 @@ def _candidates(gemm: Gemm, block_m: int, group_m: int, device: Device) -> Itera
                     )
 
 
-def shared_bytes(gemm: Gemm, config: GemmConfig) -> int:
+def shared_bytes(gemm: Gemm, config: TileConfig) -> int:
     """Shared memory of one program: every stage of activations and weights."""
     columns = config.block_m + gemm.streams * config.block_n
     return config.num_stages * columns * config.block_k * gemm.itemsize
 
 
-def fits(gemm: Gemm, config: GemmConfig, device: Device) -> bool:
+def fits(gemm: Gemm, config: TileConfig, device: Device) -> bool:
     """Whether a program fits the device's shared memory and its accumulators their registers."""
     accumulators = config.block_m * config.block_n * gemm.streams / (32 * config.num_warps)
     return shared_bytes(gemm, config) <= device.shared_bytes - 2048 and accumulators <= 64
 
 
-def predicted_seconds(gemm: Gemm, config: GemmConfig, device: Device) -> float:
+def predicted_seconds(gemm: Gemm, config: TileConfig, device: Device) -> float:
     """Time of one product: DRAM, balance over processors, latency, cache traffic, arithmetic."""
     shared = shared_bytes(gemm, config)
     resident = max(1, min(device.shared_bytes // shared, 16 // config.num_warps))
@@ -198,13 +200,13 @@ def predicted_seconds(gemm: Gemm, config: GemmConfig, device: Device) -> float:
     return max(stream, flops / (MATRIX_EFFICIENCY * device.matrix_flops)) + exposed + cached
 
 
-def _single_gate_up(shape: LayerShape, itemsize: int, device: Device) -> GemmConfig:
+def _single_gate_up(shape: LayerShape, itemsize: int, device: Device) -> TileConfig:
     """Tiles of the one-token gate_up: 16 rows of each half a program, unless 8 balance better."""
     block_n = min((16, 8), key=lambda n: _deepest(shape.K * math.ceil(shape.I / n), device) * n)
     return _single(block_n, shape.H, itemsize, 4)
 
 
-def _single_down(shape: LayerShape, itemsize: int, device: Device) -> GemmConfig:
+def _single_down(shape: LayerShape, itemsize: int, device: Device) -> TileConfig:
     """Tiles of the one-token down projection; few programs need more stages under way each."""
     block_n = min((16, 8), key=lambda n: _deepest(math.ceil(shape.H / n), device) * n)
     few = math.ceil(shape.H / block_n) <= 2 * device.sms
@@ -216,7 +218,7 @@ def _deepest(programs: int, device: Device) -> int:
     return math.ceil(programs / device.sms)
 
 
-def _single(block_n: int, columns: int, itemsize: int, stages: int) -> GemmConfig:
+def _single(block_n: int, columns: int, itemsize: int, stages: int) -> TileConfig:
     """A one-token tile: rows in pieces of 512 bytes, which a warp loads at once."""
     block_k = min(SINGLE_ROW_BYTES // itemsize, _next_power_of_2(max(64, columns)))
-    return GemmConfig(block_m=16, block_n=block_n, block_k=block_k, num_stages=stages)
+    return TileConfig(block_m=16, block_n=block_n, block_k=block_k, num_stages=stages)

@@ -53,8 +53,8 @@ def _find_rows(
 @triton.jit
 def _bias(bias_ptr, e, stride_be, offs_n, mask):
     """Bias of an expert's rows, as a [1, N] fp32 tile."""
-    at = bias_ptr + e.to(tl.int64) * stride_be + offs_n
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)[None, :]
+    bias_ptrs = bias_ptr + e.to(tl.int64) * stride_be + offs_n
+    return tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

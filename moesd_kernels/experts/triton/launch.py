@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .common import ACTIVATIONS
 from .layer import MAX_PAIRS, Layer
-from .types import MoEConfig
+from .types import LayerTiles
 
 
 def fused_experts_triton(
@@ -27,7 +27,7 @@ def fused_experts_triton(
     activation_alpha: float | None = None,
     batch_invariant: bool = False,
     out: Tensor | None = None,
-    config: MoEConfig | None = None,
+    config: LayerTiles | None = None,
 ) -> Tensor:
     """``out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](hidden_states[t])``.
 

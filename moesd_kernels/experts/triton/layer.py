@@ -14,7 +14,7 @@ from .down_kernel import _down_kernel
 from .gate_up_kernel import _gate_up_kernel
 from .plan_kernel import max_blocks, plan, plan_sizes
 from .single_kernel import _down_combine_kernel, _gate_up_single_kernel
-from .types import GemmConfig, LayerShape, MoEConfig
+from .types import LayerShape, LayerTiles, TileConfig
 
 # A plan program reads all ids twice; more tokens than this go in several calls.
 MAX_PAIRS = 16384
@@ -59,7 +59,7 @@ class Layer:
         weights: Tensor,
         out: Tensor,
         batch_invariant: bool,
-        config: MoEConfig | None,
+        config: LayerTiles | None,
     ) -> None:
         """Launch the layer on tokens x [T, H], 1 <= T * K <= MAX_PAIRS."""
         T, TOPK = ids.shape
@@ -91,7 +91,7 @@ class Layer:
         weights: Tensor,
         out: Tensor,
         batch_invariant: bool,
-        config: MoEConfig,
+        config: LayerTiles,
         pdl: bool,
     ) -> None:
         """One token: no tables, and kernels of its own unless rows must be as in any batch.
@@ -99,9 +99,9 @@ class Layer:
         Transposed weights would be read in pieces of a few bytes by those kernels' narrow tiles.
         """
         tables, bound = (ids, ids), ids.shape[1]
-        own = config.single_gate_up
-        if own and not batch_invariant and self.w_gate_up.stride(2) == 1:
-            self._gate_up_single(x, act, ids, own, pdl)
+        tile = config.single_gate_up
+        if tile and not batch_invariant and self.w_gate_up.stride(2) == 1:
+            self._gate_up_single(x, act, ids, tile, pdl)
         else:
             self._gate_up(x, act, ids, tables, bound, ROUTING_SINGLE, config.gate_up, pdl)
         if not batch_invariant and self.w_down.stride(2) == 1:
@@ -118,7 +118,7 @@ class Layer:
         tables: tuple[Tensor, Tensor],
         bound: int,
         routing: int,
-        config: GemmConfig,
+        config: TileConfig,
         pdl: bool,
     ) -> None:
         sizes = {"N_PAD": 0, "E_PAD": 0, "CHUNKS": 0}
@@ -162,7 +162,7 @@ class Layer:
         tables: tuple[Tensor, Tensor],
         bound: int,
         routing: int,
-        config: GemmConfig,
+        config: TileConfig,
         pdl: bool,
     ) -> Tensor:
         """Returns partial sums [SPLIT_K, T * K, H] in fp32; rows of invalid ids are not written."""
@@ -217,7 +217,7 @@ class Layer:
         )
 
     def _gate_up_single(
-        self, x: Tensor, act: Tensor, ids: Tensor, config: GemmConfig, pdl: bool
+        self, x: Tensor, act: Tensor, ids: Tensor, config: TileConfig, pdl: bool
     ) -> None:
         w, bias = self.w_gate_up, self.gate_up_bias
         _gate_up_single_kernel[(ids.shape[1] * triton.cdiv(self.I, config.block_n),)](
@@ -244,7 +244,7 @@ class Layer:
         )
 
     def _down_combine(
-        self, act: Tensor, ids: Tensor, weights: Tensor, out: Tensor, config: GemmConfig, pdl: bool
+        self, act: Tensor, ids: Tensor, weights: Tensor, out: Tensor, config: TileConfig, pdl: bool
     ) -> None:
         w, bias = self.w_down, self.down_bias
         _down_combine_kernel[(triton.cdiv(self.H, config.block_n),)](

@@ -39,14 +39,14 @@ def _gate_up_single_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (K * cdiv(I, BLOCK_N),); each program makes BLOCK_N values of one slot."""
+    """Grid: (K * cdiv(I, BLOCK_N),); each program makes BLOCK_N values of one pair."""
     pdl_wait(PDL)
     tiles = tl.cdiv(I, BLOCK_N)
-    slot = tl.program_id(0) // tiles
-    e = tl.load(ids_ptr + slot).to(tl.int64)
+    pair = tl.program_id(0) // tiles
+    e = tl.load(ids_ptr + pair).to(tl.int64)
     if (e < 0) | (e >= E):
         return
-    column = (tl.program_id(0) - slot * tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = (tl.program_id(0) - pair * tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = column < I
     # Rows 2j and 2j + 1 of interleaved weights, else j and I + j.
     row = 2 * column if INTERLEAVED else column
@@ -75,7 +75,7 @@ def _gate_up_single_kernel(
         out = glu(out, up, limit, alpha, ACTIVATION, HAS_LIMIT, HAS_ALPHA)
     else:
         out = activate(out, ACTIVATION)
-    act_ptrs = act_ptr + slot * I + column
+    act_ptrs = act_ptr + pair * I + column
     tl.store(act_ptrs, out.to(act_ptr.dtype.element_ty), mask=n_mask)
 
 
@@ -103,9 +103,9 @@ def _prefetch_weights(
     lines: tl.constexpr = triton.next_power_of_2(STAGES) * BLOCK_K // line
     steps = tl.cdiv(I, BLOCK_K)
     step = tl.arange(0, lines) * line // BLOCK_K
-    slot = step // steps
-    k = (step - slot * steps) * BLOCK_K + tl.arange(0, lines) * line % BLOCK_K
-    e = tl.load(ids_ptr + slot, mask=slot < TOPK, other=-1).to(tl.int64)
+    pair = step // steps
+    k = (step - pair * steps) * BLOCK_K + tl.arange(0, lines) * line % BLOCK_K
+    e = tl.load(ids_ptr + pair, mask=pair < TOPK, other=-1).to(tl.int64)
     valid = ((e >= 0) & (e < E) & (k < I))[None, :] & (column < H)[:, None]
     offset = (e * stride_we + k)[None, :] + column[:, None] * stride_wn
     prefetch(w_ptr + tl.where(valid, offset, 0))
@@ -137,12 +137,12 @@ def _down_combine_kernel(
     The K loops over I are one loop: the pipeline does not drain between experts. Experts and their
     weights are picked from registers: loaded inside, they would cost every weight a stage.
     """
-    slots = tl.arange(0, triton.next_power_of_2(TOPK))
-    experts = tl.load(ids_ptr + slots, mask=slots < TOPK, other=-1).to(tl.int64)
+    pairs = tl.arange(0, triton.next_power_of_2(TOPK))
+    experts = tl.load(ids_ptr + pairs, mask=pairs < TOPK, other=-1).to(tl.int64)
     used = (experts >= 0) & (experts < E)
     experts = tl.where(used, experts, -1)
-    # A skipped slot's weight may be anything, NaN included: it must not be multiplied.
-    weights = tl.load(weights_ptr + slots, mask=used, other=0.0).to(tl.float32)
+    # A skipped pair's weight may be anything, NaN included: it must not be multiplied.
+    weights = tl.load(weights_ptr + pairs, mask=used, other=0.0).to(tl.float32)
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = column < H
     steps = tl.cdiv(I, BLOCK_K)
@@ -153,12 +153,12 @@ def _down_combine_kernel(
     pdl_wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for step in tl.range(0, TOPK * steps, num_stages=STAGES):
-        slot = step // steps
-        k = (step - slot * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        e = tl.sum(tl.where(slots == slot, experts, 0), 0)
-        weight = tl.sum(tl.where(slots == slot, weights, 0.0), 0)
+        pair = step // steps
+        k = (step - pair * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        e = tl.sum(tl.where(pairs == pair, experts, 0), 0)
+        weight = tl.sum(tl.where(pairs == pair, weights, 0.0), 0)
         k_mask = k < tl.where(e >= 0, I, 0)
-        a = tl.load(act_ptr + slot * I + k, mask=k_mask, other=0.0).to(tl.float32) * weight
+        a = tl.load(act_ptr + pair * I + k, mask=k_mask, other=0.0).to(tl.float32) * weight
         w_ptrs = w_ptr + e * stride_we + column[:, None] * stride_wn + k[None, :]
         w_mask = n_mask[:, None] & k_mask[None, :]
         w = tl.load(w_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_first")

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .types import GemmConfig, LayerShape, MoEConfig
+from .types import LayerShape, LayerTiles, TileConfig
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -41,16 +41,16 @@ def use_folder(folder: Path | None) -> None:
 
 
 @functools.cache
-def tuned_configs(device_name: str) -> dict[Key, MoEConfig]:
+def tuned_configs(device_name: str) -> dict[Key, LayerTiles]:
     """The device's entries; none if it has no file. Read once per process and folder."""
-    found: dict[Key, MoEConfig] = {}
+    found: dict[Key, LayerTiles] = {}
     for folder in _folders:
         path = config_path(device_name, folder)
         found |= load(path) if path.exists() else {}
     return found
 
 
-def load(path: Path) -> dict[Key, MoEConfig]:
+def load(path: Path) -> dict[Key, LayerTiles]:
     """Read a file.
 
     Raises:
@@ -61,14 +61,14 @@ def load(path: Path) -> dict[Key, MoEConfig]:
         try:
             dimensions = (entry["E"], entry["K"], entry["H"], entry["I"], entry["gated"])
             key = (dimensions, entry["dtype"], float(entry["bucket"]))
-            tiles = {name: entry[name] and GemmConfig(**entry[name]) for name in TILES}
-            configs[key] = MoEConfig(**tiles, inline_pairs=entry["inline_pairs"])
+            tiles = {name: entry[name] and TileConfig(**entry[name]) for name in TILES}
+            configs[key] = LayerTiles(**tiles, inline_pairs=entry["inline_pairs"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: entry {number} cannot be used: {error!r}") from error
     return configs
 
 
-def entry_of(shape: LayerShape, dtype: str, bucket: float, config: MoEConfig) -> dict[str, Any]:
+def entry_of(shape: LayerShape, dtype: str, bucket: float, config: LayerTiles) -> dict[str, Any]:
     """The file's form of one choice."""
     layer = {"E": shape.E, "K": shape.K, "H": shape.H, "I": shape.I, "gated": shape.gated}
     return layer | {"dtype": dtype, "bucket": bucket} | asdict(config)

@@ -51,7 +51,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
-class GemmConfig:
+class TileConfig:
     """Tiles of one product.
 
     Attributes:
@@ -98,7 +98,7 @@ class GemmConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class MoEConfig:
+class LayerTiles:
     """Tiles of a layer: both products, and their one-token forms (block_m has no meaning there).
 
     Attributes:
@@ -109,10 +109,10 @@ class MoEConfig:
         inline_pairs: Routed pairs up to which gate_up's programs find their rows by themselves.
     """
 
-    gate_up: GemmConfig
-    down: GemmConfig
-    single_gate_up: GemmConfig | None
-    single_down: GemmConfig
+    gate_up: TileConfig
+    down: TileConfig
+    single_gate_up: TileConfig | None
+    single_down: TileConfig
     inline_pairs: int = 512
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class MoEConfig:
         """Rows of a block of the plan."""
         return self.gate_up.block_m
 
-    def with_block_m(self, block_m: int) -> MoEConfig:
+    def with_block_m(self, block_m: int) -> LayerTiles:
         """The same tiles on blocks of another height."""
         return replace(
             self,

@@ -1,4 +1,4 @@
-"""moesd::ragged_attention on the CPU: against fp64 row by row, invariance, unread slots."""
+"""moesd::ragged_attention on the CPU: against fp64 row by row, invariance, unread positions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ SHAPES = {
     "grouped": (3, 4, 8, 2, 64, 64, 40),
     "sixteen heads on one key": (2, 3, 16, 1, 32, 32, 20),
     "odd dimensions": (2, 2, 6, 2, 21, 37, 30),
-    "several blocks of slots": (2, 2, 4, 2, 64, 128, 300),
+    "several blocks of positions": (2, 2, 4, 2, 64, 128, 300),
 }
 
 
@@ -126,7 +126,7 @@ def test_a_query_does_not_depend_on_the_batch(dtype, threads):
 
 @pytest.mark.parametrize("window", [0, 150])
 def test_queries_that_share_a_pass_do_not_depend_on_each_other(window):
-    """Positions apart, equal, descending, dead; non-finite slots that only later queries see."""
+    """Positions apart, equal, descending, dead; non-finite values that only later queries see."""
     q, k, v, _ = make(1, 6, 8, 2, 64, 64, 300, torch.bfloat16)
     positions = torch.tensor([[127, 128, 280, 3, -1, 280]])
     k[:, 200], v[:, 200] = float("inf"), float("nan")
@@ -165,7 +165,7 @@ def test_errors():
 
 
 def test_padding_reads_nothing_before_the_cache():
-    """A query at position -1 has no slot: here the page before the keys must not be touched."""
+    """A query at position -1 sees nothing: here the page before the keys must not be touched."""
     import ctypes
     import mmap
 

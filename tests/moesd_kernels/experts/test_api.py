@@ -10,7 +10,7 @@ from support.oracle import check_experts, eager_experts, make_case
 
 from moesd_kernels import available_backends, fused_experts
 from moesd_kernels.experts import api
-from moesd_kernels.experts.backends import BACKENDS, Request, choose_backend
+from moesd_kernels.experts.backends import BACKENDS, CallTraits, choose_backend
 
 HERE = [name for name, reason in available_backends().items() if reason is None]
 ON_CPU = [name for name in HERE if BACKENDS[name].devices in (None, frozenset({"cpu"}))]
@@ -220,7 +220,7 @@ def test_auto_falls_back_and_says_why(caplog, monkeypatch):
 def test_auto_never_takes_an_unmeasured_backend():
     assert not BACKENDS["cuda"].automatic
     with pytest.raises(RuntimeError, match=r"runs on cuda tensors, got cpu"):
-        choose_backend("cuda", Request("cpu", torch.bfloat16))
+        choose_backend("cuda", CallTraits("cpu", torch.bfloat16))
 
 
 def wrong(**changes):

@@ -46,7 +46,7 @@ def eager(data, dtype, *, activation="silu", gated=True, interleaved=False, tran
     x = data["hidden"].to(dtype)
     out = torch.zeros_like(x)
     for e in range(data["w_down"].shape[0]):
-        token, slot = torch.where(data["topk_ids"] == e)
+        token, k = torch.where(data["topk_ids"] == e)
         w1, w2 = data["w_gate_up"][e].to(dtype), data["w_down"][e].to(dtype)
         w1, w2 = (w1.T, w2.T) if transposed else (w1, w2)
         h = x[token] @ w1.T
@@ -66,7 +66,7 @@ def eager(data, dtype, *, activation="silu", gated=True, interleaved=False, tran
         y = h @ w2.T
         if "down_bias" in data:
             y = y + data["down_bias"][e].to(dtype)
-        out.index_add_(0, token, y * data["topk_weights"][token, slot, None].to(dtype))
+        out.index_add_(0, token, y * data["topk_weights"][token, k, None].to(dtype))
     return out
 
 

@@ -184,7 +184,7 @@ def test_mixed_dtypes_hand_over(caplog):
 def test_post_expert_norm_is_refused():
     experts = tiny_experts()
     experts.has_post_expert_norm = True
-    assert "norm after the down projection" in hook.make_plan(experts).refusal
+    assert "norm after the down projection" in hook.read_spec(experts).refusal
 
 
 def test_expert_parallel_sentinels_contribute_nothing():
@@ -228,9 +228,9 @@ def test_bad_dense_option():
 def test_decisions_do_not_outlive_or_touch_the_module():
     experts = tiny_experts()
     attributes = set(vars(experts))
-    hook.plan_of(experts)
+    hook.spec_of(experts)
     assert set(vars(experts)) == attributes
-    assert experts in hook._plans
-    count = len(hook._plans)
+    assert experts in hook._specs
+    count = len(hook._specs)
     del experts
-    assert len(hook._plans) < count
+    assert len(hook._specs) < count

@@ -67,7 +67,7 @@ def layer(case: Case, dtype: torch.dtype) -> Tensor:
         w_gate_up, w_down = w_gate_up.transpose(1, 2), w_down.transpose(1, 2)
     out = torch.zeros(case.x.shape, dtype=dtype, device=case.x.device)
     for e in range(len(w_down)):
-        token, slot = (case.ids == e).nonzero(as_tuple=True)
+        token, k = (case.ids == e).nonzero(as_tuple=True)
         if len(token) == 0:
             continue
         h = case.x.to(dtype)[token] @ w_gate_up[e].T
@@ -76,7 +76,7 @@ def layer(case: Case, dtype: torch.dtype) -> Tensor:
         y = _activate(h, flags) @ w_down[e].T
         if flags.get("down_bias") is not None:
             y = y + flags["down_bias"].to(dtype)[e]
-        weight = case.weights.to(dtype)[token, slot, None]
+        weight = case.weights.to(dtype)[token, k, None]
         out.index_add_(0, token, y * weight)
     return out
 

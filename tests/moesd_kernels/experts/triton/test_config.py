@@ -18,7 +18,7 @@ from moesd_kernels.experts.triton.config import (
     predicted_seconds,
     select_config,
 )
-from moesd_kernels.experts.triton.types import A100, B200, H200, GemmConfig, LayerShape, MoEConfig
+from moesd_kernels.experts.triton.types import A100, B200, H200, LayerShape, LayerTiles, TileConfig
 
 LAYERS = {
     "mixtral": (8, 2, 4096, 14336),
@@ -132,15 +132,15 @@ def test_starts_no_triton():
 )
 def test_config_rejects(change, message):
     with pytest.raises(ValueError, match=message):
-        GemmConfig(**({"block_m": 16, "block_n": 32, "block_k": 64} | change))
+        TileConfig(**({"block_m": 16, "block_n": 32, "block_k": 64} | change))
 
 
 def test_one_plan_serves_both_products():
-    tall, low = GemmConfig(32, 64, 64), GemmConfig(16, 64, 64)
+    tall, low = TileConfig(32, 64, 64), TileConfig(16, 64, 64)
     with pytest.raises(ValueError, match=r"block_m must be equal, got 32 and 16"):
-        MoEConfig(tall, low, low, low)
+        LayerTiles(tall, low, low, low)
     with pytest.raises(ValueError, match=r"gate_up.split_k must be 1, got 2"):
-        MoEConfig(dataclasses.replace(low, split_k=2), low, low, low)
+        LayerTiles(dataclasses.replace(low, split_k=2), low, low, low)
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def tuned_file(tmp_path):
 def test_tuned_file_overrides_the_model(tuned_file, block_m, used):
     """Blocks may be lower than the selector's, which hold every token, never taller."""
     shape = LayerShape(*LAYERS["olmoe"], 40)
-    tile = GemmConfig(block_m, 32, 256, num_stages=2)
-    mine = MoEConfig(tile, tile, None, tile, inline_pairs=128)
+    tile = TileConfig(block_m, 32, 256, num_stages=2)
+    mine = LayerTiles(tile, tile, None, tile, inline_pairs=128)
     tuned_file([tuned.entry_of(shape, "torch.bfloat16", bucket(shape), mine)])
     chosen = select_config(shape, torch.bfloat16, H200)
     assert chosen == mine.with_block_m(used)

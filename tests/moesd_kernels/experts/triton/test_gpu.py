@@ -14,7 +14,7 @@ from moe_cases import check, make_case
 from moesd_kernels import fused_experts
 from moesd_kernels.experts import cuda
 from moesd_kernels.experts.triton import fused_experts_triton, unavailable_reason
-from moesd_kernels.experts.triton.types import GemmConfig, MoEConfig
+from moesd_kernels.experts.triton.types import LayerTiles, TileConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -124,45 +124,45 @@ def test_skipped_and_duplicate_ids(T, poisoned_empty):
     check(case, case.run(fused_experts_triton))
 
 
-ONE_TOKEN = GemmConfig(16, 16, 256, num_stages=4)
+ONE_TOKEN = TileConfig(16, 16, 256, num_stages=4)
 
 
 @pytest.mark.parametrize(
     ("tile", "split_k"),
     [
-        pytest.param(GemmConfig(16, 64, 128, num_stages=4, swap_ab=True), 4, marks=FIRST),
-        (GemmConfig(64, 64, 64, num_stages=4, swap_ab=True), 1),
-        (GemmConfig(64, 128, 64, num_warps=8, group_m=4), 1),
-        (GemmConfig(128, 128, 64, num_warps=8, num_stages=4, group_m=4), 1),
-        (GemmConfig(16, 32, 64, num_stages=5, group_m=4), 2),
+        pytest.param(TileConfig(16, 64, 128, num_stages=4, swap_ab=True), 4, marks=FIRST),
+        (TileConfig(64, 64, 64, num_stages=4, swap_ab=True), 1),
+        (TileConfig(64, 128, 64, num_warps=8, group_m=4), 1),
+        (TileConfig(128, 128, 64, num_warps=8, num_stages=4, group_m=4), 1),
+        (TileConfig(16, 32, 64, num_stages=5, group_m=4), 2),
     ],
     ids=str,
 )
 def test_tilings(tile, split_k, poisoned_empty):
     """40 tokens of two in six experts: blocks of 16 rows are overflowed."""
     case = make_case(6, 2, 256, 320, 40, torch.bfloat16, "cuda")
-    config = MoEConfig(tile, replace(tile, split_k=split_k), ONE_TOKEN, ONE_TOKEN)
+    config = LayerTiles(tile, replace(tile, split_k=split_k), ONE_TOKEN, ONE_TOKEN)
     check(case, case.run(fused_experts_triton, config=config))
 
 
 @pytest.mark.parametrize("inline_pairs", [pytest.param(0, marks=FIRST), 1024])
 def test_plan_of_its_own_or_inline(inline_pairs, poisoned_empty):
     case = make_case(6, 2, 256, 320, 300, torch.bfloat16, "cuda")
-    tile = GemmConfig(64, 64, 64, num_stages=4, group_m=4)
-    config = MoEConfig(tile, tile, ONE_TOKEN, ONE_TOKEN, inline_pairs)
+    tile = TileConfig(64, 64, 64, num_stages=4, group_m=4)
+    config = LayerTiles(tile, tile, ONE_TOKEN, ONE_TOKEN, inline_pairs)
     check(case, case.run(fused_experts_triton, config=config))
 
 
 @pytest.mark.parametrize(
     "single_gate_up",
-    [None, GemmConfig(16, 8, 512, num_stages=4), GemmConfig(16, 32, 256, num_warps=8)],
+    [None, TileConfig(16, 8, 512, num_stages=4), TileConfig(16, 32, 256, num_warps=8)],
     ids=str,
 )
 def test_one_token_forms(single_gate_up, poisoned_empty):
     """The last expert is not here; with one expert the pipeline has few steps."""
-    tile = GemmConfig(16, 64, 64, num_stages=4)
-    down = GemmConfig(16, 8, 256, num_stages=8)
-    config = MoEConfig(tile, tile, single_gate_up, down)
+    tile = TileConfig(16, 64, 64, num_stages=4)
+    down = TileConfig(16, 8, 256, num_stages=8)
+    config = LayerTiles(tile, tile, single_gate_up, down)
     for ids in ([[2, 0, 5, 9]], [[3]]):
         ids = torch.tensor(ids)
         case = make_case(6, ids.shape[1], 520, 328, 1, torch.bfloat16, "cuda", ids=ids)

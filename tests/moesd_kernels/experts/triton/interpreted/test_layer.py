@@ -5,10 +5,10 @@ import torch
 from moe_cases import check, make_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
-from moesd_kernels.experts.triton.types import GemmConfig, MoEConfig
+from moesd_kernels.experts.triton.types import LayerTiles, TileConfig
 
-SMALL = GemmConfig(block_m=16, block_n=32, block_k=32)
-CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)
+SMALL = TileConfig(block_m=16, block_n=32, block_k=32)
+CONFIG = LayerTiles(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)
 
 SHAPES = [
     # E, K, H, I, T, why
@@ -34,7 +34,7 @@ def test_matches_oracle(E, K, H, I, T, why, dtype):
 
 def test_one_token_through_the_matrix_product():
     case = make_case(5, 3, 48, 40, 1)
-    config = MoEConfig(SMALL, SMALL, single_gate_up=None, single_down=SMALL)
+    config = LayerTiles(SMALL, SMALL, single_gate_up=None, single_down=SMALL)
     check(case, case.run(fused_experts_triton, config=config))
 
 
@@ -70,9 +70,9 @@ def test_routing(ids, why, integer):
 @pytest.mark.parametrize("inline_pairs", [0, 4, 74])
 def test_plan_of_its_own_or_inline(inline_pairs):
     """37 tokens of two experts each; several blocks of an expert in groups."""
-    grouped = GemmConfig(block_m=16, block_n=32, block_k=32, group_m=3)
+    grouped = TileConfig(block_m=16, block_n=32, block_k=32, group_m=3)
     case = make_case(3, 2, 48, 80, 37)
-    config = MoEConfig(grouped, grouped, SMALL, SMALL, inline_pairs)
+    config = LayerTiles(grouped, grouped, SMALL, SMALL, inline_pairs)
     check(case, case.run(fused_experts_triton, config=config))
 
 

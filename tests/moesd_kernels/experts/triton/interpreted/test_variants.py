@@ -7,10 +7,10 @@ import torch
 from moe_cases import check, make_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
-from moesd_kernels.experts.triton.types import GemmConfig, MoEConfig
+from moesd_kernels.experts.triton.types import LayerTiles, TileConfig
 
-SMALL = GemmConfig(block_m=16, block_n=32, block_k=32)
-CONFIG = MoEConfig(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)
+SMALL = TileConfig(block_m=16, block_n=32, block_k=32)
+CONFIG = LayerTiles(gate_up=SMALL, down=SMALL, single_gate_up=SMALL, single_down=SMALL)
 
 VARIANTS = {
     "transposed": {"transposed": True},
@@ -43,10 +43,10 @@ def test_variant(name, T, dtype):
 
 
 TILINGS = {
-    "swap_ab": GemmConfig(block_m=16, block_n=64, block_k=16, swap_ab=True),
-    "split_k": GemmConfig(block_m=16, block_n=32, block_k=16, split_k=3),
-    "more splits than steps": GemmConfig(block_m=16, block_n=32, block_k=32, split_k=4),
-    "tile wider than I": GemmConfig(block_m=32, block_n=128, block_k=64),
+    "swap_ab": TileConfig(block_m=16, block_n=64, block_k=16, swap_ab=True),
+    "split_k": TileConfig(block_m=16, block_n=32, block_k=16, split_k=3),
+    "more splits than steps": TileConfig(block_m=16, block_n=32, block_k=32, split_k=4),
+    "tile wider than I": TileConfig(block_m=32, block_n=128, block_k=64),
 }
 
 
@@ -55,5 +55,5 @@ TILINGS = {
 def test_tiling(name, dtype):
     tiling = TILINGS[name]
     case = make_case(3, 2, 48, 80, 7, dtype, bias=True)
-    config = MoEConfig(replace(tiling, split_k=1), tiling, SMALL, SMALL)
+    config = LayerTiles(replace(tiling, split_k=1), tiling, SMALL, SMALL)
     check(case, case.run(fused_experts_triton, config=config))
