@@ -8,7 +8,7 @@ dict loads as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesd_kernels.experts.activations import FUNCTIONS, canonical_activation
+from moesd_kernels.experts.activations import FUNCTIONS
 from moesd_kernels.experts.api import fused_experts
+from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsSpec
 from moesd_kernels.hooks.gates import recognise_gate
 from moesd_kernels.hooks.routers import RouterRule, recognise_router, router_logits
 
@@ -31,32 +32,32 @@ class MoEConfig:
         hidden_size: H.
         intermediate_size: I of one routed expert.
         router: How experts are chosen; holds K.
-        activation: Of routed and shared experts.
+        spec: What the routed experts compute; the shared expert has the same activation.
         shared_intermediate_size: I of the shared expert; 0 for none.
         shared_gate: Whether the shared expert's output is scaled by ``sigmoid(gate(x))`` (Qwen2).
         router_bias: Whether the router's logits have a bias (gpt-oss).
         correction_bias: Whether the choice has a bias of its own (DeepSeek-V3).
         expert_bias: Whether the experts have biases (gpt-oss).
-        interleaved, transposed, activation_limit, activation_alpha: See ``fused_experts``.
+
+    Raises:
+        ValueError: K is not in [1, E], the experts have no gate, or a shared expert's gate comes
+            without the expert.
     """
 
     num_experts: int
     hidden_size: int
     intermediate_size: int
     router: RouterRule
-    activation: str = "silu"
+    spec: ExpertsSpec = DEFAULT_SPEC
     shared_intermediate_size: int = 0
     shared_gate: bool = False
     router_bias: bool = False
     correction_bias: bool = False
     expert_bias: bool = False
-    interleaved: bool = False
-    transposed: bool = False
-    activation_limit: float | None = None
-    activation_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        canonical_activation(self.activation)
+        if not self.spec.gated:
+            raise ValueError(f"spec must be gated, got {self.spec}")
         if not 1 <= self.router.top_k <= self.num_experts:
             raise ValueError(
                 f"router.top_k must be in [1, {self.num_experts}], got {self.router.top_k}"
@@ -90,7 +91,7 @@ class _Experts(nn.Module):
     def __init__(self, config: MoEConfig, **factory: Any) -> None:
         super().__init__()
         E, H, I = config.num_experts, config.hidden_size, config.intermediate_size
-        up, down = ((H, 2 * I), (I, H)) if config.transposed else ((2 * I, H), (H, I))
+        up, down = ((H, 2 * I), (I, H)) if config.spec.transposed else ((2 * I, H), (H, I))
         self.gate_up_proj = nn.Parameter(torch.empty(E, *up, **factory))
         self.down_proj = nn.Parameter(torch.empty(E, *down, **factory))
         for name, width in (("gate_up_proj_bias", 2 * I), ("down_proj_bias", H)):
@@ -107,7 +108,7 @@ class _SharedExpert(nn.Module):
         self.gate_proj = nn.Linear(H, I, bias=False, **factory)
         self.up_proj = nn.Linear(H, I, bias=False, **factory)
         self.down_proj = nn.Linear(I, H, bias=False, **factory)
-        self.act = FUNCTIONS[canonical_activation(config.activation)]
+        self.act = FUNCTIONS[config.spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
@@ -152,7 +153,7 @@ class MoE(nn.Module):
             if "bias" in name:
                 nn.init.zeros_(parameter)
             else:
-                axis = 1 if self.config.transposed and name.startswith("experts") else -1
+                axis = 1 if self.config.spec.transposed and name.startswith("experts") else -1
                 nn.init.normal_(parameter, std=parameter.shape[axis] ** -0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -177,13 +178,9 @@ class MoE(nn.Module):
             self.experts.down_proj,
             routed.ids,
             routed.weights,
-            activation=config.activation,
             gate_up_bias=self.experts.gate_up_proj_bias,
             down_bias=self.experts.down_proj_bias,
-            interleaved=config.interleaved,
-            transposed=config.transposed,
-            activation_limit=config.activation_limit,
-            activation_alpha=config.activation_alpha,
+            spec=config.spec,
             backend=self.backend,
             batch_invariant=self.batch_invariant,
         )
@@ -257,8 +254,8 @@ def _read_block(block: nn.Module) -> tuple[MoEConfig, Mapping[str, nn.Module]]:
             f"got {type(block).__name__} with {[name for name, _ in block.named_children()]}"
         )
     interleaved = not getattr(experts, "is_concatenated", True)
-    rule, act = recognise_router(gate), recognise_gate(experts, True, interleaved)
-    if rule is None or act is None:
+    rule, spec = recognise_router(gate), recognise_gate(experts, True, interleaved)
+    if rule is None or spec is None:
         part = gate if rule is None else experts
         raise ValueError(f"cannot express {type(part).__name__} as a router rule or a fused gate")
     parts = {"gate": gate, "experts": experts}
@@ -275,16 +272,12 @@ def _read_block(block: nn.Module) -> tuple[MoEConfig, Mapping[str, nn.Module]]:
         columns if transposed else rows,
         rows if transposed else columns,
         rule,
-        activation=act.activation,
+        replace(spec, transposed=transposed),
         shared_intermediate_size=0 if shared is None else shared.up_proj.weight.shape[0],
         shared_gate=shared_gate is not None,
         router_bias=getattr(gate, "bias", None) is not None,
         correction_bias=hasattr(gate, "e_score_correction_bias"),
         expert_bias=getattr(experts, "has_bias", False),
-        interleaved=interleaved,
-        transposed=transposed,
-        activation_limit=act.limit,
-        activation_alpha=act.alpha,
     )
     return config, parts
 

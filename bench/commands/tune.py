@@ -28,6 +28,7 @@ from bench.runs.tiles_file import has_entry, write_entry
 from bench.workloads.layer import Batch, Layer, make_batch, make_layer
 from bench.workloads.routing import DEFAULT_UNION_RATIO
 from bench.workloads.shapes import Shape, parse_shape
+from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsWeights, TopK
 from moesd_kernels.experts.triton.config import Gemm, bucket, model_choice
 from moesd_kernels.experts.triton.tuned import FOLDER, config_path, entry_of
 from moesd_kernels.experts.triton.types import H200, Device, LayerShape, LayerTiles
@@ -195,7 +196,11 @@ def _caller(config: LayerTiles) -> Callable[[Layer, Tensor, Tensor, Tensor], Ten
     from moesd_kernels.experts.triton.launch import fused_experts_triton
 
     return lambda layer, hidden, ids, weights: fused_experts_triton(
-        hidden, layer.w_gate_up, layer.w_down, ids, weights, config=config
+        hidden,
+        ExpertsWeights(layer.w_gate_up, layer.w_down),
+        TopK(ids, weights),
+        DEFAULT_SPEC,
+        config=config,
     )
 
 

@@ -50,6 +50,7 @@ def compile_layers(jobs: list[tuple[Shape, int]], device: str, source: Path | No
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsWeights, TopK
     from moesd_kernels.experts.triton import fused_experts_triton
 
     if device == "cpu":
@@ -68,8 +69,8 @@ def compile_layers(jobs: list[tuple[Shape, int]], device: str, source: Path | No
         routed = empty(tokens, H), ids, empty(tokens, K)
         for invariant in (False, True):
             hidden, ids, weights = routed
-            tensors = hidden, layer.w_gate_up, layer.w_down, ids, weights
-            fused_experts_triton(*tensors, batch_invariant=invariant)
+            tensors = ExpertsWeights(layer.w_gate_up, layer.w_down), TopK(ids, weights)
+            fused_experts_triton(hidden, *tensors, DEFAULT_SPEC, batch_invariant=invariant)
         for peer in _peers(source, shape, device).values():
             peer(layer, *routed)
 

@@ -1,4 +1,4 @@
-"""The C++ CPU operators `torch.ops.moesd.*` as typed Python functions.
+"""The C++ CPU operators of a step's dense part, `torch.ops.moesd.*`, as typed Python functions.
 
 Every function computes a row from that row alone, bit for bit: whatever else is in the batch, in
 which order, and on how many threads. `unavailable()` says why they cannot be called, if so. Shapes
@@ -9,21 +9,15 @@ and dtypes are checked in C++ (`csrc/cpu`); gradients are not supported.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from moesd_kernels import library
 
 
-@functools.cache
 def unavailable() -> str | None:
     """None when the operators are loaded (building them if needed), otherwise the reason."""
-    reason = library.load()
-    if reason is None:
-        _register_fakes()
-    return reason
+    return library.load("cpu")
 
 
 def isa() -> str:
@@ -35,55 +29,6 @@ def isa() -> str:
     """
     _require()
     return torch.ops.moesd.cpu_isa()
-
-
-def experts(
-    hidden: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Sum over k of weight[t, k] * down(act(gate(x)) * up(x)) of expert ids[t, k].
-
-    Args:
-        hidden: [T, H] bf16, fp16 or fp32.
-        w_gate_up: [E, 2I, H] contiguous, gate rows first (g0, u0, g1, ... when `interleaved`;
-            [E, I, H] when not `gated`; the last two dimensions swapped when `transposed`).
-        w_down: [E, H, I] contiguous ([E, I, H] when `transposed`).
-        topk_ids: [T, K] int32 or int64; ids outside [0, E) contribute nothing.
-        topk_weights: [T, K] floating point.
-        gate_up_bias: [E, 2I] in the order of the rows of `w_gate_up`.
-        down_bias: [E, H].
-        activation: silu, gelu, gelu_tanh, relu or relu2.
-        gated: whether there is an up projection to multiply with.
-        interleaved: gate and up rows alternate.
-        transposed: weights are stored [in, out]; a slower path.
-        activation_limit: clamps the gate from above and the up projection on both sides.
-        activation_alpha: gpt-oss' gate, `(up + 1) * gate * sigmoid(alpha * gate)`.
-        out: [T, H] contiguous, overwritten; allocated when None.
-
-    Returns:
-        `out`, in hidden's dtype. Intermediates and the sum over k (in ascending order of expert id)
-        are fp32; amx and avx512_bf16 round the activation to bf16.
-    """
-    _require()
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format) if out is None else out
-    torch.ops.moesd.experts(
-        *(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias),
-        *(activation, gated, interleaved, transposed, activation_limit, activation_alpha, out),
-    )
-    return out
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -174,8 +119,8 @@ def rope_to_cache(
 def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up of one shape, computed in fp32, as transformers' dense MLPs round it.
 
-    The activation is rounded to the dtype of `gate` before the product. Names as in
-    :func:`experts`.
+    The activation is rounded to the dtype of `gate` before the product; its name is a key of
+    ``experts.activations.FUNCTIONS``.
     """
     _require()
     return torch.ops.moesd.act_and_mul(gate, up, activation)
@@ -210,46 +155,3 @@ def _require() -> None:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
-
-
-def _register_fakes() -> None:
-    fake = torch.library.register_fake
-
-    @fake("moesd::experts")
-    def _(hidden, w_gate_up, w_down, topk_ids, topk_weights, *rest):
-        return None
-
-    @fake("moesd::linear")
-    def _(x, w, bias):
-        return x.new_empty(x.shape[0], w.shape[0])
-
-    @fake("moesd::ragged_attention")
-    def _(q, k, v, positions, scale, window, sinks, rows):
-        return q.new_empty(*q.shape[:3], v.shape[3])
-
-    @fake("moesd::rms_norm")
-    def _(x, w, eps):
-        return x.new_empty(x.shape)
-
-    @fake("moesd::add_rms_norm")
-    def _(x, delta, w, eps):
-        return x.new_empty(x.shape), x.new_empty(x.shape)
-
-    @fake("moesd::rope_to_cache")
-    def _(qkv, cos, sin, q_norm, q_eps, k_norm, k_eps, index, q_heads, kv_heads, keys, values):
-        return qkv.new_empty(qkv.shape[0], q_heads, cos.shape[1])
-
-    @fake("moesd::act_and_mul")
-    def _(gate, up, activation):
-        return gate.new_empty(gate.shape)
-
-    @fake("moesd::softmax_topk_router")
-    def _(x, w, top_k, renormalize):
-        logits = x.new_empty(x.shape[0], w.shape[0])
-        weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
-        return logits, weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64)
-
-    @fake("moesd::argmax")
-    def _(x):
-        ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
-        return ids, x.new_empty(x.shape[:-1], dtype=torch.bool)

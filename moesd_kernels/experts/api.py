@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .activations import canonical_activation
 from .backends import CallTraits, choose_backend
+from .spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec, ExpertsWeights, TopK
 from .validation import check_arguments
 
 
@@ -20,17 +23,13 @@ def fused_experts(
     topk_ids: Tensor,
     topk_weights: Tensor,
     *,
-    activation: str = "silu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
+    spec: ExpertsSpec | None = None,
     backend: str = "auto",
     batch_invariant: bool = False,
     out: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """``out[t] = sum_k topk_weights[t, k] * down(act(gate(x[t])) * up(x[t]))`` of expert ids[t, k].
 
@@ -41,78 +40,56 @@ def fused_experts(
         topk_ids: [T, K] int32 or int64. An id outside [0, E) contributes nothing (expert
             parallelism marks other ranks' experts so); an id may appear twice in a row.
         topk_weights: [T, K] fp32, bf16 or fp16; multiplied in fp32.
-        activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
         gate_up_bias: [E, 2I] (or [E, I]) in the dtype of `hidden_states`.
         down_bias: [E, H] in the dtype of `hidden_states`.
-        gated: Whether the first projection holds a gate.
-        interleaved: Gate and up rows alternate (gpt-oss) instead of lying in two halves.
-        transposed: Weights are [E, H, 2I] and [E, I, H].
-        activation_limit: Clamp before the activation: gate from above, up on both sides.
-        activation_alpha: Use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
+        spec: What the experts compute.
         backend: "auto", or a name from :func:`moesd_kernels.available_backends`.
         batch_invariant: Make a token's row bit-identical whatever other rows are in the call.
         out: [T, H] to write into; must not share memory with an input.
+        options: Fields of :class:`moesd_kernels.ExpertsSpec`, instead of `spec`.
 
     Returns:
         [T, H] in the dtype of `hidden_states`: `out` when given. The K terms are summed in fp32 in
         a fixed order, so that results are the same from run to run.
 
     Raises:
-        TypeError: A dtype is not supported or does not match.
+        TypeError: A dtype is not supported or does not match, or an option is unknown.
         ValueError: Shapes, devices or options do not fit together, or a name is unknown.
         RuntimeError: The named back-end cannot run here, or not on this call.
     """
-    arguments = (
-        *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias),
-        *(activation, gated, interleaved, transposed, activation_limit, activation_alpha),
-    )
+    tensors = (hidden_states, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias)
+    if options and spec is not None:
+        raise TypeError(f"give spec or single options, got {spec} and {sorted(options)}")
     if is_compiling():
-        return _traced(*arguments, backend, batch_invariant, out)
+        return _traced(tensors, spec, options, backend, batch_invariant, out)
+    if spec is None:
+        spec = _make_spec(**options) if options else DEFAULT_SPEC
     direct = _direct.get(backend)
     if direct is not None and out is None:
         try:
-            result = direct(*arguments)
+            result = direct(*tensors, *spec.op_options)
         except (TypeError, ValueError, RuntimeError):
             result = None  # what follows says what is wrong, in this function's names
         if result is not None:
             return result
-    activation = canonical_activation(activation)
-    check_arguments(
-        *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights),
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        gated=gated,
-        interleaved=interleaved,
-        transposed=transposed,
-        activation_limit=activation_limit,
-        activation_alpha=activation_alpha,
-        out=out,
-    )
-    tensors = (w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias)
+    weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias)
+    routing = TopK(topk_ids, topk_weights)
+    check_arguments(hidden_states, weights, routing, spec, out)
     traits = CallTraits(
         hidden_states.device.type,
         hidden_states.dtype,
-        needs_grad(hidden_states, *tensors),
+        needs_grad(*tensors),
         w_gate_up.is_contiguous() and w_down.is_contiguous(),
         batch_invariant,
     )
-    function = choose_backend(backend, traits)
-    if hasattr(function, "direct"):
-        _direct[backend] = function.direct
-    return function(
-        *(hidden_states, w_gate_up, w_down, topk_ids, topk_weights),
-        activation=activation,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        gated=gated,
-        interleaved=interleaved,
-        transposed=transposed,
-        activation_limit=activation_limit,
-        activation_alpha=activation_alpha,
-        batch_invariant=batch_invariant,
-        out=out,
-    )
+    run = choose_backend(backend, traits)
+    if hasattr(run, "direct"):
+        _direct[backend] = run.direct
+    return run(hidden_states, weights, routing, spec, out, batch_invariant=batch_invariant)
 
+
+_DEFAULTS = {option.name: option.default for option in OPTIONS}
+_make_spec = functools.lru_cache(maxsize=256)(ExpertsSpec)
 
 # By the name it was asked for: the entry of a back-end that was chosen before and decides by
 # itself, in compiled code, whether a call is its own. When the weights come from memory, so does
@@ -125,14 +102,33 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _public_signature() -> inspect.Signature:
+    """The signature with every option by name, as ``help`` shows it."""
+    signature = inspect.signature(fused_experts)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=option.default,
+            annotation=option.type,
+        )
+        for option in OPTIONS
+    ]
+    return signature.replace(parameters=named)
+
+
+fused_experts.__signature__ = _public_signature()  # type: ignore[attr-defined]
+
 # torch.compile must not look into a back-end: it reads routing on the host or launches kernels of
 # its own. In eager mode the op is not used, because its dispatch costs as much as a small layer.
 _LIBRARY = torch.library.Library("moesd", "FRAGMENT")
+_SCHEMA_TYPES = {"str": "str", "bool": "bool", "float | None": "float?"}
 _LIBRARY.define(
     "fused_experts(Tensor hidden_states, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, "
-    "Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, "
-    "bool interleaved, bool transposed, float? activation_limit, float? activation_alpha, "
-    "str backend, bool batch_invariant) -> Tensor",
+    "Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, "
+    + "".join(f"{_SCHEMA_TYPES[str(option.type)]} {option.name}, " for option in OPTIONS)
+    + "str backend, bool batch_invariant) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 
@@ -146,29 +142,18 @@ def _fused_experts_op(
     topk_weights: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    activation_limit: float | None,
-    activation_alpha: float | None,
-    backend: str,
-    batch_invariant: bool,
+    *rest: Any,
 ) -> Tensor:
+    *options, backend, batch_invariant = rest
     return fused_experts(
         hidden_states,
         w_gate_up,
         w_down,
         topk_ids,
         topk_weights,
-        activation=activation,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        gated=gated,
-        interleaved=interleaved,
-        transposed=transposed,
-        activation_limit=activation_limit,
-        activation_alpha=activation_alpha,
+        spec=_make_spec(*options),
         backend=backend,
         batch_invariant=batch_invariant,
     )
@@ -179,12 +164,25 @@ def _fused_experts_fake(hidden_states: Tensor, *args: object) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
 
 
-def _traced(*args: object) -> Tensor:
-    """The call as one op of a compiled graph."""
-    *inputs, out = args
-    if needs_grad(*(arg for arg in inputs if isinstance(arg, Tensor))):
+def _traced(
+    tensors: tuple[Tensor | None, ...],
+    spec: ExpertsSpec | None,
+    options: Mapping[str, Any],
+    backend: str,
+    batch_invariant: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """The call as one op of a compiled graph, where no spec can be made: the op makes it."""
+    unknown = [name for name in options if name not in _DEFAULTS]
+    if unknown:
+        raise TypeError(f"fused_experts() got an unexpected option {unknown[0]!r}")
+    if needs_grad(*tensors):
         raise RuntimeError(
             "fused_experts inside torch.compile has no backward pass; call it under torch.no_grad()"
         )
-    result = torch.ops.moesd.fused_experts(*inputs)
-    return result if out is None else out.copy_(result)  # type: ignore[attr-defined]
+    if spec is None:
+        values = [options.get(name, default) for name, default in _DEFAULTS.items()]
+    else:
+        values = [*spec.op_options, spec.weight_format]
+    result = torch.ops.moesd.fused_experts(*tensors, *values, backend, batch_invariant)
+    return result if out is None else out.copy_(result)

@@ -1,6 +1,5 @@
 """Back-ends of ``fused_experts``: which exist, which can run here, which one is chosen.
 
-A back-end is a function with the signature of :func:`.reference.fused_experts_torch`.
 Nothing is imported or compiled before a back-end is first asked for.
 """
 
@@ -10,18 +9,35 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .reference import fused_experts_reference, fused_experts_torch
+from .spec import ExpertsSpec, ExpertsWeights, TopK
 
 logger = logging.getLogger(__name__)
 
 HALF = frozenset({torch.bfloat16, torch.float16})
 SINGLE = HALF | {torch.float32}
 ANY = SINGLE | {torch.float64}
+
+
+class Run(Protocol):
+    """A back-end: the expert layer on arguments that :func:`.validation.check_arguments` passed."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: ExpertsWeights,
+        routing: TopK,
+        spec: ExpertsSpec,
+        out: Tensor | None = None,
+        *,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """[T, H] for `x` [T, H]: `out` when given, which must not share memory with an input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +59,7 @@ class Backend:
     devices: frozenset[str] | None
     dtypes: frozenset[torch.dtype]
     unavailable_reason: Callable[[], str | None]
-    load: Callable[[], Callable[..., Tensor]]
+    load: Callable[[], Run]
     automatic: bool = True
     compiled: bool = True
     invariant: bool = True
@@ -63,24 +79,13 @@ class CallTraits(NamedTuple):
 
 
 def _cpu_reason() -> str | None:
-    from moesd_kernels.dense import ops
+    from . import cpu
 
-    return ops.unavailable()
+    return cpu.unavailable_reason()
 
 
-def _load_cpu() -> Callable[..., Tensor]:
-    from moesd_kernels.dense.ops import experts
-
-    def fused_experts_cpu(
-        hidden_states: Tensor,
-        *tensors: Tensor,
-        batch_invariant: bool = False,  # always true of these kernels
-        out: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        if out is None or out.is_contiguous():
-            return experts(hidden_states, *tensors, out=out, **options)
-        return out.copy_(experts(hidden_states, *tensors, **options))
+def _load_cpu() -> Run:
+    from .cpu import fused_experts_cpu
 
     # Checks all of its arguments itself and answers None to a call that is another back-end's.
     fused_experts_cpu.direct = torch.ops.moesd.try_experts.default  # type: ignore[attr-defined]
@@ -93,8 +98,8 @@ def _triton_reason() -> str | None:
     return unavailable_reason()
 
 
-def _load_triton() -> Callable[..., Tensor]:
-    from moesd_kernels.experts.triton.launch import fused_experts_triton
+def _load_triton() -> Run:
+    from .triton.launch import fused_experts_triton
 
     return fused_experts_triton
 
@@ -105,7 +110,7 @@ def _cuda_reason() -> str | None:
     return cuda.unavailable_reason()
 
 
-def _load_cuda() -> Callable[..., Tensor]:
+def _load_cuda() -> Run:
     from .cuda import fused_experts_cuda
 
     return fused_experts_cuda
@@ -170,7 +175,7 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def choose_backend(name: str, traits: CallTraits) -> Callable[..., Tensor]:
+def choose_backend(name: str, traits: CallTraits) -> Run:
     """The function of the named back-end, or of the fastest that can serve `traits`.
 
     The answer is remembered: what a process can run does not change, and the choice is logged once.

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moesd_kernels import library
 
+from .spec import OPTIONS, ExpertsSpec, ExpertsWeights, TopK
+
 MAX_PAIRS = 8192
 
 
@@ -40,22 +42,13 @@ def _load() -> None:
 
 
 def fused_experts_cuda(
-    hidden_states: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *,
-    activation: str = "silu",
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
-    batch_invariant: bool = False,
+    x: Tensor,
+    weights: ExpertsWeights,
+    routing: TopK,
+    spec: ExpertsSpec,
     out: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``fused_experts`` by ``csrc/cuda``; arguments as there, already checked.
 
@@ -63,65 +56,40 @@ def fused_experts_cuda(
         NotImplementedError: The call needs what this kernel does not have; the message says what.
         RuntimeError: The operators could not be built.
     """
-    refusal = _refusal(
-        hidden_states,
-        topk_ids,
-        w_down.shape[-1],
-        batch_invariant,
-        {
-            "activation": activation != "silu",
-            "gate_up_bias": gate_up_bias is not None,
-            "down_bias": down_bias is not None,
-            "gated": not gated,
-            "interleaved": interleaved,
-            "transposed": transposed,
-            "activation_limit": activation_limit is not None,
-            "activation_alpha": activation_alpha is not None,
-        },
-    )
+    refusal = _refusal(x, weights, routing, spec, batch_invariant)
     if refusal is not None:
         raise NotImplementedError(f"backend 'cuda': {refusal}")
     _load()
-    result = torch.empty(
-        hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device
-    )
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.ops.moesd.experts(
-        hidden_states.contiguous(),
-        w_gate_up,
-        w_down,
-        topk_ids.contiguous(),
-        topk_weights.contiguous(),
-        None,
-        None,
-        activation,
-        gated,
-        interleaved,
-        transposed,
-        None,
-        None,
+        x.contiguous(),
+        weights.gate_up,
+        weights.down,
+        routing.ids.contiguous(),
+        routing.weights.contiguous(),
+        weights.gate_up_bias,
+        weights.down_bias,
+        *spec.op_options,
         result,
     )
     return result if out is None else out.copy_(result)
 
 
 def _refusal(
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    I: int,
-    batch_invariant: bool,
-    unusual: dict[str, bool],
+    x: Tensor, weights: ExpertsWeights, routing: TopK, spec: ExpertsSpec, batch_invariant: bool
 ) -> str | None:
     """What this kernel does not have that the call needs, or None."""
-    options = [name for name, set_ in unusual.items() if set_]
-    if options:
-        return f"only silu-gated weights in two halves without bias; got other {options}"
-    if hidden_states.dtype != torch.bfloat16:
-        return f"hidden_states must be torch.bfloat16, got {hidden_states.dtype}"
-    H = hidden_states.shape[1]
+    unusual = [o.name for o in OPTIONS if getattr(spec, o.name) != o.default]
+    unusual += [n for n in ("gate_up_bias", "down_bias") if getattr(weights, n) is not None]
+    if unusual:
+        return f"only silu-gated weights in two halves without bias; got other {unusual}"
+    if x.dtype != torch.bfloat16:
+        return f"hidden_states must be torch.bfloat16, got {x.dtype}"
+    H, I = x.shape[1], weights.down.shape[-1]
     if H % 64 or I % 64:
         return f"H and I must be multiples of 64, got {H} and {I}"
-    if topk_ids.numel() > MAX_PAIRS:
-        return f"at most {MAX_PAIRS} routed rows, got {topk_ids.numel()}"
+    if routing.ids.numel() > MAX_PAIRS:
+        return f"at most {MAX_PAIRS} routed rows, got {routing.ids.numel()}"
     if batch_invariant:
         return "that its rows do not depend on the batch has not been shown on a GPU"
     return None

@@ -11,76 +11,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import apply_activation
+from .activations import FUNCTIONS
+from .spec import ExpertsSpec, ExpertsWeights, TopK
+
+
+def apply_activation(projected: Tensor, spec: ExpertsSpec) -> Tensor:
+    """``act(gate) * up``, clamped by the limit; with alpha ``gate * σ(alpha * gate) * (up + 1)``.
+
+    Args:
+        projected: [N, 2I] gate and up projections, or [N, I] when not gated.
+        spec: Says where gate and up lie, and what is computed of them.
+
+    Returns:
+        [N, I] in the dtype of `projected`.
+    """
+    if not spec.gated:
+        return FUNCTIONS[spec.activation](projected)
+    if spec.interleaved:
+        gate, up = projected[..., ::2], projected[..., 1::2]
+    else:
+        gate, up = projected.chunk(2, dim=-1)
+    limit, alpha = spec.activation_limit, spec.activation_alpha
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    if alpha is not None:
+        return gate * (alpha * gate).sigmoid() * (up + 1)
+    return FUNCTIONS[spec.activation](gate) * up
 
 
 def fused_experts_reference(
-    hidden_states: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *,
-    activation: str = "silu",
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
-    batch_invariant: bool = False,
+    x: Tensor,
+    weights: ExpertsWeights,
+    routing: TopK,
+    spec: ExpertsSpec,
     out: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """``out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](hidden_states[t])``.
+    """``out[t] = sum_k routing.weights[t, k] * expert[routing.ids[t, k]](x[t])``.
 
     Arguments are those of :func:`moesd_kernels.fused_experts`, already checked. Computes in fp32,
     or fp64 for fp64 inputs, and rounds once at the end. Differentiable.
     """
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    x = hidden_states.to(dtype)
-    weighted = x.new_zeros(*topk_ids.shape, hidden_states.shape[1])  # [T, K, H]
-    for expert in range(w_down.shape[0]):
-        token, k = torch.where(topk_ids == expert)
-        up_weight, down_weight = w_gate_up[expert].to(dtype), w_down[expert].to(dtype)
-        if transposed:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(dtype)
+    weighted = wide.new_zeros(*routing.ids.shape, x.shape[1])  # [T, K, H]
+    for expert in range(weights.down.shape[0]):
+        token, k = torch.where(routing.ids == expert)
+        up_weight, down_weight = weights.gate_up[expert].to(dtype), weights.down[expert].to(dtype)
+        if spec.transposed:
             up_weight, down_weight = up_weight.T, down_weight.T
-        projected = x[token] @ up_weight.T
-        if gate_up_bias is not None:
-            projected = projected + gate_up_bias[expert].to(dtype)
-        active = apply_activation(
-            projected,
-            activation=activation,
-            gated=gated,
-            interleaved=interleaved,
-            limit=activation_limit,
-            alpha=activation_alpha,
-        )
-        y = active @ down_weight.T
-        if down_bias is not None:
-            y = y + down_bias[expert].to(dtype)
-        weighted = weighted.index_put((token, k), y * topk_weights[token, k, None].to(dtype))
-    result = weighted.sum(dim=1).to(hidden_states.dtype)
+        projected = wide[token] @ up_weight.T
+        if weights.gate_up_bias is not None:
+            projected = projected + weights.gate_up_bias[expert].to(dtype)
+        y = apply_activation(projected, spec) @ down_weight.T
+        if weights.down_bias is not None:
+            y = y + weights.down_bias[expert].to(dtype)
+        weighted = weighted.index_put((token, k), y * routing.weights[token, k, None].to(dtype))
+    result = weighted.sum(dim=1).to(x.dtype)
     return result if out is None else out.copy_(result)
 
 
 def fused_experts_torch(
-    hidden_states: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *,
-    activation: str = "silu",
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
-    batch_invariant: bool = False,
+    x: Tensor,
+    weights: ExpertsWeights,
+    routing: TopK,
+    spec: ExpertsSpec,
     out: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The same sum with matrix products in the model's dtype, over the active experts only.
 
@@ -91,41 +90,34 @@ def fused_experts_torch(
     With ``batch_invariant`` every pair is a product of its own, so that its shape, and with it the
     order of summation, never depends on the other rows. Slow; the compiled back-ends do better.
     """
-    (T, K), E, H = topk_ids.shape, w_down.shape[0], hidden_states.shape[1]
-    pair_ids = topk_ids.reshape(-1).to(torch.int64)
+    (T, K), E, H = routing.ids.shape, weights.down.shape[0], x.shape[1]
+    pair_ids = routing.ids.reshape(-1).to(torch.int64)
     valid = (pair_ids >= 0) & (pair_ids < E)
     order = torch.where(valid, pair_ids, E).argsort(stable=True)  # [N], dropped pairs last
     counts = torch.bincount(pair_ids[valid], minlength=E).tolist()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    gate_up = weights.gate_up, weights.gate_up_bias, spec.transposed
+    down = weights.down, weights.down_bias, spec.transposed
     pieces = []
     start = 0
     for expert, count in enumerate(counts):
         rows = order[start : start + count]
         start += count
         for part in rows.split(1 if batch_invariant else max(count, 1)):
-            projected = _linear(
-                hidden_states[part // max(K, 1)], w_gate_up, gate_up_bias, expert, transposed
-            )
-            active = apply_activation(
-                projected.float() if projected.dtype != torch.float64 else projected,
-                activation=activation,
-                gated=gated,
-                interleaved=interleaved,
-                limit=activation_limit,
-                alpha=activation_alpha,
-            ).to(hidden_states.dtype)
-            pieces.append(_linear(active, w_down, down_bias, expert, transposed))
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    weighted = torch.zeros(T * K, H, dtype=dtype, device=hidden_states.device)
+            projected = _linear(x[part // max(K, 1)], expert, *gate_up)
+            active = apply_activation(projected.to(dtype), spec).to(x.dtype)
+            pieces.append(_linear(active, expert, *down))
+    weighted = torch.zeros(T * K, H, dtype=dtype, device=x.device)
     if pieces:
         kept = order[:start]
-        pair_weights = topk_weights.reshape(-1)[kept].to(dtype)
+        pair_weights = routing.weights.reshape(-1)[kept].to(dtype)
         weighted = weighted.index_put((kept,), torch.cat(pieces).to(dtype) * pair_weights[:, None])
-    result = weighted.view(T, K, H).sum(dim=1).to(hidden_states.dtype)
+    result = weighted.view(T, K, H).sum(dim=1).to(x.dtype)
     return result if out is None else out.copy_(result)
 
 
 def _linear(
-    x: Tensor, weights: Tensor, biases: Tensor | None, expert: int, transposed: bool
+    x: Tensor, expert: int, weights: Tensor, biases: Tensor | None, transposed: bool
 ) -> Tensor:
     """``x @ W + b`` for one expert's slice of [E, out, in] (or [E, in, out]) weights."""
     weight = weights[expert].T if transposed else weights[expert]

@@ -5,25 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .spec import ExpertsSpec, ExpertsWeights, TopK
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int64, torch.int32)
 
 
 def check_arguments(
-    hidden_states: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    gated: bool,
-    interleaved: bool,
-    transposed: bool,
-    activation_limit: float | None,
-    activation_alpha: float | None,
-    out: Tensor | None,
+    x: Tensor, weights: ExpertsWeights, routing: TopK, spec: ExpertsSpec, out: Tensor | None
 ) -> None:
     """Raise when the arguments of :func:`moesd_kernels.fused_experts` do not fit together.
 
@@ -31,94 +20,80 @@ def check_arguments(
 
     Raises:
         TypeError: A dtype is not supported, or differs from that of ``hidden_states``.
-        ValueError: A rank, size or device does not match, or options exclude each other.
+        ValueError: A rank, size or device does not match.
     """
-    _check_dtypes(hidden_states, w_gate_up, w_down, topk_ids, topk_weights)
-    _check_shapes(hidden_states, w_gate_up, w_down, topk_ids, topk_weights, gated, transposed)
-    E, H, width = _expert_sizes(w_down, gated, transposed)
-    if gate_up_bias is not None:
-        _check_bias("gate_up_bias", gate_up_bias, (E, width), hidden_states)
-    if down_bias is not None:
-        _check_bias("down_bias", down_bias, (E, H), hidden_states)
-    if not gated and (interleaved or activation_limit is not None or activation_alpha is not None):
-        raise ValueError(
-            "interleaved, activation_limit and activation_alpha need gated=True, got gated=False, "
-            f"{interleaved=}, {activation_limit=}, {activation_alpha=}"
-        )
+    _check_dtypes(x, weights, routing)
+    _check_shapes(x, weights, routing, spec)
+    E, H, width = _expert_sizes(weights.down, spec)
+    if weights.gate_up_bias is not None:
+        _check_bias("gate_up_bias", weights.gate_up_bias, (E, width), x)
+    if weights.down_bias is not None:
+        _check_bias("down_bias", weights.down_bias, (E, H), x)
     if out is not None:
-        _check_out(out, hidden_states)
+        _check_out(out, x)
 
 
-def _expert_sizes(w_down: Tensor, gated: bool, transposed: bool) -> tuple[int, int, int]:
+def _expert_sizes(w_down: Tensor, spec: ExpertsSpec) -> tuple[int, int, int]:
     """E, H, and the width of the first projection: 2I when gated, I otherwise."""
     E, H, I = w_down.shape
-    if transposed:
+    if spec.transposed:
         H, I = I, H
-    return E, H, 2 * I if gated else I
+    return E, H, 2 * I if spec.gated else I
 
 
-def _check_dtypes(
-    hidden_states: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_ids: Tensor, topk_weights: Tensor
-) -> None:
-    dtype = hidden_states.dtype
+def _check_dtypes(x: Tensor, weights: ExpertsWeights, routing: TopK) -> None:
+    dtype = x.dtype
     if dtype not in FLOATS:
         raise TypeError(f"hidden_states must be bfloat16, float16 or float32, got {dtype}")
-    if w_gate_up.dtype != dtype or w_down.dtype != dtype:
+    if weights.gate_up.dtype != dtype or weights.down.dtype != dtype:
         raise TypeError(
             f"weights must have the dtype of hidden_states, {dtype}, "
-            f"got w_gate_up {w_gate_up.dtype} and w_down {w_down.dtype}"
+            f"got w_gate_up {weights.gate_up.dtype} and w_down {weights.down.dtype}"
         )
-    if topk_ids.dtype not in IDS:
-        raise TypeError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
-    if topk_weights.dtype not in FLOATS:
+    if routing.ids.dtype not in IDS:
+        raise TypeError(f"topk_ids must be int32 or int64, got {routing.ids.dtype}")
+    if routing.weights.dtype not in FLOATS:
         raise TypeError(
-            f"topk_weights must be float32, bfloat16 or float16, got {topk_weights.dtype}"
+            f"topk_weights must be float32, bfloat16 or float16, got {routing.weights.dtype}"
         )
-    device = hidden_states.device
     for name, tensor in (
-        ("w_gate_up", w_gate_up),
-        ("w_down", w_down),
-        ("topk_ids", topk_ids),
-        ("topk_weights", topk_weights),
+        ("w_gate_up", weights.gate_up),
+        ("w_down", weights.down),
+        ("topk_ids", routing.ids),
+        ("topk_weights", routing.weights),
     ):
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {device} like hidden_states, got {tensor.device}")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{name} must be on {x.device} like hidden_states, got {tensor.device}"
+            )
 
 
-def _check_shapes(
-    hidden_states: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gated: bool,
-    transposed: bool,
-) -> None:
-    if hidden_states.dim() != 2:
-        raise ValueError(f"hidden_states must be [T, H], got shape {tuple(hidden_states.shape)}")
-    if w_down.dim() != 3:
+def _check_shapes(x: Tensor, weights: ExpertsWeights, routing: TopK, spec: ExpertsSpec) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"hidden_states must be [T, H], got shape {tuple(x.shape)}")
+    down, gate_up = tuple(weights.down.shape), tuple(weights.gate_up.shape)
+    gated, transposed = spec.gated, spec.transposed
+    if len(down) != 3:
         layout = "[E, I, H]" if transposed else "[E, H, I]"
-        raise ValueError(f"w_down must be {layout}, got shape {tuple(w_down.shape)}")
-    T, hidden = hidden_states.shape
-    E, H, width = _expert_sizes(w_down, gated, transposed)
+        raise ValueError(f"w_down must be {layout}, got shape {down}")
+    T, hidden = x.shape
+    E, H, width = _expert_sizes(weights.down, spec)
     if hidden != H:
         raise ValueError(
-            f"w_down has H = {H} (shape {tuple(w_down.shape)}, {transposed=}), "
-            f"but hidden_states is {tuple(hidden_states.shape)}"
+            f"w_down has H = {H} (shape {down}, {transposed=}), "
+            f"but hidden_states is {tuple(x.shape)}"
         )
     expected = (E, H, width) if transposed else (E, width, H)
-    if tuple(w_gate_up.shape) != expected:
+    if gate_up != expected:
         raise ValueError(
-            f"w_gate_up must be {expected} for w_down {tuple(w_down.shape)} with {gated=}, "
-            f"{transposed=}, got {tuple(w_gate_up.shape)}"
+            f"w_gate_up must be {expected} for w_down {down} with {gated=}, {transposed=}, "
+            f"got {gate_up}"
         )
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != T:
-        raise ValueError(f"topk_ids must be [T, K] with T = {T}, got {tuple(topk_ids.shape)}")
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_weights must have the shape of topk_ids, {tuple(topk_ids.shape)}, "
-            f"got {tuple(topk_weights.shape)}"
-        )
+    ids, topk_weights = tuple(routing.ids.shape), tuple(routing.weights.shape)
+    if len(ids) != 2 or ids[0] != T:
+        raise ValueError(f"topk_ids must be [T, K] with T = {T}, got {ids}")
+    if topk_weights != ids:
+        raise ValueError(f"topk_weights must have the shape of topk_ids, {ids}, got {topk_weights}")
 
 
 def _check_bias(name: str, bias: Tensor, shape: tuple[int, int], like: Tensor) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .gates import recognise_gate
 from .routers import RouterRule, recognise_router, router_logits
 
 logger = logging.getLogger(__name__)
@@ -145,10 +146,8 @@ def _gated_mlp(module: nn.Module) -> str | None:
         or type(parts["act_fn"]) not in _activations()
     ):
         return None
-    kind = type(parts["act_fn"]).__name__
-    tanh = kind == "GELUTanh" or getattr(parts["act_fn"], "approximate", "none") == "tanh"
-    activation = "silu" if kind.startswith("SiLU") else "gelu_tanh" if tanh else "gelu"
-    return activation if _mlp_agrees(module, activation) else None
+    gate = recognise_gate(module, gated=False)
+    return gate.activation if gate and _mlp_agrees(module, gate.activation) else None
 
 
 def _mlp_agrees(module: nn.Module, activation: str) -> bool:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from moesd_kernels.experts.api import fused_experts, needs_grad
-from moesd_kernels.experts.backends import CallTraits, choose_backend
+from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsSpec
 
 from .gates import recognise_gate
 
@@ -33,20 +32,19 @@ _DEVICES = ("cpu", "cuda")
 
 
 class ModuleSpec(NamedTuple):
-    """What one experts module computes, in the terms of ``fused_experts``.
+    """What one experts module computes.
 
-    ``refusal`` says why it cannot be run by us at all. Plain values only: ``torch.compile`` folds
-    one into the graph.
+    ``torch.compile`` folds it into the graph, so it holds no tensors.
+
+    Attributes:
+        refusal: Why it cannot be run by us at all, or None.
+        spec: The options of ``fused_experts``.
+        has_bias: Whether both projections have one.
     """
 
     refusal: str | None
-    activation: str = "silu"
-    gated: bool = True
-    interleaved: bool = False
-    transposed: bool = False
+    spec: ExpertsSpec = DEFAULT_SPEC
     has_bias: bool = False
-    limit: float | None = None
-    alpha: float | None = None
 
 
 class Settings(NamedTuple):
@@ -137,19 +135,11 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
         return ModuleSpec("experts have a norm after the down projection")
     gated = getattr(experts, "has_gate", True)
     interleaved = not getattr(experts, "is_concatenated", True)
-    gate = recognise_gate(experts, gated, interleaved)
-    if gate is None:
+    spec = recognise_gate(experts, gated, interleaved)
+    if spec is None:
         return ModuleSpec(f"the gate of {type(experts).__name__} is not one of the fused ones")
-    return ModuleSpec(
-        None,
-        gate.activation,
-        gated,
-        interleaved,
-        getattr(experts, "is_transposed", False),
-        getattr(experts, "has_bias", False),
-        gate.limit,
-        gate.alpha,
-    )
+    spec = replace(spec, transposed=getattr(experts, "is_transposed", False))
+    return ModuleSpec(None, spec, getattr(experts, "has_bias", False))
 
 
 def spec_of(experts: nn.Module) -> ModuleSpec:
@@ -186,50 +176,29 @@ def experts_forward(
     Returns:
         [T, H] in the dtype of `hidden_states`.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        found, settings = _decisions_at(id(self))
+    if torch.compiler.is_compiling():
+        (refusal, spec, has_bias), settings = _decisions_at(id(self))
     else:
-        found, settings = spec_of(self), settings_of(self)
-    w_gate_up = self.gate_up_proj if found.gated else self.up_proj
+        (refusal, spec, has_bias), settings = spec_of(self), settings_of(self)
+    w_gate_up = self.gate_up_proj if spec.gated else self.up_proj
     w_down = self.down_proj
-    reason = found.refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
+    reason = refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
     if reason is not None:
         return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)
     gate_up_bias = down_bias = None
-    if found.has_bias:
-        gate_up_bias = self.gate_up_proj_bias if found.gated else self.up_proj_bias
+    if has_bias:
+        gate_up_bias = self.gate_up_proj_bias if spec.gated else self.up_proj_bias
         down_bias = self.down_proj_bias
-    function: Callable[..., Tensor] = partial(fused_experts, backend=settings.backend)
-    if not compiling:
-        # Straight to the back-end: transformers' shapes are right by construction.
-        traits = CallTraits(
-            hidden_states.device.type,
-            hidden_states.dtype,
-            False,
-            w_gate_up.is_contiguous() and w_down.is_contiguous(),
-            settings.batch_invariant,
-        )
-        function = choose_backend(settings.backend, traits)
-        direct = getattr(function, "direct", None)
-        if direct is not None:
-            result = direct(
-                *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
-                *(gate_up_bias, down_bias, found.activation, found.gated, found.interleaved),
-                *(found.transposed, found.limit, found.alpha),
-            )
-            if result is not None:
-                return result
-    return function(
-        *(hidden_states, w_gate_up, w_down, top_k_index, top_k_weights),
-        activation=found.activation,
+    return fused_experts(
+        hidden_states,
+        w_gate_up,
+        w_down,
+        top_k_index,
+        top_k_weights,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        gated=found.gated,
-        interleaved=found.interleaved,
-        transposed=found.transposed,
-        activation_limit=found.limit,
-        activation_alpha=found.alpha,
+        spec=spec,
+        backend=settings.backend,
         batch_invariant=settings.batch_invariant,
     )
 

@@ -8,32 +8,32 @@ gives the module's own numbers on a probe that reaches into every clamp.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesd_kernels.experts.activations import FUNCTIONS, apply_activation
+from moesd_kernels.experts.activations import FUNCTIONS
+from moesd_kernels.experts.reference import apply_activation
+from moesd_kernels.experts.spec import ExpertsSpec
 
 _LIMIT_NAMES = ("limit", "swiglu_limit")
 _ALPHA_NAMES = ("alpha", "swiglu_alpha")
 
 
-class Gate(NamedTuple):
-    """A gate in the terms of ``fused_experts``."""
-
-    activation: str
-    limit: float | None
-    alpha: float | None
-
-
-def recognise_gate(experts: torch.nn.Module, gated: bool, interleaved: bool) -> Gate | None:
-    """The gate of a transformers experts module, or None when it is none of ours.
+def recognise_gate(
+    experts: torch.nn.Module, gated: bool, interleaved: bool = False
+) -> ExpertsSpec | None:
+    """What a transformers module computes of its projection, or None when it is none of ours.
 
     Args:
         experts: Has ``_apply_gate(gate_up)`` when gated, otherwise ``act_fn``.
         gated: Whether there is an up projection.
         interleaved: Whether gate and up columns alternate.
+
+    Returns:
+        A spec with all but the layout of the weights.
     """
     probe = _probe(experts)
     function: Callable[[Tensor], Tensor] | None = (
@@ -46,19 +46,12 @@ def recognise_gate(experts: torch.nn.Module, gated: bool, interleaved: bool) -> 
             expected = function(probe)
     except (RuntimeError, TypeError, AttributeError, ValueError):
         return None  # it needs more than the projection: none of ours
-    for gate in _candidates(experts, gated):
-        actual = apply_activation(
-            probe,
-            activation=gate.activation,
-            gated=gated,
-            interleaved=interleaved,
-            limit=gate.limit,
-            alpha=gate.alpha,
-        )
+    for spec in _candidates(experts, gated, interleaved):
+        actual = apply_activation(probe, spec)
         if actual.shape == expected.shape and torch.allclose(
             actual, expected.to(actual.dtype), rtol=1e-5, atol=1e-6
         ):
-            return gate
+            return spec
     return None
 
 
@@ -70,15 +63,15 @@ def _probe(experts: torch.nn.Module) -> Tensor:
     return (30 * wide**3).to("cpu" if device.type == "meta" else device)
 
 
-def _candidates(experts: torch.nn.Module, gated: bool) -> list[Gate]:
-    limits: list[float | None] = [None]
-    alphas: list[float | None] = [None]
-    if gated:
-        limits += _numbers(experts, _LIMIT_NAMES)
-        alphas += _numbers(experts, _ALPHA_NAMES)
-    gates = [Gate(name, limit, None) for limit in limits for name in FUNCTIONS]
-    gates += [Gate("silu", limit, alpha) for limit in limits for alpha in alphas if alpha]
-    return gates
+def _candidates(experts: torch.nn.Module, gated: bool, interleaved: bool) -> list[ExpertsSpec]:
+    if not gated:
+        return [ExpertsSpec(name, gated=False) for name in FUNCTIONS]
+    limits = [None, *_numbers(experts, _LIMIT_NAMES)]
+    plain = ExpertsSpec(interleaved=interleaved)
+    clamped = [replace(plain, activation_limit=limit) for limit in limits]
+    specs = [replace(spec, activation=name) for spec in clamped for name in FUNCTIONS]
+    alphas = [alpha for alpha in _numbers(experts, _ALPHA_NAMES) if alpha]
+    return specs + [replace(spec, activation_alpha=alpha) for spec in clamped for alpha in alphas]
 
 
 def _numbers(experts: torch.nn.Module, names: tuple[str, ...]) -> list[float]:

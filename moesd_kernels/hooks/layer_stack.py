@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesd_kernels.experts.spec import ExpertsSpec
+
 from .dense import fused_router_of, gated_activation_of, runs_linear
 from .experts import ModuleSpec, settings_of, spec_of
 
@@ -46,7 +48,7 @@ def _set_moe(stack: Any, block: Any) -> bool:
     experts = block.experts
     stack.set_moe(
         *(block.gate.weight, rule.top_k, rule.renormalize, rule.cast),
-        *(experts.gate_up_proj, experts.down_proj, spec_of(experts).activation),
+        *(experts.gate_up_proj, experts.down_proj, spec_of(experts).spec.activation),
     )
     return True
 
@@ -56,6 +58,6 @@ def _plain_experts(experts: nn.Module, dtype: torch.dtype) -> bool:
     weights = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights):
         return False
-    found = spec_of(experts)
-    plain = found._replace(activation=ModuleSpec(None).activation) == ModuleSpec(None)
+    computes = spec_of(experts)
+    plain = computes == ModuleSpec(None, ExpertsSpec(computes.spec.activation))
     return plain and settings_of(experts).backend in ("auto", "cpu")

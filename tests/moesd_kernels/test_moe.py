@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from support.models import FAMILIES, tiny_model
 from support.oracle import assert_as_accurate
 
-from moesd_kernels import MoE, MoEConfig, RouterRule
+from moesd_kernels import ExpertsSpec, MoE, MoEConfig, RouterRule
 
 
 def block_of(family):
@@ -121,6 +121,9 @@ def test_correction_changes_the_choice_and_not_the_weight():
     assert routed.weights.item() == pytest.approx(0.5)
 
 
+NO_GATE = ExpertsSpec(gated=False)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -129,7 +132,7 @@ def test_correction_changes_the_choice_and_not_the_weight():
         (lambda: RouterRule("softmax", 1, precision="half"), "got 'half'"),
         (lambda: MoEConfig(2, 8, 4, RouterRule("softmax", 3)), r"in \[1, 2\], got 3"),
         (lambda: MoEConfig(2, 8, 4, RouterRule("softmax", 1), shared_gate=True), "got 0"),
-        (lambda: MoEConfig(2, 8, 4, RouterRule("softmax", 1), activation="mish"), "got 'mish'"),
+        (lambda: MoEConfig(2, 8, 4, RouterRule("softmax", 1), NO_GATE), "be gated, got .*False"),
         (lambda: MoE.from_transformers(torch.nn.Linear(2, 2)), "got Linear"),
     ],
 )

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moesd_kernels.experts.activations import apply_activation, canonical_activation
-from moesd_kernels.experts.reference import fused_experts_reference
+from moesd_kernels.experts.reference import apply_activation, fused_experts_reference
+from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
 
 
 def assert_as_accurate(
@@ -64,6 +64,14 @@ class Case(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     options: dict[str, Any]
 
+    def as_run(self) -> tuple[Tensor, ExpertsWeights, TopK, ExpertsSpec]:
+        """The call as a back-end is given it."""
+        x, w_gate_up, w_down, ids, topk_weights = self.tensors
+        options = dict(self.options)
+        biases = options.pop("gate_up_bias", None), options.pop("down_bias", None)
+        weights = ExpertsWeights(w_gate_up, w_down, *biases)
+        return x, weights, TopK(ids, topk_weights), ExpertsSpec(**options)
+
 
 def make_case(
     tokens: int,
@@ -98,38 +106,27 @@ def make_case(
 
 def exact_experts(case: Case) -> Tensor:
     """The reference in fp64."""
-    x, w_gate_up, w_down, ids, weights = case.tensors
-    options = {k: v.double() if isinstance(v, Tensor) else v for k, v in case.options.items()}
-    options["activation"] = canonical_activation(options.get("activation", "silu"))
-    return fused_experts_reference(
-        x.double(), w_gate_up.double(), w_down.double(), ids, weights.double(), **options
-    )
+    x, weights, routing, spec = case.as_run()
+    wide = ExpertsWeights(*(t if t is None else t.double() for t in weights))
+    routing = routing._replace(weights=routing.weights.double())
+    return fused_experts_reference(x.double(), wide, routing, spec)
 
 
 def eager_experts(case: Case) -> Tensor:
     """What an eager transformers model computes: every step rounded to the model's dtype."""
-    x, w_gate_up, w_down, ids, weights = case.tensors
-    o = case.options
+    x, weights, routing, spec = case.as_run()
     out = torch.zeros_like(x)
-    for expert in range(w_down.shape[0]):
-        token, choice = torch.where(ids == expert)
-        up, down = w_gate_up[expert], w_down[expert]
-        up, down = (up, down) if o.get("transposed") else (up.T, down.T)
+    for expert in range(weights.down.shape[0]):
+        token, k = torch.where(routing.ids == expert)
+        up, down = weights.gate_up[expert], weights.down[expert]
+        up, down = (up, down) if spec.transposed else (up.T, down.T)
         y = x[token] @ up
-        if "gate_up_bias" in o:
-            y = y + o["gate_up_bias"][expert]
-        y = apply_activation(
-            y,
-            activation=canonical_activation(o.get("activation", "silu")),
-            gated=o.get("gated", True),
-            interleaved=o.get("interleaved", False),
-            limit=o.get("activation_limit"),
-            alpha=o.get("activation_alpha"),
-        )
-        y = y @ down
-        if "down_bias" in o:
-            y = y + o["down_bias"][expert]
-        out.index_add_(0, token, (y * weights[token, choice, None]).to(x.dtype))
+        if weights.gate_up_bias is not None:
+            y = y + weights.gate_up_bias[expert]
+        y = apply_activation(y, spec) @ down
+        if weights.down_bias is not None:
+            y = y + weights.down_bias[expert]
+        out.index_add_(0, token, (y * routing.weights[token, k, None]).to(x.dtype))
     return out
 
 

@@ -5,31 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import ACTIVATIONS
+from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
+
 from .layer import MAX_PAIRS, Layer
 from .types import LayerTiles
 
 
 def fused_experts_triton(
-    hidden_states: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *,
-    activation: str = "silu",
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
-    batch_invariant: bool = False,
+    x: Tensor,
+    weights: ExpertsWeights,
+    routing: TopK,
+    spec: ExpertsSpec,
     out: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
     config: LayerTiles | None = None,
 ) -> Tensor:
-    """``out[t] = sum_k topk_weights[t, k] * expert[topk_ids[t, k]](hidden_states[t])``.
+    """``out[t] = sum_k routing.weights[t, k] * expert[routing.ids[t, k]](x[t])``.
 
     Arguments are those of :func:`moesd_kernels.fused_experts`, already checked. Weights are read
     where they lie; workspaces have static sizes, so a call can be captured in a CUDA graph.
@@ -38,44 +30,25 @@ def fused_experts_triton(
         config: Replaces the selected configuration (tuning and tests).
 
     Returns:
-        ``out``, or a new [T, H] tensor in ``hidden_states.dtype``.
+        ``out``, or a new [T, H] tensor in ``x.dtype``.
     """
-    if activation not in ACTIVATIONS:
-        raise NotImplementedError(
-            f"activation must be in {sorted(ACTIVATIONS)}, got {activation!r}"
-        )
-    if not gated and (activation_limit is not None or activation_alpha is not None):
-        raise NotImplementedError("activation_limit and activation_alpha need gated=True")
     if out is None:
-        out = torch.empty(
-            hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device
-        )
-    T, TOPK = topk_ids.shape
-    if T == 0 or hidden_states.shape[1] == 0:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    T, TOPK = routing.ids.shape
+    if T == 0 or x.shape[1] == 0:
         return out
     if TOPK == 0:
         return out.zero_()
-    layer = Layer(
-        w_gate_up,
-        w_down,
-        gate_up_bias,
-        down_bias,
-        ACTIVATIONS[activation],
-        gated,
-        interleaved,
-        transposed,
-        activation_limit,
-        activation_alpha,
-    )
-    if hidden_states.stride(1) != 1:
-        hidden_states = hidden_states.contiguous()
-    target = out if out.stride(1) == 1 else torch.empty_like(hidden_states)
+    layer = Layer(weights, spec)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    target = out if out.stride(1) == 1 else torch.empty_like(x)
     step = max(1, MAX_PAIRS // TOPK)
-    with _device_guard(hidden_states.device):
+    with _device_guard(x.device):
         for t in range(0, T, step):
             rows = slice(t, t + step)
-            ids, weights = topk_ids[rows].contiguous(), topk_weights[rows].contiguous()
-            layer.run(hidden_states[rows], ids, weights, target[rows], batch_invariant, config)
+            ids, pair_weights = routing.ids[rows].contiguous(), routing.weights[rows].contiguous()
+            layer.run(x[rows], ids, pair_weights, target[rows], batch_invariant, config)
     return out if target is out else out.copy_(target)
 
 

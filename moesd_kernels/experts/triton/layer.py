@@ -6,8 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
+from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights
+
 from .combine_kernel import _combine_kernel
-from .common import HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTING_SINGLE
+from .common import ACTIVATIONS, HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTING_SINGLE
 from .config import select_config
 from .device import device_of
 from .down_kernel import _down_kernel
@@ -23,29 +25,20 @@ MAX_PAIRS = 16384
 class Layer:
     """One call's weights and the flags the kernels are specialised on."""
 
-    def __init__(
-        self,
-        w_gate_up: Tensor,
-        w_down: Tensor,
-        gate_up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        activation: int,
-        gated: bool,
-        interleaved: bool,
-        transposed: bool,
-        limit: float | None,
-        alpha: float | None,
-    ) -> None:
-        self.w_gate_up = w_gate_up.transpose(1, 2) if transposed else w_gate_up  # [E, 2I or I, H]
-        self.w_down = w_down.transpose(1, 2) if transposed else w_down  # [E, H, I]
+    def __init__(self, weights: ExpertsWeights, spec: ExpertsSpec) -> None:
+        w_gate_up, w_down, gate_up_bias, down_bias = weights
+        if spec.transposed:
+            w_gate_up, w_down = w_gate_up.transpose(1, 2), w_down.transpose(1, 2)
+        self.w_gate_up, self.w_down = w_gate_up, w_down  # [E, 2I or I, H], [E, H, I]
         self.gate_up_bias = None if gate_up_bias is None else gate_up_bias.contiguous()
         self.down_bias = None if down_bias is None else down_bias.contiguous()
-        self.E, self.H, self.I = self.w_down.shape
-        self.gated = gated
+        self.E, self.H, self.I = w_down.shape
+        self.gated = spec.gated
+        limit, alpha = spec.activation_limit, spec.activation_alpha
         self.flags = {
-            "ACTIVATION": activation,
-            "GATED": gated,
-            "INTERLEAVED": interleaved and gated,
+            "ACTIVATION": ACTIVATIONS[spec.activation],
+            "GATED": spec.gated,
+            "INTERLEAVED": spec.interleaved,
             "HAS_LIMIT": limit is not None,
             "HAS_ALPHA": alpha is not None,
         }

@@ -208,9 +208,9 @@ def test_auto_logs_its_choice_once(caplog):
 
 @pytest.mark.usefixtures("nothing_chosen")
 def test_auto_falls_back_and_says_why(caplog, monkeypatch):
-    from moesd_kernels.dense import ops
+    from moesd_kernels.experts import cpu
 
-    monkeypatch.setattr(ops, "unavailable", lambda: "no C++ compiler found")
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "no C++ compiler found")
     case = make_case(4, 2, 3, 32, 16)
     with caplog.at_level(logging.WARNING, "moesd_kernels.experts.backends"):
         check_experts(fused_experts(*case.tensors), case)

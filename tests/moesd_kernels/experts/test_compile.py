@@ -7,7 +7,7 @@ import torch
 from support.models import tiny_model
 from support.oracle import make_case
 
-from moesd_kernels import accelerate, fused_experts
+from moesd_kernels import ExpertsSpec, MoE, MoEConfig, RouterRule, accelerate, fused_experts
 
 
 @torch.no_grad()
@@ -46,6 +46,36 @@ def test_block_compiles_without_graph_breaks():
         assert torch.equal(compiled(x), block(x))
 
 
+@pytest.mark.parametrize("form", ["options", "spec"])
+@torch.no_grad()
+def test_options_compile(form):
+    """A spec is made outside the graph; options are handed to the op, which makes one of them."""
+    options = {"interleaved": True, "activation": "gelu_new", "activation_limit": 0.5}
+    given = options if form == "options" else {"spec": ExpertsSpec(**options)}
+
+    def layer(*tensors):
+        return fused_experts(*tensors, **given)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for T in (5, 9):
+        case = make_case(T, 2, 4, 32, 16, interleaved=True)
+        assert torch.equal(compiled(*case.tensors), layer(*case.tensors))
+
+
+@torch.no_grad()
+def test_compiled_with_an_unknown_option_says_so():
+    compiled = torch.compile(fused_experts, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="activation_function"):
+        compiled(*make_case(3, 2, 4, 32, 16).tensors, activation_function="gelu")
+
+
+@torch.no_grad()
+def test_module_compiles():
+    moe = MoE(MoEConfig(4, 32, 16, RouterRule("softmax", 2), ExpertsSpec("gelu")))
+    compiled, x = torch.compile(moe, fullgraph=True, backend="eager"), torch.randn(3, 32)
+    assert torch.equal(compiled(x), moe(x))
+
+
 def test_compiled_with_gradients_says_so():
     case = make_case(3, 2, 4, 32, 16)
     case.tensors[0].requires_grad_()
@@ -57,7 +87,7 @@ def test_compiled_with_gradients_says_so():
 def test_op_contract():
     """Schema, fake implementation and tracing agree with the real op."""
     x, w_gate_up, w_down, ids, weights = make_case(3, 2, 4, 32, 16).tensors
-    flags = ("silu", True, False, False, None, None, "auto", False)
+    flags = ("silu", True, False, False, None, None, "plain", "auto", False)
     torch.library.opcheck(
         torch.ops.moesd.fused_experts,
         (x, w_gate_up, w_down, ids, weights, None, None, *flags),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.cpu_oracle import assert_twice_as_good
 
-from moesd_kernels.dense import ops
+from moesd_kernels import library
+from moesd_kernels.experts.cpu import fused_experts_cpu
+from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
 
-pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
+pytestmark = pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -38,6 +42,15 @@ def make(T, E, K, H, I, dtype, *, gated=True, transposed=False, bias=False, seed
     logits = torch.randn(T, E, generator=g)
     weights, ids = logits.softmax(-1).topk(K, dim=-1)
     return data | {"topk_ids": ids, "topk_weights": weights}
+
+
+def experts(
+    hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias=None, down_bias=None,
+    out=None, **options
+):  # fmt: skip
+    weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias)
+    spec = ExpertsSpec(**options)
+    return fused_experts_cpu(hidden, weights, TopK(topk_ids, topk_weights), spec, out)
 
 
 def eager(data, dtype, *, activation="silu", gated=True, interleaved=False, transposed=False,
@@ -72,7 +85,7 @@ def eager(data, dtype, *, activation="silu", gated=True, interleaved=False, tran
 
 def check(data, dtype, **options):
     out = torch.full_like(data["hidden"], float("nan"))
-    result = ops.experts(**data, **options, out=out)
+    result = experts(**data, **options, out=out)
     assert result is out
     exact = eager(data, torch.float64, **options)
     assert_twice_as_good("experts", out, eager(data, dtype, **options), exact)
@@ -130,33 +143,33 @@ def test_ids_out_of_range_duplicates_and_int32():
         [[-1, 0, 4], [1, 1, 2], [4, 4, -1], [3, 3, 3], [0, 1, 2], [2**31 - 1, -5, 0]]
     )
     check(data, torch.bfloat16)
-    expected = ops.experts(**data)
+    expected = experts(**data)
     assert bool((expected[2] == 0).all())
     data["topk_ids"] = data["topk_ids"].int()
-    assert torch.equal(ops.experts(**data), expected)
+    assert torch.equal(experts(**data), expected)
 
 
 def test_unused_experts_are_not_read():
     data = make(4, 6, 2, 64, 48, torch.bfloat16)
     data["topk_ids"] = data["topk_ids"] % 3
-    expected = ops.experts(**data)
+    expected = experts(**data)
     data["w_gate_up"][3:] = float("nan")
     data["w_down"][3:] = float("nan")
-    assert torch.equal(ops.experts(**data), expected)
+    assert torch.equal(experts(**data), expected)
 
 
 def test_non_contiguous_inputs_and_weight_dtypes():
     data = make(6, 4, 2, 64, 48, torch.bfloat16)
-    expected = ops.experts(**data)
+    expected = experts(**data)
     strided = data | {
         "hidden": data["hidden"].repeat(1, 2)[:, :64],
         "topk_ids": data["topk_ids"].T.contiguous().T,
     }
-    assert torch.equal(ops.experts(**strided), expected)
+    assert torch.equal(experts(**strided), expected)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         rounded = data["topk_weights"].to(dtype)
-        expected = ops.experts(**data | {"topk_weights": rounded.float()})
-        assert torch.equal(ops.experts(**data | {"topk_weights": rounded}), expected)
+        expected = experts(**data | {"topk_weights": rounded.float()})
+        assert torch.equal(experts(**data | {"topk_weights": rounded}), expected)
 
 
 @pytest.fixture
@@ -173,35 +186,35 @@ def test_rows_do_not_depend_on_the_batch(shape, dtype, threads):
     data = make(64, E, K, H, I, dtype)
     rows = ("hidden", "topk_ids", "topk_weights")
     threads(1)
-    whole = ops.experts(**data)
+    whole = experts(**data)
     for count in (1, 2):
         threads(count)
         for T in range(1, 65):
             part = data | {name: data[name][64 - T :] for name in rows}
-            assert torch.equal(ops.experts(**part), whole[64 - T :]), (T, count)
+            assert torch.equal(experts(**part), whole[64 - T :]), (T, count)
         for seed in range(4):
             order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
             mixed = data | {name: data[name][order] for name in rows}
-            assert torch.equal(ops.experts(**mixed), whole[order])
+            assert torch.equal(experts(**mixed), whole[order])
         alone = data | {
             "topk_ids": torch.where(torch.arange(64)[:, None] == 7, data["topk_ids"], 0)
         }
-        assert torch.equal(ops.experts(**alone)[7], whole[7])
+        assert torch.equal(experts(**alone)[7], whole[7])
 
 
 def test_transposed_rows_do_not_depend_on_the_batch():
     data = make(20, 4, 2, 64, 40, torch.bfloat16, transposed=True)
-    whole = ops.experts(**data, transposed=True)
+    whole = experts(**data, transposed=True)
     for t in range(20):
         row = {n: data[n][t : t + 1] for n in ("hidden", "topk_ids", "topk_weights")}
-        assert torch.equal(ops.experts(**data | row, transposed=True)[0], whole[t])
+        assert torch.equal(experts(**data | row, transposed=True)[0], whole[t])
 
 
 def test_nan_stays_in_its_row():
     data = make(6, 4, 2, 64, 48, torch.bfloat16)
-    clean = ops.experts(**data)
+    clean = experts(**data)
     data["hidden"][2, 5] = float("nan")
-    out = ops.experts(**data)
+    out = experts(**data)
     assert bool(out[2].isnan().all())
     keep = torch.arange(6) != 2
     assert torch.equal(out[keep], clean[keep])
@@ -218,7 +231,7 @@ def test_a_profiler_sees_the_phases(threads):
     for count in (1, 2):
         threads(count)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            ops.experts(**data)
+            experts(**data)
         names = [e.name for e in profiler.events() if e.name.startswith("moesd::")]
         phases = ["moesd::plan", "moesd::gate_up", "moesd::down_combine"]
         assert sorted(names) == sorted(["moesd::experts", *phases])
@@ -247,5 +260,7 @@ def test_schema_and_fake():
 )
 def test_errors(change, error, message):
     data = make(3, 4, 2, 32, 32, torch.float32)
+    plain = dict.fromkeys(("gate_up_bias", "down_bias")) | asdict(ExpertsSpec())
+    del plain["op_options"], plain["weight_format"]
     with pytest.raises(error, match=message):
-        ops.experts(**data | change)
+        torch.ops.moesd.experts(**plain | data | change, out=torch.empty(3, 32))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moesd_kernels.experts import cuda
+from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsSpec, ExpertsWeights, TopK
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -120,20 +121,25 @@ def test_unavailable_without_a_gpu():
     [
         ({"activation": "gelu"}, r"got other \['activation'\]"),
         ({"gated": False, "transposed": True}, r"got other \['gated', 'transposed'\]"),
+        ({"down_bias": torch.zeros(3, 64)}, r"got other \['down_bias'\]"),
         ({"batch_invariant": True}, "has not been shown on a GPU"),
     ],
 )
 def test_refuses_what_it_does_not_have(change, message):
     x, ids = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.int64)
-    w_gate_up, w_down = x.new_zeros(3, 128, 64), x.new_zeros(3, 64, 64)
+    weights = ExpertsWeights(x.new_zeros(3, 128, 64), x.new_zeros(3, 64, 64))
+    invariant = change.pop("batch_invariant", False)
+    bias = change.pop("down_bias", None)
+    arguments = x, weights._replace(down_bias=bias), TopK(ids, ids.float()), ExpertsSpec(**change)
     with pytest.raises(NotImplementedError, match=message):
-        cuda.fused_experts_cuda(x, w_gate_up, w_down, ids, ids.float(), **change)
+        cuda.fused_experts_cuda(*arguments, batch_invariant=invariant)
 
 
 def test_refuses_shapes_and_dtypes():
     ids = torch.zeros(2, 1, dtype=torch.int64)
     x = torch.zeros(2, 65, dtype=torch.bfloat16)
+    weights, routing = ExpertsWeights(x, x.new_zeros(3, 65, 64)), TopK(ids, ids.float())
     with pytest.raises(NotImplementedError, match="multiples of 64, got 65 and 64"):
-        cuda.fused_experts_cuda(x, x, x.new_zeros(3, 65, 64), ids, ids.float())
+        cuda.fused_experts_cuda(x, weights, routing, DEFAULT_SPEC)
     with pytest.raises(NotImplementedError, match=r"must be torch.bfloat16, got torch.float32"):
-        cuda.fused_experts_cuda(x.float(), x, x.new_zeros(3, 65, 64), ids, ids.float())
+        cuda.fused_experts_cuda(x.float(), weights, routing, DEFAULT_SPEC)

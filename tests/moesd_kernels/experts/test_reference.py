@@ -9,6 +9,7 @@ from support.oracle import make_case
 
 from moesd_kernels.experts.activations import canonical_activation
 from moesd_kernels.experts.reference import fused_experts_reference, fused_experts_torch
+from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsWeights, TopK
 
 
 def test_reference_is_the_formula():
@@ -19,7 +20,8 @@ def test_reference_is_the_formula():
             e = ids[t, k]
             gate, up = w_gate_up[e, :6] @ x[t], w_gate_up[e, 6:] @ x[t]
             expected[t] += weights[t, k] * (w_down[e] @ (F.silu(gate) * up))
-    actual = fused_experts_reference(x, w_gate_up, w_down, ids, weights.double())
+    routing = TopK(ids, weights.double())
+    actual = fused_experts_reference(x, ExpertsWeights(w_gate_up, w_down), routing, DEFAULT_SPEC)
     torch.testing.assert_close(actual, expected)
 
 
@@ -42,15 +44,16 @@ def test_gpt_oss_gate_is_the_formula():
         up = projected[1::2].clamp(-0.5, 0.5)
         active = (up + 1) * gate * torch.sigmoid(1.7 * gate)
         expected[t] = weights[t, 0] * (active @ w_down[e] + case.options["down_bias"][e])
-    actual = fused_experts_reference(*case.tensors, **case.options)
+    actual = fused_experts_reference(*case.as_run())
     torch.testing.assert_close(actual, expected)
 
 
 def test_low_precision_is_computed_in_fp32():
     case = make_case(6, 2, 4, 32, 16, torch.bfloat16)
-    x, w_gate_up, w_down, ids, weights = case.tensors
-    single = fused_experts_reference(x.float(), w_gate_up.float(), w_down.float(), ids, weights)
-    assert torch.equal(fused_experts_reference(*case.tensors), single.bfloat16())
+    x, weights, routing, spec = case.as_run()
+    wide = ExpertsWeights(weights.gate_up.float(), weights.down.float())
+    single = fused_experts_reference(x.float(), wide, routing, spec)
+    assert torch.equal(fused_experts_reference(*case.as_run()), single.bfloat16())
 
 
 @pytest.mark.parametrize("function", [fused_experts_reference, fused_experts_torch])
@@ -59,7 +62,7 @@ def test_gradients(function):
     inputs = [t.double().requires_grad_() for t in (x, w_gate_up, w_down, weights)]
 
     def layer(x, w_gate_up, w_down, weights):
-        return function(x, w_gate_up, w_down, ids, weights)
+        return function(x, ExpertsWeights(w_gate_up, w_down), TopK(ids, weights), DEFAULT_SPEC)
 
     assert torch.autograd.gradcheck(layer, inputs)
 

@@ -14,6 +14,7 @@ from support.oracle import assert_as_accurate
 from torch import nn
 
 from moesd_kernels import accelerate, decelerate, register
+from moesd_kernels.experts import api
 from moesd_kernels.hooks import experts as hook
 
 PROMPT = torch.arange(22).view(2, 11) % 50
@@ -64,9 +65,9 @@ def test_every_family_takes_the_fast_path(family, caplog):
     register()
     model = tiny_model(family)
     hook._said.clear()
-    with mock.patch.object(hook, "choose_backend", wraps=hook.choose_backend) as choose:
+    with mock.patch.object(hook, "fused_experts", wraps=hook.fused_experts) as layer:
         logits(model, "moesd")
-    assert choose.call_count == len(routers(model))
+    assert layer.call_count == len(routers(model))
     assert "grouped_mm" not in caplog.text
 
 
@@ -213,7 +214,7 @@ def test_fp8_experts_get_a_clear_error():
 
 def test_settings_reach_the_backend():
     model = accelerate(tiny_model("qwen3_moe"), dense=False, backend="torch", batch_invariant=True)
-    spy = mock.patch.object(hook, "choose_backend", wraps=hook.choose_backend)
+    spy = mock.patch.object(api, "choose_backend", wraps=api.choose_backend)
     with spy as choose, torch.no_grad():
         model(PROMPT)
     assert {call.args[0] for call in choose.call_args_list} == {"torch"}

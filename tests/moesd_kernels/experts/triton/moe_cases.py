@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -27,9 +29,12 @@ class Case:
     weights: Tensor
     flags: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, fn, **extra) -> Tensor:
-        tensors = self.x, self.w_gate_up, self.w_down, self.ids, self.weights
-        return fn(*tensors, **self.flags, **extra)
+    def run(self, backend, **extra) -> Tensor:
+        """Call a back-end."""
+        flags = dict(self.flags)
+        biases = flags.pop("gate_up_bias", None), flags.pop("down_bias", None)
+        weights = ExpertsWeights(self.w_gate_up, self.w_down, *biases)
+        return backend(self.x, weights, TopK(self.ids, self.weights), ExpertsSpec(**flags), **extra)
 
     def rows(self, index) -> "Case":
         """The same layer on some of the tokens."""

@@ -1,0 +1,95 @@
+"""What a call of the expert layer consists of: its options, its weights, its routing.
+
+The options are written in full here and in the schemas of ``csrc/register.cpp``, nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .activations import canonical_activation
+
+# How weights are stored: name -> what that means. A quantised format is added here.
+WEIGHT_FORMATS = {"plain": "one number per weight, in the dtype of the hidden states"}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """What the expert layer computes, apart from its tensors; hashable, and checked once.
+
+    Attributes:
+        activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2"; an alias becomes one of these.
+        gated: Whether the first projection holds a gate.
+        interleaved: Gate and up rows alternate (gpt-oss) instead of lying in two halves.
+        transposed: Weights are [E, H, 2I] and [E, I, H] instead of [E, 2I, H] and [E, H, I].
+        activation_limit: Clamp before the activation: gate from above, up on both sides.
+        activation_alpha: Use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
+        weight_format: A key of ``WEIGHT_FORMATS``.
+        op_options: All of them but `weight_format`, in the order of the C++ schemas; derived.
+
+    Raises:
+        ValueError: Unknown activation or format, or options that exclude each other.
+    """
+
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    transposed: bool = False
+    activation_limit: float | None = None
+    activation_alpha: float | None = None
+    weight_format: str = "plain"
+    # Kept because a decode step cannot afford to put it together on every call.
+    op_options: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "activation", canonical_activation(self.activation))
+        if self.weight_format not in WEIGHT_FORMATS:
+            raise ValueError(
+                f"weight_format must be one of {sorted(WEIGHT_FORMATS)}, got {self.weight_format!r}"
+            )
+        limit, alpha = self.activation_limit, self.activation_alpha
+        if not self.gated and (self.interleaved or limit is not None or alpha is not None):
+            raise ValueError(
+                "interleaved, activation_limit and activation_alpha need gated=True, got "
+                f"gated=False, interleaved={self.interleaved}, activation_limit={limit}, "
+                f"activation_alpha={alpha}"
+            )
+        values = (getattr(self, option.name) for option in OPTIONS)
+        object.__setattr__(self, "op_options", tuple(values)[:-1])
+
+
+# The fields that a caller gives; `weight_format` is the last.
+OPTIONS = tuple(option for option in fields(ExpertsSpec) if option.init)
+# silu-gated experts in transformers' own layout: Mixtral, Qwen, OLMoE, DeepSeek and most others.
+DEFAULT_SPEC = ExpertsSpec()
+
+
+class ExpertsWeights(NamedTuple):
+    """The layer's weights, used where they lie.
+
+    Attributes:
+        gate_up: [E, 2I, H], gate rows first ([E, I, H] when not gated).
+        down: [E, H, I].
+        gate_up_bias: [E, 2I] (or [E, I]) or None.
+        down_bias: [E, H] or None.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class TopK(NamedTuple):
+    """Which experts each token goes to.
+
+    Attributes:
+        ids: [T, K] int32 or int64; an id outside [0, E) contributes nothing.
+        weights: [T, K] floating point, multiplied in fp32.
+    """
+
+    ids: Tensor
+    weights: Tensor
