@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .backends import CallTraits, choose_backend
+from .backends import CallTraits, QuickRun, choose_backend
 from .spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec, ExpertsWeights, TopK
 from .validation import check_arguments
 
@@ -64,12 +64,9 @@ def fused_experts(
         return _traced(tensors, spec, options, backend, batch_invariant, out)
     if spec is None:
         spec = _make_spec(**options) if options else DEFAULT_SPEC
-    direct = _direct.get(backend)
-    if direct is not None and out is None:
-        try:
-            result = direct(*tensors, *spec.op_options)
-        except (TypeError, ValueError, RuntimeError):
-            result = None  # what follows says what is wrong, in this function's names
+    quick = _quick.get(backend)
+    if quick is not None and out is None:
+        result = quick(*tensors, *spec.op_options)
         if result is not None:
             return result
     weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias)
@@ -82,19 +79,19 @@ def fused_experts(
         w_gate_up.is_contiguous() and w_down.is_contiguous(),
         batch_invariant,
     )
-    run = choose_backend(backend, traits)
-    if hasattr(run, "direct"):
-        _direct[backend] = run.direct
+    chosen = choose_backend(backend, traits)
+    if chosen.quick is not None:
+        _quick[backend] = chosen.quick()
+    run = chosen.load()
     return run(hidden_states, weights, routing, spec, out, batch_invariant=batch_invariant)
 
 
 _DEFAULTS = {option.name: option.default for option in OPTIONS}
 _make_spec = functools.lru_cache(maxsize=256)(ExpertsSpec)
 
-# By the name it was asked for: the entry of a back-end that was chosen before and decides by
-# itself, in compiled code, whether a call is its own. When the weights come from memory, so does
-# the interpreter's code, and what it runs between two layers costs as much as a small one.
-_direct: dict[str, Callable[..., Tensor | None]] = {}
+# By the name it was asked for: the quick way of the back-end that was chosen before. It is tried
+# first from then on, and says itself that a call is not its own.
+_quick: dict[str, QuickRun] = {}
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

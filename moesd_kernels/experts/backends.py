@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,31 @@ class Run(Protocol):
         """[T, H] for `x` [T, H]: `out` when given, which must not share memory with an input."""
 
 
+class QuickRun(Protocol):
+    """A back-end's way of a decode step: checks, decides and computes in compiled code.
+
+    When the weights come from memory, so does the interpreter's code, and what it runs between two
+    layers costs as much as a small one.
+    """
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        *op_options: Any,
+    ) -> Tensor | None:
+        """The new [T, H] result; None where the call is another back-end's, or is wrong.
+
+        The last arguments are :attr:`ExpertsSpec.op_options`. Nothing is raised for arguments that
+        do not fit together: those that the checks find are raised by them, with their names.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """What a back-end can do.
@@ -50,6 +75,8 @@ class Backend:
         dtypes: Dtypes of ``hidden_states`` it takes.
         unavailable_reason: Why it cannot run in this process at all, or None.
         load: Imports it and returns its function.
+        quick: Imports its way of a decode step, where it has one. Its rows must be independent of
+            the batch, because it is not told whether that is wanted.
         automatic: Whether "auto" may choose it.
         compiled: Whether it is a compiled kernel: no gradients, weights contiguous.
         invariant: Whether it honours ``batch_invariant``.
@@ -60,6 +87,7 @@ class Backend:
     dtypes: frozenset[torch.dtype]
     unavailable_reason: Callable[[], str | None]
     load: Callable[[], Run]
+    quick: Callable[[], QuickRun] | None = None
     automatic: bool = True
     compiled: bool = True
     invariant: bool = True
@@ -84,12 +112,16 @@ def _cpu_reason() -> str | None:
     return cpu.unavailable_reason()
 
 
+@functools.cache
 def _load_cpu() -> Run:
     from .cpu import fused_experts_cpu
 
-    # Checks all of its arguments itself and answers None to a call that is another back-end's.
-    fused_experts_cpu.direct = torch.ops.moesd.try_experts.default  # type: ignore[attr-defined]
     return fused_experts_cpu
+
+
+@functools.cache
+def _load_quick_cpu() -> QuickRun:
+    return torch.ops.moesd.try_experts.default
 
 
 def _triton_reason() -> str | None:
@@ -98,6 +130,7 @@ def _triton_reason() -> str | None:
     return unavailable_reason()
 
 
+@functools.cache
 def _load_triton() -> Run:
     from .triton.launch import fused_experts_triton
 
@@ -110,6 +143,7 @@ def _cuda_reason() -> str | None:
     return cuda.unavailable_reason()
 
 
+@functools.cache
 def _load_cuda() -> Run:
     from .cuda import fused_experts_cuda
 
@@ -121,7 +155,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("triton", frozenset({"cuda"}), SINGLE, _triton_reason, _load_triton),
-        Backend("cpu", frozenset({"cpu"}), SINGLE, _cpu_reason, _load_cpu),
+        Backend("cpu", frozenset({"cpu"}), SINGLE, _cpu_reason, _load_cpu, _load_quick_cpu),
         # Not automatic until it has been measured on a GPU.
         Backend(
             "cuda",
@@ -175,8 +209,8 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def choose_backend(name: str, traits: CallTraits) -> Run:
-    """The function of the named back-end, or of the fastest that can serve `traits`.
+def choose_backend(name: str, traits: CallTraits) -> Backend:
+    """The named back-end, or the fastest that can serve `traits`.
 
     The answer is remembered: what a process can run does not change, and the choice is logged once.
 
@@ -190,7 +224,7 @@ def choose_backend(name: str, traits: CallTraits) -> Run:
         refusal = _refusal(BACKENDS[name], traits)
         if refusal is not None:
             raise RuntimeError(f"backend {name!r} cannot run this call: {refusal}")
-        return BACKENDS[name].load()
+        return BACKENDS[name]
     refusals: list[str] = []
     for backend in BACKENDS.values():
         if not backend.automatic:
@@ -198,7 +232,7 @@ def choose_backend(name: str, traits: CallTraits) -> Run:
         refusal = _refusal(backend, traits)
         if refusal is None:
             _log_choice(backend.name, traits, refusals)
-            return backend.load()
+            return backend
         if backend.devices is None or traits.device in backend.devices:
             refusals.append(f"{backend.name}: {refusal}")
     raise RuntimeError(f"no backend can run this call: {'; '.join(refusals)}")

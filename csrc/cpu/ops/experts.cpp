@@ -184,9 +184,10 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
 
 namespace {
 
-// experts() in a new tensor, or nothing where these kernels do not serve the call. All of that is
-// decided here because deciding it in Python costs more than a small layer, when the interpreter
-// has to come from memory like the weights.
+// experts() in a new tensor, or nothing where these kernels do not serve the call or its arguments
+// do not fit together. All of that is decided here because deciding it in Python costs more than a
+// small layer, when the interpreter has to come from memory like the weights; whoever gets nothing
+// says what is wrong, in the names that its caller knows.
 OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
                       const Tensor& topk_ids, const Tensor& topk_weights,
                       const OptTensor& gate_up_bias, const OptTensor& down_bias,
@@ -202,8 +203,14 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
                       w_down.is_contiguous() && hidden.scalar_type() != at::kDouble;
     if (!mine) return std::nullopt;
     Tensor out = fresh(hidden.sizes(), hidden.scalar_type());
-    experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias, activation,
-            gated, interleaved, transposed, limit, alpha, out);
+    try {
+        experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias,
+                activation, gated, interleaved, transposed, limit, alpha, out);
+    } catch (const c10::ValueError&) {
+        return std::nullopt;
+    } catch (const c10::TypeError&) {
+        return std::nullopt;
+    }
     return out;
 }
 

@@ -11,6 +11,7 @@ from support.oracle import check_experts, eager_experts, make_case
 from moesd_kernels import available_backends, fused_experts
 from moesd_kernels.experts import api
 from moesd_kernels.experts.backends import BACKENDS, CallTraits, choose_backend
+from moesd_kernels.experts.spec import DEFAULT_SPEC
 
 HERE = [name for name, reason in available_backends().items() if reason is None]
 ON_CPU = [name for name in HERE if BACKENDS[name].devices in (None, frozenset({"cpu"}))]
@@ -58,7 +59,7 @@ def run(case, backend, **more):
     return out
 
 
-def test_calls_the_direct_entry_does_not_serve_go_the_long_way():
+def test_calls_the_quick_way_does_not_serve_go_the_long_way():
     """After a plain call: gradients, strided weights, doubles; wrong arguments by their names."""
     case = make_case(4, 2, 3, 32, 16)
     x, w_gate_up, w_down, ids, weights = case.tensors
@@ -191,7 +192,7 @@ def test_unavailable_backend_raises_with_the_reason():
 @pytest.fixture
 def nothing_chosen(monkeypatch):
     """As in a new process."""
-    monkeypatch.setattr(api, "_direct", {})
+    monkeypatch.setattr(api, "_quick", {})
     choose_backend.cache_clear()
     yield
     choose_backend.cache_clear()
@@ -261,6 +262,37 @@ def test_errors_say_expected_and_got(name):
     (tensors, options), error, message = ERRORS[name]
     with pytest.raises(error, match=message):
         fused_experts(*tensors, **options)
+
+
+WRONG_TENSORS = [
+    name for name, ((_, more), *_) in ERRORS.items() if more.keys() <= {"gate_up_bias", "down_bias"}
+]
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason=str(available_backends()["cpu"]))
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_the_quick_way_refuses_a_wrong_call_by_value(name):
+    (tensors, biases), error, message = ERRORS[name]
+    quick = BACKENDS["cpu"].quick()
+    flat = biases.get("gate_up_bias"), biases.get("down_bias"), *DEFAULT_SPEC.op_options
+    assert quick(*tensors, *flat) is None
+    fused_experts(*make_case(2, 1, 2, 8, 4).tensors)  # from here on the quick way is tried first
+    with pytest.raises(error, match=message):
+        fused_experts(*tensors, **biases)
+
+
+@pytest.mark.skipif("cpu" not in HERE, reason=str(available_backends()["cpu"]))
+def test_the_quick_way_is_the_back_end():
+    case = make_case(7, 2, 4, 32, 16, torch.bfloat16, bias=True, interleaved=True)
+    x, weights, routing, spec = case.as_run()
+    flat = weights.gate_up_bias, weights.down_bias, *spec.op_options
+    result = BACKENDS["cpu"].quick()(*case.tensors, *flat)
+    assert torch.equal(result, BACKENDS["cpu"].load()(x, weights, routing, spec))
+
+
+def test_only_an_invariant_back_end_has_a_quick_way():
+    """It is not told whether rows must be independent of the batch."""
+    assert all(backend.invariant for backend in BACKENDS.values() if backend.quick)
 
 
 def test_the_baseline_is_not_the_reference():
