@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from support.oracle import make_case
 
-from moesd_kernels.experts.activations import canonical_activation
 from moesd_kernels.experts.reference import fused_experts_reference, fused_experts_torch
 from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsWeights, TopK
 
@@ -65,9 +64,3 @@ def test_gradients(function):
         return function(x, ExpertsWeights(w_gate_up, w_down), TopK(ids, weights), DEFAULT_SPEC)
 
     assert torch.autograd.gradcheck(layer, inputs)
-
-
-def test_activation_names():
-    assert canonical_activation("swish") == "silu"
-    with pytest.raises(ValueError, match="got 'mish'"):
-        canonical_activation("mish")
