@@ -2,7 +2,7 @@
 
 For every batch the target decodes autoregressively, then speculatively with each gamma, round-robin
 over the repetitions; the same prompts, the same kernels, the same loop. Only rounds in which every
-slot was live are counted, so neither admission nor a shrinking tail blurs a cell.
+row was live are counted, so neither admission nor a shrinking tail blurs a cell.
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ from tqdm import tqdm
 
 from bench.commands.arguments import numbers
 from bench.measure.ceilings import CeilingProbe
-from bench.measure.machine import machine_with_kernels
 from bench.measure.record import Recorder
-from bench.runs.cells import setup_fields
-from bench.runs.decode import Pair, Subject, measure_batch
+from bench.runs.decode import Subject, measure_batch
+from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.workloads.models import load_subject
-from decoder.drafters.eagle_loader import EagleCheckpoint
-from decoder.perf_model.config_spec import spec_from_config
-from decoder.perf_model.model_spec import eagle_spec
-
-PROBES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     probe = CeilingProbe(dtype) if torch.device(args.device).type == "cpu" else None
     target, draft = load_subject(args.target, args.draft, dtype, args.device)
     # Described with the target's own K: cells carry theirs where it is overridden.
-    setup = setup_for(Subject(target, draft, alpha=None), args.device, probe)
+    setup = describe_subject(Subject(target, draft, alpha=None), args.device, probe)
     for top_k in numbers(args.num_experts_per_token) if args.num_experts_per_token else [None]:
         if top_k is not None:
             target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
@@ -79,70 +73,12 @@ def run(args: argparse.Namespace) -> None:
             ):
                 line = recorder.write(
                     "decode",
-                    **fields(args.target, subject, pair),
-                    **_memory_speed(pair, setup),
+                    **cell_fields(args.target, subject, pair),
+                    **memory_speed(pair, setup),
                     **setup,
                 )
                 table.add_row(*_row(line))
     Console(width=120).print(table)
-
-
-def setup_for(subject: Subject, device: str, probe: CeilingProbe | None = None) -> dict[str, Any]:
-    """Machine and specs of a subject, measured with the operations it runs.
-
-    With a probe also the read bandwidth at that time: later cells are judged by theirs against it.
-    """
-    dtype = subject.target.dtype
-    reads = [probe.read() for _ in range(PROBES)] if probe else []
-    machine = machine_with_kernels(device, dtype)
-    reads += [probe.read() for _ in range(PROBES)] if probe else []
-    target = spec_from_config(subject.target.config)
-    draft = None
-    if isinstance(subject.draft, EagleCheckpoint):
-        draft = eagle_spec(target)
-    elif subject.draft is not None:
-        draft = spec_from_config(subject.draft.config)
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    # The machine's curves are the fastest seen, so the reference is, too.
-    reference = {"machine_read_bandwidth": max(reads)} if reads else {}
-    return setup_fields(target, draft, machine, names[dtype]) | reference
-
-
-def _memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
-    """How fast memory was for this cell, relative to when the machine was described."""
-    reference = setup.get("machine_read_bandwidth")
-    if not (reference and pair.read_bandwidth):
-        return {}
-    return {"memory_speed": pair.read_bandwidth / reference}
-
-
-def fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
-    """One cell in the words of ``Observation``, and what else was seen."""
-    return {
-        "target": name,
-        "top_k": subject.top_k,
-        "batch": pair.batch,
-        "gamma": pair.gamma,
-        "alpha": subject.alpha,
-        "context": pair.context,
-        "sigma": pair.sigma,
-        "ar_time": pair.ar.verify,
-        "verify_time": pair.spec.verify,
-        "draft_time": pair.spec.draft / pair.gamma,
-        "reject_time": pair.spec.sample,
-        "host_time": pair.spec.host,
-        "ar_step": pair.ar.total,
-        "target_efficiency": pair.ar.verify / pair.spec.verify,
-        "speedup": pair.speedup,
-        "speedup_p20_p80": pair.speedup_range,
-        "ar_tokens_per_s": pair.batch / pair.ar.total,
-        "identical": pair.identical,
-        "forced": subject.forced,
-        "agreement": pair.agreement,
-        "experts_ar": pair.experts_ar,
-        "experts_verify": pair.experts_verify,
-        "read_bandwidth": pair.read_bandwidth,
-    }
 
 
 def _row(line: dict[str, Any]) -> list[str]:

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure.record import Recorder, environment
+from bench.measure.record import Recorder
 from bench.runs.cells import Cells, load_cells
-from decoder.perf_model.fit_report import ErrorSummary, evaluate
-from decoder.perf_model.forward_fit import ImprovedFit, fit_improved, predict_speedup, sensitivities
-from decoder.perf_model.observations import (
-    Observation,
-    d_optimal_indices,
-    paper_order,
-    spread_indices,
-    stride_indices,
-)
-from decoder.perf_model.paper_model import PaperFit, fit_paper, paper_bounds
-from decoder.perf_model.profile import Profile
-
-Predict = Callable[[Observation], float]
-DESIGNS = ("stride", "spread", "d-optimal")
+from bench.runs.fitting import DESIGNS, Fits, fit_cells, record_errors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,78 +36,6 @@ def run(args: argparse.Namespace) -> None:
             print(args.profile)
 
 
-class Fits:
-    """The two fits of one target and their errors on held-out cells."""
-
-    def __init__(self, cells: Cells, chosen: list[int], paper: PaperFit | None) -> None:
-        ordered = paper_order(cells.observations)
-        self.fitted = [ordered[i] for i in chosen]
-        self.held_out = [o for i, o in enumerate(ordered) if i not in set(chosen)]
-        self.paper = paper
-        self.improved: ImprovedFit = fit_improved(cells.model, self.fitted)
-        self.zero: Predict = lambda o: predict_speedup(cells.model, o)
-
-    def predictors(self) -> dict[str, Predict]:
-        """Model name -> predicted speedup of a cell."""
-        named: dict[str, Predict] = {"improved": self.improved.predict, "zero": self.zero}
-        return ({"paper": self.paper.predict} if self.paper else {}) | named
-
-    def errors(self) -> dict[str, ErrorSummary]:
-        """Relative errors on the cells that no fit saw."""
-        return {name: evaluate(p, self.held_out) for name, p in self.predictors().items()}
-
-    def profile(self, cells: Cells) -> Profile:
-        """What the controller and the planner load."""
-        return Profile.from_fit(
-            self.improved,
-            held_out=evaluate(self.improved.predict, self.held_out),
-            context=max(o.context for o in cells.observations),
-            paper=self.paper.model if self.paper else None,
-            environment=environment(),
-        )
-
-
-def fit_cells(cells: Cells, points: int, design: str) -> Fits:
-    """Choose ``points`` cells by ``design`` and fit both models on them."""
-    ordered = paper_order(cells.observations)
-    if design == "stride":
-        chosen = stride_indices(len(ordered), points)
-    elif design == "spread":
-        chosen = spread_indices(ordered, points)
-    else:
-        chosen = d_optimal_indices(sensitivities(cells.model, ordered), points)
-    moe = cells.model.target.moe
-    if moe is None:  # the paper's model has no dense form
-        return Fits(cells, chosen, None)
-    slowest = max((o.reject_time or 0.0) for o in ordered) or cells.model.machine.launch
-    machine, target = cells.model.machine, cells.model.target
-    paper = fit_paper(
-        [ordered[i] for i in chosen],
-        paper_bounds(target, cells.model.draft, machine, slowest),
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
-        ridge_point=machine.ridge_point(cells.model.dtype),
-    )
-    return Fits(cells, chosen, paper)
-
-
-def record_errors(
-    recorder: Recorder, cells: Cells, fits: Fits, design: str
-) -> dict[str, ErrorSummary]:
-    """A ``fit`` line for each model's errors on held-out cells, which are returned."""
-    errors = fits.errors()
-    for model, error in errors.items():
-        recorder.write(
-            "fit",
-            target=cells.model.target.name,
-            model=model,
-            design=design,
-            points=len(fits.fitted),
-            error=error.to_json(),
-        )
-    return errors
-
-
 def _print(cells: Cells, fits: Fits, args: argparse.Namespace) -> None:
     console = Console()
     name = cells.model.target.name
@@ -137,16 +50,9 @@ def _print(cells: Cells, fits: Fits, args: argparse.Namespace) -> None:
             f"{error.mse:.4f}",
         )
     console.print(table)
-    for warning in _warnings(fits):
+    for warning in fits.warnings():
         console.print(f"[yellow]{warning}")
     console.print(_residual_table(fits))
-
-
-def _warnings(fits: Fits) -> list[str]:
-    found: list[Any] = [("improved", fits.improved.identifiability.warning)]
-    if fits.paper:
-        found.append(("paper", fits.paper.identifiability.warning))
-    return [f"{model}: {warning}" for model, warning in found if warning]
 
 
 def _residual_table(fits: Fits, rows: int = 8) -> Table:

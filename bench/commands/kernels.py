@@ -21,7 +21,8 @@ from bench.commands.arguments import numbers
 from bench.measure.ceilings import measure_ceilings
 from bench.measure.record import Recorder
 from bench.peers.vllm_experts import VllmExperts
-from bench.runs.layer import LayerBenchmark, Settings, efficiency
+from bench.runs.layer import LayerBenchmark
+from bench.runs.layer_record import Settings, efficiency
 from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
 
@@ -95,9 +96,9 @@ def points(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def _print(shape: Shape, args: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
-    at = lambda line: (line["B"], line["gamma"] + 1)
-    ours = {at(line): line["seconds"]["moesd"]["median"] for line in lines}
-    floors = {at(line): line["floor_s"] for line in lines}
+    point = lambda line: (line["B"], line["gamma"] + 1)
+    ours = {point(line): line["seconds"]["moesd"]["median"] for line in lines}
+    floors = {point(line): line["floor_s"] for line in lines}
     names = list(dict.fromkeys(name for line in lines for name in line["seconds"]))
     table = Table(title=f"E,K,H,I = {shape} {args.dtype} {args.routing}")
     heads = ("B", "gamma", "T", "experts", *(f"{n} ms" for n in names), "GB/s", "% roof")
@@ -112,8 +113,8 @@ def _print(shape: Shape, args: argparse.Namespace, lines: list[dict[str, Any]]) 
             *(_milliseconds(line, name) for name in names),
             f"{line['gb_per_s']:.1f}",
             f"{100 * line['of_roof']:.0f}",
-            f"{efficiency(ours, *at(line)):.3f}",
-            f"{efficiency(floors, *at(line)):.3f}",
+            f"{efficiency(ours, *point(line)):.3f}",
+            f"{efficiency(floors, *point(line)):.3f}",
         )
     Console().print(table)
 

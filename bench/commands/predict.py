@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.measure.record import Recorder
 from bench.runs.cells import load_cells
+from bench.runs.fitting import Choice, best_gammas
 from decoder.perf_model.fit_report import evaluate
 from decoder.perf_model.forward_fit import predict_speedup
-from decoder.perf_model.observations import Observation
 from decoder.perf_model.profile import load_profile
 
 
@@ -53,40 +52,6 @@ def run(args: argparse.Namespace) -> None:
         if choices:
             _print_choices(console, choices)
             recorder.write("best-gamma", choices=[choice._asdict() for choice in choices])
-
-
-class Choice(NamedTuple):
-    """The draft length of one (K, B): measured best, predicted best, and what the latter loses.
-
-    ``loss`` is the share of the best measured speedup that following the prediction gives up.
-    """
-
-    top_k: int | None
-    batch: int
-    measured: int
-    predicted: int
-    loss: float
-
-
-def best_gammas(
-    predict: Callable[[Observation], float], observations: Sequence[Observation]
-) -> list[Choice]:
-    """The choice at each (K, B) measured with at least three gammas; gamma 0 is always open."""
-    groups: dict[tuple[int | None, int], list[Observation]] = {}
-    for o in observations:
-        if o.speedup is not None:
-            groups.setdefault((o.top_k, o.batch), []).append(o)
-    choices = []
-    for (top_k, batch), cells in groups.items():
-        if len(cells) < 3:
-            continue
-        measured = {0: 1.0} | {o.gamma: o.speedup or 0.0 for o in cells}
-        predicted = {0: 1.0} | {o.gamma: predict(o) for o in cells}
-        best = max(measured, key=measured.__getitem__)
-        chosen = max(predicted, key=predicted.__getitem__)
-        loss = 1.0 - measured[chosen] / measured[best]
-        choices.append(Choice(top_k, batch, best, chosen, loss))
-    return choices
 
 
 def _print_choices(console: Console, choices: Sequence[Choice]) -> None:

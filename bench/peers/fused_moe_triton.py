@@ -286,7 +286,7 @@ def _sum_kernel(down_ptr, out_ptr, H, TOPK: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for slot in tl.static_range(TOPK):
-        row_ptrs = down_ptr + (token * TOPK + slot) * H + column
+    for choice in tl.static_range(TOPK):
+        row_ptrs = down_ptr + (token * TOPK + choice) * H + column
         total += tl.load(row_ptrs, mask=column < H, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=column < H)

@@ -39,6 +39,16 @@ class VllmExperts:
         self.worker.close()
 
 
+def _isa_for(hidden: int, intermediate: int) -> str:
+    """What vLLM's own layer would take: AMX wherever the machine and the sizes allow it."""
+    import torch
+
+    aligned = hidden % AMX_ALIGNMENT == 0 and intermediate % AMX_ALIGNMENT == 0
+    # The process has to ask for its tiles: in vLLM a oneDNN product does it at start-up.
+    amx = aligned and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    return "amx" if amx else "vec"
+
+
 def _serve(threads: int) -> None:
     import time
     from pathlib import Path
@@ -58,17 +68,10 @@ def _serve(threads: int) -> None:
     flush = CacheFlusher(cpu)
     state: dict[str, Any] = {}
 
-    def isa_for(shape: Shape) -> str:
-        """What vLLM's own layer would take: AMX wherever the machine and the sizes allow it."""
-        aligned = shape.H % AMX_ALIGNMENT == 0 and shape.I % AMX_ALIGNMENT == 0
-        # The process has to ask for its tiles: in vLLM a oneDNN product does it at start-up.
-        amx = aligned and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
-        return "amx" if amx else "vec"
-
     def prepare(shape: Shape, seed: int) -> None:
         state.clear()
         layer = make_layer(shape, torch.bfloat16, cpu, seed)
-        state["isa"] = isa_for(shape)
+        state["isa"] = _isa_for(shape.H, shape.I)
         state["w13"] = ops.cpu_prepack_moe_weight(layer.w_gate_up, state["isa"])
         state["w2"] = ops.cpu_prepack_moe_weight(layer.w_down, state["isa"])
         state["shape"] = shape
@@ -78,20 +81,10 @@ def _serve(threads: int) -> None:
         batch = make_batch(state["shape"], B, rows, routing, torch.bfloat16, cpu, seed, union_ratio)
         ids, weights = batch.topk_ids.int(), batch.topk_weights.float()
         out = torch.empty_like(batch.hidden)
+        w13, w2, isa = state["w13"], state["w2"], state["isa"]
         flush()
         begin = time.perf_counter()
-        ops.cpu_fused_moe(
-            out,
-            batch.hidden,
-            state["w13"],
-            state["w2"],
-            None,
-            None,
-            weights,
-            ids,
-            "silu",
-            state["isa"],
-        )
+        ops.cpu_fused_moe(out, batch.hidden, w13, w2, None, None, weights, ids, "silu", isa)
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "norm": out.float().norm().item()}
 

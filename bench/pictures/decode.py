@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.commands.fit import fit_cells
 from bench.pictures.style import Lines, axes, heat_map, save
 from bench.runs.cells import Cells, group_cells
+from bench.runs.fitting import fit_cells
 from decoder.perf_model.forward_fit import fit_improved
 from decoder.perf_model.observations import Observation, paper_order, spread_indices
 from decoder.perf_model.theory import active_experts
@@ -59,9 +59,11 @@ def draw_target_efficiency(lines: Lines, out: Path) -> list[Path]:
         for cells in groups:
             rows = sorted((x for x in cells.lines if x["gamma"] == gamma), key=_order)
             for top_k in dict.fromkeys(x["top_k"] for x in rows):
-                here = [x for x in rows if x["top_k"] == top_k]
+                curve = [x for x in rows if x["top_k"] == top_k]
                 name = f"{_name(cells)}" + (f" K={top_k}" if top_k else "")
-                ax.plot([x["batch"] for x in here], [x[key] for x in here], "o-", ms=3, label=name)
+                ax.plot(
+                    [x["batch"] for x in curve], [x[key] for x in curve], "o-", ms=3, label=name
+                )
         ax.legend(fontsize=8)
         drawn.append(save(figure, out, f"{key.replace('_', '-')}-moe-and-dense"))
     return drawn

@@ -41,9 +41,9 @@ def draw_layer_time(lines: Lines, out: Path) -> list[Path]:
         figure, ax = axes(title, "tokens T entering the layer", "ms", log_x=True)
         ax.set_yscale("log")
         for name in dict.fromkeys(name for p in points for name in p["seconds"]):
-            here = [p for p in points if name in p["seconds"]]
-            tokens = [p["T"] for p in here]
-            column = lambda key, n=name, h=here: [1e3 * p["seconds"][n][key] for p in h]
+            timed = [p for p in points if name in p["seconds"]]
+            tokens = [p["T"] for p in timed]
+            column = lambda key, n=name, h=timed: [1e3 * p["seconds"][n][key] for p in h]
             ax.plot(tokens, column("median"), marker="o", ms=3, label=LABELS.get(name, name))
             ax.fill_between(tokens, column("p20"), column("p80"), alpha=0.2)
         floor = [1e3 * p["floor_s"] for p in points]
@@ -63,14 +63,14 @@ def draw_efficiency_map(lines: Lines, out: Path) -> list[Path]:
         gammas = sorted({g for _, g in seconds if g > 0})
         if not batches or not gammas:
             continue
-        figure, both = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-        for ax, times, title in ((both[0], seconds, "measured"), (both[1], floors, "roofline")):
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+        for ax, times, title in ((panels[0], seconds, "measured"), (panels[1], floors, "roofline")):
             value = lambda b, g, t=times: t[b, 0] / t[b, g] if (b, g) in t else float("nan")
             grid = [[value(b, g) for b in batches] for g in gammas]
             image = heat_map(ax, grid, batches, gammas, vmin=0, vmax=1)
             ax.set(xlabel="batch B", title=title)
-        both[0].set_ylabel("draft length gamma")
-        figure.colorbar(image, ax=both, label="target efficiency")
+        panels[0].set_ylabel("draft length gamma")
+        figure.colorbar(image, ax=panels, label="target efficiency")
         figure.suptitle(f"E,K,H,I = {layer}", fontsize=10)
         drawn.append(save(figure, out, f"layer-efficiency-{layer}"))
     return drawn

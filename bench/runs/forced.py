@@ -25,10 +25,10 @@ class ForcedSampler(Sampler):
     replay: ReplayDrafter
     agreed: Tensor  # [2] int64: positions compared, and those where the target agreed
 
-    def verify(self, target: Probs, draft: Draft, slots: Tensor, positions: Tensor) -> Verdict:
+    def verify(self, target: Probs, draft: Draft, rows: Tensor, positions: Tensor) -> Verdict:
         """The sampler's own verification, replaced by the recording where there is one."""
-        own = super().verify(target, draft, slots, positions)
-        tokens, known = self.replay.recorded(slots, positions)
+        computed = super().verify(target, draft, rows, positions)
+        tokens, known = self.replay.recorded(rows, positions)
         clean = (draft.tokens == tokens[:, :-1]) & known[:, :-1]
         accepted = leading(clean, draft.lengths)
         following = tokens.gather(1, accepted[:, None])[:, 0]
@@ -42,8 +42,8 @@ class ForcedSampler(Sampler):
         forced = assemble(accepted, following, draft.tokens)
         # Behind the end of a recording the row is about to finish: its own verdict will do.
         return Verdict(
-            torch.where(usable, forced.accepted, own.accepted),
-            torch.where(usable[:, None], forced.tokens, own.tokens),
+            torch.where(usable, forced.accepted, computed.accepted),
+            torch.where(usable[:, None], forced.tokens, computed.tokens),
         )
 
     def agreement(self) -> float | None:

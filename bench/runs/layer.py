@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +14,11 @@ from bench.measure.ceilings import CeilingProbe, Ceilings
 from bench.measure.graph import CapturedStack, LayerCall, stack_size
 from bench.measure.launches import launch_seconds
 from bench.measure.record import Recorder
-from bench.measure.timer import CacheFlusher, interleaved, seconds_of, summarize
+from bench.measure.timer import CacheFlusher, interleaved, seconds_of
 from bench.peers.experts_transformers import TransformersExperts
 from bench.peers.vllm_experts import VllmExperts
-from bench.workloads.layer import Batch, Layer, floor_seconds, layer_bytes, make_batch, make_layer
+from bench.runs.layer_record import Samples, Settings, layer_fields
+from bench.workloads.layer import Batch, Layer, make_batch, make_layer
 from bench.workloads.shapes import Shape
 from moesd_kernels import fused_experts
 
@@ -34,34 +32,6 @@ ROUND_SEED = 1_000
 PROFILED_ROUNDS = 5
 RATES = ("read", "peak")  # samples of the ceilings, taken as variants
 SLOW_S = 1.0  # a peer this slow is timed once, in its correctness gate
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What stays the same over all points of a run.
-
-    Attributes:
-        graph: time CUDA graphs of a stack of layers instead of single calls.
-        peers: names of transformers' implementations.
-        fused_moe_source: folder with vLLM's ``fused_moe.py`` and ``configs/``; needs ``graph``,
-            since the host's time around that kernel would not be vLLM's.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    routing: str
-    union_ratio: float
-    rounds: int
-    budget_s: float
-    backend: str
-    batch_invariant: bool
-    graph: bool
-    peers: Sequence[str]
-    fused_moe_source: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.fused_moe_source and not self.graph:
-            raise ValueError("fused_moe_source is timed in CUDA graphs only: on a GPU, not eagerly")
 
 
 class LayerBenchmark:
@@ -129,7 +99,7 @@ class LayerBenchmark:
         if self.probe:  # as variants in the same rounds; their samples are rates, not times
             variants |= {"read": self.probe.read, "peak": self.probe.peak}
         with torch.inference_mode():
-            samples = interleaved(
+            seconds = interleaved(
                 variants,
                 rounds=settings.rounds,
                 device=settings.device,
@@ -142,18 +112,24 @@ class LayerBenchmark:
                 self.flush,
                 settings.device,
             )
-        turns = [self._turn(batches, round_) for round_ in range(len(samples["moesd"]))]
-        distinct = [sum(b.distinct for b in turn) / len(turn) for turn in turns]
-        rates = {name: samples.pop(name) for name in RATES if name in samples}
-        remarks: dict[str, dict[str, Any]] = {
-            "not_captured": not_captured,
-            "not_run": not_run,
-            "fused_moe": {
-                name: peer.describe(self.shape, tokens, settings.dtype)
-                for name, peer in self.fused_moe.items()
+        turns = [self._turn(batches, round_) for round_ in range(len(seconds["moesd"]))]
+        rates = {name: seconds.pop(name) for name in RATES if name in seconds}
+        samples = Samples(
+            seconds=seconds | slow,
+            distinct=[sum(b.distinct for b in turn) / len(turn) for turn in turns],
+            rates=rates,
+            launches=launches,
+            remarks={
+                "not_captured": not_captured,
+                "not_run": not_run,
+                "fused_moe": {
+                    name: peer.describe(self.shape, tokens, settings.dtype)
+                    for name, peer in self.fused_moe.items()
+                },
             },
-        }
-        return self._record(batch, rows, distinct, samples | slow, launches, rates, remarks)
+        )
+        fields = layer_fields(self.shape, batch, rows, settings, self.ceilings, samples)
+        return self.recorder.write("kernel", **fields)
 
     def _draw(self, batch: int, rows: int, seed: int) -> Batch:
         s = self.settings
@@ -233,65 +209,6 @@ class LayerBenchmark:
                 raise RuntimeError(f"vllm's output norm differs by {error:.2e} at T={len(ours)}")
         return seconds, not_run
 
-    def _record(
-        self,
-        batch: int,
-        rows: int,
-        distinct_by_round: list[float],
-        samples: dict[str, list[float]],
-        launches: dict[str, float],
-        rates: dict[str, list[float]],
-        remarks: dict[str, dict[str, Any]],
-    ) -> dict[str, Any]:
-        settings, tokens = self.settings, batch * rows
-        dtype = str(settings.dtype).removeprefix("torch.")
-        count = len(distinct_by_round)
-        reads = rates.get("read") or [self.ceilings.read] * count
-        peaks = rates.get("peak") or [self.ceilings.peak[dtype]] * count
-        floors = [
-            floor_seconds(self.shape, tokens, *ceilings, settings.dtype.itemsize)
-            for ceilings in zip(distinct_by_round, reads, peaks, strict=True)
-        ]
-        distinct = sum(distinct_by_round) / count
-        moved = layer_bytes(self.shape, tokens, distinct, settings.dtype.itemsize)
-        ours = samples["moesd"]
-        median = summarize(ours).median
-        correlated = settings.routing == "correlated"
-        return self.recorder.write(
-            "kernel",
-            shape=list(self.shape),
-            dtype=dtype,
-            routing=settings.routing,
-            union_ratio=settings.union_ratio if correlated else None,
-            backend=settings.backend,
-            batch_invariant=settings.batch_invariant,
-            graph=settings.graph,
-            **remarks,
-            B=batch,
-            gamma=rows - 1,
-            T=tokens,
-            distinct=distinct,
-            bytes=moved,
-            floor_s=summarize(floors).median,
-            of_roof=summarize([f / s for f, s in zip(floors, ours, strict=True)]).median,
-            gb_per_s=moved / median / 1e9,
-            read_bandwidth=summarize(reads).median,
-            peak=summarize(peaks).median,
-            seconds={name: summarize(s).as_dict() for name, s in samples.items()},
-            launches_s=launches,
-            ratio={
-                name: summarize([a / b for a, b in zip(s, ours, strict=False)]).median
-                for name, s in samples.items()
-                if name != "moesd"
-            },
-        )
-
 
 def _first_line(error: Exception) -> str:
     return (str(error) or "no reason given").splitlines()[0]
-
-
-def efficiency(times: dict[tuple[int, int], float], batch: int, rows: int) -> float:
-    """Target efficiency T(B, 1) / T(B, rows); NaN when T(B, 1) was not measured."""
-    base = times.get((batch, 1))
-    return base / times[batch, rows] if base else math.nan

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.commands.decode import fields
-from bench.commands.fit import fit_cells, record_errors
 from bench.runs.cells import load_cells, setup_fields
 from bench.runs.decode import Subject, measure_batch
+from bench.runs.decode_lines import cell_fields
+from bench.runs.fitting import fit_cells, record_errors
 from bench.suite.progress import FILE
 from bench.suite.session import OutOfTimeError, Session
 from bench.suite.sizes import DRAFT, fitting_preset
@@ -25,7 +25,7 @@ from decoder.perf_model.theory import alpha_from_sigma
 from moesd_kernels import accelerate
 
 # The paper's best sigma at this gamma; acceptance is imposed by replay.
-SIGMA, AT_GAMMA = 0.90, 4
+SIGMA, SIGMA_GAMMA = 0.90, 4
 CELL_S = 8.0
 PROFILED_ROWS = (1, 5)
 PROFILED_BATCH = 8
@@ -46,7 +46,7 @@ def subject(session: Session) -> tuple[str, Subject, dict[str, Any]]:
         draft = random_model(config, device=session.device, seed=1)
         label = name if sizes.scale == 1.0 else f"{name}@{sizes.scale:g}"
         session.lines.write("models", target=label, seconds=round(time.monotonic() - begin, 1))
-        alpha = float(alpha_from_sigma(SIGMA, AT_GAMMA))
+        alpha = float(alpha_from_sigma(SIGMA, SIGMA_GAMMA))
         session.kept["subject"] = (
             label,
             Subject(target, draft, alpha),
@@ -105,7 +105,7 @@ def _measure_batch(
         repetitions=sizes.repetitions,
     )
     for pair in pairs:
-        session.lines.write("decode", **fields(name, measured, pair), **setup)
+        session.lines.write("decode", **cell_fields(name, measured, pair), **setup)
 
 
 def profile_steps(session: Session) -> None:
@@ -146,10 +146,10 @@ def _profiled(session: Session, step: Any) -> dict[str, Any]:
         synchronize()
     launches, micros = Counter[str](), Counter[str]()
     for event in profiler.events():
-        own = event.device_time_total if session.cuda else event.self_cpu_time_total
-        if own > 0:
+        spent = event.device_time_total if session.cuda else event.self_cpu_time_total
+        if spent > 0:
             launches[event.name[:60]] += 1
-            micros[event.name[:60]] += own
+            micros[event.name[:60]] += spent
     return {
         "wall_ms": 1e3 * wall,
         "kernels": sum(launches.values()),

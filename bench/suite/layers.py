@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.runs.layer import LayerBenchmark, Settings
+from bench.runs.layer import LayerBenchmark
+from bench.runs.layer_record import Settings
 from bench.suite.session import Session
 from bench.workloads.layer import Layer
 from bench.workloads.routing import DEFAULT_UNION_RATIO
@@ -36,18 +37,18 @@ def measure(name: str, backend: str, session: Session) -> None:
     if not points:
         return
     benchmark = _benchmark(name, backend, session)
-    every = benchmark.calls
-    alone = {name: every[name] for name in (OURS, INVARIANT) if name in every}
+    all_calls = benchmark.calls
+    our_calls = {name: all_calls[name] for name in (OURS, INVARIANT) if name in all_calls}
     failed = []
     for batch, rows in points:
         session.need(POINT_S)
         with session.lines.marked(tuned=tuned):
             try:
-                benchmark.calls = every
+                benchmark.calls = all_calls
                 benchmark.measure(batch, rows)
             except Exception as error:  # a peer with another result must not cost our own time
                 failed.append(f"B={batch} rows={rows}: {type(error).__name__}: {error}"[:300])
-                benchmark.calls = alone
+                benchmark.calls = our_calls
                 benchmark.measure(batch, rows)
     del benchmark
     session.release()

@@ -73,7 +73,7 @@ def _over_floor(smallest: int, largest: int, bar: float) -> Callable[[Lines], Fi
             return None
         copy = ceilings[-1]["ceilings"]["copy"]
         over = {_ours(x) * copy / x["bytes"]: x for x in chosen}
-        return f"worst {max(over):.2f}x, {_where(over[max(over)])}", max(over) <= bar
+        return f"worst {max(over):.2f}x, {_point(over[max(over)])}", max(over) <= bar
 
     return find
 
@@ -84,15 +84,15 @@ def _against(peers: Sequence[str], largest: int, bar: float) -> Callable[[Lines]
     def find(lines: Lines) -> Figure:
         ratios, eager = {}, False
         for line in layers(lines):
-            here = {line["ratio"][name]: name for name in peers if name in line["ratio"]}
-            if here and line["T"] <= largest:
-                ratios[min(here)] = line
-                eager |= here[min(here)] in line["not_captured"]
+            peer_ratios = {line["ratio"][name]: name for name in peers if name in line["ratio"]}
+            if peer_ratios and line["T"] <= largest:
+                ratios[min(peer_ratios)] = line
+                eager |= peer_ratios[min(peer_ratios)] in line["not_captured"]
         if not ratios:
             return None
         lowest = min(ratios)
         note = ", some timed eagerly" if eager else ""
-        return f"lowest {lowest:.2f}x, {_where(ratios[lowest])}{note}", lowest >= bar
+        return f"lowest {lowest:.2f}x, {_point(ratios[lowest])}{note}", lowest >= bar
 
     return find
 
@@ -101,7 +101,7 @@ def _cost_of_invariance(lines: Lines) -> Figure:
     costs = {x["ratio"][INVARIANT]: x for x in layers(lines) if INVARIANT in x["ratio"]}
     if not costs:
         return None
-    return f"worst {max(costs):.2f}x, {_where(costs[max(costs)])}", max(costs) <= COST_OF_INVARIANCE
+    return f"worst {max(costs):.2f}x, {_point(costs[max(costs)])}", max(costs) <= COST_OF_INVARIANCE
 
 
 def _layer_efficiency(lines: Lines) -> Figure:
@@ -122,8 +122,8 @@ def _speedup(lines: Lines) -> Figure:
     if not cells:
         return None
     best = cells[max(cells)]
-    where = f"{best['target']}, B = {best['batch']}, sigma {best['sigma']:.2f}"
-    return f"{best['speedup']:.2f}x, {where}", best["speedup"] >= 2.0
+    cell = f"{best['target']}, B = {best['batch']}, sigma {best['sigma']:.2f}"
+    return f"{best['speedup']:.2f}x, {cell}", best["speedup"] >= 2.0
 
 
 def _map(lines: Lines) -> Figure:
@@ -148,7 +148,7 @@ def _listed(steps: Iterable[Line]) -> str:
     )
 
 
-def _where(line: Line) -> str:
+def _point(line: Line) -> str:
     return f"{','.join(map(str, line['shape']))} T = {line['T']}"
 
 

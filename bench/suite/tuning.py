@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from bench.commands.tune import tune_shape
+from bench.runs.tuning import tune_shape
 from bench.suite.session import Session
 from bench.workloads.shapes import Shape
 from moesd_kernels.experts.triton import tuned

@@ -15,7 +15,8 @@ from bench.measure.ceilings import Ceilings
 from bench.measure.record import Recorder
 from bench.peers.experts_transformers import IMPLEMENTATIONS
 from bench.runs import layer as layer_benchmark
-from bench.runs.layer import SLOW_S, LayerBenchmark, Settings
+from bench.runs.layer import SLOW_S, LayerBenchmark
+from bench.runs.layer_record import Settings
 from bench.workloads.layer import floor_seconds
 from bench.workloads.shapes import Shape
 

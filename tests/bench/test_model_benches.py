@@ -7,10 +7,9 @@ import json
 import pytest
 
 from bench.__main__ import main
-from bench.commands.fit import DESIGNS, fit_cells
-from bench.commands.predict import best_gammas
 from bench.measure.record import Recorder
 from bench.runs.cells import load_cells, setup_fields
+from bench.runs.fitting import DESIGNS, best_gammas, fit_cells
 from bench.workloads.models import draft_like, moe_310m
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.forward_model import Adjustments, ForwardModel

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.commands import tune
+from bench.runs import tuning
+from bench.runs.tiles_file import has_entry, write_entry
 from bench.workloads.shapes import Shape
 from moesd_kernels.experts.triton import tuned
 from moesd_kernels.experts.triton.config import (
@@ -25,7 +26,7 @@ BF16 = torch.bfloat16
 def choices(shape, step, limit=16):
     """(the model's choice, what a step of the search tries first)."""
     start = model_choice(shape, BF16, H200)
-    return start, dict(tune.search_steps(shape, BF16, H200, limit))[step](start)
+    return start, dict(tuning.search_steps(shape, BF16, H200, limit))[step](start)
 
 
 @pytest.mark.parametrize("T", [2, 16, 64, 128, 512])
@@ -81,10 +82,10 @@ def test_file_is_merged_and_readable(tmp_path):
     for T in (16, 64, 16):
         shape = LayerShape(*SHAPE.layer[:4], T)
         entry = tuned.entry_of(shape, "torch.bfloat16", bucket(shape), chosen)
-        tune.write_entry(path, "NVIDIA H200", entry)
+        write_entry(path, "NVIDIA H200", entry)
     assert len(tuned.load(path)) == 2
-    assert tune.has_entry(path, SHAPE, "torch.bfloat16")
-    assert not tune.has_entry(path, SHAPE, "torch.float16")
+    assert has_entry(path, SHAPE, "torch.bfloat16")
+    assert not has_entry(path, SHAPE, "torch.float16")
     assert tuned.load(path)[(SHAPE.layer, "torch.bfloat16", bucket(SHAPE))] == chosen
 
 
@@ -111,7 +112,7 @@ class FakeBench:
 
 
 def test_search_takes_the_fastest_right_tiles():
-    result = tune._tune_tokens(FakeBench(), SHAPE, H200, 16, 60.0)
+    result = tuning._tune_tokens(FakeBench(), SHAPE, H200, 16, 60.0)
     best = result["config"]
     assert best.gate_up.block_k == 128
     assert best.down.split_k == 2
@@ -122,13 +123,13 @@ def test_search_takes_the_fastest_right_tiles():
 
 
 def test_search_stops_in_time():
-    result = tune._tune_tokens(FakeBench(), SHAPE, H200, 16, 0.0)
+    result = tuning._tune_tokens(FakeBench(), SHAPE, H200, 16, 0.0)
     assert result["config"] == model_choice(SHAPE, BF16, H200)
 
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    monkeypatch.setattr(tune, "_Bench", FakeBench)
+    monkeypatch.setattr(tuning, "_Bench", FakeBench)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H200.name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -139,7 +140,7 @@ def fake_gpu(monkeypatch):
 
 def test_tuning_from_python_is_silent_and_what_it_writes_is_used(fake_gpu, tmp_path, capsys):
     shape, folder = Shape(*SHAPE.layer[:4]), tmp_path / "new" / "folder"
-    results = tune.tune_shape(shape, [16, 64], BF16, budget_s=60.0, folder=folder)
+    results = tuning.tune_shape(shape, [16, 64], BF16, budget_s=60.0, folder=folder)
     assert [result["T"] for result in results] == [16, 64]
     assert capsys.readouterr().out == ""
     before = select_config(SHAPE, BF16, H200)
@@ -159,12 +160,12 @@ def test_command_prints_and_goes_on_where_it_stopped(fake_gpu, tmp_path, capsys)
 
 def test_one_wrong_element_is_seen():
     expected = torch.randn(4, 64)
-    assert tune.close(expected * (1 + 2**-9), expected, torch.bfloat16)
+    assert tuning.close(expected * (1 + 2**-9), expected, torch.bfloat16)
     wrong = expected.clone()
     wrong[2, 5] += 0.1 * expected[2].abs().max()
-    assert not tune.close(wrong, expected, torch.bfloat16)
+    assert not tuning.close(wrong, expected, torch.bfloat16)
     wrong[2, 5] = float("nan")
-    assert not tune.close(wrong, expected, torch.bfloat16)
+    assert not tuning.close(wrong, expected, torch.bfloat16)
 
 
 def test_dry_run_needs_no_gpu(capsys):

@@ -1,0 +1,39 @@
+"""Every picture: the kind of line it needs, and all of them drawn at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.measure.record import read_lines
+from bench.pictures import decode, kernels
+from bench.pictures.style import Lines
+
+Draw = Callable[[Lines, Path], list[Path]]
+PICTURES: dict[str, tuple[str, Draw]] = {
+    "layer-time": ("kernel", kernels.draw_layer_time),
+    "layer-efficiency": ("kernel", kernels.draw_efficiency_map),
+    "speedup": ("decode", decode.draw_speedup),
+    "target-efficiency": ("decode", decode.draw_target_efficiency),
+    "predicted": ("decode", decode.draw_predicted),
+    "activation": ("decode", decode.draw_activation),
+    "map": ("decode", decode.draw_map),
+}
+
+
+def draw_all(sources: list[Path], out: Path) -> list[Path]:
+    """Draw every picture for which ``sources`` hold lines.
+
+    Raises:
+        ValueError: no line of any known kind.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    drawn: list[Path] = []
+    for kind, draw in PICTURES.values():
+        lines = list(read_lines(sources, kind))
+        if lines:
+            drawn += draw(lines, out)
+    if not drawn:
+        kinds = sorted({kind for kind, _ in PICTURES.values()})
+        raise ValueError(f"no lines of kind {', '.join(kinds)} in {', '.join(map(str, sources))}")
+    return drawn

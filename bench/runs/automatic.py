@@ -1,0 +1,118 @@
+"""One (alpha, B) of automatic gamma: against autoregressive decoding and every fixed gamma."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.measure.timer import interleaved, summarize
+from bench.runs.decode import Subject, drafter_for
+from bench.workloads.prompts import random_prompts
+from decoder import SamplingParams, SpeculativeDecoder
+from decoder.engine.profile_rounds import profile_rounds
+from decoder.gamma.acceptance import AcceptanceEstimator
+from decoder.gamma.auto import AutoGamma
+
+PROMPT_TOKENS = 32
+PLAIN, TWIN, AUTO = "0", "0 again", "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What stays the same over all cells of a run.
+
+    Attributes:
+        gammas: fixed draft lengths to compare with; autoregressive decoding is always one.
+        new_tokens: of each prompt.
+        rounds: most rounds of a cell.
+        budget_s: seconds of rounds of a cell.
+        cold: forget the acceptance seen before every run.
+    """
+
+    gammas: Sequence[int]
+    new_tokens: int
+    rounds: int
+    budget_s: float
+    cold: bool
+
+
+def measure_automatic(subject: Subject, batch: int, settings: Settings) -> dict[str, Any]:
+    """Ratios of one cell, taken round by round: the fields of an ``auto`` line.
+
+    Raises:
+        RuntimeError: a gamma changed the output.
+    """
+    prompts = random_prompts(batch, PROMPT_TOKENS, subject.target.config.vocab_size)
+    params = SamplingParams(max_new_tokens=settings.new_tokens, ignore_eos=True)
+    plain = _plain(subject, batch, settings)
+    answers = [list(o.token_ids) for o in plain.generate(prompts, params)]
+    decoders = {PLAIN: plain, TWIN: _plain(subject, batch, settings)}
+    for gamma in [*map(str, settings.gammas), AUTO]:
+        decoders[gamma] = _speculative(subject, gamma, prompts, answers, settings)
+    profiled = profile_rounds(decoders[AUTO])
+
+    def timed(name: str) -> Callable[[int], float]:
+        def one(_round: int) -> float:
+            controller = decoders[name].controller
+            if settings.cold and isinstance(controller, AutoGamma):
+                controller.acceptance = AcceptanceEstimator(controller.max_gamma)
+            begin = time.perf_counter()
+            outputs = decoders[name].generate(prompts, params)
+            seconds = time.perf_counter() - begin
+            if [list(o.token_ids) for o in outputs] != answers:
+                raise RuntimeError(f"gamma {name} changed the output at B={batch}")
+            return seconds
+
+        return one
+
+    samples = interleaved(
+        {name: timed(name) for name in decoders}, rounds=settings.rounds, budget_s=settings.budget_s
+    )
+    return _ratios(samples) | {
+        "profiled": profiled,
+        "cold": settings.cold,
+        "new_tokens": settings.new_tokens,
+        "why": decoders[AUTO].controller.explain(),
+    }
+
+
+def _plain(subject: Subject, batch: int, settings: Settings) -> SpeculativeDecoder:
+    length = PROMPT_TOKENS + settings.new_tokens
+    return SpeculativeDecoder(subject.target, None, 0, max_batch_size=batch, max_length=length)
+
+
+def _speculative(
+    subject: Subject,
+    gamma: str,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    settings: Settings,
+) -> SpeculativeDecoder:
+    drafter = drafter_for(subject)
+    drafter.recordings.update({tuple(p): a for p, a in zip(prompts, answers, strict=True)})
+    wanted: Any = gamma if gamma == AUTO else int(gamma)
+    length = PROMPT_TOKENS + settings.new_tokens
+    return SpeculativeDecoder(
+        subject.target, drafter, wanted, max_batch_size=len(prompts), max_length=length
+    )
+
+
+def _ratios(samples: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians over rounds: seconds of each variant, and their ratios within a round."""
+    medians = {name: summarize(seconds).median for name, seconds in samples.items()}
+    fixed = min((name for name in samples if name not in (TWIN, AUTO)), key=medians.__getitem__)
+
+    def ratio(name: str, other: str) -> float:
+        pairs = zip(samples[name], samples[other], strict=True)
+        return summarize([a / b for a, b in pairs]).median
+
+    return {
+        "seconds": medians,
+        "rounds": len(samples[PLAIN]),
+        "best_fixed": int(fixed),
+        "noise": ratio(PLAIN, TWIN),
+        "against_ar": ratio(PLAIN, AUTO),
+        "against_best": ratio(fixed, AUTO),
+    }

@@ -1,0 +1,77 @@
+"""A decode measurement as a line: what describes its subject, and one cell of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench.measure.ceilings import CeilingProbe
+from bench.measure.machine import machine_with_kernels
+from bench.runs.cells import setup_fields
+from bench.runs.decode import Pair, Subject
+from decoder.drafters.eagle_loader import EagleCheckpoint
+from decoder.perf_model.config_spec import spec_from_config
+from decoder.perf_model.model_spec import eagle_spec
+
+PROBES = 3
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def describe_subject(
+    subject: Subject, device: str, probe: CeilingProbe | None = None
+) -> dict[str, Any]:
+    """Machine and specs of a subject, measured with the operations it runs.
+
+    With a probe also the read bandwidth at that time: later cells are judged by theirs against it.
+    """
+    dtype = subject.target.dtype
+    reads = [probe.read() for _ in range(PROBES)] if probe else []
+    machine = machine_with_kernels(device, dtype)
+    reads += [probe.read() for _ in range(PROBES)] if probe else []
+    target = spec_from_config(subject.target.config)
+    draft = None
+    if isinstance(subject.draft, EagleCheckpoint):
+        draft = eagle_spec(target)
+    elif subject.draft is not None:
+        draft = spec_from_config(subject.draft.config)
+    # The machine's curves are the fastest seen, so the reference is, too.
+    reference = {"machine_read_bandwidth": max(reads)} if reads else {}
+    return setup_fields(target, draft, machine, DTYPES[dtype]) | reference
+
+
+def memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
+    """How fast memory was for this cell, relative to when the machine was described."""
+    reference = setup.get("machine_read_bandwidth")
+    if not (reference and pair.read_bandwidth):
+        return {}
+    return {"memory_speed": pair.read_bandwidth / reference}
+
+
+def cell_fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
+    """One cell in the words of ``Observation``, and what else was seen."""
+    return {
+        "target": name,
+        "top_k": subject.top_k,
+        "batch": pair.batch,
+        "gamma": pair.gamma,
+        "alpha": subject.alpha,
+        "context": pair.context,
+        "sigma": pair.sigma,
+        "ar_time": pair.ar.verify,
+        "verify_time": pair.spec.verify,
+        "draft_time": pair.spec.draft / pair.gamma,
+        "reject_time": pair.spec.sample,
+        "host_time": pair.spec.host,
+        "ar_step": pair.ar.total,
+        "target_efficiency": pair.ar.verify / pair.spec.verify,
+        "speedup": pair.speedup,
+        "speedup_p20_p80": pair.speedup_range,
+        "ar_tokens_per_s": pair.batch / pair.ar.total,
+        "identical": pair.identical,
+        "forced": subject.forced,
+        "agreement": pair.agreement,
+        "experts_ar": pair.experts_ar,
+        "experts_verify": pair.experts_verify,
+        "read_bandwidth": pair.read_bandwidth,
+    }
