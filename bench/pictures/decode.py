@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.pictures.style import Lines, axes, heat_map, save
+from bench.pictures.style import Lines, axes, heat_map, ink, legend, of_device, save
 from bench.runs.cells import Cells, group_cells
 from bench.runs.fitting import fit_cells
 from decoder.perf_model.forward_fit import fit_improved
@@ -32,19 +32,19 @@ def draw_speedup(lines: Lines, out: Path) -> list[Path]:
     for cells in group_cells(lines):
         predict = _fitted(cells)
         for gamma in sorted({o.gamma for o in cells.observations}):
-            title = f"{_name(cells)}, gamma {gamma} ({_device(cells)})"
+            title = of_device(f"{_name(cells)}, γ = {gamma}", cells.lines[0])
             figure, ax = axes(title, "batch B", "speculative / autoregressive", log_x=True)
             for (top_k, g), curve in _curves(cells):
                 if g != gamma:
                     continue
                 batches = [o.batch for o in curve]
                 label = f"K = {top_k}" if top_k else "dense"
-                (line,) = ax.plot(batches, [o.speedup for o in curve], "o-", ms=3, label=label)
+                (line,) = ax.plot(batches, [o.speedup for o in curve], "o-", label=label)
                 if predict:
                     predicted = [predict(o) for o in curve]
                     ax.plot(batches, predicted, "--", color=line.get_color(), lw=1)
-            ax.axhline(1.0, color="k", lw=0.8)
-            ax.legend(fontsize=8, title="dashed: fitted model" if predict else None)
+            ax.axhline(1.0, color=ink(), lw=0.8)
+            legend(ax, "dashed: fitted model" if predict else None)
             drawn.append(save(figure, out, f"speedup-{_name(cells)}-gamma{gamma}"))
     return drawn
 
@@ -55,16 +55,14 @@ def draw_target_efficiency(lines: Lines, out: Path) -> list[Path]:
     gamma = max(line["gamma"] for line in lines)
     drawn = []
     for key, label in (("target_efficiency", "T_T(B,1) / T_T(B,γ)"), ("speedup", "speedup")):
-        figure, ax = axes(f"gamma {gamma} ({_device(groups[0])})", "batch B", label, log_x=True)
+        figure, ax = axes(of_device(f"γ = {gamma}", lines[0]), "batch B", label, log_x=True)
         for cells in groups:
             rows = sorted((x for x in cells.lines if x["gamma"] == gamma), key=_order)
             for top_k in dict.fromkeys(x["top_k"] for x in rows):
                 curve = [x for x in rows if x["top_k"] == top_k]
                 name = f"{_name(cells)}" + (f" K={top_k}" if top_k else "")
-                ax.plot(
-                    [x["batch"] for x in curve], [x[key] for x in curve], "o-", ms=3, label=name
-                )
-        ax.legend(fontsize=8)
+                ax.plot([x["batch"] for x in curve], [x[key] for x in curve], "o-", label=name)
+        legend(ax)
         drawn.append(save(figure, out, f"{key.replace('_', '-')}-moe-and-dense"))
     return drawn
 
@@ -80,13 +78,13 @@ def draw_predicted(lines: Lines, out: Path) -> list[Path]:
         figure, ax = axes(f"{_name(cells)}: held-out cells", "measured speedup", "predicted")
         edge = np.array([0.9 * measured.min(), 1.1 * measured.max()])
         for share in (0.12, 0.05):
-            ax.fill_between(edge, edge * (1 - share), edge * (1 + share), color="k", alpha=0.08)
+            ax.fill_between(edge, edge * (1 - share), edge * (1 + share), color=ink(), alpha=0.08)
         for name, predict in fits.predictors().items():
             error = fits.errors()[name]
             label = f"{name}: median {error.median:.1%}, p90 {error.p90:.1%}"
-            ax.plot(measured, [predict(o) for o in fits.held_out], "o", ms=3, label=label)
-        ax.plot(edge, edge, "k-", lw=0.8)
-        ax.legend(fontsize=8)
+            ax.plot(measured, [predict(o) for o in fits.held_out], "o", label=label)
+        ax.plot(edge, edge, "-", color=ink(), lw=0.8)
+        legend(ax)
         drawn.append(save(figure, out, f"predicted-{_name(cells)}"))
     return drawn
 
@@ -96,7 +94,7 @@ def draw_activation(lines: Lines, out: Path) -> list[Path]:
     drawn = []
     for cells in group_cells(lines):
         moe = cells.model.target.moe
-        if moe is None:
+        if moe is None or not any(x["experts_ar"] for x in cells.lines):
             continue
         figure, ax = axes(f"{_name(cells)}: expert activation", "tokens t", "experts", log_x=True)
         for top_k in sorted({x["top_k"] for x in cells.lines}):
@@ -107,9 +105,9 @@ def draw_activation(lines: Lines, out: Path) -> list[Path]:
                     seen[x["batch"] * (x["gamma"] + 1)] = x["experts_verify"]
             tokens = np.array(sorted(t for t, n in seen.items() if n))
             theory = active_experts(tokens, moe.num_experts, top_k)
-            (line,) = ax.plot(tokens, [seen[t] for t in tokens], "o", ms=3, label=f"K = {top_k}")
+            (line,) = ax.plot(tokens, [seen[t] for t in tokens], "o", label=f"K = {top_k}")
             ax.plot(tokens, theory, "--", lw=1, color=line.get_color())
-        ax.legend(fontsize=8, title="dashed: N(t), i.i.d.")
+        legend(ax, "dashed: N(t), i.i.d.")
         drawn.append(save(figure, out, f"activation-{_name(cells)}"))
     return drawn
 
@@ -124,13 +122,14 @@ def draw_map(lines: Lines, out: Path) -> list[Path]:
         for top_k in sorted({o.top_k for o in cells.observations}, key=lambda k: k or 0):
             if len(gammas) < 2:
                 continue
-            title = f"{_name(cells)} K={top_k}: speedup"
-            figure, ax = axes(title, "batch B", "draft length gamma")
+            title = _name(cells) + (f", K = {top_k}" if top_k else "")
+            title = of_device(title, cells.lines[0])
+            figure, ax = axes(title, "batch B", "draft length γ")
             cell = lambda b, g, k=top_k, s=speedups: s.get((k, g, b), float("nan"))
             grid = [[cell(b, g) for b in batches] for g in gammas]
             ax.grid(False)
-            figure.colorbar(heat_map(ax, grid, batches, gammas), ax=ax)
-            drawn.append(save(figure, out, f"map-{_name(cells)}-K{top_k}"))
+            figure.colorbar(heat_map(ax, grid, batches, gammas), ax=ax, label="speedup")
+            drawn.append(save(figure, out, f"map-{_name(cells)}" + (f"-K{top_k}" if top_k else "")))
     return drawn
 
 
@@ -145,10 +144,6 @@ def _fitted(cells: Cells) -> Callable[[Observation], float] | None:
 
 def _name(cells: Cells) -> str:
     return cells.lines[0]["target"].rstrip("/").rsplit("/", 1)[-1]
-
-
-def _device(cells: Cells) -> str:
-    return cells.lines[0]["env"]["device"]
 
 
 def _order(line: dict) -> tuple[int, int]:

@@ -6,18 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.measure.record import read_lines
-from bench.pictures import decode, kernels
+from bench.pictures import decode, engine, kernels
 from bench.pictures.style import Lines
 
 Draw = Callable[[Lines, Path], list[Path]]
 PICTURES: dict[str, tuple[str, Draw]] = {
     "layer-time": ("kernel", kernels.draw_layer_time),
+    "roofline-share": ("kernel", kernels.draw_roofline_share),
+    "peer-ratios": ("kernel", kernels.draw_peer_ratios),
     "layer-efficiency": ("kernel", kernels.draw_efficiency_map),
     "speedup": ("decode", decode.draw_speedup),
     "target-efficiency": ("decode", decode.draw_target_efficiency),
     "predicted": ("decode", decode.draw_predicted),
     "activation": ("decode", decode.draw_activation),
     "map": ("decode", decode.draw_map),
+    "tokens-per-second": ("generate", engine.draw_tokens_per_second),
+    "automatic": ("auto", engine.draw_automatic),
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from bench.__main__ import main
 from bench.measure.record import Recorder
+from bench.pictures.style import INK
 from bench.runs.cells import load_cells, setup_fields
 from bench.runs.fitting import DESIGNS, best_gammas, fit_cells
 from bench.workloads.models import draft_like, moe_310m
@@ -83,14 +85,25 @@ def test_fit_writes_a_profile_and_predict_reads_it(lines, tmp_path, capsys):
     }
 
 
-def test_pictures_and_report_come_from_lines_alone(lines, tmp_path):
+def test_pictures_come_from_lines_alone(lines, tmp_path):
     assert main(["plot", str(lines), "--out", str(tmp_path)]) == 0
     names = {path.name.split("-")[0] for path in tmp_path.glob("*.png")}
     assert {"speedup", "target", "predicted", "activation", "map"} <= names
+
+
+def test_the_page_asks_each_question_that_the_lines_answer(lines, tmp_path):
     assert main(["report", str(lines.parent), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(list(tmp_path.glob("*.png")))
-    assert "python -m bench" in page
+    asked = re.findall("<figure><h3>(.*?)</h3>", page)
+    assert asked == [
+        "When does speculation pay?",
+        "How nearly free is verification?",
+        "Does the model predict it?",
+        "How many experts does a step load?",
+    ]
+    assert page.count("<svg") == len(asked)
+    assert INK not in page and "currentColor" in page
+    assert "<code><span>python</span> <span>-m</span> <span>bench</span>" in page
 
 
 def test_too_few_points_is_one_clear_line(lines, tmp_path, capsys):
