@@ -1,1 +1,1 @@
-"""What sub-commands measure: one layer, one batch of the decoder, tiles."""
+"""What sub-commands measure: a point of the layer, a batch of the decoder, tiles, fits."""
