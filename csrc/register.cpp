@@ -1,6 +1,6 @@
 // The only place where op schemas are written, those of CUDA's ops included. (a!) marks what an op
-// mutates. The methods of a class have no schema to write: torch derives it from their C++ types, so
-// moesd::LayerStack is registered where it is defined (cpu/ops/layers.cpp).
+// mutates. The methods of a class have no schema to write: torch derives it from their C++ types,
+// so moesd::LayerStack is registered where it is defined (cpu/ops/layers.cpp).
 #include <torch/library.h>
 
 // What moesd::experts computes from, and how; ExpertsOp (experts_op.h) is the same in C++.

@@ -86,13 +86,13 @@ struct LinearArgs {
 
 struct AttentionArgs {
     DType dtype;
-    int64_t batch, queries, q_heads, kv_heads, head_dim, value_dim, slots;
+    int64_t batch, queries, q_heads, kv_heads, head_dim, value_dim;
     const void* q;  // [B, Q, Hq, D], element strides below
     int64_t q_batch, q_query, q_head;
     const void* k;  // [rows, S, Hkv, D]
-    int64_t k_row, k_slot, k_head;
+    int64_t k_row, k_position, k_head;
     const void* v;  // [rows, S, Hkv, Dv]
-    int64_t v_row, v_slot, v_head;
+    int64_t v_row, v_position, v_head;
     const int64_t* positions;  // [B, Q]
     const int64_t* rows;       // [B] or null for the identity
     const float* sinks;        // [Hq] or null

@@ -1,5 +1,5 @@
-// Weighted sum of a token's expert outputs, in slot order and fp32; and the gather that feeds the
-// experts.
+// Weighted sum of a token's expert outputs, in order of k and in fp32; and the gather that feeds
+// the experts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -19,8 +19,8 @@ __device__ void from_float(float x, float& y) { y = x; }
 __device__ void from_float(float x, __half& y) { y = __float2half_rn(x); }
 __device__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
-// Grid: (T, H / (128 * 4)); a thread sums four columns. A slot outside [0, E) was never computed:
-// its partial is not read and its weight not multiplied.
+// Grid: (T, H / (128 * 4)); a thread sums four columns. A pair whose id is outside [0, E) was never
+// computed: its partial is not read and its weight not multiplied.
 template <typename Id, typename Weight, typename Out>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const float* __restrict__ partial, const Id* __restrict__ ids,
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(kThreads)
     const int* const block = plan.blocks + 3 * (blockIdx.x / block_rows);
     const int row = blockIdx.x % block_rows;
     if (row >= block[2]) return;
-    const int64_t to = block[1] + row;
-    const int64_t token = plan.sorted_to_pair[to] / topk;
+    const int64_t sorted_row = block[1] + row;
+    const int64_t token = plan.sorted_to_pair[sorted_row] / topk;
     const auto* const source = reinterpret_cast<const uint4*>(x + token * x_stride);
-    auto* const target = reinterpret_cast<uint4*>(sorted + to * H);
+    auto* const target = reinterpret_cast<uint4*>(sorted + sorted_row * H);
     for (int i = threadIdx.x; i < H / 8; i += kThreads) target[i] = source[i];
 }
 

@@ -77,24 +77,24 @@ __device__ void produce(const CUtensorMap* weights, const CUtensorMap* tokens,
                         const Product& product, int used, char* ring, uint64_t* full,
                         uint64_t* empty) {
     using R = Ring<N>;
-    const uint64_t once = evict_first_policy(), again = evict_last_policy();
-    RingSlot slot;
+    const uint64_t weight_policy = evict_first_policy(), token_policy = evict_last_policy();
+    PipelineState state;
     Tiles tiles{product, used};
     while (tiles.next()) {
         const int row0 =
             first_weight_row(tiles.block.expert, product.rows_per_expert, tiles.work.tile, kGateUp);
         const int row1 = second_weight_row(row0, product.I, kGateUp);
         for (int k = 0; k < product.k_tiles; ++k) {
-            char* const stage = ring + slot.index * R::kStageBytes;
+            char* const stage = ring + state.index * R::kStageBytes;
             // A ring starts empty: the phase before the first counts as complete.
-            barrier_wait(&empty[slot.index], slot.phase ^ 1);
-            barrier_expect(&full[slot.index], R::kStageBytes);
-            tensor_copy(stage, weights, k * kTileK, row0, &full[slot.index], once);
-            tensor_copy(stage + kWeightTileBytes, weights, k * kTileK, row1, &full[slot.index],
-                        once);
+            barrier_wait(&empty[state.index], state.phase ^ 1);
+            barrier_expect(&full[state.index], R::kStageBytes);
+            tensor_copy(stage, weights, k * kTileK, row0, &full[state.index], weight_policy);
+            tensor_copy(stage + kWeightTileBytes, weights, k * kTileK, row1, &full[state.index],
+                        weight_policy);
             tensor_copy(stage + kWeightTiles * kWeightTileBytes, tokens, k * kTileK,
-                        tiles.block.first_row, &full[slot.index], again);
-            slot.advance(R::kStages);
+                        tiles.block.first_row, &full[state.index], token_policy);
+            state.advance(R::kStages);
         }
     }
 }
@@ -134,17 +134,17 @@ template <int N, bool kGateUp>
 __device__ void consume(const Product& product, int used, char* ring, uint64_t* full,
                         uint64_t* empty) {
     using R = Ring<N>;
-    RingSlot slot;
+    PipelineState state;
     Tiles tiles{product, used};
     while (tiles.next()) {
         float d0[N / 2] = {}, d1[N / 2] = {};
         int previous = -1;
         for (int k = 0; k < product.k_tiles; ++k) {
-            const uint32_t stage = shared_address(ring + slot.index * R::kStageBytes);
+            const uint32_t stage = shared_address(ring + state.index * R::kStageBytes);
             const uint64_t w0 = matrix_descriptor(stage);
             const uint64_t w1 = matrix_descriptor(stage + kWeightTileBytes);
             const uint64_t x = matrix_descriptor(stage + kWeightTiles * kWeightTileBytes);
-            barrier_wait(&full[slot.index], slot.phase);
+            barrier_wait(&full[state.index], state.phase);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kTileK / 16; ++step) {
@@ -157,8 +157,8 @@ __device__ void consume(const Product& product, int used, char* ring, uint64_t* 
             // All but the newest group are complete, so the stage before this one may be refilled.
             wgmma_wait<1>();
             if (previous >= 0) release(&empty[previous]);
-            previous = slot.index;
-            slot.advance(R::kStages);
+            previous = state.index;
+            state.advance(R::kStages);
         }
         wgmma_wait<0>();
         release(&empty[previous]);
@@ -211,12 +211,12 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
 // The driver's function, found at run time so that nothing links against the driver.
 EncodeTiled encode_tiled() {
     static const EncodeTiled function = [] {
-        void* found = nullptr;
+        void* pointer = nullptr;
         cudaDriverEntryPointQueryResult status;
         const cudaError_t error = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+            "cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &status);
         return error == cudaSuccess && status == cudaDriverEntryPointSuccess
-                   ? reinterpret_cast<EncodeTiled>(found)
+                   ? reinterpret_cast<EncodeTiled>(pointer)
                    : nullptr;
     }();
     return function;

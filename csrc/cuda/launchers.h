@@ -24,7 +24,7 @@ struct Plan {
 cudaError_t launch_plan(const void* ids, bool ids_are_int64, int pairs, int experts, int block_rows,
                         Plan plan, cudaStream_t stream);
 
-// out[t] = sum over slots, in order and in fp32, of weights[t, k] * partial[t * topk + k].
+// out[t] = sum over k, in order and in fp32, of weights[t, k] * partial[t * topk + k].
 // partial [T * topk, H] fp32, ids and weights [T, topk], out [T, H].
 cudaError_t launch_combine(const float* partial, const void* ids, bool ids_are_int64,
                            const void* weights, Float weights_type, void* out, Float out_type,

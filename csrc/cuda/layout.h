@@ -43,10 +43,10 @@ MOESD_BOTH int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int kGroupBlocks = 4;
 MOESD_BOTH Work work_of(int index, int tiles_per_block, int blocks) {
     const int group = index / (kGroupBlocks * tiles_per_block);
-    const int within = index - group * kGroupBlocks * tiles_per_block;
-    const int rest = blocks - group * kGroupBlocks;
-    const int size = rest < kGroupBlocks ? rest : kGroupBlocks;
-    return {group * kGroupBlocks + within % size, within / size};
+    const int index_in_group = index - group * kGroupBlocks * tiles_per_block;
+    const int remaining = blocks - group * kGroupBlocks;
+    const int size = remaining < kGroupBlocks ? remaining : kGroupBlocks;
+    return {group * kGroupBlocks + index_in_group % size, index_in_group / size};
 }
 
 // First row of each weight operand in the [E * rows_per_expert, K] matrix. gate_up pairs row j with
@@ -84,8 +84,8 @@ MOESD_BOTH int fragment_row(int thread, int i) {
 }
 MOESD_BOTH int fragment_column(int thread, int i) { return (i / 4) * 8 + (thread % 4) * 2 + i % 2; }
 
-// Position in a ring of `stages` slots and the parity its barrier's next phase has.
-struct RingSlot {
+// Which of a ring's stages comes next, and the parity that its barrier's next phase has.
+struct PipelineState {
     int index = 0;
     uint32_t phase = 0;
 

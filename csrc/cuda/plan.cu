@@ -9,17 +9,17 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 
 // A warp walks the ids in order; the ballot gives every match its place among the earlier ones.
-// Calls place(pair, rank) for each pair of `expert` and returns how many there are.
-template <typename Place>
-__device__ int walk(const int* ids, int pairs, int expert, Place place) {
+// Calls emit(pair, rank) for each pair of `expert` and returns how many there are.
+template <typename Emit>
+__device__ int walk(const int* ids, int pairs, int expert, Emit emit) {
     const int lane = threadIdx.x % 32;
-    const unsigned before = (1u << lane) - 1;
+    const unsigned earlier_lanes = (1u << lane) - 1;
     int count = 0;
     for (int base = 0; base < pairs; base += 32) {
         const int pair = base + lane;
         const bool match = pair < pairs && ids[pair] == expert;
         const unsigned votes = __ballot_sync(0xffffffffu, match);
-        if (match) place(pair, count + __popc(votes & before));
+        if (match) emit(pair, count + __popc(votes & earlier_lanes));
         count += __popc(votes);
     }
     return count;

@@ -1,6 +1,6 @@
 // The experts layer in bf16 on AMX tiles, in the two passes of ExpertsKernel. Each expert's tokens
-// lie in panels of sixteen. The tiles of gate and up have a token in each column, as the panels of
-// the down projection need them, so what lies between the two projections needs no transposition.
+// are packed in panels of sixteen. The sums of gate and up have a token in each column, which is
+// how the panels of the down projection hold them: nothing is transposed between the two passes.
 #pragma once
 
 #include "amx_tiles.h"
@@ -35,29 +35,29 @@ private:
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
         int64_t done = 0, slice = -1;
         for (int64_t i = up_.take(); i < up_.total; ++done) {
-            const int64_t following = up_.take();
-            if (following >= up_.total) slice = down_.take();
+            const int64_t next_item = up_.take();
+            if (next_item >= up_.total) slice = down_.take();
             const int64_t loads =
                 tile_loads(panels_of(i / blocks_), (a_.gated ? 2 : 1) * kRows, a_.hidden);
-            Ahead ahead =
-                following < up_.total ? fetch_gate_up(following, loads) : fetch_down(slice, loads);
-            if (a_.gated) gate_up<2>(i, ahead);
-            else gate_up<1>(i, ahead);
-            i = following;
+            PrefetchStreams prefetch =
+                next_item < up_.total ? fetch_gate_up(next_item, loads) : fetch_down(slice, loads);
+            if (a_.gated) gate_up<2>(i, prefetch);
+            else gate_up<1>(i, prefetch);
+            i = next_item;
         }
         up_.finish(done), up_.wait();
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::down_combine");
         if (slice < 0) slice = down_.take();
         while (slice < down_.total) {
-            const int64_t following = down_.take();
-            down(slice, following);
-            slice = following;
+            const int64_t next_item = down_.take();
+            down(slice, next_item);
+            slice = next_item;
         }
     }
 
     int64_t tokens_of(int64_t e) const { return a_.offsets[e + 1] - a_.offsets[e]; }
     int64_t panels_of(int64_t e) const { return (tokens_of(e) + kTile - 1) / kTile; }
-    // Of expert e, counted among all: at least as many as the experts before it have.
+    // The number of expert e's first panel: an upper bound on the panels of the experts before it.
     int64_t first_panel(int64_t e) const { return a_.offsets[e] / kTile + e; }
     bf16* x_panels(int64_t e) const {
         return reinterpret_cast<bf16*>(a_.packed_x) + first_panel(e) * x_size_;
@@ -94,30 +94,30 @@ private:
         return {gate_up_of(e) + (part * a_.inter + j) * a_.hidden, a_.hidden, rows};
     }
 
-    // The weights of a gate/up item as two stretches, as long as all of them but an expert's last
-    // have.
-    Ahead fetch_gate_up(int64_t item, int64_t loads) const {
+    // Prefetches the weights of a gate/up item as two stretches. All have the length of a full
+    // item, though an expert's last item may be shorter.
+    PrefetchStreams fetch_gate_up(int64_t item, int64_t loads) const {
         const int64_t half = kRows * a_.hidden;
-        const bf16* first = rows_of(item / blocks_, 0, item % blocks_ * kRows).at;
+        const bf16* first = rows_of(item / blocks_, 0, item % blocks_ * kRows).first;
         if (!a_.gated) return {first, first + half / 2, half, loads};
         return {first, first + (a_.interleaved ? half : a_.inter * a_.hidden), 2 * half, loads};
     }
 
-    // The first weights of a slice of the output.
-    Ahead fetch_down(int64_t slice, int64_t loads) const {
+    // Prefetches the first weights of a slice of the output.
+    PrefetchStreams fetch_down(int64_t slice, int64_t loads) const {
         if (slice >= down_.total) return {nullptr, nullptr, 0, 0};
         return fetch_rows(down_of(0) + slice * slice_ * a_.inter,
                           slice_ < 4 * kTile ? slice_ : 4 * kTile, loads);
     }
-    Ahead fetch_rows(const bf16* first, int64_t rows, int64_t loads) const {
+    PrefetchStreams fetch_rows(const bf16* first, int64_t rows, int64_t loads) const {
         const int64_t half = rows * a_.inter / 2;
         return {first, first + half, half * 2, loads};
     }
 
-    // One item: kRows intermediate rows for all of an expert's tokens. Parts: gate and up, or one
-    // projection.
+    // One item: kRows intermediate rows for all of an expert's tokens. Parts: 2 for gate and up, 1
+    // for experts that are not gated.
     template <int Parts>
-    void gate_up(int64_t item, Ahead& ahead) const {
+    void gate_up(int64_t item, PrefetchStreams& prefetch) const {
         const int64_t e = item / blocks_, j = item % blocks_ * kRows, count = panels_of(e);
         const bf16* x = x_panels(e);
         alignas(64) float sums[4 * kTileSums];
@@ -131,7 +131,7 @@ private:
             for (int half = 0; half < 2; ++half) {
                 WeightRows part[Parts];
                 for (int i = 0; i < Parts; ++i) part[i] = weights[half * Parts + i];
-                tile_product<Parts, 2>(part, pair, a_.hidden, ahead, sums);
+                tile_product<Parts, 2>(part, pair, a_.hidden, prefetch, sums);
                 for (int t = 0; t < 2; ++t) {
                     activate_tile(e, j + half * kTile, p + t, sums + t * kTileSums,
                                   sums + (Parts * 2 - 2 + t) * kTileSums);
@@ -139,14 +139,15 @@ private:
             }
         }
         if (p == count) return;
-        tile_product<2 * Parts, 1>(weights, {x + p * x_size_}, a_.hidden, ahead, sums);
+        tile_product<2 * Parts, 1>(weights, {x + p * x_size_}, a_.hidden, prefetch, sums);
         for (int half = 0; half < 2; ++half) {
             const float* gate = sums + half * Parts * kTileSums;
             activate_tile(e, j + half * kTile, p, gate, gate + (Parts - 1) * kTileSums);
         }
     }
 
-    // Rows j .. j + kTile of the sums become as much of the depth of the down projection's panel.
+    // Activates sums of intermediate rows j .. j + kTile and panel p, and packs them: they are part
+    // of the depth of the down projection.
     void activate_tile(int64_t e, int64_t j, int64_t p, const float* gate, const float* up) const {
         bf16* panel = act_panels(e) + p * act_size_ + j * kTile;
         for (int64_t n = 0; n < kTile; n += 2, panel += 2 * kTile) {
@@ -169,7 +170,7 @@ private:
         return gated_activation(a_, g, u);
     }
 
-    void down(int64_t slice, int64_t following) const {
+    void down(int64_t slice, int64_t next_item) const {
         const int64_t h0 = slice * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
         const OutputSlice out(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
@@ -177,13 +178,13 @@ private:
                 const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile;
                 const int64_t loads = tile_loads(panels_of(e), rows, a_.inter);
                 const bool more = h + 4 * kTile < h1;
-                Ahead ahead = more
-                                  ? fetch_rows(down_of(e) + (h + 4 * kTile) * a_.inter, rows, loads)
-                              : e + 1 < a_.num_active
-                                  ? fetch_rows(down_of(e + 1) + h0 * a_.inter, rows, loads)
-                                  : fetch_down(following, loads);
+                PrefetchStreams prefetch =
+                    more ? fetch_rows(down_of(e) + (h + 4 * kTile) * a_.inter, rows, loads)
+                    : e + 1 < a_.num_active
+                        ? fetch_rows(down_of(e + 1) + h0 * a_.inter, rows, loads)
+                        : fetch_down(next_item, loads);
                 panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles,
-                               act_panels(e), act_size_, panels_of(e), a_.inter, ahead,
+                               act_panels(e), act_size_, panels_of(e), a_.inter, prefetch,
                                [&](int64_t w, int64_t p, const float* first, const float* second) {
                                    combine(e, h + w * kTile, h1, p, first, out);
                                    combine(e, h + (w + 1) * kTile, h1, p, second, out);
@@ -193,8 +194,7 @@ private:
         out.store<bf16>();
     }
 
-    // Adds sixteen outputs from h on of sixteen of an expert's tokens to what the experts before it
-    // gave.
+    // Adds sums of outputs h .. h + kTile and panel p, weighted, to those of the experts before e.
     void combine(int64_t e, int64_t h, int64_t h1, int64_t p, const float* sums,
                  const OutputSlice& out) const {
         const int64_t width = h1 - h < kTile ? h1 - h : kTile;
@@ -206,12 +206,12 @@ private:
             load_row(bias, static_cast<const bf16*>(a_.down_bias) + a_.active[e] * a_.hidden + h,
                      width);
         }
-        const __mmask16 inside = static_cast<__mmask16>((1u << width) - 1);
+        const __mmask16 valid = static_cast<__mmask16>((1u << width) - 1);
         for (int64_t m = 0; m < kTile && p * kTile + m < tokens_of(e); ++m) {
             const int64_t n = a_.offsets[e] + p * kTile + m;
             float* acc = out.sums(a_.sorted_token[n], h);
             const Vec term = mul(splat(a_.sorted_weight[n]), add(by_token[m], load(bias)));
-            _mm512_mask_storeu_ps(acc, inside, add(_mm512_maskz_loadu_ps(inside, acc), term));
+            _mm512_mask_storeu_ps(acc, valid, add(_mm512_maskz_loadu_ps(valid, acc), term));
         }
     }
 

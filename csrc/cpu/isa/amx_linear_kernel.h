@@ -1,6 +1,6 @@
-// y = x w^T + bias in bf16 on AMX tiles: items are blocks of weight rows, all panels of tokens pass
-// over each. Where there are too few blocks for the threads, as of a router's, items are parts of
-// the panels, too.
+// y = x w^T + bias in bf16 on AMX tiles. A work item is a block of weight rows with all panels of
+// tokens; or with a part of the panels where there are too few blocks for the threads, as in a
+// router.
 #pragma once
 
 #include "amx_tiles.h"
@@ -32,9 +32,9 @@ private:
         pack_.wait();
         int64_t i = items_.take();
         while (i < items_.total) {
-            const int64_t following = items_.take();
-            project(i, following);
-            i = following;
+            const int64_t next_item = items_.take();
+            project(i, next_item);
+            i = next_item;
         }
     }
 
@@ -56,25 +56,25 @@ private:
                         reinterpret_cast<__m512i*>(panel(p)));
     }
 
-    // A block of features of a part of the panels; `following`: the thread's next item.
-    void project(int64_t item, int64_t following) const {
+    // One item: a block of features for a part of the panels. `next_item`: the thread's next item.
+    void project(int64_t item, int64_t next_item) const {
         const int64_t j = item % blocks_ * block_, first_panel = item / blocks_ * part_;
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
         const int64_t count = panels_ - first_panel < part_ ? panels_ - first_panel : part_;
-        const int64_t then = following % blocks_ * block_;
-        const bf16* next = following < items_.total && then != j ? weights(then) : nullptr;
+        const int64_t next_row = next_item % blocks_ * block_;
+        const bf16* next = next_item < items_.total && next_row != j ? weights(next_row) : nullptr;
         const int64_t half = block_ / 2 * a_.depth;  // the next block as two stretches
-        Ahead ahead(next, next ? next + half : nullptr, half * sizeof(bf16),
-                    tile_loads(count, rows, a_.depth));
+        PrefetchStreams prefetch(next, next ? next + half : nullptr, half * sizeof(bf16),
+                                 tile_loads(count, rows, a_.depth));
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
             store(j + w * kTile, (first_panel + p) * kTile, first, second);
         };
         panels_product(Block(weights(j), a_.depth, rows).tiles, panel(first_panel), panel_size_,
-                       count, a_.depth, ahead, finish);
+                       count, a_.depth, prefetch, finish);
     }
 
-    // Thirty-two features from `feature` on, in two tiles, of sixteen tokens from `token` on, as
-    // far as there are any.
+    // Stores two tiles of sums: features `feature` .. `feature` + 32 of tokens `token` .. `token` +
+    // 16, or fewer at the ends.
     void store(int64_t feature, int64_t token, const float* first, const float* second) const {
         const int64_t width = a_.features - feature < 2 * kTile ? a_.features - feature : 2 * kTile;
         if (width <= 0) return;
@@ -90,10 +90,10 @@ private:
                                      add(load(sums + kTile), splat(bias[2 * n + 1])));
         }
         transpose16(pairs, by_token);
-        const __mmask32 inside = width < 2 * kTile ? (uint32_t{1} << width) - 1 : ~uint32_t{0};
+        const __mmask32 valid = width < 2 * kTile ? (uint32_t{1} << width) - 1 : ~uint32_t{0};
         bf16* out = static_cast<bf16*>(a_.out) + token * a_.features + feature;
         for (int64_t m = 0; m < kTile && token + m < a_.tokens; ++m, out += a_.features) {
-            _mm512_mask_storeu_epi16(out, inside, by_token[m]);
+            _mm512_mask_storeu_epi16(out, valid, by_token[m]);
         }
     }
 

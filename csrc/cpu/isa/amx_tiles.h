@@ -1,6 +1,6 @@
-// Products on AMX tiles. The weights are the operand that is read as it lies: sixteen of their rows
-// times a panel of sixteen activation rows give a tile of sums, an output to each row and a token
-// to each column.
+// Products on AMX tiles. Weights are read as they lie in memory, activations are packed in panels:
+// sixteen weight rows times a panel of sixteen tokens give a tile of sums, in which a row is an
+// output and a column is a token.
 //
 // Invariance: an output accumulates its depth in ascending order, whatever else the tiles hold.
 #pragma once
@@ -19,13 +19,13 @@ constexpr int64_t kStepSize = kTile * kStepDepth;
 
 constexpr int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kStepDepth; }
 
-// The calling thread's tiles, configured for as long as this lives: eight of up to sixteen rows of
-// 64 bytes.
+// The calling thread's eight tiles, of up to sixteen rows of 64 bytes; configured for as long as
+// this object lives.
 class Tiles {
 public:
     Tiles() { configure({kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile}); }
 
-    // Tiles are zero afterwards. A product takes as long as its first operand has rows.
+    // Clears all tiles. The time of a product is proportional to the rows of its first operand.
     void configure(const uint8_t (&rows)[8]) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -44,20 +44,21 @@ inline void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(I));
 }
 template <int I>
-inline void tile_load(const void* at, int64_t row_bytes) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(at), "r"(row_bytes), "i"(I) : "memory");
+inline void tile_load(const void* address, int64_t row_bytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(address), "r"(row_bytes), "i"(I) : "memory");
 }
 template <int I>
-inline void tile_store(void* at, int64_t row_bytes) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(at), "r"(row_bytes), "i"(I) : "memory");
+inline void tile_store(void* address, int64_t row_bytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(address), "r"(row_bytes), "i"(I)
+                 : "memory");
 }
 template <int Sums, int Weights, int Panel>
 inline void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Weights), "i"(Panel));
 }
 
-// f.operator()<0>() ... f.operator()<N - 1>(): tiles have no addresses, so loops over them are
-// unrolled by hand.
+// Calls f.template operator()<0>() ... <N - 1>(): an instruction names its tiles by constants, so a
+// loop over tiles has to be unrolled.
 template <int N, class F>
 inline __attribute__((always_inline)) void for_tiles(const F& f) {
     [&]<int... I>(std::integer_sequence<int, I...>) {
@@ -65,53 +66,53 @@ inline __attribute__((always_inline)) void for_tiles(const F& f) {
     }(std::make_integer_sequence<int, N>());
 }
 
-// Memory that is read next, fetched into the second-level cache while tiles compute: two stretches
-// of the same length, each as four streams that lie a quarter apart. A tile takes a line of sixteen
-// rows at a time, which the machine's own prefetchers do not follow; these streams they do, and
-// several keep memory busier than one.
-class Ahead {
+// Prefetches the memory that will be read next into the second-level cache while tiles compute: two
+// stretches of the same length, each as four streams that begin at its quarters. A tile reads one
+// cache line of each of sixteen rows, a pattern that hardware prefetchers do not follow; they
+// follow these streams, and several keep memory busier than one.
+class PrefetchStreams {
 public:
-    // `bytes` of each stretch, spread over the loads of `loads` tiles of weights. Nothing when
-    // `first` is null, or when the cache would not hold this besides what is being read: tiles then
-    // wait for memory themselves.
-    Ahead(const bf16* first, const bf16* second, int64_t bytes, int64_t loads)
-        : at_(reinterpret_cast<const char*>(first)),
-          other_(first ? reinterpret_cast<const char*>(second) - at_ : 0),
+    // `first`, `second`: the stretches, of `bytes` each, of which every one of `loads` calls of
+    // fetch prefetches a part. Does nothing when `first` is null, or when the stretches would not
+    // fit into the cache beside what is being read: tiles then wait for memory.
+    PrefetchStreams(const bf16* first, const bf16* second, int64_t bytes, int64_t loads)
+        : address_(reinterpret_cast<const char*>(first)),
+          second_offset_(first ? reinterpret_cast<const char*>(second) - address_ : 0),
           quarter_(bytes / 4 / 64 * 64),
-          lines_(first && loads > 0 && 2 * bytes <= kMostAhead
-                     ? (bytes / 4 / 64 + loads - 1) / loads
-                     : 0) {}
+          lines_(first && loads > 0 && 2 * bytes <= kMaxBytes ? (bytes / 4 / 64 + loads - 1) / loads
+                                                              : 0) {}
 
     void fetch() {
-        for (int64_t i = 0; i < lines_; ++i, at_ += 64) {
+        for (int64_t i = 0; i < lines_; ++i, address_ += 64) {
 #pragma GCC unroll 4
             for (int q = 0; q < 4; ++q) {
-                __builtin_prefetch(at_ + q * quarter_);
-                __builtin_prefetch(at_ + q * quarter_ + other_);
+                __builtin_prefetch(address_ + q * quarter_);
+                __builtin_prefetch(address_ + q * quarter_ + second_offset_);
             }
         }
     }
 
 private:
-    // Of a second-level cache of 2 MB, which every processor with AMX has.
-    static constexpr int64_t kMostAhead = 640 * 1024;
+    // Of both stretches; every processor with AMX has a second-level cache of 2 MB.
+    static constexpr int64_t kMaxBytes = 640 * 1024;
 
-    const char* at_;
-    const int64_t other_, quarter_, lines_;
+    const char* address_;
+    const int64_t second_offset_, quarter_, lines_;
 };
 
-// Up to kTile rows; those that are missing count as zero, as does the depth beyond its end.
+// Up to kTile weight rows. Products take missing rows for zeros, and what lies beyond the depth,
+// too.
 struct WeightRows {
-    const bf16* at;
+    const bf16* first;
     int64_t stride;  // elements from row to row
     int64_t rows;
 };
 
-// sums[w * T + t] = weights[w] times panels[t], sums of kTileSums, for W * T <= 4 tiles.
+// Tile w * T + t of `sums` = weights[w] times panels[t], for W * T <= 4 tiles of kTileSums.
 template <int W, int T>
 __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
                                             const bf16* const (&panels)[T], int64_t depth,
-                                            Ahead& ahead, float* sums) {
+                                            PrefetchStreams& prefetch, float* sums) {
     static_assert(W * T <= 4 && T <= 2);
     bool whole_rows = true;
     for (const WeightRows& w : weights) whole_rows = whole_rows && w.rows == kTile;
@@ -126,8 +127,8 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
     for (int64_t step = 0; step < whole; ++step) {
         load_panels(step);
         for_tiles<W>([&]<int I>() {
-            ahead.fetch();
-            tile_load<4 + I % 2>(weights[I].at + step * kStepDepth,
+            prefetch.fetch();
+            tile_load<4 + I % 2>(weights[I].first + step * kStepDepth,
                                  weights[I].stride * sizeof(bf16));
             multiply.template operator()<I>();
         });
@@ -135,16 +136,16 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
     for (int64_t step = whole; step < steps; ++step) {
         load_panels(step);
         const int64_t k = step * kStepDepth;
-        const __mmask32 inside =
+        const __mmask32 valid =
             depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
         for_tiles<W>([&]<int I>() {
             alignas(64) bf16 edge[kStepSize];
             for (int64_t n = 0; n < kTile; ++n) {
-                const bf16* row = weights[I].at + n * weights[I].stride + k;
+                const bf16* row = weights[I].first + n * weights[I].stride + k;
                 _mm512_store_si512(edge + n * kStepDepth,
-                                   _mm512_maskz_loadu_epi16(n < weights[I].rows ? inside : 0, row));
+                                   _mm512_maskz_loadu_epi16(n < weights[I].rows ? valid : 0, row));
             }
-            ahead.fetch();
+            prefetch.fetch();
             tile_load<4 + I % 2>(edge, 64);
             multiply.template operator()<I>();
         });
@@ -152,33 +153,34 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
     for_tiles<W * T>([&]<int I>() { tile_store<I>(sums + I * kTileSums, 64); });
 }
 
-// finish(w, p, first, second) for every pair of tiles w and w + 1 of up to four tiles of weight
-// rows and each of `count` panels, `panel_size` apart.
+// Multiplies up to four tiles of weight rows by `count` panels, each `panel_size` after the one
+// before it, and calls finish(w, p, sums, more_sums) with the tiles of sums of panel p with w[w]
+// and w[w + 1].
 template <class F>
 void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count,
-                    int64_t depth, Ahead& ahead, const F& finish) {
+                    int64_t depth, PrefetchStreams& prefetch, const F& finish) {
     alignas(64) float sums[4 * kTileSums];
     const auto tile = [&](int i) { return sums + i * kTileSums; };
     int64_t p = 0;
     for (; p + 2 <= count; p += 2) {
         const bf16* const pair[2] = {panels + p * panel_size, panels + (p + 1) * panel_size};
         for (int half = 0; half < 4 && w[half].rows > 0; half += 2) {
-            tile_product<2, 2>({w[half], w[half + 1]}, pair, depth, ahead, sums);
+            tile_product<2, 2>({w[half], w[half + 1]}, pair, depth, prefetch, sums);
             for (int t = 0; t < 2; ++t) finish(half, p + t, tile(t), tile(2 + t));
         }
     }
     if (p == count) return;
     const bf16* const last[1] = {panels + p * panel_size};
     if (w[2].rows > 0) {
-        tile_product<4, 1>(w, last, depth, ahead, sums);
+        tile_product<4, 1>(w, last, depth, prefetch, sums);
         for (int half = 0; half < 4; half += 2) finish(half, p, tile(half), tile(half + 1));
     } else {
-        tile_product<2, 1>({w[0], w[1]}, last, depth, ahead, sums);
+        tile_product<2, 1>({w[0], w[1]}, last, depth, prefetch, sums);
         finish(0, p, tile(0), tile(1));
     }
 }
 
-// Up to 64 rows as tiles of sixteen.
+// Up to 64 weight rows, as tiles of sixteen.
 struct Block {
     WeightRows tiles[4];
 
@@ -195,23 +197,23 @@ constexpr int64_t tile_loads(int64_t count, int64_t rows, int64_t depth) {
     return (count + 1) / 2 * ((rows + kTile - 1) / kTile) * steps_of(depth);
 }
 
-// A panel from `count` <= kTile rows: pairs of the depth, each of all tokens, zeros where there is
-// no row or no more depth.
+// Packs `count` <= kTile activation rows into a panel: for each pair of adjacent elements of the
+// depth the pairs of all sixteen tokens, with zeros for missing rows and beyond the depth.
 inline void pack_panel(const bf16* const* rows, int count, int64_t depth, bf16* panel) {
     for (int64_t k = 0; k < depth; k += kStepDepth, panel += kStepSize) {
-        const __mmask32 inside =
+        const __mmask32 valid =
             depth - k < kStepDepth ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
         __m512i a[kTile];
 #pragma GCC unroll 16
         for (int n = 0; n < kTile; ++n) {
             a[n] =
-                n < count ? _mm512_maskz_loadu_epi16(inside, rows[n] + k) : _mm512_setzero_si512();
+                n < count ? _mm512_maskz_loadu_epi16(valid, rows[n] + k) : _mm512_setzero_si512();
         }
         transpose16(a, reinterpret_cast<__m512i*>(panel));
     }
 }
 
-// Both rounded to bf16, lane by lane `even` below `odd`.
+// Both rounded to bf16 and interleaved: even[0], odd[0], even[1], odd[1], ...
 inline __m512i rounded_pairs(Vec even, Vec odd) {
     alignas(64) static constexpr auto kInterleaved = [] {
         struct {
@@ -220,8 +222,8 @@ inline __m512i rounded_pairs(Vec even, Vec odd) {
         for (int i = 0; i < 32; ++i) order.lane[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
         return order;
     }();
-    const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    return _mm512_permutexvar_epi16(_mm512_load_si512(&kInterleaved), apart);
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(&kInterleaved), halves);
 }
 
 // Sums by token: out[t] holds token t's sixteen outputs.

@@ -1,5 +1,6 @@
 // Vectorised exponential and the experts' activations, on fp32 lanes. Every element takes the same
-// instructions wherever it lies in a row, so results do not depend on the position or on the batch.
+// instructions wherever it lies in a row, so results do not depend on where it lies or on the
+// batch.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,8 @@
-// The second half of attention: values added up with weights, the exponentials of their scores.
+// The second half of attention: values, weighted by the exponentials of their scores, are added to
+// the sums of each row.
 //
-// Invariance: a row adds its slots in ascending order, in steps of kTogether counted from the first
-// slot of a block, whatever rows share the pass.
+// Invariance: a row adds its positions in ascending order, in steps of kStepPositions that begin at
+// the first position of a block, whatever rows share the pass.
 #pragma once
 
 #include <cstring>
@@ -11,21 +12,24 @@
 
 namespace moesd::MOESD_ISA {
 
-constexpr int kValuesAhead = 16;  // slots between a value and what is prefetched with it
+constexpr int kPrefetchDistance = 16;  // positions between a value read and the one prefetched
 
+// How values of type W are read, weighted and added.
 template <class W>
 struct Values {
     using Weight = float;
-    static constexpr int kWide = 2 * kLanes;
-    static constexpr int kTogether = 1;  // slots of a step
+    static constexpr int kWide = 2 * kLanes;  // columns that a pair of vectors holds
+    static constexpr int kStepPositions = 1;  // positions that one step adds
 
     static void store_weights(Weight* out, Vec weights) { store(out, weights); }
 
-    // From the order of columns in accumulators to that in memory.
-    static void in_order(Vec& a, Vec& b) { from_pack_order(static_cast<const W*>(nullptr), a, b); }
+    // From the order that columns have in accumulators to the order they have in memory.
+    static void to_memory_order(Vec& a, Vec& b) {
+        from_pack_order(static_cast<const W*>(nullptr), a, b);
+    }
 
-    // low and high [m][p] += weights[m * ld] of a step times `slots` values, of P times kWide
-    // columns or less.
+    // One step: low and high [m][p] += weights[m * ld] * values, for M rows and P * kWide columns
+    // (or fewer: `columns`, then P is 1).
     template <int M, int P>
     static inline __attribute__((always_inline)) void step(Vec (&low)[M][P], Vec (&high)[M][P],
                                                            const Weight* weights, int64_t ld,
@@ -39,7 +43,7 @@ struct Values {
         const W* v = columns < kWide ? tail : values;
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-            __builtin_prefetch(values + kValuesAhead * stride + p * kWide);
+            __builtin_prefetch(values + kPrefetchDistance * stride + p * kWide);
             const Vec a = load_low(v + p * kWide), b = load_high(v + p * kWide);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
@@ -51,20 +55,20 @@ struct Values {
 };
 
 #ifdef MOESD_AVX512_BF16
-// Weights rounded to bf16, two slots at a time: one vdpbf16ps where two multiply-adds were needed.
+// Weights rounded to bf16, two positions at a time: one vdpbf16ps in place of two multiply-adds.
 template <>
 struct Values<bf16> {
     using Weight = bf16;
     static constexpr int kWide = 2 * kLanes;
-    static constexpr int kTogether = 2;
+    static constexpr int kStepPositions = 2;
 
     static void store_weights(Weight* out, Vec weights) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(weights));
     }
 
-    // Unpacking two slots leaves the first and the second half of every eight columns in vectors of
-    // their own.
-    static void in_order(Vec& a, Vec& b) {
+    // Interleaving the values of two positions puts the first four of every eight columns into one
+    // vector and the second four into the other.
+    static void to_memory_order(Vec& a, Vec& b) {
         const __m512i first =
             _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         const __m512i second =
@@ -77,19 +81,20 @@ struct Values<bf16> {
     static inline __attribute__((always_inline)) void step(Vec (&low)[M][P], Vec (&high)[M][P],
                                                            const Weight* weights, int64_t ld,
                                                            const bf16* values, int64_t stride,
-                                                           int64_t slots, int64_t columns) {
-        const __mmask32 inside = columns < kWide ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
-        // A weight of zero would not hide a value that is not a number.
-        const __mmask32 second = slots > 1 ? inside : 0;
+                                                           int64_t num_positions, int64_t columns) {
+        const __mmask32 valid = columns < kWide ? (uint32_t{1} << columns) - 1 : ~uint32_t{0};
+        // A last position without a partner: the value after it is not read, since zero times NaN
+        // would be NaN.
+        const __mmask32 second_valid = num_positions > 1 ? valid : 0;
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
             const bf16* v = values + p * kWide;
-            __builtin_prefetch(v + kValuesAhead * stride);
-            __builtin_prefetch(v + (kValuesAhead + 1) * stride);
-            const __m512i x = _mm512_maskz_loadu_epi16(inside, v),
-                          y = _mm512_maskz_loadu_epi16(second, v + stride);
-            const __m512bh a = (__m512bh)_mm512_unpacklo_epi16(x, y),
-                           b = (__m512bh)_mm512_unpackhi_epi16(x, y);
+            __builtin_prefetch(v + kPrefetchDistance * stride);
+            __builtin_prefetch(v + (kPrefetchDistance + 1) * stride);
+            const __m512i x = _mm512_maskz_loadu_epi16(valid, v);
+            const __m512i y = _mm512_maskz_loadu_epi16(second_valid, v + stride);
+            const __m512bh a = (__m512bh)_mm512_unpacklo_epi16(x, y);
+            const __m512bh b = (__m512bh)_mm512_unpackhi_epi16(x, y);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 int32_t pair;
@@ -103,12 +108,12 @@ struct Values<bf16> {
 };
 #endif
 
-// acc[m] += the sum over slots of weights[m * ld + slot] * values[slot], for M rows and P times
-// kWide columns or less.
+// acc[m * width] += sum over i of weights[m * ld + i] * values[i * stride], i < num_positions, for
+// M rows and P * kWide columns (or fewer: `columns`, then P is 1).
 template <class W, int M, int P>
 void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* weights, int64_t ld,
-                 const W* values, int64_t stride, int64_t slots, int64_t columns) {
-    constexpr int kWide = Values<W>::kWide, kTogether = Values<W>::kTogether;
+                 const W* values, int64_t stride, int64_t num_positions, int64_t columns) {
+    constexpr int kWide = Values<W>::kWide, kStepPositions = Values<W>::kStepPositions;
     Vec low[M][P], high[M][P];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -119,12 +124,12 @@ void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* we
         }
     }
     int64_t i = 0;
-    for (; i + kTogether <= slots; i += kTogether) {
-        Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, kTogether,
+    for (; i + kStepPositions <= num_positions; i += kStepPositions) {
+        Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, kStepPositions,
                         columns);
     }
-    if (i < slots) {
-        Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, slots - i,
+    if (i < num_positions) {
+        Values<W>::step(low, high, weights + i, ld, values + i * stride, stride, num_positions - i,
                         columns);
     }
 #pragma GCC unroll 8
@@ -137,32 +142,35 @@ void add_columns(float* acc, int64_t width, const typename Values<W>::Weight* we
     }
 }
 
+// The same for all `dim` columns, P pairs of vectors at a time.
 template <class W, int M, int P>
-void add_values_of(float* acc, int64_t width, const typename Values<W>::Weight* weights, int64_t ld,
-                   const W* values, int64_t stride, int64_t slots, int64_t dim) {
+void add_all_columns(float* acc, int64_t width, const typename Values<W>::Weight* weights,
+                     int64_t ld, const W* values, int64_t stride, int64_t num_positions,
+                     int64_t dim) {
     constexpr int kWide = Values<W>::kWide;
     int64_t d = 0;
     for (; d + P * kWide <= dim; d += P * kWide) {
-        add_columns<W, M, P>(acc + d, width, weights, ld, values + d, stride, slots, kWide);
+        add_columns<W, M, P>(acc + d, width, weights, ld, values + d, stride, num_positions, kWide);
     }
     for (; d < dim; d += kWide) {
         const int64_t columns = dim - d < kWide ? dim - d : kWide;
-        add_columns<W, M, 1>(acc + d, width, weights, ld, values + d, stride, slots, columns);
+        add_columns<W, M, 1>(acc + d, width, weights, ld, values + d, stride, num_positions,
+                             columns);
     }
 }
 
-// Adds `slots` values [dim], `stride` apart, to `count` rows acc [width]; weights [ld] end with
-// zeros up to kTogether.
+// acc[m * width] += sum over i of weights[m * ld + i] * values[i * stride], for `count` rows m,
+// i < num_positions and `dim` columns. Weights are zero from num_positions to the end of a step.
 template <class W>
 void add_values(float* acc, int64_t width, int count, const typename Values<W>::Weight* weights,
-                int64_t ld, const W* values, int64_t stride, int64_t slots, int64_t dim) {
-    constexpr int kWhole = kTileTokens == 6 ? 2 : 1;  // six rows of two pairs need 32 registers
+                int64_t ld, const W* values, int64_t stride, int64_t num_positions, int64_t dim) {
+    constexpr int kPairs = kTileTokens == 6 ? 2 : 1;  // six rows of two pairs need 32 registers
     const auto rows = [&]<int M, int P>() {
-        add_values_of<W, M, P>(acc, width, weights, ld, values, stride, slots, dim);
+        add_all_columns<W, M, P>(acc, width, weights, ld, values, stride, num_positions, dim);
         acc += M * width, weights += M * ld, count -= M;
     };
-    while (count >= 6) rows.template operator()<6, kWhole>();
-    if (count >= 4) rows.template operator()<4, kWhole>();
+    while (count >= 6) rows.template operator()<6, kPairs>();
+    if (count >= 4) rows.template operator()<4, kPairs>();
     if (count >= 2) rows.template operator()<2, 2>();
     if (count >= 1) rows.template operator()<1, 4>();
 }

@@ -1,5 +1,5 @@
-// The place of each row's largest value, the lowest one among equals; NaN counts as the largest, as
-// torch.argmax has it.
+// The index of each row's largest value, the lowest index among equals. As in torch.argmax, NaN is
+// larger than any number.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@ namespace moesd::MOESD_ISA {
 
 template <class W>
 class ArgmaxKernel {
-    // Columns whose maximum is found before any place is looked for.
+    // Columns of a span: the span that holds the maximum is found first, then the index in it.
     static constexpr int64_t kSpan = 32 * kLanes;
 
 public:
@@ -24,51 +24,52 @@ private:
     void work() {
         rows_.share([this](int64_t r) {
             const W* x = static_cast<const W*>(a_.x) + r * a_.width;
-            int64_t place = 0;
-            const float top = by_spans(x, place);
-            a_.ids[r] = place;
+            int64_t index = 0;
+            const float top = largest_by_spans(x, index);
+            a_.ids[r] = index;
             a_.undefined[r] = !(top > -INFINITY);
         });
     }
 
-    // The largest value and its place. Rows with a NaN or an infinity are left to `one_by_one`.
-    float by_spans(const W* x, int64_t& place) const {
+    // The largest value and its index. Rows with NaN or infinity are left to largest_one_by_one:
+    // they make `poison` NaN, since zero times either is NaN.
+    float largest_by_spans(const W* x, int64_t& index) const {
         float top = -INFINITY;
         Vec poison = splat(0.0f);
-        for (int64_t from = 0; from < a_.width; from += kSpan) {
-            const int64_t end = from + kSpan < a_.width ? from + kSpan : a_.width;
+        for (int64_t start = 0; start < a_.width; start += kSpan) {
+            const int64_t end = start + kSpan < a_.width ? start + kSpan : a_.width;
             Vec tops = splat(-INFINITY);
-            for (int64_t i = from; i < end; i += kLanes) {
+            for (int64_t i = start; i < end; i += kLanes) {
                 const Vec v = columns(x, i, end);
                 tops = max(v, tops), poison = fma(v, splat(0.0f), poison);
             }
             const float best = max_lanes(tops);
-            if (best > top) top = best, place = from;  // of the span
+            if (best > top) top = best, index = start;
         }
         alignas(64) float lanes[kLanes];
         store(lanes, poison);
         for (int l = 0; l < kLanes; ++l) {
-            if (std::isnan(lanes[l])) return one_by_one(x, place);
+            if (std::isnan(lanes[l])) return largest_one_by_one(x, index);
         }
-        for (int64_t i = place;; i += kLanes) {
+        for (int64_t i = index;; i += kLanes) {
             const int lane = first_equal(columns(x, i, a_.width), splat(top));
-            if (lane < kLanes) return place = i + lane, top;
+            if (lane < kLanes) return index = i + lane, top;
         }
     }
 
-    float one_by_one(const W* x, int64_t& place) const {
+    float largest_one_by_one(const W* x, int64_t& index) const {
         float top = -INFINITY;
-        place = 0;
+        index = 0;
         for (int64_t i = 0; i < a_.width; ++i) {
             float v;
             load_row(&v, x + i, 1);
-            if (std::isnan(v)) return place = i, v;
-            if (v > top) top = v, place = i;
+            if (std::isnan(v)) return index = i, v;
+            if (v > top) top = v, index = i;
         }
         return top;
     }
 
-    // Columns i .. i + kLanes; those from `end` on repeat the first.
+    // Columns i .. i + kLanes; in index of columns from `end` on, column i.
     static Vec columns(const W* x, int64_t i, int64_t end) {
         if (i + kLanes <= end) return load(x + i);
         alignas(64) float lanes[kLanes];

@@ -1,7 +1,8 @@
-// Attention of a few queries per sequence over a ragged KV cache: a query at position p reads slots
-// max(0, p - window + 1) .. p of its own row and nothing else, so garbage beyond a row's length is
-// never touched. Online softmax in fp32 over blocks of slots counted from the first visible one;
-// the queries and heads of a sequence that share keys read them together.
+// Attention of a few queries per sequence over a ragged KV cache: a query at position p reads
+// positions max(0, p - window + 1) .. p of its own cache row and nothing else, so garbage beyond a
+// row's length is never touched. Online softmax in fp32 over blocks of positions, of which the
+// first begins at the first visible position; the queries and heads of a sequence that share keys
+// read them together.
 #pragma once
 
 #include "attention_rows.h"
@@ -9,7 +10,8 @@
 
 namespace moesd::MOESD_ISA {
 
-// `Rows` hold what passes over the keys together: an AttentionRows with start() and add_block().
+// `Rows` is an AttentionRows with start() and add_block(): the (query, head) rows of one pass over
+// the keys. A work item is a span of up to span_ queries of one sequence with one of its key heads.
 template <class W, class Rows>
 class RaggedAttention {
     static constexpr int kMaxRows = Rows::kMax;
@@ -32,15 +34,15 @@ private:
     void work() {
         Rows rows(a_);
         for (int64_t i; (i = items_.take()) < items_.total;) {
-            const int64_t h = i / spans_ % a_.kv_heads, b = i / spans_ / a_.kv_heads,
-                          from = i % spans_ * span_;
-            const int64_t end = from + span_ < a_.queries ? from + span_ : a_.queries;
+            const int64_t h = i / spans_ % a_.kv_heads, b = i / spans_ / a_.kv_heads;
+            const int64_t start = i % spans_ * span_;
+            const int64_t end = start + span_ < a_.queries ? start + span_ : a_.queries;
             for (int64_t g = 0; g < group_; g += heads_) {
                 rows.heads = static_cast<int>(group_ - g < heads_ ? group_ - g : heads_);
-                for (int64_t j = from; j < end; j += rows.queries) {
+                for (int64_t j = start; j < end; j += rows.queries) {
                     rows.queries = 1;
                     while (j + rows.queries < end &&
-                           first_slot(b, j) == first_slot(b, j + rows.queries)) {
+                           first_position(b, j) == first_position(b, j + rows.queries)) {
                         ++rows.queries;
                     }
                     attend(b, j, h, h * group_ + g, rows);
@@ -49,21 +51,22 @@ private:
         }
     }
 
-    // Blocks of slots are counted from here, so only queries that agree on it can share a pass; -1
-    // sees nothing.
-    int64_t first_slot(int64_t b, int64_t j) const {
+    // The first position that query j of sequence b sees, -1 where it is padding and sees none. The
+    // blocks of a pass begin here, so only queries that have it in common can share a pass.
+    int64_t first_position(int64_t b, int64_t j) const {
         const int64_t position = a_.positions[b * a_.queries + j];
         if (position < 0) return -1;
         return a_.window > 0 && position >= a_.window ? position - a_.window + 1 : 0;
     }
 
-    // Queries from j on of sequence b and heads from `head` on, over the keys of head h.
+    // One pass: rows.queries queries of sequence b, the first of them j, with rows.heads query
+    // heads, the first of them `head`, over the keys and values of key head h.
     void attend(int64_t b, int64_t j, int64_t h, int64_t head, Rows& rows) const {
-        const int64_t first = first_slot(b, j), row = a_.rows ? a_.rows[b] : b;
+        const int64_t first = first_position(b, j), row = a_.rows ? a_.rows[b] : b;
         const int64_t* positions = a_.positions + b * a_.queries + j;
         const W* keys = static_cast<const W*>(a_.k) + row * a_.k_row + h * a_.k_head;
         const W* values = static_cast<const W*>(a_.v) + row * a_.v_row + h * a_.v_head;
-        if (first < 0) {  // padding sees nothing: there is no slot before the first
+        if (first < 0) {  // padding sees nothing, and its output is zero
             for (int m = 0; m < rows.count(); ++m) {
                 std::memset(static_cast<void*>(out_row(b, j, head, m, rows)), 0,
                             a_.value_dim * sizeof(W));
@@ -74,15 +77,15 @@ private:
                    head);
         int64_t last = -1;
         for (int n = 0; n < rows.queries; ++n) last = positions[n] > last ? positions[n] : last;
-        for (int64_t from = first; from <= last; from += kSlotBlock) {
-            rows.look(positions, from);
-            rows.add_block(keys + from * a_.k_slot, values + from * a_.v_slot,
-                           from + kSlotBlock > last);
+        for (int64_t start = first; start <= last; start += kBlockPositions) {
+            rows.count_visible(positions, start);
+            rows.add_block(keys + start * a_.k_position, values + start * a_.v_position,
+                           start + kBlockPositions > last);
         }
         for (int m = 0; m < rows.count(); ++m) rows.finish(m, out_row(b, j, head, m, rows));
     }
 
-    // The output of row m of a pass over queries from j on and heads from `head` on.
+    // The output of row m of the pass whose first query is j and whose first head is `head`.
     W* out_row(int64_t b, int64_t j, int64_t head, int m, const Rows& rows) const {
         const int64_t query = b * a_.queries + j + m / rows.heads;
         return static_cast<W*>(a_.out) +

@@ -1,6 +1,6 @@
-// The (query, head) rows that pass over the keys of a sequence together, and their online softmax.
-// A row's weights exp(score - top) and what it accumulates are its own, whatever rows share the
-// pass.
+// The (query, head) rows that share one pass over the keys of a sequence, and their online softmax.
+// Each row has its own maximum, its own weights exp(score - maximum) and its own sums, so its
+// result does not depend on which rows share the pass.
 #pragma once
 
 #include "add_values.h"
@@ -9,9 +9,9 @@
 
 namespace moesd::MOESD_ISA {
 
-constexpr int kSlotBlock = 128;
+constexpr int kBlockPositions = 128;  // positions whose scores are computed at a time
 
-// Up to Max rows, query by query.
+// Up to Max rows: all heads of the first query, then all heads of the second, and so on.
 template <class W, int Max>
 class AttentionRows {
 public:
@@ -23,23 +23,24 @@ public:
 
     int count() const { return heads * queries; }
 
-    // How much of the block of slots from `from` on each query sees.
-    void look(const int64_t* positions, int64_t from) {
-        common_ = kSlotBlock, most_ = 0;
+    // How many positions of the block that begins at `start` each query sees.
+    void count_visible(const int64_t* positions, int64_t start) {
+        visible_to_all_ = kBlockPositions, visible_to_any_ = 0;
         for (int n = 0; n < queries; ++n) {
-            const int64_t left = positions[n] + 1 - from;
-            seen_[n] = left < 0 ? 0 : left < kSlotBlock ? left : kSlotBlock;
-            common_ = seen_[n] < common_ ? seen_[n] : common_;
-            most_ = seen_[n] > most_ ? seen_[n] : most_;
+            const int64_t left = positions[n] + 1 - start;
+            visible_[n] = left < 0 ? 0 : left < kBlockPositions ? left : kBlockPositions;
+            visible_to_all_ = visible_[n] < visible_to_all_ ? visible_[n] : visible_to_all_;
+            visible_to_any_ = visible_[n] > visible_to_any_ ? visible_[n] : visible_to_any_;
         }
     }
 
+    // out = row m's sums of weighted values, divided by the sum of its weights.
     void finish(int m, W* out) {
         float* acc = acc_ + m * width_;
         const Vec inverse = splat(1.0f / sum_[m]);
         for (int64_t d = 0; d < a_.value_dim; d += Values<W>::kWide) {
             Vec a = mul(load(acc + d), inverse), b = mul(load(acc + d + kLanes), inverse);
-            Values<W>::in_order(a, b);
+            Values<W>::to_memory_order(a, b);
             store(acc + d, a), store(acc + d + kLanes, b);
         }
         store_row(out, acc, a_.value_dim);
@@ -47,9 +48,10 @@ public:
 
 protected:
     using Weight = typename Values<W>::Weight;
-    static constexpr int kWeightStride = kSlotBlock * sizeof(float) / sizeof(Weight);
+    static constexpr int kWeightStride = kBlockPositions * sizeof(float) / sizeof(Weight);
 
-    // Queries that start at q, of heads from `head` on.
+    // Packs the rows, of which q is the first, and clears their sums. A sink is a score without a
+    // value: it starts as the row's maximum, with a weight of exp(0).
     void start_rows(const W* q, int64_t head) {
         for (int m = 0; m < count(); ++m) {
             pack_row(q + m / heads * a_.q_query + m % heads * a_.q_head, a_.head_dim,
@@ -60,12 +62,13 @@ protected:
         std::memset(acc_, 0, count() * width_ * sizeof(float));
     }
 
-    // Turns a block's scores into weights exp(score - top) and scales what was accumulated to the
-    // new maximum.
-    void rescale(int m, int64_t slots) {
-        float* scores = scores_ + m * kSlotBlock;
-        const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
-        for (int64_t i = slots; i < padded; ++i) scores[i] = scores[0];  // changes no maximum
+    // Turns row m's scores of a block into weights exp(score - maximum), after scaling the sums of
+    // earlier blocks to the maximum that includes this block.
+    void weigh(int m, int64_t num_positions) {
+        float* scores = scores_ + m * kBlockPositions;
+        const int64_t padded = (num_positions + kLanes - 1) / kLanes * kLanes;
+        // Padding that changes no maximum.
+        for (int64_t i = num_positions; i < padded; ++i) scores[i] = scores[0];
         Vec tops = splat(top_[m]);
         for (int64_t i = 0; i < padded; i += kLanes) {
             const Vec scaled = mul(load(scores + i), splat(a_.scale));
@@ -84,30 +87,31 @@ protected:
         for (int64_t i = 0; i < padded; i += kLanes) {
             Values<W>::store_weights(weights + i, exp(sub(load(scores + i), splat(top))));
         }
-        for (int64_t i = slots; i < padded; ++i) weights[i] = Weight{};
-        Vec sums = splat(0.0f);  // of the weights as they were rounded
+        for (int64_t i = num_positions; i < padded; ++i) weights[i] = Weight{};
+        Vec sums = splat(0.0f);  // of the weights as they were rounded for storage
         for (int64_t i = 0; i < padded; i += kLanes) sums = add(sums, load(weights + i));
         sum_[m] += sum_lanes(sums);
     }
 
-    // A row's weights take the place of its scores: none is wider.
-    Weight* weights_of(int m) { return reinterpret_cast<Weight*>(scores_ + m * kSlotBlock); }
+    // A row's weights overwrite its scores: a weight is no wider than a score.
+    Weight* weights_of(int m) { return reinterpret_cast<Weight*>(scores_ + m * kBlockPositions); }
 
     const AttentionArgs& a_;
     const int64_t depth_, width_;
-    // Slots of the current block that every query sees, that any does, and that each does.
-    int64_t common_ = 0, most_ = 0;
-    int64_t seen_[Max];
+    // Positions of the current block: seen by every query, by at least one, and by each query.
+    int64_t visible_to_all_ = 0, visible_to_any_ = 0;
+    int64_t visible_[Max];
     float top_[Max], sum_[Max];
     alignas(64) typename Dot<W>::Act query_[Max * align_depth(kMaxHeadDim)];
-    alignas(64) float acc_[Max * align_depth(kMaxHeadDim)];  // in the order of Values
-    alignas(64) float scores_[Max * kSlotBlock];
+    alignas(64) float acc_[Max * align_depth(kMaxHeadDim)];  // columns in the order of Values<W>
+    alignas(64) float scores_[Max * kBlockPositions];
 };
 
 template <class W>
 class VectorRows : public AttentionRows<W, 24> {
     using Base = AttentionRows<W, 24>;
-    using Base::a_, Base::common_, Base::most_, Base::seen_, Base::scores_, Base::width_;
+    using Base::a_, Base::visible_to_all_, Base::visible_to_any_, Base::visible_, Base::scores_,
+        Base::width_;
 
 public:
     using Base::Base, Base::heads, Base::queries;
@@ -117,29 +121,31 @@ public:
         for (int m = 0; m < Base::count(); ++m) xs_[m] = Base::query_ + m * Base::depth_;
     }
 
-    // Scores of slots that a query may not see are computed with the others' and never looked at.
-    // Values are added to all queries together only as far as all may see them, then to each by
-    // itself, so that nothing hidden reaches a sum.
-    void add_block(const W* keys, const W* values, bool ends) {
+    // The scores that some query must not see are computed with the others, and that query never
+    // reads them. Values that all queries see are added to all of them together, the others to each
+    // query by itself, so that no hidden value, which may be NaN, reaches a sum.
+    void add_block(const W* keys, const W* values, bool last_block) {
         const int rows = Base::count();
-        dot_rows<W>(xs_, rows, keys, a_.k_slot, most_, a_.head_dim,
-                    ends ? nullptr : keys + most_ * a_.k_slot, scores_, kSlotBlock);
+        dot_rows<W>(xs_, rows, keys, a_.k_position, visible_to_any_, a_.head_dim,
+                    last_block ? nullptr : keys + visible_to_any_ * a_.k_position, scores_,
+                    kBlockPositions);
         for (int m = 0; m < rows; ++m) {
-            if (seen_[m / heads] > 0) Base::rescale(m, seen_[m / heads]);
+            if (visible_[m / heads] > 0) Base::weigh(m, visible_[m / heads]);
         }
-        const int64_t common = common_ / Values<W>::kTogether * Values<W>::kTogether;
-        add_slots(0, rows, values, 0, common);
+        const int64_t shared =
+            visible_to_all_ / Values<W>::kStepPositions * Values<W>::kStepPositions;
+        add_range(0, rows, values, 0, shared);
         for (int n = 0; n < queries; ++n) {
-            if (seen_[n] > common) add_slots(n * heads, heads, values, common, seen_[n]);
+            if (visible_[n] > shared) add_range(n * heads, heads, values, shared, visible_[n]);
         }
     }
 
 private:
-    // Adds the values of slots [from, to) of the block to rows m .. m + count.
-    void add_slots(int m, int count, const W* values, int64_t from, int64_t to) {
-        add_values<W>(Base::acc_ + m * width_, width_, count, Base::weights_of(m) + from,
-                      Base::kWeightStride, values + from * a_.v_slot, a_.v_slot, to - from,
-                      a_.value_dim);
+    // Adds the values of the block's positions [start, end) to rows m .. m + count.
+    void add_range(int m, int count, const W* values, int64_t start, int64_t end) {
+        add_values<W>(Base::acc_ + m * width_, width_, count, Base::weights_of(m) + start,
+                      Base::kWeightStride, values + start * a_.v_position, a_.v_position,
+                      end - start, a_.value_dim);
     }
 
     const typename Dot<W>::Act* xs_[Base::kMax];

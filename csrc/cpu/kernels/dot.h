@@ -1,10 +1,10 @@
-// The multiply-add step of dot products between packed activation rows and weight rows as they lie
-// in memory, and packing.
+// The multiply-add step of dot products between packed activation rows and weight rows, which are
+// read as they lie in memory; and the packing of activation rows.
 //
 // Invariance: lane l of a dot product accumulates elements l, l + kLanes, ... of the packed order
 // with one fused multiply-add each, in ascending order, whatever the tile's shape; sum4 then adds
 // the lanes in one fixed tree, per block of the depth. So a (row, output) pair has the same bits at
-// every batch size, place and thread count.
+// every batch size, at every place in the batch and for every number of threads.
 #pragma once
 
 #include <cstring>
@@ -14,15 +14,16 @@
 
 namespace moesd::MOESD_ISA {
 
-// Copies n < N elements and zeros up to N. (Vector headers overload it where a masked load does
-// it.)
+// Copies n < N elements and fills up with zeros to N. (Vector headers overload it where a masked
+// load does both.)
 template <int N, class W>
 inline void pad_step(const W* src, int64_t n, W* dst) {
     std::memset(static_cast<void*>(dst), 0, N * sizeof(W));
     std::memcpy(static_cast<void*>(dst), src, n * sizeof(W));
 }
 
-// fp32 activations in pack order against weights widened to fp32.
+// One step of dot products: fp32 activations in pack order times weights of type W, widened to
+// fp32.
 template <class W>
 struct Dot {
     using Act = float;
@@ -54,12 +55,13 @@ struct Dot {
         }
     }
 
-    // Packs one step of fp32 values in memory order.
+    // Packs one step of fp32 values, which are in memory order.
     static void pack_step(const float* src, Act* dst) {
         Vec a = load(src), b = load(src + kLanes);
         to_pack_order(static_cast<const W*>(nullptr), a, b);
         store(dst, a), store(dst + kLanes, b);
     }
+    // Element k of a packed row.
     static float unpack(const Act* row, int64_t k) {
         int64_t base = k / kStep * kStep, i = k - base;
         return row[base + (kSplitsEvenOdd<W> ? (i & 1) * kLanes + i / 2 : i)];
@@ -67,7 +69,7 @@ struct Dot {
 };
 
 #ifdef MOESD_AVX512_BF16
-// bf16 pairs against bf16 pairs, one vdpbf16ps per 32 elements.
+// One step in bf16: pairs of activations times pairs of weights, one vdpbf16ps for 32 elements.
 template <>
 struct Dot<bf16> {
     using Act = bf16;
@@ -99,8 +101,9 @@ struct Dot<bf16> {
 };
 #endif
 
-// For weights stored [K, columns]: out[m * ld + j] = sum_k xs[m][k] * w[k * stride + j], ascending
-// k. A strided reader for the rare transposed checkpoints; two vectors of columns at a time.
+// For weights stored transposed, [depth, columns]: out[m * ld + j] = sum over k of
+// xs[m][k] * w[k * stride + j], in ascending order. Simple, since such checkpoints are rare: two
+// vectors of columns at a time, and every weight is read again for each activation row.
 template <class W>
 void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride,
                  int64_t columns, int64_t depth, float* out, int64_t ld) {
@@ -130,7 +133,7 @@ void dot_columns(const typename Dot<W>::Act* const* xs, int count, const W* w, i
 template <class W>
 void pack_row(const W* src, int64_t n, typename Dot<W>::Act* dst) {
     constexpr int kStep = Dot<W>::kStep;
-    if constexpr (std::is_same_v<W, typename Dot<W>::Act>) {  // packed as it lies
+    if constexpr (std::is_same_v<W, typename Dot<W>::Act>) {  // memory order is pack order
         std::memcpy(static_cast<void*>(dst), src, n * sizeof(W));
         std::memset(static_cast<void*>(dst + n), 0, (align_depth(n) - n) * sizeof(W));
         return;
@@ -176,6 +179,7 @@ inline void load_row(float* dst, const W* src, int64_t n) {
     }
 }
 
+// x as fp32.
 template <class W>
 inline float widened(W x) {
     float wide;

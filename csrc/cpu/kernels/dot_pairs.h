@@ -1,6 +1,7 @@
-// Dot products over few steps of the depth, for AVX-512-BF16: there, adding up the lanes of every
-// sum costs more than the sums. Weight rows are transposed instead, so that a lane is an output and
-// a pair of elements is broadcast to all of them; one transposition serves all activation rows.
+// Dot products of a short depth with AVX-512-BF16. If lanes held parts of a sum, adding up the
+// lanes would cost more than computing them. So weight rows are transposed: a lane holds an output,
+// and a pair of activations is broadcast to all lanes. One transposition serves all activation
+// rows.
 //
 // Invariance: an output accumulates the pairs of the depth in ascending order, whatever shares the
 // call with it.
@@ -11,30 +12,31 @@
 
 namespace moesd::MOESD_ISA {
 
-constexpr int64_t kMaxPairs = 128;
+constexpr int64_t kMaxPairs = 128;  // of adjacent elements of the depth
 // Activation rows that share a register tile with two vectors of outputs.
 constexpr int kPairRows = 8;
 
-// pairs[k] = elements 2k and 2k + 1 of each of sixteen weight rows; rows past `rows` repeat the
-// last. Fetches the rows of `ahead` into the second-level cache: the first is full of pairs.
+// pairs[k] = elements 2k and 2k + 1 of each of sixteen weight rows; where there are fewer, the last
+// is repeated. Prefetches sixteen rows from `prefetch` on, unless it is null, into the second-level
+// cache: the first is full of pairs.
 inline void transpose_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t depth,
-                            const bf16* ahead, __m512i* pairs) {
+                            const bf16* prefetch, __m512i* pairs) {
     for (int64_t k = 0; k < depth; k += 32, pairs += 16) {
-        if (ahead) {
+        if (prefetch) {
 #pragma GCC unroll 16
-            for (int n = 0; n < 16; ++n) __builtin_prefetch(ahead + n * stride + k, 0, 2);
+            for (int n = 0; n < 16; ++n) __builtin_prefetch(prefetch + n * stride + k, 0, 2);
         }
-        const __mmask32 inside = depth - k < 32 ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
+        const __mmask32 valid = depth - k < 32 ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
         __m512i a[16];
 #pragma GCC unroll 16
         for (int n = 0; n < 16; ++n) {
-            a[n] = _mm512_maskz_loadu_epi16(inside, w + (n < rows ? n : rows - 1) * stride + k);
+            a[n] = _mm512_maskz_loadu_epi16(valid, w + (n < rows ? n : rows - 1) * stride + k);
         }
         transpose16(a, pairs);
     }
 }
 
-// out[m * ld + 16 * n + lane] for M activation rows and N transposed blocks.
+// out[m * ld + 16 * n + lane] for M activation rows and N blocks of sixteen transposed weight rows.
 template <int M, int N>
 __attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (*pairs)[kMaxPairs],
                                           int64_t count, float* out, int64_t ld) {
@@ -44,19 +46,19 @@ __attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) acc[m][n] = splat(0.0f);
     }
-    constexpr int kAhead = 4;  // pairs between two looks at where a row lies
-    for (int64_t k = 0; k < count; k += kAhead) {
-        __m512i w[N][kAhead];
+    constexpr int kStepPairs = 4;  // pairs for which one address of an activation row serves
+    for (int64_t k = 0; k < count; k += kStepPairs) {
+        __m512i w[N][kStepPairs];
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 4
-            for (int i = 0; i < kAhead; ++i) w[n][i] = pairs[n][k + i];
+            for (int i = 0; i < kStepPairs; ++i) w[n][i] = pairs[n][k + i];
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const bf16* x = xs[m] + 2 * k;
 #pragma GCC unroll 4
-            for (int i = 0; i < kAhead; ++i) {
+            for (int i = 0; i < kStepPairs; ++i) {
                 int32_t pair;
                 std::memcpy(&pair, x + 2 * i, sizeof(pair));
                 const __m512i v = _mm512_set1_epi32(pair);
@@ -74,29 +76,27 @@ __attribute__((noinline)) void pairs_tile(const bf16* const* xs, const __m512i (
     }
 }
 
-// out[m * ld + j] = xs[m] . w[j] for depth <= 2 * kMaxPairs (columns up to the next multiple of 16
-// are overwritten).
+// dot_rows for depth <= 2 * kMaxPairs (columns up to the next multiple of 16 are overwritten).
 inline void dot_pairs(const bf16* const* xs, int count, const bf16* w, int64_t stride, int64_t rows,
                       int64_t depth, const bf16* next, float* out, int64_t ld) {
     alignas(64) __m512i pairs[2][kMaxPairs];
-    // A multiple of what a tile reads at once; what is padded is zero in the activations and the
-    // weights.
-    const int64_t steps = (depth + 7) / 8 * 4;
+    // A multiple of kStepPairs; the padding is zero in the activations and in the weights.
+    const int64_t num_pairs = (depth + 7) / 8 * 4;
     const int tiles = (count + kPairRows - 1) / kPairRows;
     for (int64_t j = 0; j < rows; j += 2 * kLanes) {
         const int64_t left = rows - j;
         const bf16* block = w + j * stride;
-        const bf16* ahead = left > 2 * kLanes ? block + 2 * kLanes * stride : next;
-        transpose_pairs(block, stride, left, depth, ahead, pairs[0]);
+        const bf16* prefetch = left > 2 * kLanes ? block + 2 * kLanes * stride : next;
+        transpose_pairs(block, stride, left, depth, prefetch, pairs[0]);
         if (left > kLanes) {
             transpose_pairs(block + kLanes * stride, stride, left - kLanes, depth,
-                            ahead ? ahead + kLanes * stride : nullptr, pairs[1]);
+                            prefetch ? prefetch + kLanes * stride : nullptr, pairs[1]);
         }
         for (int t = 0; t < tiles; ++t) {
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
             for_size<kPairRows>(size, [&]<int M>() {
-                if (left > kLanes) pairs_tile<M, 2>(xs + m, pairs, steps, out + m * ld + j, ld);
-                else pairs_tile<M, 1>(xs + m, pairs, steps, out + m * ld + j, ld);
+                if (left > kLanes) pairs_tile<M, 2>(xs + m, pairs, num_pairs, out + m * ld + j, ld);
+                else pairs_tile<M, 1>(xs + m, pairs, num_pairs, out + m * ld + j, ld);
             });
         }
     }

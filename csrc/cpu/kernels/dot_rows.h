@@ -1,5 +1,5 @@
-// Register-tiled dot products of several activation rows with many weight rows: tiles, their order,
-// and what they prefetch.
+// Register-tiled dot products of several activation rows with many weight rows: the tiles, the
+// order in which they are computed, and the memory that each of them prefetches.
 #pragma once
 
 #include "dot.h"
@@ -10,27 +10,28 @@
 
 namespace moesd::MOESD_ISA {
 
+// How far before its use a weight is prefetched: into the second-level cache, and into the first.
 constexpr int64_t kFarBytes = 2048, kNearBytes = 256;
-constexpr int64_t kMaxQuarter = 32;  // rows of a call that one of its four streams reads
+constexpr int64_t kMaxQuarter = 32;  // a quarter of the most weight rows that dot_rows takes
 
-// What a tile fetches from memory while it computes: at every step one line of each of up to four
-// weight rows. They go to the second-level cache, because the first can wait for too few lines at
-// once to keep memory busy (Zen 4: half as fast). From there to the first a tile fetches its own
-// rows, kNearBytes ahead.
+// What a tile prefetches from memory while it computes: at every step one cache line of each of up
+// to four weight rows. These lines go to the second-level cache: the first has too few outstanding
+// misses to keep memory busy (Zen 4: half as fast). From the second-level cache to the first a tile
+// prefetches the rows it is computing with, kNearBytes before their use.
 struct Prefetch {
-    const char* at;    // where the first of the rows is read on from, until step `cut` ...
-    const char* then;  // ... and from there on
-    int64_t cut = 0;
-    // Bytes from the first row to the others; repeating one costs nothing.
-    int64_t rest[3] = {0, 0, 0};
-    // Bytes a step; zero to stay on a line that is in the cache anyway.
+    const char* address;       // in the first of the four rows, at step 0
+    const char* next_address;  // the same at element `switch_at` of the depth, where it may jump
+    int64_t switch_at = 0;
+    // From the first row to the other three, in bytes. A row may be named twice, at no cost.
+    int64_t offsets[3] = {0, 0, 0};
+    // Bytes from step to step; zero repeats one line, which is cached: nothing is prefetched.
     int64_t advance = 0;
 };
 
-// Four weight rows, a quarter of all rows apart: `depth` elements in whole steps, then maybe one
-// step more from zero-padded copies. From group to group each of the four goes on to the next row,
-// so that memory is read as four long streams, which the machine's own prefetchers follow (four
-// rows that lie together: a quarter slower).
+// Four weight rows, each in another quarter of all rows: `depth` elements in whole steps, then,
+// where `tail` is given, one more step from zero-padded copies. The next group has the next row of
+// each quarter, so that memory is read as four long streams, which hardware prefetchers follow
+// (four adjacent rows: a quarter slower).
 template <class W>
 struct Group {
     const W* rows[4];
@@ -38,7 +39,7 @@ struct Group {
     const W (*tail)[Dot<W>::kStep];
 };
 
-// out[m * ld + n] = xs[m][k0:] . row n of the group, added to what is there when k0 > 0.
+// out[m * ld + n] = xs[m][k0:] . row n of the group; added to what `out` holds when k0 > 0.
 template <class W, int M>
 __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, int64_t k0,
                                         const Group<W>& group, const Prefetch& prefetch, float* out,
@@ -53,22 +54,22 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
         for (int n = 0; n < 4; ++n) acc[m][n] = splat(0.0f);
     }
     const W* const w[4] = {group.rows[0], group.rows[1], group.rows[2], group.rows[3]};
-    const int64_t second = prefetch.rest[0], third = prefetch.rest[1], fourth = prefetch.rest[2];
-    const int64_t advance = prefetch.advance;
-    const char* at = prefetch.at;
+    const int64_t second = prefetch.offsets[0], third = prefetch.offsets[1];
+    const int64_t fourth = prefetch.offsets[2], advance = prefetch.advance;
+    const char* address = prefetch.address;
     int64_t k = 0;
     const auto run_to = [&](int64_t end) {
         for (; k < end; k += D::kStep) {
-            __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + second, 0, 2);
-            __builtin_prefetch(at + third, 0, 2), __builtin_prefetch(at + fourth, 0, 2);
+            __builtin_prefetch(address, 0, 2), __builtin_prefetch(address + second, 0, 2);
+            __builtin_prefetch(address + third, 0, 2), __builtin_prefetch(address + fourth, 0, 2);
 #pragma GCC unroll 4
             for (int n = 0; n < 4; ++n) __builtin_prefetch(w[n] + k + kNearBytes / sizeof(W));
-            at += advance;
+            address += advance;
             D::step(acc, x, w, k);
         }
     };
-    run_to(prefetch.cut);
-    at = prefetch.then;
+    run_to(prefetch.switch_at);
+    address = prefetch.next_address;
     run_to(group.depth);
     if (group.tail) {
         const W* const last[4] = {group.tail[0] - k, group.tail[1] - k, group.tail[2] - k,
@@ -88,52 +89,54 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
     }
 }
 
-// Depth is walked in nearly equal blocks of at most this many bytes of an activation row: a pair of
-// tiles and two groups of weight rows then stay in the first-level cache. What is a little longer
-// stays whole: a block more costs more than that. Blocks depend on the depth alone, so rows keep
-// their bits.
+// The depth is computed in nearly equal blocks of at most kDepthBytes of an activation row: two
+// tiles' activations and two groups of weight rows then stay in the first-level cache. Up to
+// kWholeBytes it stays one block, since a second one would cost more than it saves. The blocks
+// depend on the depth alone, so a row's results do not depend on how many rows there are.
 constexpr int64_t kDepthBytes = 2048, kWholeBytes = 3072;
 
+// Elements of a block of the depth, a multiple of a step.
 template <class W>
 inline int64_t depth_block(int64_t depth) {
-    constexpr int64_t size = sizeof(typename Dot<W>::Act), most = kDepthBytes / size,
-                      step = Dot<W>::kStep;
-    if (depth * size <= kWholeBytes) return depth > 0 ? depth : step;
-    const int64_t blocks = (depth + most - 1) / most;
-    return ((depth + blocks - 1) / blocks + step - 1) / step * step;
+    constexpr int64_t kSize = sizeof(typename Dot<W>::Act), kStep = Dot<W>::kStep;
+    constexpr int64_t kMost = kDepthBytes / kSize;
+    if (depth * kSize <= kWholeBytes) return depth > 0 ? depth : kStep;
+    const int64_t blocks = (depth + kMost - 1) / kMost;
+    return ((depth + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
 }
 
-// The rows that visit t of `tiles` to a group of four fetches. A lone tile reads its own group, a
-// little ahead of itself, and goes on into the next group. Two share the next group, two rows each.
-// Of more, the first two find it in the second-level cache, because all of them have shared what
-// the next block of the depth has in its place (`later`): memory is then read all the time, and not
-// only while some tiles run.
+// What tile t of `tiles` prefetches while it computes with `group`. A single tile prefetches its
+// own group, kFarBytes before their use, and at its end the beginning of the next group. Of two
+// tiles each prefetches two rows of the next group. Of more tiles the first two do so, too, and the
+// first four share the rows of the group at the same place in the next block of the depth
+// (`next_block`): memory is then read during all of them, and in that block the first two find
+// their rows in the second-level cache. `row_stride`: elements from row to row of a group.
 template <class W>
-inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* following, const W* later,
-                             int64_t apart, int64_t depth) {
-    constexpr int64_t kSize = sizeof(W), kReach = kFarBytes / kSize,
-                      kAdvance = Dot<W>::kStep * kSize;
-    const int64_t row = apart * kSize;  // to the next of the four
-    const auto address = [](const W* p) { return reinterpret_cast<const char*>(p); };
+inline Prefetch prefetch_for(int t, int tiles, const W* group, const W* next_group,
+                             const W* next_block, int64_t row_stride, int64_t depth) {
+    constexpr int64_t kSize = sizeof(W), kStep = Dot<W>::kStep;
+    constexpr int64_t kReach = kFarBytes / kSize, kAdvance = kStep * kSize;
+    const int64_t row = row_stride * kSize;
+    const auto bytes = [](const W* p) { return reinterpret_cast<const char*>(p); };
     if (tiles == 1) {
-        const int64_t cut = depth > kReach ? (depth - kReach) / Dot<W>::kStep * Dot<W>::kStep : 0;
-        const char* then = address(following ? following : group);
-        return {address(group + kReach), then, cut, {row, 2 * row, 3 * row}, kAdvance};
+        const int64_t switch_at = depth > kReach ? (depth - kReach) / kStep * kStep : 0;
+        const char* next = bytes(next_group ? next_group : group);
+        return {bytes(group + kReach), next, switch_at, {row, 2 * row, 3 * row}, kAdvance};
     }
-    // Of `later`, visit t has row t; of three visits the last has two.
-    const char* ahead = later && tiles > 2 && t < 4 ? address(later) + t * row : nullptr;
-    const int64_t last = ahead && tiles == 3 && t == 2 ? row : 0;
-    if (t < 2 && following) {
-        const char* at = address(following) + 2 * t * row;
-        const int64_t third = ahead ? ahead - at : 0;
-        return {at, at, 0, {row, third, third}, kAdvance};
+    // Tile t takes row t of the next block's group; the last of three tiles takes rows 2 and 3.
+    const char* later = next_block && tiles > 2 && t < 4 ? bytes(next_block) + t * row : nullptr;
+    const int64_t other = later && tiles == 3 && t == 2 ? row : 0;
+    if (t < 2 && next_group) {
+        const char* next = bytes(next_group) + 2 * t * row;
+        const int64_t third = later ? later - next : 0;
+        return {next, next, 0, {row, third, third}, kAdvance};
     }
-    if (ahead) return {ahead, ahead, 0, {last, last, last}, kAdvance};
-    return {address(group), address(group)};
+    if (later) return {later, later, 0, {other, other, other}, kAdvance};
+    return {bytes(group), bytes(group)};
 }
 
-// dot_rows for a tile of tokens and a depth of few steps, where setting up a tile and its
-// prefetches would cost more than the sums: one call passes over all rows.
+// dot_rows for one tile of activation rows and a depth of few steps, where setting up a group and
+// its prefetches would cost more than the sums: one call computes with all weight rows.
 template <class W, int M>
 __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, const W* w,
                                          int64_t stride, int64_t rows, int64_t depth, float* out,
@@ -169,16 +172,16 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
 
 constexpr int64_t kShortDepth = 128;
 
-// Sums leave the tiles group by group; sorts those of one row by the weight row, of which each
-// group has one per quarter.
+// Puts the sums of one activation row, which tiles store group by group (the first row of each
+// quarter, the second row of each quarter, ...), into the order of the weight rows.
 inline void sort_quarters(float* sums, int64_t quarter) {
     alignas(64) float groups[4 * kMaxQuarter];
     std::memcpy(groups, sums, 4 * quarter * sizeof(float));
     int64_t g = 0;
     for (; g + kLanes <= quarter; g += kLanes) {
         const float* in = groups + 4 * g;
-        Vec a = load(in), b = load(in + kLanes), c = load(in + 2 * kLanes),
-            d = load(in + 3 * kLanes);
+        Vec a = load(in), b = load(in + kLanes);
+        Vec c = load(in + 2 * kLanes), d = load(in + 3 * kLanes);
         deal_quads(a, b, c, d);
         store(sums + g, a), store(sums + quarter + g, b);
         store(sums + 2 * quarter + g, c), store(sums + 3 * quarter + g, d);
@@ -188,37 +191,25 @@ inline void sort_quarters(float* sums, int64_t quarter) {
     }
 }
 
-// out[m * ld + j] = xs[m] . w[j] for m < count, j < rows <= 4 * kMaxQuarter (columns up to the next
-// multiple of 4, or of 16 where the depth is short, are overwritten). `next` is where as many rows
-// of the same stride will be read after these, or null.
+// dot_rows over a depth of many steps; members as its arguments.
 template <class W>
-void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride,
-              int64_t rows, int64_t depth, const W* next, float* out, int64_t ld) {
-    constexpr int64_t kStep = Dot<W>::kStep;
-    // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of
-    // an addition.
-    const int tiles = (count + kTileTokens - 1) / kTileTokens;
-#ifdef MOESD_AVX512_BF16
-    if constexpr (std::is_same_v<W, bf16>) {
-        if (depth <= 2 * kMaxPairs) {
-            return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
-        }
-    }
-#endif
-    if (depth <= kShortDepth) {
-        for (int t = 0; t < tiles; ++t) {
-            const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
-            for_size<kTileTokens>(size, [&]<int M>() {
-                dot_short<W, M>(xs + m, w, stride, rows, depth, out + m * ld, ld);
-            });
-        }
-        return;
-    }
-    const int64_t whole = depth / kStep * kStep, block = depth_block<W>(whole);
-    const int64_t quarter = (rows + 3) / 4, apart = quarter * stride;
-    // Tiles [from, to) over group g, in the block of the depth that begins at k0.
-    const auto visit = [&](int64_t k0, int64_t g, int from, int to, const W* following,
-                           const W* later) {
+struct GroupedRows {
+    static constexpr int64_t kStep = Dot<W>::kStep;
+
+    const typename Dot<W>::Act* const* xs;
+    int count, tiles;
+    const W* w;
+    int64_t stride, rows, depth;
+    float* out;
+    int64_t ld;
+    int64_t whole = depth / kStep * kStep;
+    int64_t block = depth_block<W>(whole);
+    int64_t quarter = (rows + 3) / 4;
+
+    // Tiles [first_tile, end_tile) of the activation rows with group g, in the block of the depth
+    // that begins at k0.
+    void visit(int64_t k0, int64_t g, int first_tile, int end_tile, const W* next_group,
+               const W* next_block) const {
         const int64_t length = whole - k0 < block ? whole - k0 : block;
         const bool has_tail = k0 + length == whole && whole < depth;
         alignas(64) W tail[4][kStep];
@@ -228,40 +219,75 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
             group.rows[n] = w + (row < rows ? row : rows - 1) * stride + k0;
             if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
         }
-        for (int t = from; t < to; ++t) {
-            const Prefetch ahead =
-                prefetch_for<W>(t, tiles, group.rows[0], following, later, apart, length);
+        for (int t = first_tile; t < end_tile; ++t) {
+            const Prefetch prefetch = prefetch_for<W>(t, tiles, group.rows[0], next_group,
+                                                      next_block, quarter * stride, length);
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
             for_size<kTileTokens>(size, [&]<int M>() {
-                dot_tile<W, M>(xs + m, k0, group, ahead, out + m * ld + 4 * g, ld);
+                dot_tile<W, M>(xs + m, k0, group, prefetch, out + m * ld + 4 * g, ld);
             });
         }
-    };
-    if (tiles == 1) {  // waits for memory, which is fastest along whole rows
+    }
+
+    // One tile waits for memory, which is fastest along whole rows: all blocks of a group at once.
+    void visit_by_group(const W* next) const {
         for (int64_t g = 0; g < quarter; ++g) {
             const W* row = w + g * stride;
+            const W* next_group = g + 1 < quarter ? row + stride : next;
             for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
-                const bool ends = k0 + block >= whole;
-                visit(k0, g, 0, 1,
-                      !ends             ? row + k0 + block
-                      : g + 1 < quarter ? row + stride
-                                        : next,
-                      nullptr);
+                const bool last_block = k0 + block >= whole;
+                visit(k0, g, 0, 1, last_block ? next_group : row + k0 + block, nullptr);
             }
         }
-    } else {
+    }
+
+    // Several tiles reuse weights from the first-level cache: all groups of a block for two tiles.
+    void visit_by_block(const W* next) const {
         for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
-            const W* after = k0 + block >= whole ? next : w + k0 + block;
+            const W* next_start = k0 + block >= whole ? next : w + k0 + block;
             for (int pair = 0; pair < tiles; pair += 2) {
                 for (int64_t g = 0; g < quarter; ++g) {
-                    const W* following = g + 1 < quarter ? w + (g + 1) * stride + k0 : after;
-                    const W* later = after ? after + g * stride : nullptr;
-                    visit(k0, g, pair, pair + 2 < tiles ? pair + 2 : tiles, following, later);
+                    const W* next_group = g + 1 < quarter ? w + (g + 1) * stride + k0 : next_start;
+                    const W* next_block = next_start ? next_start + g * stride : nullptr;
+                    visit(k0, g, pair, pair + 2 < tiles ? pair + 2 : tiles, next_group, next_block);
                 }
             }
         }
     }
-    for (int m = 0; m < count; ++m) sort_quarters(out + m * ld, quarter);
+};
+
+// out[m * ld + j] = xs[m] . w[j * stride] for m < count, j < rows <= 4 * kMaxQuarter (columns up to
+// the next multiple of 4, or of 16 where the depth is short, are overwritten). `next`: as many rows
+// of the same stride, which will be read after these; or null.
+template <class W>
+void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int64_t stride,
+              int64_t rows, int64_t depth, const W* next, float* out, int64_t ld) {
+#ifdef MOESD_AVX512_BF16
+    if constexpr (std::is_same_v<W, bf16>) {
+        if (depth <= 2 * kMaxPairs) {
+            return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
+        }
+    }
+#endif
+    // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of
+    // an addition.
+    const int tiles = (count + kTileTokens - 1) / kTileTokens;
+    if (depth <= kShortDepth) {
+        for (int t = 0; t < tiles; ++t) {
+            const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
+            for_size<kTileTokens>(size, [&]<int M>() {
+                dot_short<W, M>(xs + m, w, stride, rows, depth, out + m * ld, ld);
+            });
+        }
+        return;
+    }
+    const GroupedRows<W> groups{xs, count, tiles, w, stride, rows, depth, out, ld};
+    if (tiles == 1) {
+        groups.visit_by_group(next);
+    } else {
+        groups.visit_by_block(next);
+    }
+    for (int m = 0; m < count; ++m) sort_quarters(out + m * ld, groups.quarter);
 }
 
 }  // namespace moesd::MOESD_ISA

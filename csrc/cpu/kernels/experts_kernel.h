@@ -1,7 +1,8 @@
-// The experts layer in two passes over work items taken from counters: gate/up + activation by
-// (expert, block of intermediate rows), then down + combine by blocks of output rows, each of which
-// one thread accumulates over all experts in ascending order. Neither pass stores anything of size
-// T * K * H, and no pass needs a reduction between threads.
+// The experts layer in two passes, of which threads take work items from counters. An item of the
+// first pass is a block of an expert's intermediate rows: gate and up projections, then activation.
+// An item of the second is a slice of the output's columns, for which one thread adds up the down
+// projections of all experts in ascending order. So nothing of size T * K * H is stored, and no sum
+// is shared between threads.
 #pragma once
 
 #include <cstring>
@@ -12,11 +13,12 @@
 
 namespace moesd::MOESD_ISA {
 
-constexpr int kBlock = 64;     // rows of a weight matrix per block of sums
-constexpr int kMaxChunk = 48;  // tokens per block of sums
-// Activations that stay in a core's own cache while a block's weight rows are read.
+constexpr int kBlock = 64;     // weight rows of a block of sums
+constexpr int kMaxChunk = 48;  // most tokens of a block of sums
+// Activations that stay in a core's second-level cache while a block's weight rows are read.
 constexpr int64_t kChunkBytes = 192 * 1024;
 
+// Tokens of a block of sums: whole tiles, as many as kChunkBytes hold, but two tiles at least.
 inline int chunk_tokens(int64_t row_bytes) {
     int64_t fit = kChunkBytes / row_bytes / kTileTokens * kTileTokens;
     return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens
@@ -24,23 +26,25 @@ inline int chunk_tokens(int64_t row_bytes) {
                                                   : kMaxChunk);
 }
 
-// Rows of a slice of the output: enough slices that threads end together, few enough that a slice
-// is a long read and many tokens' activations are re-read seldom.
+// Columns of a slice of the output. Small enough that there are several slices for each thread, and
+// threads end at about the same time; large enough that a slice reads long stretches of weights,
+// and the activations of many tokens are not read too often.
 inline int64_t output_slice(const ExpertsArgs& a) {
     const int64_t slices = a.tokens <= 16 ? 4 : 2;
     const int64_t rows = a.hidden / (slices * a.threads) / 16 * 16;
     return rows < 16 ? 16 : rows > 256 ? 256 : rows;
 }
 
-// Columns h0 .. h1 of the output, which experts add up in fp32. Tokens lie side by side: as far
-// apart as rows of the output they would share a few lines of the first-level cache.
+// Columns h0 .. h1 of the output, added up over experts in fp32. The sums of all tokens are
+// adjacent: at the distance of the output's rows they would compete for a few lines of the
+// first-level cache.
 class OutputSlice {
 public:
     OutputSlice(const ExpertsArgs& a, int64_t h0, int64_t h1) : a_(a), h0_(h0), width_(h1 - h0) {
         std::memset(sums(0, h0), 0, a.tokens * width_ * sizeof(float));
     }
 
-    // Where token t's sums from column h on are.
+    // The sums of token t, of which the first is that of column h.
     float* sums(int64_t t, int64_t h) const {
         return a_.acc + h0_ * a_.tokens + t * width_ + (h - h0_);
     }
@@ -57,7 +61,7 @@ private:
     const int64_t h0_, width_;
 };
 
-// activation(gate) * up after the clamps; `up` counts only where the experts are gated.
+// activation(gate) * up after the clamps; `up` is not used unless the experts are gated.
 inline Vec gated_activation(const ExpertsArgs& a, Vec gate, Vec up) {
     if (a.has_limit) {
         gate = min(splat(a.limit), gate);
@@ -102,9 +106,9 @@ private:
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
         int64_t done = 0, i = up_.take();
         while (i < up_.total) {
-            int64_t following = up_.take();
-            gate_up(i, following);
-            i = following, ++done;
+            int64_t next_item = up_.take();
+            gate_up(i, next_item);
+            i = next_item, ++done;
         }
         up_.finish(done), up_.wait();
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::down_combine");
@@ -124,14 +128,14 @@ private:
         return static_cast<const W*>(a_.w_down) + a_.active[i] * a_.hidden * a_.inter;
     }
 
-    // First weights of a gate/up item, or of the down projection after the last one.
+    // The first weights of a gate/up item; after the last item those of the down projection.
     const W* first_row(int64_t item) const {
         if (item >= up_.total) return down_of(0);
         return gate_up_of(item / blocks_) +
                item % blocks_ * block_ * (a_.transposed ? 1 : a_.hidden);
     }
 
-    void gate_up(int64_t item, int64_t following) {
+    void gate_up(int64_t item, int64_t next_item) {
         const int64_t e = item / blocks_, j = item % blocks_ * block_;
         const int64_t rows = a_.inter - j < block_ ? a_.inter - j : block_;
         const int limit = chunk_tokens(depth_x_ * sizeof(Act));
@@ -141,14 +145,14 @@ private:
             const int count =
                 static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
             for (int m = 0; m < count; ++m) xs[m] = packed_x(a_.sorted_token[n + m]);
-            project_gate_up(xs, count, e, j, rows, first_row(following), gate, up);
+            project_gate_up(xs, count, e, j, rows, first_row(next_item), gate, up);
             for (int m = 0; m < count; ++m) {
                 finish_row(e, j, rows, gate + m * kBlock, up + m * kBlock);
                 Act* act = const_cast<Act*>(packed_act(n + m)) + j;
                 for (int64_t k = 0; k < rows; k += D::kStep) {
                     D::pack_step(gate + m * kBlock + k, act + k);
                 }
-                // A row's padding up to align_depth belongs to its last block.
+                // Whoever computes a row's last block clears its padding, up to align_depth.
                 if (j + rows == a_.inter) {
                     int64_t end = (rows + D::kStep - 1) / D::kStep * D::kStep;
                     std::memset(act + end, 0, (depth_act_ - j - end) * sizeof(Act));
@@ -163,8 +167,9 @@ private:
         const int64_t depth = a_.hidden, step = a_.interleaved ? 2 : 1;
         const int64_t first = j * step, second = a_.interleaved ? j * 2 + 1 : a_.inter + j;
         if (!a_.transposed) {
-            const W* then = a_.gated ? w + second * depth : next;
-            dot_rows(xs, count, w + first * depth, step * depth, rows, depth, then, gate, kBlock);
+            const W* next_weights = a_.gated ? w + second * depth : next;
+            dot_rows(xs, count, w + first * depth, step * depth, rows, depth, next_weights, gate,
+                     kBlock);
             if (a_.gated) {
                 dot_rows(xs, count, w + second * depth, step * depth, rows, depth, next, up,
                          kBlock);
@@ -207,11 +212,11 @@ private:
         const int64_t h0 = item * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
         const OutputSlice out(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
-            const W* after = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
+            const W* next_expert = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
             for (int64_t h = h0; h < h1; h += kBlock) {
                 const int64_t rows = h1 - h < kBlock ? h1 - h : kBlock;
                 down_block(e, h, rows, out,
-                           h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : after);
+                           h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : next_expert);
             }
         }
         out.template store<W>();

@@ -2,8 +2,8 @@
 
 namespace moesd::MOESD_ISA {
 
-// f.template operator()<count>(), for 1 <= count <= M: kernels are compiled for each size of a
-// tile.
+// Calls f.template operator()<count>() for a count, 1 <= count <= M, that is known at run time
+// only. Kernels are compiled for every size of a tile.
 template <int M, class F>
 inline void for_size(int count, const F& f) {
     if constexpr (M > 1) {

@@ -1,4 +1,4 @@
-// y = x w^T + bias for few rows x: items are blocks of 64 weight rows, all tokens pass over each.
+// y = x w^T + bias for few rows x. A work item is a block of weight rows, with all tokens.
 #pragma once
 
 #include "dot_rows.h"
@@ -30,17 +30,17 @@ private:
         pack_.wait();
         int64_t i = rows_.take();
         while (i < rows_.total) {
-            int64_t following = rows_.take();
-            project(i * block_, following);
-            i = following;
+            int64_t next_item = rows_.take();
+            project(i * block_, next_item);
+            i = next_item;
         }
     }
 
     Act* packed(int64_t t) const { return reinterpret_cast<Act*>(a_.packed_x) + t * depth_; }
 
-    void project(int64_t j, int64_t following) const {
+    void project(int64_t j, int64_t next_item) const {
         const W* w = static_cast<const W*>(a_.w);
-        const W* next = following < rows_.total ? w + following * block_ * a_.depth : nullptr;
+        const W* next = next_item < rows_.total ? w + next_item * block_ * a_.depth : nullptr;
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
         const int limit = chunk_tokens(depth_ * sizeof(Act));
         const Act* xs[kMaxChunk];

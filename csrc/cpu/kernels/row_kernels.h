@@ -7,6 +7,7 @@
 
 namespace moesd::MOESD_ISA {
 
+// All lanes added up, in one fixed order.
 inline float sum_lanes(Vec v) {
     float out[4];
     const Vec zero = splat(0.0f);
@@ -14,12 +15,13 @@ inline float sum_lanes(Vec v) {
     return out[0];
 }
 
+// kLanes elements of out = w * (x * scale), the product in parentheses rounded to W.
 template <class W>
 inline void scale_step(const W* x, const W* w, Vec scale, W* out) {
     store(out, mul(load(w), rounded(mul(load(x), scale), out)));
 }
 
-// The squares of x, added up by lanes.
+// Lane l: the sum of the squares of x[l], x[l + kLanes], ...
 template <class W>
 inline Vec squares_of(const W* x, int64_t width) {
     const int64_t whole = width / kLanes * kLanes;
@@ -52,8 +54,9 @@ Vec inverse_rms(const W* x, int64_t width, float eps) {
                  std::sqrt(sum_lanes(squares_of(x, width)) / static_cast<float>(width) + eps));
 }
 
-// The same of each of `count` <= 4 rows, one after another in memory, which share the long way from
-// squares to result.
+// out[r] = 1 / rms(row r) for `count` <= 4 rows, one after another in memory. The sums of squares
+// of four rows are lanes of one vector, so that the division and the square root, which are slow,
+// are computed once for all of them.
 template <class W>
 void inverse_rms4(const W* x, int64_t count, int64_t width, float eps, float (&out)[kLanes]) {
     const auto squares = [&](int64_t row) {
@@ -65,8 +68,8 @@ void inverse_rms4(const W* x, int64_t count, int64_t width, float eps, float (&o
                    sqrt(add(div(load(sums), splat(static_cast<float>(width))), splat(eps)))));
 }
 
-// out = w * (x / rms(x)): the normalised row is rounded to the input's dtype before the weight, as
-// transformers does.
+// out = w * (x / rms(x)). As in transformers, the normalised row is rounded to the input's dtype
+// before it is multiplied by the weight.
 template <class W>
 void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
     const int64_t whole = width / kLanes * kLanes;
@@ -81,8 +84,8 @@ void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
     }
 }
 
-// RMS norm of rows, or of rows + delta, which is then stored, too, rounded as torch's addition
-// rounds it.
+// RMS norm of rows; or of the sums of rows and `delta`, which are stored in `sum`, too, and rounded
+// to the input's dtype before the norm, as torch's addition does.
 template <class W>
 class NormKernel {
 public:
@@ -95,16 +98,18 @@ public:
 private:
     void work() {
         rows_.share([this](int64_t r) {
-            const int64_t at = r * a_.width;
-            const W* x = static_cast<const W*>(a_.x) + at;
+            const int64_t offset = r * a_.width;
+            const W* x = static_cast<const W*>(a_.x) + offset;
             if (a_.delta) {
-                x = add_row(x, static_cast<const W*>(a_.delta) + at, static_cast<W*>(a_.sum) + at);
+                x = add_row(x, static_cast<const W*>(a_.delta) + offset,
+                            static_cast<W*>(a_.sum) + offset);
             }
             normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps,
-                          static_cast<W*>(a_.out) + at);
+                          static_cast<W*>(a_.out) + offset);
         });
     }
 
+    // sum = x + delta, which it returns.
     const W* add_row(const W* x, const W* delta, W* sum) const {
         const int64_t whole = a_.width / kLanes * kLanes, rest = a_.width - whole;
         for (int64_t i = 0; i < whole; i += kLanes) {
@@ -124,8 +129,8 @@ private:
     Rows rows_;
 };
 
-// act(gate) * up, the activation rounded to the dtype before the product, as transformers' dense
-// MLPs do. Elements are independent, so rows need no attention.
+// act(gate) * up. As in transformers' dense MLPs, the activation is rounded to the input's dtype
+// before the product. Elements are independent, so a work item is a run of them across rows.
 template <class W>
 class ActKernel {
 public:
@@ -167,8 +172,8 @@ private:
     Counter blocks_;
 };
 
-// softmax over a token's logits in fp32, its K largest in descending order (the lower id first
-// among equals).
+// The K largest of a token's softmax, which is computed in fp32, in descending order; among equals
+// the lower id comes first.
 template <class W>
 class RouterKernel {
 public:
@@ -203,7 +208,7 @@ private:
         int64_t* ids = a_.ids + t * a_.top_k;
         float kept = 0.0f;
         for (int64_t k = 0; k < a_.top_k; ++k) {
-            const int64_t best = place_of(splat(max_lanes(largest(probs, n))), probs, n);
+            const int64_t best = index_of(splat(max_lanes(largest(probs, n))), probs, n);
             weights[k] = probs[best], ids[k] = best, kept += probs[best];
             probs[best] = -1.0f;
         }
@@ -217,8 +222,8 @@ private:
         return tops;
     }
 
-    // The lowest place of `value`; 0 if there is none, because the probabilities are NaN.
-    static int64_t place_of(Vec value, const float* probs, int64_t n) {
+    // The lowest index of `value`; 0 if it is not found, because the probabilities are NaN.
+    static int64_t index_of(Vec value, const float* probs, int64_t n) {
         for (int64_t e = 0; e < n; e += kLanes) {
             const int lane = first_equal(load(probs + e), value);
             if (lane < kLanes) return e + lane;

@@ -12,9 +12,9 @@ inline void pause() {
 #endif
 }
 
-// Work taken item by item; `wait` returns when every item taken by anyone is finished. On cache
-// lines of its own: every `take` costs the other threads the line, and they must not lose what they
-// only read with it.
+// Work items, taken one at a time; `wait` returns when all items are finished, whoever took them.
+// Both counts have a cache line of their own: each change takes the line from all other threads'
+// caches, and must not take with it what those threads only read.
 struct alignas(128) Counter {
     std::atomic<int64_t> taken{0};
     int64_t total;
@@ -27,9 +27,9 @@ struct alignas(128) Counter {
     }
 };
 
-// Rows of little work each, taken in runs: a `take` per row costs more than the row when the
-// counter's line has to come from another core. A few runs per thread let one that was held up do
-// less.
+// Rows of little work each, taken in runs of adjacent rows: fetching the counter's cache line from
+// another core can take longer than a row. There are a few runs for each thread, so that a thread
+// that was interrupted takes fewer.
 class Rows {
     static constexpr int64_t kRuns = 4;
 
@@ -39,7 +39,7 @@ public:
           run_((count + kRuns * threads - 1) / (kRuns * threads)),
           runs_(run_ > 0 ? (count + run_ - 1) / run_ : 0) {}
 
-    // f(row) for the rows that fall to this thread.
+    // Calls f(row) for the rows that this thread takes.
     template <class F>
     void share(const F& f) {
         int64_t done = 0;

@@ -54,6 +54,15 @@ void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w
     check_like(out, "out", hidden.sizes(), hidden, "hidden");
 }
 
+void check_routing(const Tensor& topk_ids, const Tensor& topk_weights, int64_t tokens) {
+    TORCH_CHECK_VALUE(topk_ids.dim() == 2 && topk_ids.size(0) == tokens, "topk_ids must be [",
+                      tokens, ", K], got ", topk_ids.sizes());
+    TORCH_CHECK_VALUE(topk_weights.sizes() == topk_ids.sizes(), "topk_weights must be ",
+                      topk_ids.sizes(), ", got ", topk_weights.sizes());
+    TORCH_CHECK_TYPE(topk_ids.scalar_type() == at::kLong || topk_ids.scalar_type() == at::kInt,
+                     "topk_ids must be int32 or int64, got ", topk_ids.scalar_type());
+}
+
 // The plan's arrays, filled from topk_ids and topk_weights.
 struct Plan {
     int64_t *active, *offsets, *sorted_token;
@@ -123,20 +132,15 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     check_shapes(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed, out);
     const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1), experts = w_down.size(0);
     const int64_t inter = w_down.size(transposed ? 1 : 2);
-    TORCH_CHECK_VALUE(topk_ids.dim() == 2 && topk_ids.size(0) == tokens, "topk_ids must be [",
-                      tokens, ", K], got ", topk_ids.sizes());
-    TORCH_CHECK_VALUE(topk_weights.sizes() == topk_ids.sizes(), "topk_weights must be ",
-                      topk_ids.sizes(), ", got ", topk_weights.sizes());
+    check_routing(topk_ids, topk_weights, tokens);
     TORCH_CHECK_VALUE(gated || !(interleaved || limit || alpha),
                       "interleaved, activation_limit and activation_alpha need gated=True");
-    TORCH_CHECK_TYPE(topk_ids.scalar_type() == at::kLong || topk_ids.scalar_type() == at::kInt,
-                     "topk_ids must be int32 or int64, got ", topk_ids.scalar_type());
 
     PhaseScopes phases;
     phases.enter("moesd::plan");
     const Tensor x = hidden.contiguous();
-    const int64_t rows = topk_ids.numel(), depth_x = align_depth(hidden_size),
-                  depth_act = align_depth(inter);
+    const int64_t rows = topk_ids.numel();
+    const int64_t depth_x = align_depth(hidden_size), depth_act = align_depth(inter);
     const bool panels = kernels().panels;
     const int64_t packed_x = (panels ? panel_rows(rows, experts) : tokens) * depth_x;
     const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
@@ -157,13 +161,10 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.gated = gated, args.interleaved = interleaved, args.transposed = transposed;
     args.has_limit = limit.has_value(), args.limit = static_cast<float>(limit.value_or(0));
     args.has_alpha = alpha.has_value(), args.alpha = static_cast<float>(alpha.value_or(0));
-    args.tokens = tokens;
-    args.hidden = hidden_size;
-    args.inter = inter;
-    args.num_active = plan.num_active;
+    args.tokens = tokens, args.hidden = hidden_size;
+    args.inter = inter, args.num_active = plan.num_active;
     args.x = x.const_data_ptr();
-    args.w_gate_up = w_gate_up.const_data_ptr();
-    args.w_down = w_down.const_data_ptr();
+    args.w_gate_up = w_gate_up.const_data_ptr(), args.w_down = w_down.const_data_ptr();
     args.gate_up_bias = gate_up_bias ? gate_up_bias->const_data_ptr() : nullptr;
     args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;
     args.active = plan.active, args.offsets = plan.offsets;
@@ -197,11 +198,12 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
     const auto served = [recording](const Tensor& t) {
         return t.is_cpu() && !(recording && t.requires_grad());
     };
-    const bool mine = served(hidden) && served(w_gate_up) && served(w_down) && served(topk_ids) &&
-                      served(topk_weights) && (!gate_up_bias || served(*gate_up_bias)) &&
-                      (!down_bias || served(*down_bias)) && w_gate_up.is_contiguous() &&
-                      w_down.is_contiguous() && hidden.scalar_type() != at::kDouble;
-    if (!mine) return std::nullopt;
+    const bool all_served = served(hidden) && served(w_gate_up) && served(w_down) &&
+                            served(topk_ids) && served(topk_weights) &&
+                            (!gate_up_bias || served(*gate_up_bias)) &&
+                            (!down_bias || served(*down_bias)) && w_gate_up.is_contiguous() &&
+                            w_down.is_contiguous() && hidden.scalar_type() != at::kDouble;
+    if (!all_served) return std::nullopt;
     Tensor out = fresh(hidden.sizes(), hidden.scalar_type());
     try {
         experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias,

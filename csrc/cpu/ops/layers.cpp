@@ -50,8 +50,8 @@ Tensor scoped_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
 }
 
 Tensor run_mlp(const Mlp& m, const Tensor& x) {
-    const Tensor gate = scoped_linear(x, m.gate, m.gate_bias),
-                 up = scoped_linear(x, m.up, m.up_bias);
+    const Tensor gate = scoped_linear(x, m.gate, m.gate_bias);
+    const Tensor up = scoped_linear(x, m.up, m.up_bias);
     const Tensor inner =
         scoped("moesd::act_and_mul", [&] { return act_and_mul(gate, up, m.activation); });
     return scoped_linear(inner, m.down, m.down_bias);
@@ -143,7 +143,7 @@ public:
     // largest, [B, count].
     //
     // ids and positions [B, W]: the newest tokens of every row, the latest in the last column; -1
-    // is padding, which goes to the cache's last slot. embedding [V, H]; norm, eps: before the
+    // is padding, which goes to its row's last position. embedding [V, H]; norm, eps: before the
     // first layer; head [V, H]; cos, sin [S, D] by position; rows, keys, values as of `run`. Every
     // layer must have its MLP.
     std::tuple<Tensor, Tensor> continue_greedily(
@@ -156,41 +156,44 @@ public:
             positions.sizes(), " and ", rows.sizes());
         TORCH_CHECK_VALUE(!keys.empty(), "expected the slabs of at least one layer, got none");
         const int64_t batch = ids.size(0);
-        Tensor tokens = fresh({batch, count}, at::kLong),
-               undefined = fresh({batch, count}, at::kBool);
-        const Tensor newest = ids.contiguous(), where = positions.contiguous();
+        Tensor tokens = fresh({batch, count}, at::kLong);
+        Tensor undefined = fresh({batch, count}, at::kBool);
+        const Tensor all_ids = ids.contiguous(), all_positions = positions.contiguous();
         int64_t* token = tokens.mutable_data_ptr<int64_t>();
         bool* no_largest = undefined.mutable_data_ptr<bool>();
-        const auto chain = [&](int64_t from, int64_t to) {
-            const Tensor own = rows.slice(0, from, to);
-            Tensor fed = newest.slice(0, from, to), at = where.slice(0, from, to);
+        const auto run_rows = [&](int64_t start, int64_t end) {
+            const Tensor cache_rows = rows.slice(0, start, end);
+            Tensor step_ids = all_ids.slice(0, start, end);
+            Tensor step_positions = all_positions.slice(0, start, end);
             for (int64_t step = 0; step < count; ++step) {
-                const auto [best, none] = argmax(
-                    forward(fed, at, own, embedding, norm, eps, head, cos, sin, keys, values));
-                for (int64_t b = from; b < to; ++b) {
-                    token[b * count + step] = best.const_data_ptr<int64_t>()[b - from];
-                    no_largest[b * count + step] = none.const_data_ptr<bool>()[b - from];
+                const auto [best, none] =
+                    argmax(forward(step_ids, step_positions, cache_rows, embedding, norm, eps, head,
+                                   cos, sin, keys, values));
+                for (int64_t b = start; b < end; ++b) {
+                    token[b * count + step] = best.const_data_ptr<int64_t>()[b - start];
+                    no_largest[b * count + step] = none.const_data_ptr<bool>()[b - start];
                 }
-                fed = best.view({-1, 1}), at = following(at);
+                step_ids = best.view({-1, 1}), step_positions = next_positions(step_positions);
             }
         };
         // Rows are independent, so each thread can take some of them through all the steps alone.
         // It then reads all the weights, which pays while they stay in its cache.
-        if (weight_bytes() + head.nbytes() > kOwnBytes) {
-            chain(0, batch);
+        if (weight_bytes() + head.nbytes() > kCachedBytes) {
+            run_rows(0, batch);
         } else {
             const at::ThreadLocalState state;
             at::parallel_for(0, batch, (batch + at::get_num_threads() - 1) / at::get_num_threads(),
-                             [&](int64_t from, int64_t to) {
+                             [&](int64_t start, int64_t end) {
                                  const at::ThreadLocalStateGuard guard(state);
-                                 chain(from, to);
+                                 run_rows(start, end);
                              });
         }
         return {tokens, undefined};
     }
 
 private:
-    static constexpr size_t kOwnBytes = 4 << 20;
+    // Weights that stay in a core's cache.
+    static constexpr size_t kCachedBytes = 4 << 20;
 
     // Logits [B, V] of the last column; the arguments as of continue_greedily.
     Tensor forward(const Tensor& ids, const Tensor& positions, const Tensor& rows,
@@ -198,12 +201,12 @@ private:
                    const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys,
                    const std::vector<Tensor>& values) const {
         const auto depth = static_cast<int64_t>(layers_.size());
-        const auto [index, angle] = cache_places(positions, rows, keys[0].size(1));
+        const auto [index, angles] = cache_places(positions, rows, keys[0].size(1));
         const Tensor x = rows_of(embedding, ids);
         OptTensor latest;  // all there are, from the second step on
         if (ids.size(1) > 1) latest = at::full({ids.size(0), 1}, ids.size(1) - 1, ids.options());
         const auto [stream, normed, reached] =
-            run(x, rms_norm(x, norm, eps), rows_of(cos, angle), rows_of(sin, angle), index,
+            run(x, rms_norm(x, norm, eps), rows_of(cos, angles), rows_of(sin, angles), index,
                 positions, rows, keys, values, 0, depth, true, latest);
         TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ",
                           reached);
@@ -245,17 +248,18 @@ private:
                                  layer.k_eps, index, layer.q_heads, layer.kv_heads, flat_keys,
                                  flat_values);
         });
-        Tensor at = positions;
+        Tensor query_positions = positions;
         if (wanted) {
             queries = rows_of(queries.flatten(1), *wanted);
-            at = rows_of(positions.reshape({-1, 1}), *wanted).view(wanted->sizes());
+            query_positions = rows_of(positions.reshape({-1, 1}), *wanted).view(wanted->sizes());
         }
-        const Tensor placed = queries.view({at.size(0), at.size(1), layer.q_heads, head_dim});
+        const Tensor q = queries.view(
+            {query_positions.size(0), query_positions.size(1), layer.q_heads, head_dim});
         const Tensor attended = scoped("moesd::ragged_attention", [&] {
-            return ragged_attention(placed, keys, values, at, layer.scale, layer.window,
+            return ragged_attention(q, keys, values, query_positions, layer.scale, layer.window,
                                     std::nullopt, rows);
         });
-        return attended.view({at.numel(), layer.q_heads * head_dim});
+        return attended.view({query_positions.numel(), layer.q_heads * head_dim});
     }
 
     std::vector<Layer> layers_;

@@ -148,7 +148,7 @@ void weight_rows_are_read_once() {
 void ring_parities() {
     for (int stages : {2, 4, 6}) {
         std::vector<int> full(stages, 0), empty(stages, 0), held(stages, -1);
-        RingSlot producer, consumer;
+        PipelineState producer, consumer;
         int produced = 0, consumed = 0;
         // A wait on parity p returns when the number of completed phases has the other parity.
         const auto done = [](int completed, uint32_t parity) { return (completed & 1u) != parity; };
