@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.engine_models import ragged_prompts, tiny_moe
+from support.tiny import ragged_prompts, tiny_moe
 
 from bench.runs.decode import Subject, measure_batch
 from bench.runs.forced import force

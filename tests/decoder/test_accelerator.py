@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.decoding import decoder
 from support.eagle_reference import LAYER, H, random_layer, save
-from support.engine_models import VOCAB, decoder, tiny_moe
+from support.tiny import MOE_VOCAB, tiny_moe
 from torch import Tensor
 
 from decoder import SamplingParams
@@ -75,7 +76,7 @@ def test_a_forward_waits_for_nothing_and_makes_one_aligned_mask(monkeypatch, sdp
         logits_positions=tokens[:, :1],
         max_position=LENGTH,
     )
-    assert out.logits.shape == (ROWS, 1, VOCAB) and out.logits.device == META
+    assert out.logits.shape == (ROWS, 1, MOE_VOCAB) and out.logits.device == META
     check_masks(sdpa, layers=2)
 
 
@@ -89,7 +90,7 @@ def test_an_eagle_round_waits_for_nothing(monkeypatch, sdpa, tmp_path):
     runner = meta_runner(monkeypatch)
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
     drafter = EagleDrafter(save(tmp_path, LAYER, weights, False))
-    sampler = Sampler(ROWS, VOCAB, META)
+    sampler = Sampler(ROWS, MOE_VOCAB, META)
     drafter.bind(runner, sampler, 3)
     drafter._host_synced = [LENGTH - 3, LENGTH - 2]
     draft = drafter.propose(meta_state(), 3)
@@ -143,12 +144,12 @@ MIXED = (
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_a_sampler_waits_for_nothing_and_sends_nothing(monkeypatch, verifier):
     B, G = len(MIXED), 2
-    sampler = Sampler(B, VOCAB, META, verifier)
+    sampler = Sampler(B, MOE_VOCAB, META, verifier)
     for row, params in enumerate(MIXED):
         sampler.admit(row, params, [3, 5], {7})
     rows = torch.zeros(B, dtype=torch.int64, device=META)
     positions = torch.zeros(B, G + 1, dtype=torch.int64, device=META)
-    logits = torch.zeros(B, G + 1, VOCAB, dtype=BF16, device=META)
+    logits = torch.zeros(B, G + 1, MOE_VOCAB, dtype=BF16, device=META)
     # From the host to the device is a wait, too, where the memory is not pinned.
     monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("sent to the device"))
     state = StepState(rows, rows, rows, rows, positions, [5] * B, [0, 1, 2])
@@ -156,7 +157,7 @@ def test_a_sampler_waits_for_nothing_and_sends_nothing(monkeypatch, verifier):
     for step in range(G):
         chain.draw(logits[:, step : step + 1])
     draft = chain.finish()
-    assert draft.probs is not None and draft.probs.shape == (B, G, VOCAB)
+    assert draft.probs is not None and draft.probs.shape == (B, G, MOE_VOCAB)
     target = sampler.distribution(logits, rows, positions, draft.tokens)
     verdict = sampler.verify(target, draft, rows, positions)
     sampler.commit(rows, verdict.tokens, verdict.accepted + 1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 
 import pytest
 import torch
-from support.tiny import VOCAB, random_prompts, tiny_model
+from support.tiny import VOCAB, perturbed, random_prompts, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -24,23 +23,10 @@ from decoder.sampling import Sampler
 from decoder.sampling import sampler as sampler_module
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pair():
     target = tiny_model("llama")
-    draft = copy.deepcopy(target)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in draft.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-    return target, draft
+    return target, perturbed(target, 3, 0.2)
 
 
 def decoders(pair, verifier="standard"):

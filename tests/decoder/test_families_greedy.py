@@ -1,7 +1,7 @@
 """Speculative greedy output is the target's own, on every family, drafter and draft length.
 
-The reference is a batch of one through transformers' DynamicCache. Everything here is fp64 or fp32
-and exact: one differing token fails.
+The reference is a full forward of transformers' model for each token, without a cache. Everything
+here is fp64 or fp32 and exact: one differing token fails.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import (
+from support.decoding import (
     NEW_TOKENS,
     PROMPTS,
     Audited,
     DoubleOnly,
-    GammaSchedule,
     decoder_of,
+    draft_of,
     model_of,
-    perturbed,
     recordings,
     references,
 )
+from support.scripted import GammaSchedule
 from support.tiny import FAMILIES, tiny_model
 
 from decoder import SamplingParams
@@ -52,7 +52,7 @@ def test_noisy_oracle_at_every_draft_length(family: str, gamma: int) -> None:
 
 @pytest.mark.parametrize("family", ALL)
 def test_independent_draft_of_the_same_family(family: str) -> None:
-    decoder = decoder_of(family, perturbed(family), GammaSchedule([3, 0, 5, 1]))
+    decoder = decoder_of(family, draft_of(family), GammaSchedule([3, 0, 5, 1]))
     assert outputs(decoder) == references(family)
     assert decoder.stats.accepted > 0
 
@@ -66,7 +66,7 @@ def test_self_draft(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_ngram_and_hybrid(family: str) -> None:
     assert outputs(decoder_of(family, NgramDrafter(3, 1), 4)) == references(family)
-    hybrid = HybridDrafter(IndependentDrafter(perturbed(family)), threshold=2)
+    hybrid = HybridDrafter(IndependentDrafter(draft_of(family)), threshold=2)
     assert outputs(decoder_of(family, hybrid, 3)) == references(family)
 
 
@@ -98,14 +98,14 @@ def test_batch_size_and_order_do_not_matter(family: str) -> None:
 def test_single_precision(family: str) -> None:
     single = torch.float32
     expected = references(family, single)
-    for drafter in (perturbed(family, single), ReplayDrafter(0.7, recordings(family))):
+    for drafter in (draft_of(family, single), ReplayDrafter(0.7, recordings(family))):
         decoder = decoder_of(family, drafter, GammaSchedule([4, 2, 0]), dtype=single)
         assert outputs(decoder) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_automatic_gamma(family: str) -> None:
-    decoder = decoder_of(family, perturbed(family), "auto")
+    decoder = decoder_of(family, draft_of(family), "auto")
     assert outputs(decoder) == references(family)
 
 

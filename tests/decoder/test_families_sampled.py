@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.eagle_reference import LAYER, H, norm, random_layer, save
-from support.families import (
+from support.decoding import (
     NEW_TOKENS,
     PROMPTS,
-    GammaSchedule,
     decoder_of,
-    perturbed,
+    draft_of,
+    model_of,
     recordings,
     references,
 )
+from support.eagle_reference import LAYER, H, norm, random_layer, save
+from support.scripted import GammaSchedule
 
 from decoder import SamplingParams
 from decoder.drafters import HybridDrafter, NgramDrafter, ReplayDrafter, SelfDrafter
@@ -63,15 +64,15 @@ def eagle(path: Path, kind: str) -> EagleDrafter:
 def make(name: str, path: Path) -> Any:
     match name:
         case "independent":
-            return perturbed(FAMILY)
+            return draft_of(FAMILY)
         case "hybrid":
-            return HybridDrafter(IndependentDrafter(perturbed(FAMILY)), threshold=2)
+            return HybridDrafter(IndependentDrafter(draft_of(FAMILY)), threshold=2)
         case "ngram":
             return NgramDrafter(3, 1)
         case "self":
             return SelfDrafter(2)
         case "replay+cost":
-            cost = IndependentDrafter(perturbed(FAMILY))
+            cost = IndependentDrafter(draft_of(FAMILY))
             return ReplayDrafter(0.5, recordings(FAMILY), cost=cost)
     return eagle(path, name)
 
@@ -112,8 +113,6 @@ def test_other_verifiers_take_every_draft(
 @pytest.mark.parametrize("params", PARAMS[3:5], ids=["repetition", "presence"])
 def test_own_model_as_draft_is_always_accepted(params: SamplingParams) -> None:
     """With the target as its own draft, q equals p, penalties over drafted tokens included."""
-    from support.families import model_of
-
     decoder = decoder_of(FAMILY, model_of(FAMILY), 4, verifier="standard")
     decoder.generate(PROMPTS, params)
     assert decoder.stats.drafted > 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.eagle_reference import LAYER, H, random_layer, save
-from support.engine_models import tiny_moe
+from support.tiny import tiny_moe
 
 import moesd_kernels
 from decoder import SamplingParams, SpeculativeDecoder

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.engine_models import ragged_prompts, tiny_moe
+from support.tiny import ragged_prompts, tiny_moe
 
 from decoder.errors import UserError
 from decoder.hf_generate import speculative

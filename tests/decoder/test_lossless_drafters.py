@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.eagle_reference import LAYER, H, random_layer, save
-from support.engine_models import (
-    VOCAB,
-    ragged_prompts,
-    reference_greedy,
-    save_tokenizer,
-    tiny_moe,
-)
-from support.tiny import tiny_model
+from support.tiny import MOE_VOCAB as VOCAB
+from support.tiny import greedy_reference, ragged_prompts, save_tokenizer, tiny_model, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DRAFTERS
@@ -44,7 +38,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     model = tiny_moe()
-    return [reference_greedy(model, prompt, NEW) for prompt in PROMPTS]
+    return [greedy_reference(model, prompt, NEW) for prompt in PROMPTS]
 
 
 def load(paths: dict[str, Path], **options: Any) -> SpeculativeDecoder:

@@ -25,14 +25,6 @@ TARGET = random_chain(1)
 DRAFT = half_mixed_draft(TARGET, 2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_lossless(tokens: Tensor, chain: Tensor) -> None:
     assert transition_log_p(tokens, chain) > BAR
     assert joint_log_p(tokens, chain) > BAR

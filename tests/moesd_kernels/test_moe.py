@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.models import FAMILIES, tiny_model
 from support.oracle import assert_as_accurate
+from support.tiny import SPARSE_FAMILIES as FAMILIES
+from support.tiny import sparse_model as tiny_model
 
 from moesd_kernels import ExpertsSpec, MoE, MoEConfig, RouterRule
 

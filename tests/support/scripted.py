@@ -1,15 +1,18 @@
-"""Drive a drafter through rounds whose outcome is decided by a script instead of a target.
+"""Parts of a round that follow a script: outcomes, draft lengths, drafts right and wrong.
 
-Every row's full token sequence is fixed in advance and acceptance counts are given, so a drafter's
-proposals can be compared with what it should propose after that prefix, whatever happened before.
+`Script` fixes every row's full token sequence in advance and is given acceptance counts, so a
+drafter's proposals can be compared with what it should propose after that prefix, whatever happened
+before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from support.tiny import MOE_VOCAB
 from torch import Tensor
 
 from decoder.round import Draft, StepState
@@ -111,3 +114,58 @@ class Script:
         verdict = SimpleNamespace(accepted=torch.tensor(accepted), tokens=tokens)
         self.drafter.commit(before, verdict, hidden)
         return draft
+
+
+class GammaSchedule:
+    """A controller that walks through given draft lengths, whatever it observes."""
+
+    def __init__(self, gammas: Sequence[int]) -> None:
+        self.gammas, self.max_gamma, self._round = list(gammas), 8, 0
+
+    def choose(self, live_batch: int, context: int) -> int:
+        self._round += 1
+        return self.gammas[self._round % len(self.gammas)]
+
+    def observe(self, *args: Any) -> None:
+        pass
+
+    def admitted(self, *args: Any) -> None:
+        pass
+
+    def explain(self) -> str:
+        return "scheduled"
+
+
+class NoisyOracle:
+    """Drafts ``tiny_moe``'s own continuation, wrong at every ``period``-th position."""
+
+    name = "oracle"
+    hidden_layers = None
+
+    def __init__(self, continuations: dict[tuple[int, ...], list[int]], period: int) -> None:
+        self.continuations, self.period = continuations, period
+        self._texts: dict[int, list[int]] = {}
+
+    def bind(self, runner: Any, sampler: Any, max_gamma: int) -> None:
+        pass
+
+    def admit(self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Any) -> None:
+        for row, ids, n in zip(rows.tolist(), token_ids.tolist(), lengths.tolist(), strict=True):
+            self._texts[row] = ids[:n] + self.continuations[tuple(ids[:n])]
+
+    def propose(self, state: StepState, gamma: int) -> Draft:
+        drafts = [self._draft(row, length, gamma) for row, length in state.rows_and_lengths()]
+        return Draft(torch.tensor(drafts), None, torch.full_like(state.lengths, gamma))
+
+    def _draft(self, row: int, length: int, gamma: int) -> list[int]:
+        positions = range(length + 1, length + 1 + gamma)
+        text = self._texts[row][positions.start : positions.stop]
+        text += [7] * (gamma - len(text))
+        wrong = [position % self.period == 0 for position in positions]
+        return [(token + bad) % MOE_VOCAB for token, bad in zip(text, wrong, strict=True)]
+
+    def commit(self, state_before: StepState, verdict: Any, hidden: Any) -> None:
+        pass
+
+    def release(self, rows: Any) -> None:
+        pass

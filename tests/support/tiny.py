@@ -1,15 +1,21 @@
-"""Tiny random causal LMs of many transformers families, and the plainest decoding of them."""
+"""Tiny random causal LMs of many transformers families, prompts, and the plainest decoding of them.
+
+Nothing is downloaded, and weights are drawn here: they depend on no version of transformers.
+"""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-
-from decoder.model.cache import cache_argument
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 
 VOCAB = 64
+MOE_VOCAB, EOS = 97, 5  # of `tiny_moe`
 
 _BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -23,6 +29,7 @@ _BASE: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
     "tie_word_embeddings": False,
+    "attn_implementation": "eager",
 }
 _MLA: dict[str, Any] = {
     "num_key_value_heads": 4,
@@ -77,44 +84,139 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Families whose experts the hooks recognise, sparse in every layer and with sizes that are no
+# multiple of a vector's: what differs from the table above.
+_SPARSE: dict[str, Any] = {
+    "intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 0,
+}
+SPARSE_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 40},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4},
+    "gpt_oss": {},
+    "deepseek_v3": {"n_shared_experts": 1, "qk_rope_head_dim": 8},
+    "glm4_moe": {},
+}
+
+
 def tiny_model(
-    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> Any:
     """A random two-layer model, weights large enough that greedy output varies."""
     name, extra = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**_BASE, **extra, **changes})
-    config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                scale = 1.5 * weight.shape[-1] ** -0.5
-                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            else:
-                # Biases and norms away from 0 and 1, so that forgetting one shows.
-                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    _randomize(model, seed)
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation("batched_mm")  # grouped_mm has no fp64
     return model.to(dtype).eval()
 
 
 @torch.no_grad()
-def greedy_reference(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Batch of one, transformers' own DynamicCache, one token at a time, fp32 arg-max."""
-    cache = transformers.DynamicCache(config=model.config)
-    ids, output = torch.tensor([prompt]), []
-    state = {cache_argument(model): cache, "use_cache": True}
+def _randomize(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
+    for weight in parameters.values():
+        if weight.ndim > 1:
+            scale = 1.5 * weight.shape[-1] ** -0.5
+            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+        else:
+            # Biases and norms away from 0 and 1, so that forgetting one shows.
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    for name, buffer in model.state_dict().items():
+        if name not in parameters:  # what corrects a router's choice of experts
+            scale = buffer.shape[-1] ** -0.5
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * scale)
+
+
+def sparse_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of ``SPARSE_FAMILIES``, which the hooks are held to."""
+    return tiny_model(family, dtype, **{**_SPARSE, **SPARSE_FAMILIES[family]})
+
+
+def tiny_moe(seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float64) -> Any:
+    """A Qwen3-MoE with an end of sequence, of a prime number of tokens.
+
+    fp64 makes greedy comparisons independent of batch shapes; transformers' own attention would
+    round to fp32.
+    """
+    return tiny_model(
+        "qwen3_moe", dtype, seed,
+        vocab_size=MOE_VOCAB, num_hidden_layers=layers, num_experts_per_tok=2,
+        max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def perturbed(model: Any, seed: int = 1, scale: float = 0.08) -> Any:
+    """A copy with noise in its weights, ``scale`` of their deviation: a draft that often agrees."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in other.parameters():
+        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        weight += (scale * weight.std(correction=0) * noise).to(weight.dtype)
+    return other
+
+
+@torch.no_grad()
+def greedy_reference(model: Any, prompt: list[int], count: int, eos: bool = True) -> list[int]:
+    """The model's own greedy continuation: a full forward per token, no cache, fp32 arg-max.
+
+    Args:
+        model: a causal LM.
+        prompt: its token ids.
+        count: how many tokens to append.
+        eos: stop after the model's end of sequence, where it has one.
+    """
+    ids = list(prompt)
     for _ in range(count):
-        logits = model(input_ids=ids, **state).logits[0, -1]
-        output.append(int(logits.float().argmax()))
-        ids = torch.tensor([[output[-1]]])
-    return output
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.float().argmax()))
+        if eos and ids[-1] == model.config.eos_token_id:
+            break
+    return ids[len(prompt) :]
 
 
 def random_prompts(count: int, seed: int = 0, low: int = 1, high: int = 12) -> list[list[int]]:
     """Prompts of ragged lengths in ``[low, high]``."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
-    return [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    return _draw(torch.randint(low, high + 1, (count,), generator=generator), 0, VOCAB, generator)
+
+
+def ragged_prompts(count: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
+    """Prompts of ``tiny_moe`` without special tokens, of lengths 1..longest, the first of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator)
+    lengths[0] = 1
+    return _draw(lengths, EOS + 1, MOE_VOCAB, generator)
+
+
+def _draw(lengths: Tensor, low: int, high: int, generator: torch.Generator) -> list[list[int]]:
+    return [torch.randint(low, high, (n,), generator=generator).tolist() for n in lengths.tolist()]
+
+
+class LetterTokenizer:
+    """``tiny_moe``'s ids to characters one to one, as much of a tokenizer as the engine uses."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % MOE_VOCAB for c in text]}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        kept = [i for i in ids if i > EOS or not skip_special_tokens]
+        return "".join(chr(0x4E00 + i) for i in kept)  # distinct, multi-byte characters
+
+
+def save_tokenizer(path: Path, words: list[str]) -> None:
+    """A tokenizer on disk that knows these words, separated by spaces; the first is for others."""
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0])
+    fast.save_pretrained(path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.engine_models import save_tokenizer, tiny_moe
+from support.tiny import save_tokenizer, tiny_moe
 
 from decoder import embedded
 from decoder.__main__ import main

@@ -4,15 +4,10 @@ import itertools
 
 import pytest
 import torch
-from support.engine_models import (
-    EOS,
-    LetterTokenizer,
-    NoisyOracle,
-    decoder,
-    ragged_prompts,
-    reference_greedy,
-    tiny_moe,
-)
+from support.decoding import decoder
+from support.scripted import NoisyOracle
+from support.tiny import EOS, LetterTokenizer, ragged_prompts, tiny_moe
+from support.tiny import greedy_reference as reference_greedy
 
 from decoder import SamplingParams
 

@@ -1,7 +1,7 @@
 """The start-up profile: measured with the decoder itself, leaving no trace but the costs."""
 
 import torch
-from support.engine_models import ragged_prompts, tiny_moe
+from support.tiny import ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder, profile_rounds
 from decoder.drafters import ReplayDrafter

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.eagle_reference import LAYER, H, random_layer, save
-from support.engine_models import ragged_prompts, tiny_moe
+from support.tiny import ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import NgramDrafter, ReplayDrafter, SelfDrafter

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from support.engine_models import VOCAB, decoder, ragged_prompts, tiny_moe
+from support.decoding import decoder
+from support.tiny import MOE_VOCAB as VOCAB
+from support.tiny import ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
 from decoder.errors import UserError

@@ -4,7 +4,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-from support.engine_models import LetterTokenizer, decoder, ragged_prompts, tiny_moe
+from support.decoding import decoder
+from support.tiny import LetterTokenizer, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
 from decoder.errors import UserError

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.engine_models import VOCAB, ragged_prompts, tiny_moe
+from support.tiny import MOE_VOCAB as VOCAB
+from support.tiny import ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.engine_models import VOCAB, ragged_prompts
+from support.tiny import MOE_VOCAB as VOCAB
+from support.tiny import ragged_prompts
 
 from decoder.model import kernels
 from decoder.model.lean import _joined

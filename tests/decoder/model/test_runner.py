@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.engine_models import VOCAB, ragged_prompts, tiny_moe
+from support.tiny import MOE_VOCAB as VOCAB
+from support.tiny import ragged_prompts, tiny_moe
 
 from decoder.errors import UserError
 from decoder.model.attention import Placement, ragged_attention, reference_attention

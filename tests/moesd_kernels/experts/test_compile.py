@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import tiny_model
 from support.oracle import make_case
+from support.tiny import sparse_model as tiny_model
 
 from moesd_kernels import ExpertsSpec, MoE, MoEConfig, RouterRule, accelerate, fused_experts
 

@@ -9,8 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from support.models import FAMILIES, tiny_model
 from support.oracle import assert_as_accurate
+from support.tiny import SPARSE_FAMILIES as FAMILIES
+from support.tiny import sparse_model as tiny_model
 from torch import nn
 
 from moesd_kernels import accelerate, decelerate, register

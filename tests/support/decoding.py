@@ -1,15 +1,13 @@
-"""Running a decoder on tiny models: references, scripted draft lengths, cache poison and audit."""
+"""Decoders on tiny models: their references, and a drafter that audits and poisons the cache."""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from support.tiny import greedy_reference, random_prompts, tiny_model
+from support.tiny import greedy_reference, perturbed, random_prompts, tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,24 +20,11 @@ NEW_TOKENS = 17
 MAX_LENGTH = 40
 
 
-class GammaSchedule:
-    """A controller that walks through given draft lengths, whatever it observes."""
-
-    def __init__(self, gammas: Sequence[int]) -> None:
-        self.gammas, self.max_gamma, self._round = list(gammas), 8, 0
-
-    def choose(self, live_batch: int, context: int) -> int:
-        self._round += 1
-        return self.gammas[self._round % len(self.gammas)]
-
-    def observe(self, *args: Any) -> None:
-        pass
-
-    def admitted(self, *args: Any) -> None:
-        pass
-
-    def explain(self) -> str:
-        return "scheduled"
+def decoder(target: Any, drafter: Any = None, gamma: Any = 3, **options: Any) -> SpeculativeDecoder:
+    """A decoder of four rows on transformers' code alone."""
+    options = {"max_batch_size": 4, "kernels": False, "attention": "portable"} | options
+    made = build_drafter(drafter, target, options=DraftOptions(kernels=options["kernels"]))
+    return SpeculativeDecoder(target, made, gamma, **options)
 
 
 @functools.cache
@@ -48,15 +33,9 @@ def model_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
 
 
 @functools.cache
-def perturbed(family: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A draft model that often agrees with the target: its weights plus noise."""
-    model = copy.deepcopy(model_of(family, dtype))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight += (0.08 * weight.std(correction=0) * noise).to(dtype)
-    return model
+def draft_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A draft model that often agrees with the target."""
+    return perturbed(model_of(family, dtype))
 
 
 PROMPTS = random_prompts(6, seed=11)
@@ -81,11 +60,9 @@ def decoder_of(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> SpeculativeDecoder:
-    """A decoder on the family's model; three rows for seven prompts, so rows are used again."""
-    options = {"kernels": False, "max_length": MAX_LENGTH, **options}
-    model = model_of(family, dtype)
-    made = build_drafter(drafter, model, options=DraftOptions(kernels=options["kernels"]))
-    return SpeculativeDecoder(model, made, gamma, max_batch_size=batch, **options)
+    """A decoder on the family's model; three rows for six prompts, so rows are used again."""
+    options = {"attention": "auto", "max_length": MAX_LENGTH, **options}
+    return decoder(model_of(family, dtype), drafter, gamma, max_batch_size=batch, **options)
 
 
 class DoubleOnly(TorchFunctionMode):
