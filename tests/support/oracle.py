@@ -2,18 +2,29 @@
 
 A result may be at most twice as wrong as eager PyTorch in the same dtype, both against fp64, plus
 the rounding of the result itself. The bound is taken per group of rows (the rows one expert
-dominates), so that an expert with small weights cannot hide under one with large ones.
+dominates, or each row alone), so that an expert with small weights cannot hide under one with large
+ones. The layer is written out here and shares no arithmetic with the package.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moesd_kernels.experts.reference import apply_activation, fused_experts_reference
 from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 
 def assert_as_accurate(
@@ -59,18 +70,42 @@ def assert_as_accurate(
 
 
 class Case(NamedTuple):
-    """Arguments of one ``fused_experts`` call."""
+    """Arguments of one ``fused_experts`` call.
+
+    Attributes:
+        tensors: x ``[T, H]``, w_gate_up ``[E, 2I, H]``, w_down ``[E, H, I]``, ids and weights
+            ``[T, K]``, as transformers lays them out.
+        options: what is passed by name.
+    """
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     options: dict[str, Any]
 
+    x = property(lambda self: self.tensors[0])
+    w_gate_up = property(lambda self: self.tensors[1])
+    w_down = property(lambda self: self.tensors[2])
+    ids = property(lambda self: self.tensors[3])
+    weights = property(lambda self: self.tensors[4])
+
     def as_run(self) -> tuple[Tensor, ExpertsWeights, TopK, ExpertsSpec]:
         """The call as a back-end is given it."""
-        x, w_gate_up, w_down, ids, topk_weights = self.tensors
         options = dict(self.options)
         biases = options.pop("gate_up_bias", None), options.pop("down_bias", None)
-        weights = ExpertsWeights(w_gate_up, w_down, *biases)
-        return x, weights, TopK(ids, topk_weights), ExpertsSpec(**options)
+        weights = ExpertsWeights(self.w_gate_up, self.w_down, *biases)
+        return self.x, weights, TopK(self.ids, self.weights), ExpertsSpec(**options)
+
+    def run(self, backend: Callable[..., Tensor], **more: Any) -> Tensor:
+        """Call a back-end."""
+        return backend(*self.as_run(), **more)
+
+    def rows(self, index: Any) -> Case:
+        """The same layer on some of the tokens, copied."""
+        x, ids, weights = (t[index].contiguous() for t in (self.x, self.ids, self.weights))
+        return self.on(x, ids, weights)
+
+    def on(self, x: Tensor, ids: Tensor, weights: Tensor) -> Case:
+        """The same layer on other tokens."""
+        return self._replace(tensors=(x, self.w_gate_up, self.w_down, ids, weights))
 
 
 def make_case(
@@ -81,6 +116,8 @@ def make_case(
     inter: int,
     dtype: torch.dtype = torch.float32,
     *,
+    device: str = "cpu",
+    ids: Tensor | None = None,
     bias: bool = False,
     seed: int = 0,
     **options: Any,
@@ -95,39 +132,74 @@ def make_case(
     if transposed:
         w_gate_up = w_gate_up.transpose(1, 2).contiguous()
         w_down = w_down.transpose(1, 2).contiguous()
-    ids = torch.rand(tokens, experts, generator=g).argsort(-1)[:, :top_k].contiguous()
+    if ids is None:
+        ids = torch.rand(tokens, experts, generator=g).argsort(-1)[:, :top_k].contiguous()
     weights = torch.rand(tokens, top_k, generator=g) + 0.1
+    place = lambda tensor: tensor.to(dtype).to(device)
     if bias:
-        options["gate_up_bias"] = torch.randn(experts, width, generator=g).to(dtype)
-        options["down_bias"] = torch.randn(experts, hidden, generator=g).to(dtype)
-    tensors = (x.to(dtype), w_gate_up.to(dtype), w_down.to(dtype), ids, weights)
+        options["gate_up_bias"] = place(torch.randn(experts, width, generator=g))
+        options["down_bias"] = place(torch.randn(experts, hidden, generator=g))
+    tensors = (place(x), place(w_gate_up), place(w_down), ids.to(device), weights.to(device))
     return Case(tensors, options)
 
 
+def layer_case(
+    E: int,
+    K: int,
+    H: int,
+    I: int,
+    T: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options: Any,
+) -> Case:
+    """``make_case`` with the layer's sizes first."""
+    return make_case(T, K, E, H, I, dtype, device=device, **options)
+
+
+def experts_in(case: Case, dtype: torch.dtype) -> Tensor:
+    """The layer expert by expert in ``dtype``, every step rounded to it as eager PyTorch rounds."""
+    x, w_gate_up, w_down, ids, weights = case.tensors
+    o = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    out = torch.zeros_like(x, dtype=dtype)
+    for expert in range(w_down.shape[0]):
+        token, choice = torch.where(ids == expert)
+        up, down = w_gate_up[expert].to(dtype), w_down[expert].to(dtype)
+        up, down = (up, down) if o.get("transposed") else (up.T, down.T)
+        y = x.to(dtype)[token] @ up
+        if "gate_up_bias" in o:
+            y = y + o["gate_up_bias"][expert]
+        y = _activate(y, o) @ down
+        if "down_bias" in o:
+            y = y + o["down_bias"][expert]
+        out.index_add_(0, token, (y * weights[token, choice, None]).to(dtype))
+    return out
+
+
+def _activate(projected: Tensor, options: dict[str, Any]) -> Tensor:
+    act = ACTIVATIONS[options.get("activation", "silu")]
+    if not options.get("gated", True):
+        return act(projected)
+    if options.get("interleaved"):
+        gate, up = projected[..., 0::2], projected[..., 1::2]
+    else:
+        gate, up = projected.chunk(2, dim=-1)
+    limit, alpha = options.get("activation_limit"), options.get("activation_alpha")
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if alpha is not None:
+        return gate * torch.sigmoid(gate * alpha) * (up + 1)
+    return act(gate) * up
+
+
 def exact_experts(case: Case) -> Tensor:
-    """The reference in fp64."""
-    x, weights, routing, spec = case.as_run()
-    wide = ExpertsWeights(*(t if t is None else t.double() for t in weights))
-    routing = routing._replace(weights=routing.weights.double())
-    return fused_experts_reference(x.double(), wide, routing, spec)
+    """The layer in fp64."""
+    return experts_in(case, torch.float64)
 
 
 def eager_experts(case: Case) -> Tensor:
     """What an eager transformers model computes: every step rounded to the model's dtype."""
-    x, weights, routing, spec = case.as_run()
-    out = torch.zeros_like(x)
-    for expert in range(weights.down.shape[0]):
-        token, k = torch.where(routing.ids == expert)
-        up, down = weights.gate_up[expert], weights.down[expert]
-        up, down = (up, down) if spec.transposed else (up.T, down.T)
-        y = x[token] @ up
-        if weights.gate_up_bias is not None:
-            y = y + weights.gate_up_bias[expert]
-        y = apply_activation(y, spec) @ down
-        if weights.down_bias is not None:
-            y = y + weights.down_bias[expert]
-        out.index_add_(0, token, (y * routing.weights[token, k, None]).to(x.dtype))
-    return out
+    return experts_in(case, case.x.dtype)
 
 
 def dominant_expert(case: Case) -> Tensor:
@@ -150,3 +222,9 @@ def check_experts(actual: Tensor, case: Case, name: str = "fused_experts") -> No
         groups=dominant_expert(case),
         name=name,
     )
+
+
+def check_rows(case: Case, actual: Tensor) -> None:
+    """Hold every row of one ``fused_experts`` result to a bound of its own."""
+    rows = torch.arange(len(actual))
+    assert_as_accurate(actual, eager_experts(case), exact_experts(case), groups=rows)

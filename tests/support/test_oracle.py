@@ -7,6 +7,7 @@ import torch
 from support.oracle import (
     assert_as_accurate,
     check_experts,
+    check_rows,
     dominant_expert,
     eager_experts,
     exact_experts,
@@ -71,3 +72,31 @@ def test_small_experts_do_not_hide_under_large_ones():
     assert_as_accurate(
         wrong, eager_experts(case), exact_experts(case)
     )  # one bound for all hides it
+
+
+def test_a_row_has_a_bound_of_its_own():
+    """An error that a larger row of the same expert allows is one in a small row."""
+    case = make_case(32, 1, 2, 32, 16, torch.bfloat16)
+    case.x[5] *= 0.01
+    wrong = eager_experts(case)
+    check_rows(case, wrong)
+    wrong[5] *= 1.2
+    check_experts(wrong, case)
+    with pytest.raises(AssertionError, match="row 5"):
+        check_rows(case, wrong)
+
+
+def test_the_layer_is_the_formula():
+    """gpt-oss's gate, token by token; an id that is no expert's contributes nothing."""
+    gate_options = {"interleaved": True, "activation_limit": 0.5, "activation_alpha": 1.7}
+    ids = torch.tensor([[1, 0], [0, 3], [-1, 2], [3, -5]])
+    case = make_case(4, 2, 3, 6, 5, torch.float64, ids=ids, bias=True, **gate_options)
+    x, w_gate_up, w_down, _, weights = case.tensors
+    expected = torch.zeros(4, 6, dtype=torch.float64)
+    for t, k in ((0, 0), (0, 1), (1, 0), (2, 1)):
+        e = ids[t, k]
+        projected = w_gate_up[e] @ x[t] + case.options["gate_up_bias"][e]
+        gate, up = projected[0::2].clamp(max=0.5), projected[1::2].clamp(-0.5, 0.5)
+        active = (up + 1) * gate * torch.sigmoid(1.7 * gate)
+        expected[t] += weights[t, k] * (w_down[e] @ active + case.options["down_bias"][e])
+    torch.testing.assert_close(exact_experts(case), expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cpu_oracle import assert_twice_as_good
+from support.oracle import assert_as_accurate
 
 from moesd_kernels.dense import ops
 
@@ -72,7 +72,7 @@ def test_matches_fp64(shape, options, dtype):
     actual = ops.ragged_attention(q, k, v, positions, scale, **options)
     baseline = reference(q, k, v, positions, scale, dtype, **options)
     exact = reference(q, k, v, positions, scale, torch.float64, **options)
-    assert_twice_as_good("attention", actual, baseline, exact)
+    assert_as_accurate(actual, baseline, exact, name="attention")
 
 
 def test_rows_pick_cache_rows_and_dead_queries_are_zero():
@@ -82,7 +82,7 @@ def test_rows_pick_cache_rows_and_dead_queries_are_zero():
     actual = ops.ragged_attention(q, k, v, positions, 0.2, rows=rows)
     exact = reference(q, k, v, positions, 0.2, torch.float64, rows=rows)
     baseline = reference(q, k, v, positions, 0.2, torch.bfloat16, rows=rows)
-    assert_twice_as_good("rows", actual, baseline, exact)
+    assert_as_accurate(actual, baseline, exact, name="rows")
     assert bool((actual[1, 1] == 0).all())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cpu_oracle import assert_twice_as_good
+from support.oracle import assert_as_accurate
 
 from moesd_kernels.dense import ops
 
@@ -47,7 +47,7 @@ def test_linear(shape, bias, dtype):
     x, w = randn(T, K, dtype=dtype), randn(N, K, dtype=dtype, seed=1)
     b = randn(N, dtype=dtype, seed=2) if bias else None
     exact = F.linear(x.double(), w.double(), None if b is None else b.double())
-    assert_twice_as_good("linear", ops.linear(x, w, b), F.linear(x, w, b), exact)
+    assert_as_accurate(ops.linear(x, w, b), F.linear(x, w, b), exact, name="linear")
 
 
 @DTYPES
@@ -70,7 +70,7 @@ def test_rms_norm(shape, dtype):
     x, w = randn(*shape, dtype=dtype) * 3, randn(shape[-1], dtype=dtype, seed=1)
     exact = transformers_norm(x.double(), w.double(), 1e-6)
     actual = ops.rms_norm(x, w, 1e-6)
-    assert_twice_as_good("rms_norm", actual, transformers_norm(x, w, 1e-6), exact)
+    assert_as_accurate(actual, transformers_norm(x, w, 1e-6), exact, name="rms_norm")
 
 
 def test_rms_norm_rows_do_not_depend_on_the_batch():
@@ -93,7 +93,7 @@ def test_act_and_mul(activation, dtype):
     gate, up = randn(3, 5, 37, dtype=dtype) * 3, randn(3, 5, 37, dtype=dtype, seed=1)
     actual = ops.act_and_mul(gate, up, activation)
     exact = act(gate.double()) * up.double()
-    assert_twice_as_good("act_and_mul", actual, act(gate) * up, exact)
+    assert_as_accurate(actual, act(gate) * up, exact, name="act_and_mul")
     assert ops.act_and_mul(gate[:0], up[:0], activation).shape == (0, 5, 37)
 
 
@@ -115,7 +115,7 @@ def test_router(shape, renormalize, dtype):
     x, w = randn(T, H, dtype=dtype), randn(E, H, dtype=dtype, seed=1) / H**0.5
     logits, weights, ids = ops.softmax_topk_router(x, w, K, renormalize)
     exact = x.double() @ w.double().T
-    assert_twice_as_good("logits", logits, F.linear(x, w), exact)
+    assert_as_accurate(logits, F.linear(x, w), exact, name="logits")
     assert weights.dtype == torch.float32 and ids.dtype == torch.int64
     probabilities = logits.float().softmax(-1)
     expected = probabilities.gather(1, ids)

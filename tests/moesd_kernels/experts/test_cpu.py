@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cpu_oracle import assert_twice_as_good
+from support.oracle import assert_as_accurate
 
 from moesd_kernels import library
 from moesd_kernels.experts.cpu import fused_experts_cpu
@@ -88,7 +88,7 @@ def check(data, dtype, **options):
     result = experts(**data, **options, out=out)
     assert result is out
     exact = eager(data, torch.float64, **options)
-    assert_twice_as_good("experts", out, eager(data, dtype, **options), exact)
+    assert_as_accurate(out, eager(data, dtype, **options), exact, name="experts")
 
 
 SHAPES = {

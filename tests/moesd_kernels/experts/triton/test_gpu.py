@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_cases import check, make_case
+from support.oracle import check_rows as check
+from support.oracle import layer_case as make_case
 
 from moesd_kernels import fused_experts
 from moesd_kernels.experts import cuda

@@ -8,7 +8,8 @@ ours: the tiles, their order and the sums between them. test_gpu.py tests the in
 import numpy as np
 import pytest
 import torch
-from moe_cases import check, make_case
+from support.oracle import check_rows as check
+from support.oracle import layer_case as make_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
 

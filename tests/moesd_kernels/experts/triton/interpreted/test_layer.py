@@ -1,10 +1,9 @@
 """The whole layer, interpreted, against the fp64 oracle."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from moe_cases import check, make_case
+from support.oracle import check_rows as check
+from support.oracle import layer_case as make_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
 from moesd_kernels.experts.triton.types import LayerTiles, TileConfig
@@ -93,7 +92,7 @@ def test_strided_arguments():
     x[:, :32] = case.x
     ids, weights = (t.T.contiguous().T for t in (case.ids, case.weights))
     out = torch.full((32, 6), float("nan")).T
-    strided = replace(case, x=x[:, :32], ids=ids, weights=weights)
+    strided = case.on(x[:, :32], ids, weights)
     got = strided.run(fused_experts_triton, config=CONFIG, out=out)
     assert got is out
     check(case, got)
@@ -103,6 +102,6 @@ def test_bfloat16_routing_weights():
     case = make_case(5, 2, 32, 32, 6)
     case = case.rows(slice(None))
     weights = case.weights.bfloat16()
-    got = replace(case, weights=weights).run(fused_experts_triton, config=CONFIG)
+    got = case.on(case.x, case.ids, weights).run(fused_experts_triton, config=CONFIG)
     case.weights.copy_(weights)
     check(case, got)

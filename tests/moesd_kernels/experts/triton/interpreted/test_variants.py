@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_cases import check, make_case
+from support.oracle import check_rows as check
+from support.oracle import layer_case as make_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
 from moesd_kernels.experts.triton.types import LayerTiles, TileConfig
