@@ -71,19 +71,31 @@ def fused_experts(
             return result
     weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias)
     routing = TopK(topk_ids, topk_weights)
-    check_arguments(hidden_states, weights, routing, spec, out)
+    return _checked(hidden_states, weights, routing, spec, out, backend, batch_invariant)
+
+
+def _checked(
+    x: Tensor,
+    weights: ExpertsWeights,
+    routing: TopK,
+    spec: ExpertsSpec,
+    out: Tensor | None,
+    backend: str,
+    batch_invariant: bool,
+) -> Tensor:
+    """The call on the back-end that is chosen for it, after every check."""
+    check_arguments(x, weights, routing, spec, out)
     traits = CallTraits(
-        hidden_states.device.type,
-        hidden_states.dtype,
-        needs_grad(*tensors),
-        w_gate_up.is_contiguous() and w_down.is_contiguous(),
+        x.device.type,
+        x.dtype,
+        needs_grad(x, *weights, *routing),
+        weights.gate_up.is_contiguous() and weights.down.is_contiguous(),
         batch_invariant,
     )
     chosen = choose_backend(backend, traits)
     if chosen.quick is not None:
         _quick[backend] = chosen.quick()
-    run = chosen.load()
-    return run(hidden_states, weights, routing, spec, out, batch_invariant=batch_invariant)
+    return chosen.load()(x, weights, routing, spec, out, batch_invariant=batch_invariant)
 
 
 _DEFAULTS = {option.name: option.default for option in OPTIONS}

@@ -54,6 +54,31 @@ def tile_order(pid, num_blocks, num_tiles, group_m):
 
 
 @triton.jit
+def known_rows(block, ids_ptr, blocks_ptr, E, SINGLE: tl.constexpr):
+    """(expert or -1, first sorted row, rows) of a block by a table, or of one token's pair."""
+    if SINGLE:
+        e = tl.load(ids_ptr + block).to(tl.int32)
+        return tl.where(e < E, e, -1), block, 1
+    else:
+        entry = blocks_ptr + block * 3
+        return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def tile_pointers(w_ptr, first_n, rows, offs_k, stride_wn, stride_wk):
+    """Pointers [rows, BLOCK_K] to a weight tile; only the first row's offset can pass 2**31."""
+    base = w_ptr + first_n.to(tl.int64) * stride_wn
+    return base + rows[:, None] * stride_wn + offs_k[None, :] * stride_wk
+
+
+@triton.jit
+def bias_tile(bias_ptr, e, stride_be, offs_n, mask):
+    """Bias of an expert's rows, as a [1, N] fp32 tile."""
+    bias_ptrs = bias_ptr + e.to(tl.int64) * stride_be + offs_n
+    return tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def dot(x, w, acc, SWAP_AB: tl.constexpr):
     """``acc += x @ w.T`` for x [M, K], w [N, K]; acc is [N, M] when SWAP_AB, else [M, N].
 
@@ -98,15 +123,22 @@ def glu(
     limit,
     alpha,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
 ):
-    """``act(gate) * up``, clamped; with alpha ``gate * sigmoid(alpha * gate) * (up + 1)``."""
-    if HAS_LIMIT:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    if HAS_ALPHA:
-        out = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    """``act(gate) * up``, clamped; with alpha ``gate * sigmoid(alpha * gate) * (up + 1)``.
+
+    Not GATED, ``gate`` is all there is and ``up`` may be anything.
+    """
+    if GATED:
+        if HAS_LIMIT:
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+        if HAS_ALPHA:
+            out = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+        else:
+            out = activate(gate, ACTIVATION) * up
     else:
-        out = activate(gate, ACTIVATION) * up
+        out = activate(gate, ACTIVATION)
     return out

@@ -7,7 +7,17 @@ drops the hint on pipelined copies, 3.9 keeps it on Hopper and newer.
 import triton
 import triton.language as tl
 
-from .common import ROUTING_INLINE, ROUTING_SINGLE, activate, dot, glu, pdl_wait, tile_order
+from .common import (
+    ROUTING_INLINE,
+    ROUTING_SINGLE,
+    bias_tile,
+    dot,
+    glu,
+    known_rows,
+    pdl_wait,
+    tile_order,
+    tile_pointers,
+)
 from .plan_kernel import route_block
 
 _INLINE = tl.constexpr(ROUTING_INLINE)
@@ -15,53 +25,40 @@ _SINGLE = tl.constexpr(ROUTING_SINGLE)
 
 
 @triton.jit
-def _find_rows(
-    block,
-    ids_ptr,
-    sorted_to_pair_ptr,
-    blocks_ptr,
-    num_pairs,
-    E,
-    N_PAD: tl.constexpr,
-    E_PAD: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ROUTING: tl.constexpr,
+def _products(
+    x_ptrs,  # [BLOCK_M, BLOCK_K]
+    w_ptrs,  # [N, BLOCK_K], likewise up_ptrs
+    up_ptrs,
+    x_mask,
+    w_mask,
+    H,
+    stride_wk,
+    HAS_UP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SWAP_AB: tl.constexpr,
 ):
-    """(expert or -1, first sorted row, rows) of a block, however the routing is known."""
-    if ROUTING == _SINGLE:
-        e = tl.load(ids_ptr + block).to(tl.int32)
-        return tl.where(e < E, e, -1), block, 1
-    elif ROUTING == _INLINE:
-        return route_block(
-            block,
-            ids_ptr,
-            sorted_to_pair_ptr,
-            blocks_ptr,
-            num_pairs,
-            E,
-            N_PAD,
-            E_PAD,
-            CHUNKS,
-            BLOCK_M,
-        )
-    else:
-        entry = blocks_ptr + block * 3
-        return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-
-
-@triton.jit
-def _bias(bias_ptr, e, stride_be, offs_n, mask):
-    """Bias of an expert's rows, as a [1, N] fp32 tile."""
-    bias_ptrs = bias_ptr + e.to(tl.int64) * stride_be + offs_n
-    return tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _tile_pointers(w_ptr, first_n, rows, offs_k, stride_wn, stride_wk):
-    """Pointers [rows, BLOCK_K] to a weight tile; only the first row's offset can pass 2**31."""
-    base = w_ptr + first_n.to(tl.int64) * stride_wn
-    return base + rows[:, None] * stride_wn + offs_k[None, :] * stride_wk
+    """``x @ w.T`` and, if there is an up tile, ``x @ up.T``; each [BLOCK_M, N] in fp32."""
+    BLOCK_M: tl.constexpr = x_ptrs.shape[0]
+    BLOCK_K: tl.constexpr = x_ptrs.shape[1]
+    N: tl.constexpr = w_ptrs.shape[0]
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([N, BLOCK_M] if SWAP_AB else [BLOCK_M, N], tl.float32)
+    acc_up = acc
+    for k in range(0, H, BLOCK_K):
+        k_mask = tl.full([1, BLOCK_K], True, tl.int1) if EVEN_K else (k + offs_k < H)[None, :]
+        x = tl.load(x_ptrs, mask=x_mask & k_mask, other=0.0, eviction_policy="evict_last")
+        w = tl.load(w_ptrs, mask=w_mask & k_mask, other=0.0, eviction_policy="evict_first")
+        acc = dot(x, w, acc, SWAP_AB)
+        if HAS_UP:
+            w = tl.load(up_ptrs, mask=w_mask & k_mask, other=0.0, eviction_policy="evict_first")
+            acc_up = dot(x, w, acc_up, SWAP_AB)
+            up_ptrs += BLOCK_K * stride_wk
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+    if SWAP_AB:
+        acc = tl.trans(acc)
+        acc_up = tl.trans(acc_up)
+    return acc, acc_up
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_m"])
@@ -73,105 +70,53 @@ def _gate_up_kernel(
     ids_ptr,  # [T * K]
     sorted_to_pair_ptr,  # [T * K]
     blocks_ptr,  # [num_blocks, 3]
-    num_pairs,
-    num_blocks,
-    group_m,
-    E,
-    H,
-    I,
-    stride_xt,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    stride_be,
-    limit,
-    alpha,
-    TOPK: tl.constexpr,
-    N_PAD: tl.constexpr,
-    E_PAD: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ROUTING: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SWAP_AB: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    num_pairs, num_blocks, group_m, E, H, I,
+    stride_xt, stride_we, stride_wn, stride_wk, stride_be, limit, alpha,
+    TOPK: tl.constexpr, N_PAD: tl.constexpr, E_PAD: tl.constexpr, CHUNKS: tl.constexpr,
+    ROUTING: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid: (num_blocks * cdiv(I, BLOCK_N),); each program makes one [BLOCK_M, BLOCK_N] tile."""
     pdl_wait(PDL)
     block, tile = tile_order(tl.program_id(0), num_blocks, tl.cdiv(I, BLOCK_N), group_m)
-    e, first, rows = _find_rows(
-        block,
-        ids_ptr,
-        sorted_to_pair_ptr,
-        blocks_ptr,
-        num_pairs,
-        E,
-        N_PAD,
-        E_PAD,
-        CHUNKS,
-        BLOCK_M,
-        ROUTING,
-    )
+    if ROUTING == _INLINE:
+        e, first, rows = route_block(
+            block, ids_ptr, sorted_to_pair_ptr, blocks_ptr, num_pairs, E,
+            N_PAD, E_PAD, CHUNKS, BLOCK_M,
+        )  # fmt: skip
+    else:
+        e, first, rows = known_rows(block, ids_ptr, blocks_ptr, E, ROUTING == _SINGLE)
     if e < 0:
         return
-
-    row = tl.arange(0, BLOCK_M)
-    if ROUTING == _SINGLE:
-        token = tl.zeros([BLOCK_M], tl.int32)
-    else:
+    row, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    token = tl.zeros([BLOCK_M], tl.int32)
+    if ROUTING != _SINGLE:
         token = tl.load(sorted_to_pair_ptr + first + row, mask=row < rows, other=0) // TOPK
-    offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_xt + offs_k[None, :]
     x_mask = (row < rows)[:, None]
-
     # Interleaved rows (g0, u0, g1, u1, …) are read as one tile and parted after the product.
     SPLIT: tl.constexpr = GATED and INTERLEAVED
+    HAS_UP: tl.constexpr = GATED and not INTERLEAVED
     WIDE: tl.constexpr = 2 * BLOCK_N if SPLIT else BLOCK_N
-    first_n = tile * WIDE
-    n_here = tl.arange(0, WIDE)
-    n_limit = (2 * I if SPLIT else I) - first_n
-    w_mask = (n_here < n_limit)[:, None]
+    first_n, offs_n = tile * WIDE, tl.arange(0, WIDE)
+    n_mask = offs_n < (2 * I if SPLIT else I) - first_n
     w_ptr += e.to(tl.int64) * stride_we
-    w_ptrs = _tile_pointers(w_ptr, first_n, n_here, offs_k, stride_wn, stride_wk)
+    w_ptrs = tile_pointers(w_ptr, first_n, offs_n, offs_k, stride_wn, stride_wk)
     up_ptrs = w_ptrs
-    if GATED and not INTERLEAVED:
-        up_ptrs = _tile_pointers(w_ptr, first_n + I, n_here, offs_k, stride_wn, stride_wk)
-
-    acc = tl.zeros([WIDE, BLOCK_M] if SWAP_AB else [BLOCK_M, WIDE], tl.float32)
-    acc_up = acc
-    for k in range(0, H, BLOCK_K):
-        k_mask = tl.full([1, BLOCK_K], True, tl.int1) if EVEN_K else (k + offs_k < H)[None, :]
-        x = tl.load(x_ptrs, mask=x_mask & k_mask, other=0.0, eviction_policy="evict_last")
-        w = tl.load(w_ptrs, mask=w_mask & k_mask, other=0.0, eviction_policy="evict_first")
-        acc = dot(x, w, acc, SWAP_AB)
-        if GATED and not INTERLEAVED:
-            w = tl.load(up_ptrs, mask=w_mask & k_mask, other=0.0, eviction_policy="evict_first")
-            acc_up = dot(x, w, acc_up, SWAP_AB)
-            up_ptrs += BLOCK_K * stride_wk
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * stride_wk
-
-    if SWAP_AB:
-        acc = tl.trans(acc)
-        acc_up = tl.trans(acc_up)
+    if HAS_UP:
+        up_ptrs = tile_pointers(w_ptr, first_n + I, offs_n, offs_k, stride_wn, stride_wk)
+    out, up = _products(
+        x_ptrs, w_ptrs, up_ptrs, x_mask, n_mask[:, None], H, stride_wk, HAS_UP, EVEN_K, SWAP_AB
+    )
     if HAS_BIAS:
-        acc += _bias(bias_ptr, e, stride_be, first_n + n_here, n_here < n_limit)
-        if GATED and not INTERLEAVED:
-            acc_up += _bias(bias_ptr, e, stride_be, I + first_n + n_here, n_here < n_limit)
+        out += bias_tile(bias_ptr, e, stride_be, first_n + offs_n, n_mask)
+        if HAS_UP:
+            up += bias_tile(bias_ptr, e, stride_be, I + first_n + offs_n, n_mask)
     if SPLIT:
-        acc, acc_up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N, 2]))
-    if GATED:
-        out = glu(acc, acc_up, limit, alpha, ACTIVATION, HAS_LIMIT, HAS_ALPHA)
-    else:
-        out = activate(acc, ACTIVATION)
+        out, up = tl.split(tl.reshape(out, [BLOCK_M, BLOCK_N, 2]))
+    out = glu(out, up, limit, alpha, ACTIVATION, GATED, HAS_LIMIT, HAS_ALPHA)
 
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     act_ptrs = act_ptr + (first + row).to(tl.int64)[:, None] * I + column[None, :]

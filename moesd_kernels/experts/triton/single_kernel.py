@@ -8,7 +8,7 @@ weight rows must be contiguous.
 import triton
 import triton.language as tl
 
-from .common import activate, glu, pdl_wait, prefetch
+from .common import glu, pdl_wait, prefetch
 
 LINE_BYTES = tl.constexpr(128)
 
@@ -64,17 +64,13 @@ def _gate_up_single_kernel(
         if GATED:
             w = tl.load(up_ptrs[:, None] + k[None, :], mask, 0.0, eviction_policy="evict_first")
             acc_up += w.to(tl.float32) * x
-    out = tl.sum(acc, 1)
-    up = tl.sum(acc_up, 1)
+    out, up = tl.sum(acc, 1), tl.sum(acc_up, 1)
     if HAS_BIAS:
         bias_ptr += e * stride_be
         out += tl.load(bias_ptr + row, mask=n_mask, other=0.0).to(tl.float32)
         if GATED:
             up += tl.load(bias_ptr + up_row, mask=n_mask, other=0.0).to(tl.float32)
-    if GATED:
-        out = glu(out, up, limit, alpha, ACTIVATION, HAS_LIMIT, HAS_ALPHA)
-    else:
-        out = activate(out, ACTIVATION)
+    out = glu(out, up, limit, alpha, ACTIVATION, GATED, HAS_LIMIT, HAS_ALPHA)
     act_ptrs = act_ptr + pair * I + column
     tl.store(act_ptrs, out.to(act_ptr.dtype.element_ty), mask=n_mask)
 
