@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesd_kernels.experts.activations import FUNCTIONS
 from moesd_kernels.experts.api import fused_experts
 from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsSpec
+from moesd_kernels.experts.spec.activations import FUNCTIONS
 from moesd_kernels.hooks.gates import recognise_gate
 from moesd_kernels.hooks.routers import RouterRule, recognise_router, router_logits
 

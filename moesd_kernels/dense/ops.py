@@ -120,7 +120,7 @@ def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up of one shape, computed in fp32, as transformers' dense MLPs round it.
 
     The activation is rounded to the dtype of `gate` before the product; its name is a key of
-    ``experts.activations.FUNCTIONS``.
+    ``experts.spec.activations.FUNCTIONS``.
     """
     _require()
     return torch.ops.moesd.act_and_mul(gate, up, activation)

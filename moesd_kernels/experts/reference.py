@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import FUNCTIONS
 from .spec import ExpertsSpec, ExpertsWeights, TopK
+from .spec.activations import FUNCTIONS
 
 
 def apply_activation(projected: Tensor, spec: ExpertsSpec) -> Tensor:

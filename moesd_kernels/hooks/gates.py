@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesd_kernels.experts.activations import FUNCTIONS
 from moesd_kernels.experts.reference import apply_activation
 from moesd_kernels.experts.spec import ExpertsSpec
+from moesd_kernels.experts.spec.activations import FUNCTIONS
 
 _LIMIT_NAMES = ("limit", "swiglu_limit")
 _ALPHA_NAMES = ("alpha", "swiglu_alpha")

@@ -10,7 +10,7 @@ try:  # Triton builds without these run the same kernels without the overlap.
 except ImportError:
     HAS_PDL = False
 
-# The keys of `moesd_kernels.experts.activations.FUNCTIONS`; the kernels compare against the number.
+# The keys of `experts.spec.activations.FUNCTIONS`; the kernels compare against the number.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "relu": 4}
 
 # Where a kernel finds its block's rows.

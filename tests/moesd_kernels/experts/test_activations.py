@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moesd_kernels import library
-from moesd_kernels.experts.activations import ALIASES, FUNCTIONS, canonical_activation
+from moesd_kernels.experts.spec.activations import ALIASES, FUNCTIONS, canonical_activation
 
 
 def test_aliases_are_names_of_functions():
