@@ -15,7 +15,10 @@ _COMMANDS = ("demo", "generate", "compare", "audit", "plan")
 
 def build_parser() -> OneLineParser:
     """The parser of the whole command line."""
-    parser = OneLineParser(prog="moesd", description=__doc__)
+    parser = OneLineParser(
+        prog="moesd",
+        description="Batched, lossless speculative decoding. Without a command: the demo.",
+    )
     subparsers = parser.add_subparsers(
         dest="command", metavar="command", parser_class=OneLineParser
     )
