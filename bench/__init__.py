@@ -18,6 +18,6 @@ The folders, each importing only from those below it:
 
 ``results`` holds lines worth keeping, a folder per device. A new measurement is a function in
 ``runs`` that returns a line's fields, a module in ``commands`` that writes it with
-`bench.measure.record.Recorder`, and, if it is to be seen, a column list in ``page/tables.py`` and
+``bench.measure.record.Recorder``, and, if it is to be seen, a column list in ``page/tables.py`` and
 a picture in ``pictures/gallery.py``.
 """

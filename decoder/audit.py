@@ -245,7 +245,7 @@ def _explain(
 
 
 def _margin(logits: Tensor, request: Request, common: list[int], a: int, b: int) -> float:
-    """How far tokens ``a`` and ``b`` are from exchanging places, given ``logits`` [1, 1, V]."""
+    """How far tokens ``a`` and ``b`` are from exchanging places, given ``logits`` ``[1, 1, V]``."""
     sampler = Sampler(1, logits.shape[-1], "cpu", "coupled")
     sampler.admit(0, request.params, request.prompt_ids, request.stop_ids)
     rows = torch.tensor([0])

@@ -1,7 +1,8 @@
 """The sparse-MoE expert layer: one op, its PyTorch reference, fast back-ends, transformers hooks.
 
-Letters used throughout: `T` tokens entering the layer, `E` experts, `K` experts per token, `H`
-hidden size, `I` expert intermediate size, `N` = T * K routed pairs. Public signatures use words.
+Letters used throughout: ``T`` tokens entering the layer, ``E`` experts, ``K`` experts per token,
+``H`` hidden size, ``I`` expert intermediate size, ``N`` = T * K routed pairs. Public signatures use
+words.
 
 Importing this package needs torch and nothing else: no Triton, no compiler, no CUDA, and no
 transformers.

@@ -26,14 +26,14 @@ _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Every tensor below `prefix`, with the prefix removed and parts under our names.
+    """Every tensor below ``prefix``, with the prefix removed and parts under our names.
 
     Args:
         path: A safetensors file or a folder of them; a folder's index says which files to open.
-        prefix: What the names must start with.
+        prefix: what the names must start with.
 
     Raises:
-        FileNotFoundError: Nothing to read at `path`.
+        FileNotFoundError: nothing to read at ``path``.
     """
     from safetensors import safe_open
 
@@ -71,9 +71,9 @@ def block_state(
     """The block's state dict: per-expert tensors stacked, shapes checked.
 
     Args:
-        tensors: From :func:`read_tensors`.
-        wanted: Name -> shape of every tensor the block has.
-        prefix: For messages.
+        tensors: from ``read_tensors``.
+        wanted: name -> shape of every tensor the block has.
+        prefix: for messages.
 
     Raises:
         KeyError: A tensor is missing.

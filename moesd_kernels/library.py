@@ -1,12 +1,12 @@
 """Loads the C++ operators: the built module if there is one, else compiled once into a cache.
 
-`torch.utils.cpp_extension.load` gives every file the same flags, but each instruction set needs its
-own, and it guesses where CUDA's libraries are, which nvcc knows; so the few compiler calls are made
-here, and `setup.py` makes the same ones. Devices are "cpu" and "cuda"; the CUDA library implements
-schemas that the CPU library holds, and building it needs no GPU.
+``torch.utils.cpp_extension.load`` gives every file the same flags, but each instruction set needs
+its own, and it guesses where CUDA's libraries are, which nvcc knows; so the few compiler calls are
+made here, and ``setup.py`` makes the same ones. Devices are "cpu" and "cuda"; the CUDA library
+implements schemas that the CPU library holds, and building it needs no GPU.
 
 A built module carries in its name the torch it was built for: another torch does not find it, where
-it would load it and break. Importing this module does nothing; without a compiler `load` returns
+it would load it and break. Importing this module does nothing; without a compiler ``load`` returns
 the reason and raises nothing.
 """
 
@@ -61,12 +61,12 @@ def _is_x86() -> bool:
 
 
 def _names(pattern: str) -> list[str]:
-    """Sources below `SOURCE_ROOT`, relative to it, in order."""
+    """Sources below ``SOURCE_ROOT``, relative to it, in order."""
     return sorted(str(path.relative_to(SOURCE_ROOT)) for path in SOURCE_ROOT.glob(pattern))
 
 
 def _source_flags(device: str) -> dict[str, tuple[str, ...]]:
-    """Each source below `SOURCE_ROOT` and the flags it is compiled with."""
+    """Each source below ``SOURCE_ROOT`` and the flags it is compiled with."""
     boundary = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     boundary += ["-isystem", str(_TORCH / "include")]
     if device == "cuda":
@@ -128,12 +128,12 @@ def _link_flags(device: str) -> list[str]:
 
 
 def compile_library(device: str, target: Path, compiler: str) -> None:
-    """Compiles every source of a device and links them into the shared library `target`.
+    """Compiles every source of a device and links them into the shared library ``target``.
 
     Args:
         device: "cpu" or "cuda".
         target: path of the library; its directory must exist.
-        compiler: what `find_compiler` found.
+        compiler: what ``find_compiler`` found.
 
     Raises:
         RuntimeError: the compiler failed; carries its last output.
@@ -152,12 +152,12 @@ def compile_library(device: str, target: Path, compiler: str) -> None:
 
 
 def module_name(device: str) -> str:
-    """The module that `setup.py` builds for a device with this torch."""
+    """The module that ``setup.py`` builds for a device with this torch."""
     return f"moesd_kernels._C_{device}_torch_{re.sub(r'[^0-9a-z]', '_', torch.__version__)}"
 
 
 def built_module(device: str) -> Path | None:
-    """The module built beside this file for `device`, unless one of its sources is newer."""
+    """The module built beside this file for ``device``, unless one of its sources is newer."""
     name = module_name(device).rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
     path = Path(__file__).with_name(name)
     if not path.exists():
@@ -168,7 +168,7 @@ def built_module(device: str) -> Path | None:
 
 
 def missing(device: str) -> str | None:
-    """Why `load` would fail before it compiles anything, or None."""
+    """Why ``load`` would fail before it compiles anything, or None."""
     if built_module(device) is not None:
         return None
     unbuilt = f"{module_name(device)} is not built"
@@ -223,7 +223,7 @@ def _compiled_library(device: str) -> Path:
 
 @functools.cache
 def load(device: str = "cpu") -> str | None:
-    """Registers the `torch.ops.moesd` operators of a device; the CPU's first.
+    """Registers the ``torch.ops.moesd`` operators of a device; the CPU's first.
 
     Returns:
         None when they can be called, otherwise why not; the reason is logged once.

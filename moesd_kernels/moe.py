@@ -31,17 +31,17 @@ class MoEConfig:
         num_experts: E.
         hidden_size: H.
         intermediate_size: I of one routed expert.
-        router: How experts are chosen; holds K.
-        spec: What the routed experts compute; the shared expert has the same activation.
+        router: how experts are chosen; holds K.
+        spec: what the routed experts compute; the shared expert has the same activation.
         shared_intermediate_size: I of the shared expert; 0 for none.
-        shared_gate: Whether the shared expert's output is scaled by ``sigmoid(gate(x))`` (Qwen2).
-        router_bias: Whether the router's logits have a bias (gpt-oss).
-        correction_bias: Whether the choice has a bias of its own (DeepSeek-V3).
-        expert_bias: Whether the experts have biases (gpt-oss).
+        shared_gate: whether the shared expert's output is scaled by ``sigmoid(gate(x))`` (Qwen2).
+        router_bias: whether the router's logits have a bias (gpt-oss).
+        correction_bias: whether the choice has a bias of its own (DeepSeek-V3).
+        expert_bias: whether the experts have biases (gpt-oss).
 
     Raises:
-        ValueError: K is not in [1, E], the experts have no gate, or a shared expert's gate comes
-            without the expert.
+        ValueError: K is not in ``[1, E]``, the experts have no gate, or a shared expert's gate
+            comes without the expert.
     """
 
     num_experts: int
@@ -118,11 +118,11 @@ class MoE(nn.Module):
     """``sum_k weight_k * expert_k(x) + shared(x)`` over the experts the router chooses.
 
     Args:
-        config: The block's shape.
-        backend: Back-end of the experts; see :func:`moesd_kernels.fused_experts`.
-        batch_invariant: Make routed experts' rows independent of the rest of the batch.
-        device: Where parameters are made.
-        dtype: Of the parameters.
+        config: the block's shape.
+        backend: back-end of the experts; see ``moesd_kernels.fused_experts``.
+        batch_invariant: make routed experts' rows independent of the rest of the batch.
+        device: where parameters are made.
+        dtype: of the parameters.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class MoE(nn.Module):
         """Map [..., H] to [..., H], row by row.
 
         Raises:
-            ValueError: The last dimension is not H.
+            ValueError: the last dimension is not H.
         """
         config = self.config
         if hidden_states.shape[-1] != config.hidden_size:
@@ -196,9 +196,9 @@ class MoE(nn.Module):
         """A block that shares the parameters of a transformers MoE block.
 
         Args:
-            block: Has ``experts``, ``gate`` (or ``router``) and maybe a shared expert: the blocks
+            block: has ``experts``, ``gate`` (or ``router``) and maybe a shared expert: the blocks
                 of Mixtral, Qwen2/3-MoE, OLMoE, gpt-oss, DeepSeek-V3, GLM-4 and their relatives.
-            options: `backend`, `batch_invariant`.
+            options: ``backend``, ``batch_invariant``.
 
         Raises:
             ValueError: A part is missing, or its router or gate is not one of ours.
@@ -222,15 +222,15 @@ class MoE(nn.Module):
 
         Args:
             path: A ``.safetensors`` file or the checkpoint's folder.
-            config: The block's shape.
-            prefix: Of the block's tensors, as in ``"model.layers.3.mlp."``.
-            dtype: Convert to this dtype; as stored when None.
-            options: `backend`, `batch_invariant`.
+            config: the block's shape.
+            prefix: of the block's tensors, as in ``"model.layers.3.mlp."``.
+            dtype: convert to this dtype; as stored when None.
+            options: ``backend``, ``batch_invariant``.
 
         Raises:
-            FileNotFoundError: No safetensors file at `path`.
+            FileNotFoundError: no safetensors file at ``path``.
             KeyError: A tensor of the block is missing; the message names it.
-            ValueError: A tensor's shape does not fit `config`.
+            ValueError: A tensor's shape does not fit ``config``.
         """
         from .checkpoint import block_state, read_tensors
 

@@ -242,3 +242,15 @@ def test_the_tests_mirror_the_packages() -> None:
         if folder not in packaged and folder.rpartition("/")[2] != "interpreted"
     }
     assert not found, f"expected a folder of the packages for each of tests/, found {found}"
+
+
+def test_docstrings_speak_one_dialect() -> None:
+    """Code and shapes stand in double backticks, as in Google's style with Markdown: no roles."""
+    found = [
+        f"{path}:{getattr(node, 'lineno', 1)}: {marks[0]}"
+        for path in python(*PACKAGES)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and (marks := re.findall(r":\w+:`|(?<!`)`[^`\n]+`(?!`)", ast.get_docstring(node) or ""))
+    ]
+    assert not found, "expected ``code`` and no :role:`code`, found\n" + "\n".join(found)

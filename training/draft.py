@@ -42,7 +42,7 @@ def draft_config(vocab_size: int, eos: int, pad: int):
 
 
 def principal(embedding: torch.Tensor, size: int = HIDDEN) -> torch.Tensor:
-    """The target's embedding [V, H] along its ``size`` strongest directions: [V, size]."""
+    """The target's embedding ``[V, H]`` along its ``size`` strongest directions: ``[V, size]``."""
     directions = torch.linalg.svd(embedding, full_matrices=False).Vh[:size]
     return embedding @ directions.T
 

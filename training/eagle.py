@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.size, hidden, bias=False)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding (half-split, as transformers) of [B, heads, L, D] from 0."""
+        """Rotary embedding (half-split, as transformers) of ``[B, heads, L, D]`` from 0."""
         half = self.size // 2
         rates = self.theta ** (-torch.arange(half, device=x.device) / half)
         angles = torch.arange(x.shape[2], device=x.device)[:, None] * rates
@@ -85,7 +85,7 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, past: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
-        """One more draft depth for every position at once: x [B, L, H] -> [B, L, H].
+        """One more draft depth for every position at once: x ``[B, L, H]`` -> ``[B, L, H]``.
 
         ``past`` holds the keys and values of the shallower depths, first the one over true
         features; this depth's are appended. The query at position t of depth d sees true keys up to
@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
 
 def shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-    """[B, heads, L, D] moved right along L: index t holds what was at t - by, zeros before."""
+    """``[B, heads, L, D]`` moved right along L: index t holds what was at t - by, zeros before."""
     return F.pad(x, (0, 0, by, 0))[:, :, : x.shape[2]] if by else x
 
 
@@ -148,7 +148,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
     def forward(self, x: torch.Tensor, past: list) -> torch.Tensor:
-        """[B, L, H] -> [B, L, H]."""
+        """``[B, L, H]`` -> ``[B, L, H]``."""
         x = x + self.self_attn(x, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -162,7 +162,7 @@ class Eagle(nn.Module):
         self.layers = nn.ModuleList([Layer(config)])
 
     def forward(self, embeds: torch.Tensor, features: torch.Tensor, past: list) -> torch.Tensor:
-        """One depth: embeds of token[t+1], features[t] -> features[t+1], all [B, L, H]."""
+        """One depth: embeds of token[t+1], features[t] -> features[t+1], all ``[B, L, H]``."""
         return self.layers[0](self.fc(torch.cat([embeds, features], dim=-1)), past)
 
     def depths(

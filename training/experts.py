@@ -12,7 +12,8 @@ NAME = "training_sorted"
 
 
 class SortedExperts(torch.autograd.Function):
-    """rows [N, H] sorted by expert -> [N, H]; ``counts`` says how many rows each expert owns."""
+    """rows ``[N, H]`` sorted by expert -> ``[N, H]``; ``counts`` says how many rows each expert
+    owns."""
 
     @staticmethod
     def forward(ctx, rows, w_gate_up, w_down, counts):
@@ -53,7 +54,7 @@ class SortedExperts(torch.autograd.Function):
 
 
 def sorted_experts_forward(module, hidden_states, top_k_index, top_k_weights):
-    """transformers experts interface: [T, H], ids and weights [T, K] -> [T, H]."""
+    """transformers experts interface: ``[T, H]``, ids and weights ``[T, K]`` -> ``[T, H]``."""
     tokens, k = top_k_index.shape
     order = top_k_index.flatten().argsort(stable=True)
     counts = torch.bincount(top_k_index.flatten(), minlength=module.num_experts).tolist()

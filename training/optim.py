@@ -81,7 +81,7 @@ class Optimizers:
 
 
 class Budget:
-    """Progress in [0, 1] through a budget of tokens (repeatable) or of minutes."""
+    """Progress in ``[0, 1]`` through a budget of tokens (repeatable) or of minutes."""
 
     def __init__(self, minutes: float | None, tokens: int | None):
         if (minutes is None) == (tokens is None):

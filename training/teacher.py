@@ -113,7 +113,8 @@ def continuations(
     pad: int,
     seed: int = SEED,
 ) -> torch.Tensor:
-    """The target's own text: B prompts of P tokens -> [B, P + new_tokens], padded after its end."""
+    """The target's own text: B prompts of P tokens -> ``[B, P + new_tokens]``, padded after its
+    end."""
     from decoder import SamplingParams
 
     params = [
@@ -128,7 +129,7 @@ def continuations(
 
 @torch.no_grad()
 def annotate(model, ids: torch.Tensor) -> Rows:
-    """What the target says over ids int64 [B, L], as stored."""
+    """What the target says over ids int64 ``[B, L]``, as stored."""
     with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
         features = model.model(input_ids=ids, use_cache=False).last_hidden_state
         probs = model.lm_head(features).float().softmax(-1)
@@ -209,9 +210,9 @@ def distillation_loss(
     The distribution trains acceptance when sampling, the arg-max acceptance when greedy.
 
     Args:
-        logits: the student's, [B, L, V] fp32.
-        top_ids, top_probs: the target's, [B, L, TOP].
-        real: bool [B, L], the places that count.
+        logits: the student's, ``[B, L, V]`` fp32.
+        top_ids, top_probs: the target's, ``[B, L, TOP]``.
+        real: bool ``[B, L]``, the places that count.
     """
     weights = top_probs * (1 - ARGMAX_WEIGHT)
     weights[..., 0] += ARGMAX_WEIGHT

@@ -1,6 +1,6 @@
 """``bench tune``: measure tiles on this GPU and write the file the selector reads.
 
-`bench.runs.tuning` says what is tried, and in which order. Not run on a GPU yet.
+``bench.runs.tuning`` says what is tried, and in which order. Not run on a GPU yet.
 """
 
 from __future__ import annotations

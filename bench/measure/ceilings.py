@@ -83,7 +83,7 @@ class CeilingProbe:
 
 
 def _pure_reads(words: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-    """Operations that read all of `words` [n] fp32 once and write next to nothing."""
+    """Operations that read all of ``words`` [n] fp32 once and write next to nothing."""
     halves, rows = words.view(2, -1), words.view(torch.bfloat16).view(-1, ROW)
     return [
         words.sum,

@@ -30,7 +30,7 @@ class Number:
 
 
 def headline(lines: list[Line]) -> list[Number]:
-    """The first `COUNT` numbers for which there are lines, most telling first."""
+    """The first ``COUNT`` numbers for which there are lines, most telling first."""
     found = [number for find in FINDERS if (number := find(lines))]
     return found[:COUNT]
 

@@ -105,7 +105,7 @@ class Seen:
         context: tokens a row held on average.
         experts: tokens entering a layer -> mean distinct experts.
         read_bandwidth: bytes/s that memory gave.
-        agreement: see `Pair`.
+        agreement: see ``Pair``.
     """
 
     context: int

@@ -20,7 +20,7 @@ from decoder.sampling.verdict import assemble, leading
 
 
 class ForcedSampler(Sampler):
-    """A sampler whose verdicts are those of a replay drafter; `force` makes one."""
+    """A sampler whose verdicts are those of a replay drafter; ``force`` makes one."""
 
     replay: ReplayDrafter
     agreed: Tensor  # [2] int64: positions compared, and those where the target agreed

@@ -31,10 +31,10 @@ def measure_peak(
 
     Args:
         name: of the target in the lines.
-        setup: what `describe_subject` found.
+        setup: what ``describe_subject`` found.
 
     Returns:
-        The best cell's `KEPT` fields and ``predicted_speedup``, with nothing fitted.
+        The best cell's ``KEPT`` fields and ``predicted_speedup``, with nothing fitted.
 
     Raises:
         ValueError: ``new_tokens`` are too few for a full round.

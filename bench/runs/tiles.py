@@ -87,7 +87,7 @@ def heights(shape: LayerShape) -> list[int]:
 def gate_up_choices(
     shape: LayerShape, gemm: Gemm, start: LayerTiles, device: Device
 ) -> list[LayerTiles]:
-    """`start` with other tiles of gate_up; and lower, with its own and the list's first tile."""
+    """``start`` with other tiles of gate_up; and lower, with its own and the list's first tile."""
     tallest, *lower = heights(shape)
     tiles = _tiles(GATE_UP, tallest, start.gate_up.group_m, gemm, device)
     choices = [replace(start, gate_up=tile) for tile in tiles]
@@ -105,13 +105,13 @@ def gate_up_choices(
 
 
 def down_choices(gemm: Gemm, start: LayerTiles, device: Device) -> list[LayerTiles]:
-    """`start` with other tiles of down, of its height."""
+    """``start`` with other tiles of down, of its height."""
     tiles = _tiles(DOWN, start.block_m, start.down.group_m, gemm, device)
     return [replace(start, down=tile) for tile in tiles]
 
 
 def inline_choices(shape: LayerShape, start: LayerTiles) -> list[LayerTiles]:
-    """`start` with the plan in a launch of its own if it was inline, and the reverse."""
+    """``start`` with the plan in a launch of its own if it was inline, and the reverse."""
     pairs = shape.T * shape.K
     if pairs > MAX_INLINE_PAIRS:
         return []
@@ -119,13 +119,13 @@ def inline_choices(shape: LayerShape, start: LayerTiles) -> list[LayerTiles]:
 
 
 def single_gate_up_choices(start: LayerTiles) -> list[LayerTiles]:
-    """`start` with other tiles of one token's gate_up, and with the matrix product instead."""
+    """``start`` with other tiles of one token's gate_up, and with the matrix product instead."""
     tiles = [TileConfig(16, n, k, 1, warps, stages) for n, k, stages, warps in SINGLE_GATE_UP]
     return [replace(start, single_gate_up=tile) for tile in (*tiles, None)]
 
 
 def single_down_choices(start: LayerTiles) -> list[LayerTiles]:
-    """`start` with other tiles of one token's down."""
+    """``start`` with other tiles of one token's down."""
     tiles = [TileConfig(16, n, k, 1, warps, stages) for n, k, stages, warps in SINGLE_DOWN]
     return [replace(start, single_down=tile) for tile in tiles]
 

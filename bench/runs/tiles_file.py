@@ -1,4 +1,4 @@
-"""The file of tuned tiles, entry by entry; `moesd_kernels.experts.triton.tuned` reads it."""
+"""The file of tuned tiles, entry by entry; ``moesd_kernels.experts.triton.tuned`` reads it."""
 
 from __future__ import annotations
 

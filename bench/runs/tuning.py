@@ -1,7 +1,7 @@
 """Tiles measured on this GPU: for a layer and number of tokens, the fastest of a few candidates.
 
 For every layer and number of tokens the model's choice and the hand-picked ones of
-`bench.runs.tiles` are timed in CUDA graphs over rotated weights: first gate_up's tiles and the
+``bench.runs.tiles`` are timed in CUDA graphs over rotated weights: first gate_up's tiles and the
 height of a block, then down's, then whether gate_up finds its rows by itself; at T = 1 the
 one-token forms'. A candidate that changes the result beyond rounding is dropped.
 Not run on a GPU yet.
@@ -55,23 +55,23 @@ def tune_shape(
 ) -> list[dict[str, Any]]:
     """Tune a shape on a device and write the results as ``<folder>/<device>.json``.
 
-    Prints nothing. :func:`moesd_kernels.experts.triton.tuned.use_folder` makes the selector read
+    Prints nothing. ``moesd_kernels.experts.triton.tuned.use_folder`` makes the selector read
     the file.
 
     Args:
-        shape: The layer; several sets of its weights are made.
-        tokens: Values of T, best the largest of its bucket each.
+        shape: the layer; several sets of its weights are made.
+        tokens: values of T, best the largest of its bucket each.
         dtype: bf16 or fp16.
-        candidates: How many of the list to try in each step, the first ones.
-        rounds: Timed replays of each.
-        budget_s: Seconds after which no further T is begun and no further candidate tried.
-        folder: Any folder; made if it is missing.
-        device: The current CUDA device by default. A CPU's interpreted kernels show that all of
+        candidates: how many of the list to try in each step, the first ones.
+        rounds: timed replays of each.
+        budget_s: seconds after which no further T is begun and no further candidate tried.
+        folder: any folder; made if it is missing.
+        device: the current CUDA device by default. A CPU's interpreted kernels show that all of
             this works and nothing else: their file would name the device they stand in for.
 
     Returns:
         For each T that was reached: T, micros (of the best configuration, per layer), model_micros
-        (of the model's choice), config (a :class:`LayerTiles`) and dropped (what failed, in words).
+        (of the model's choice), config (a ``LayerTiles``) and dropped (what failed, in words).
     """
     return list(tune_each(shape, tokens, dtype, candidates, rounds, budget_s, folder, device))
 
@@ -86,7 +86,7 @@ def tune_each(
     folder: Path,
     torch_device: torch.device | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The results of `tune_shape` one by one, each already written."""
+    """The results of ``tune_shape`` one by one, each already written."""
     from moesd_kernels.experts.triton.device import device_of
 
     end = time.perf_counter() + budget_s
@@ -125,7 +125,7 @@ def search_steps(
 
 
 def _first(step: Step, limit: int, best: LayerTiles) -> list[LayerTiles]:
-    """The first `limit` candidates of a step that are not the best so far itself."""
+    """The first ``limit`` candidates of a step that are not the best so far itself."""
     return [config for config in step(best) if config != best][:limit]
 
 
@@ -187,7 +187,7 @@ def _caller(config: LayerTiles) -> Callable[[Layer, Tensor, Tensor, Tensor], Ten
 def _tune_tokens(
     bench: _Bench, shape: LayerShape, device: Device, limit: int, budget_s: float
 ) -> dict[str, Any]:
-    """One result of `tune_shape`."""
+    """One result of ``tune_shape``."""
     end = time.perf_counter() + budget_s
     batches = bench.batches(shape.T)
     best = model_choice(shape, bench.dtype, device)

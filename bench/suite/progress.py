@@ -43,7 +43,7 @@ class Lines(Recorder):
         self._marks: dict[str, Any] = {}
 
     def write(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """As `Recorder.write`, remembered."""
+        """As ``Recorder.write``, remembered."""
         line = super().write(kind, **fields, **self._marks)
         self.seen.append(line)
         return line

@@ -31,7 +31,7 @@ class Session:
         grace_s: seconds beyond its time after which a piece hangs; building a model is the longest
             thing that cannot stop in between.
         tuned: whether the back-end looks into the folder's tiles.
-        kept: what pieces hold for the next one, such as a model; dropped by `release`.
+        kept: what pieces hold for the next one, such as a model; dropped by ``release``.
     """
 
     device: torch.device

@@ -119,7 +119,7 @@ def _vector_fill(name: str) -> float:
 
 
 def _restore_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Rotary tables are computed, not loaded: `to_empty` left them uninitialised."""
+    """Rotary tables are computed, not loaded: ``to_empty`` left them uninitialised."""
     for module in model.modules():
         if hasattr(module, "inv_freq") and hasattr(module, "config"):
             fresh = type(module)(module.config)

@@ -2,7 +2,7 @@
 
 A drafter only ever makes proposals; whether a token is emitted is decided by the sampler from the
 target's own distribution. It therefore cannot make the output wrong as long as two rules hold:
-a token travels with the distribution it was drawn from (one `Draft`), and how many tokens a row
+a token travels with the distribution it was drawn from (one ``Draft``), and how many tokens a row
 proposes may depend on its context and on earlier drafts, never on the token at or after the cut.
 """
 

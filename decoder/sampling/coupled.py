@@ -24,7 +24,7 @@ def race(probs: Tensor, keys: Tensor) -> Tensor:
 
     Args:
         probs: ``[..., V]``, non-negative with positive mass, not necessarily normalised.
-        keys: ``[...]`` int64 from `rng.key`.
+        keys: ``[...]`` int64 from ``rng.key``.
 
     Returns:
         ``[...]`` int64; a token of probability 0 is never drawn.
@@ -44,7 +44,8 @@ def verify_coupled(target_probs: Tensor, draft: Draft, keys: Tensor) -> Verdict:
 
 
 def _draw_all(target_probs: Tensor, keys: Tensor) -> Tensor:
-    """`race` over ``[B, Q]``, some positions at a time: its temporaries are several [B, Q, V]."""
+    """``race`` over ``[B, Q]``, some positions at a time: its temporaries are several
+    ``[B, Q, V]``."""
     B, Q, V = target_probs.shape
     step = max(1, _CHUNK_ELEMENTS // (B * V))
     chunks = [

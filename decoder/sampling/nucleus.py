@@ -33,7 +33,7 @@ def nucleus_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
 
 
 def bisected_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
-    """`nucleus_threshold` in PyTorch: the reference, and the form for fp64 and without Triton."""
+    """``nucleus_threshold`` in PyTorch: the reference, and the form for fp64 and without Triton."""
     integer, steps = (torch.int64, 62) if probs.dtype == torch.float64 else (torch.int32, 31)
     bits = probs.contiguous().view(integer)
     mass = (probs.double() + 1.0) - 1.0

@@ -44,7 +44,7 @@ class Adjustments:
     def admit(
         self, row: int, params: SamplingParams, prompt_ids: Sequence[int], stop_ids: Iterable[int]
     ) -> None:
-        """Start a request in ``row``; see `Sampler.admit`."""
+        """Start a request in ``row``; see ``Sampler.admit``."""
         self.release(row)
         p = params
         values = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)

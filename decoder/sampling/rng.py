@@ -72,14 +72,14 @@ def exponential(seeds: Tensor, positions: Tensor, vocab_size: int, stream: Strea
 
 
 def exponential_of(keys: Tensor, vocab_size: int) -> Tensor:
-    """`exponential` for given ``keys`` of any shape: ``[*keys.shape, V]`` fp32."""
+    """``exponential`` for given ``keys`` of any shape: ``[*keys.shape, V]`` fp32."""
     high, low = _vocab_words(keys, vocab_size)
     u = high.float().add_(low.float(), alpha=2.0**-31).mul_(2.0**-31)
     return u.clamp_(max=_LARGEST_BELOW_ONE).neg_().log1p_().neg_()
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int, stream: Stream) -> Tensor:
-    """Standard Gumbel noise, ``-log`` of `exponential` with the same arguments."""
+    """Standard Gumbel noise, ``-log`` of ``exponential`` with the same arguments."""
     return exponential(seeds, positions, vocab_size, stream).log_().neg_()
 
 

@@ -33,7 +33,7 @@ class Sampler:
     """Decides tokens for the rows of a batch, exactly as the target alone would.
 
     All methods taking ``rows`` work on any subset of the admitted rows. No method waits for an
-    accelerator; numeric failures found there are kept until they are asked for (`failed`).
+    accelerator; numeric failures found there are kept until they are asked for (``failed``).
 
     Args:
         max_batch_size: number of rows.
@@ -161,7 +161,7 @@ class Sampler:
         """Keep the drafts that the target would have produced, and choose the token after them.
 
         Args:
-            target: distributions ``[B, G + 1]`` from `distribution`.
+            target: distributions ``[B, G + 1]`` from ``distribution``.
             draft: proposals; ``G`` may be 0.
             rows: ``[B]`` int64.
             positions: ``[B, G + 1]`` int64.
@@ -193,7 +193,7 @@ class Sampler:
         self._adjustments.commit(rows, tokens, counts)
 
     def logprobs(self, logits: Tensor, target: Probs, tokens: Tensor, top: int) -> TokenLogprobs:
-        """Log-probabilities of a round's emitted ``tokens``; see `token_logprobs`."""
+        """Log-probabilities of a round's emitted ``tokens``; see ``token_logprobs``."""
         return token_logprobs(logits, target, tokens, top)
 
     def scores(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class Sampler:
     def failed(self, rows: Tensor) -> Tensor:
         """Which of ``rows`` ``[B]`` have met logits that define no distribution; ``[B]`` bool.
 
-        For a caller to read when it waits for the device anyway, and to `refuse` then. A CPU has
+        For a caller to read when it waits for the device anyway, and to ``refuse`` then. A CPU has
         refused already, where it met them.
         """
         return self._failed[rows]

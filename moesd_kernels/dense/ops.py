@@ -1,10 +1,11 @@
-"""The C++ CPU operators of a step's dense part, `torch.ops.moesd.*`, as typed Python functions.
+"""The C++ CPU operators of a step's dense part, ``torch.ops.moesd.*``, as typed Python functions.
 
 Every function computes a row from that row alone, bit for bit: whatever else is in the batch, in
-which order, and on how many threads. `unavailable()` says why they cannot be called, if so. Shapes
-and dtypes are checked in C++ (`csrc/cpu`); gradients are not supported.
+which order, and on how many threads. ``unavailable()`` says why they cannot be called, if so.
+Shapes and dtypes are checked in C++ (``csrc/cpu``); gradients are not supported.
 
-`B` sequences, `T` tokens, `E` experts, `K` experts per token, `H` hidden, `I` intermediate.
+``B`` sequences, ``T`` tokens, ``E`` experts, ``K`` experts per token, ``H`` hidden, ``I``
+intermediate.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def isa() -> str:
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] times w [N, K] transposed, plus bias [N]: fp32 sums, the result in x.dtype."""
+    """x ``[T, K]`` times w ``[N, K]`` transposed, plus bias ``[N]``: fp32 sums, the result in
+    x.dtype."""
     _require()
     return torch.ops.moesd.linear(x, w, bias)
 
@@ -51,18 +53,18 @@ def ragged_attention(
     """Causal attention of Q queries per sequence over a KV cache indexed by position.
 
     Args:
-        q: [B, Q, Hq, D].
+        q: ``[B, Q, Hq, D]``.
         k_cache: [rows, S, Hkv, D], contiguous in the last dimension; Hkv divides Hq.
         v_cache: [rows, S, Hkv, Dv], likewise.
-        positions: [B, Q] int64. A query at p sees positions max(0, p - window + 1)..p; one at a
+        positions: ``[B, Q]`` int64. A query at p sees positions max(0, p - window + 1)..p; one at a
             negative position returns zeros.
         scale: multiplies the scores.
         window: sliding window; <= 0 for full attention.
-        sinks: [Hq] logits that take part in the softmax's sum (gpt-oss).
-        rows: [B] int64 cache row of each sequence; None for row b.
+        sinks: ``[Hq]`` logits that take part in the softmax's sum (gpt-oss).
+        rows: ``[B]`` int64 cache row of each sequence; None for row b.
 
     Returns:
-        [B, Q, Hq, Dv] contiguous, in q.dtype; scores and sums in fp32.
+        ``[B, Q, Hq, Dv]`` contiguous, in q.dtype; scores and sums in fp32.
     """
     _require()
     return torch.ops.moesd.ragged_attention(
@@ -77,7 +79,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x + delta``, rounded to x.dtype, and its :func:`rms_norm`: one pass where two would go."""
+    """``x + delta``, rounded to x.dtype, and its ``rms_norm``: one pass where two would go."""
     _require()
     return torch.ops.moesd.add_rms_norm(x, delta, w, eps)
 
@@ -97,14 +99,14 @@ def rope_to_cache(
     Rounds to the storage dtype after every step at which transformers' separate operations do.
 
     Args:
-        qkv: [T, (Hq + 2 Hkv) * D] contiguous: query heads, key heads, value heads.
-        cos: [T, D] in qkv.dtype, of each token's position; sin: likewise.
-        q_norm: weight [D] and epsilon of the query heads' RMS norm, or None; k_norm: the keys'.
-        index: [T] int64, the cache row of each token.
-        keys: [rows, Hkv * D], written at `index`; values: likewise.
+        qkv: ``[T, (Hq + 2 Hkv) * D]`` contiguous: query heads, key heads, value heads.
+        cos: ``[T, D]`` in qkv.dtype, of each token's position; sin: likewise.
+        q_norm: weight ``[D]`` and epsilon of the query heads' RMS norm, or None; k_norm: the keys'.
+        index: ``[T]`` int64, the cache row of each token.
+        keys: [rows, Hkv * D], written at ``index``; values: likewise.
 
     Returns:
-        Queries [T, Hq, D].
+        Queries ``[T, Hq, D]``.
     """
     _require()
     D = cos.shape[-1]
@@ -119,7 +121,7 @@ def rope_to_cache(
 def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up of one shape, computed in fp32, as transformers' dense MLPs round it.
 
-    The activation is rounded to the dtype of `gate` before the product; its name is a key of
+    The activation is rounded to the dtype of ``gate`` before the product; its name is a key of
     ``experts.spec.activations.FUNCTIONS``.
     """
     _require()
@@ -129,13 +131,14 @@ def act_and_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def softmax_topk_router(
     x: Tensor, w: Tensor, top_k: int, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over x [T, H] times w [E, H] and its top_k, as transformers' TopKRouter classes.
+    """Softmax over x ``[T, H]`` times w ``[E, H]`` and its top_k, as transformers' TopKRouter
+    classes.
 
     The logits are rounded to x.dtype before the fp32 softmax; among equal probabilities the lower
     id comes first. Weights stay fp32, also where a model rounds them to x.dtype afterwards.
 
     Returns:
-        Logits [T, E], weights [T, top_k] fp32 and ids [T, top_k] int64.
+        Logits ``[T, E]``, weights ``[T, top_k]`` fp32 and ids ``[T, top_k]`` int64.
     """
     _require()
     return torch.ops.moesd.softmax_topk_router(x, w, top_k, renormalize)

@@ -34,28 +34,29 @@ def fused_experts(
     """``out[t] = sum_k topk_weights[t, k] * down(act(gate(x[t])) * up(x[t]))`` of expert ids[t, k].
 
     Args:
-        hidden_states: [T, H] bf16, fp16 or fp32; T may be 0.
-        w_gate_up: [E, 2I, H], gate rows first; [E, I, H] when not gated; used where it lies.
-        w_down: [E, H, I].
-        topk_ids: [T, K] int32 or int64. An id outside [0, E) contributes nothing (expert
+        hidden_states: ``[T, H]`` bf16, fp16 or fp32; T may be 0.
+        w_gate_up: ``[E, 2I, H]``, gate rows first; ``[E, I, H]`` when not gated; used where it
+            lies.
+        w_down: ``[E, H, I]``.
+        topk_ids: ``[T, K]`` int32 or int64. An id outside [0, E) contributes nothing (expert
             parallelism marks other ranks' experts so); an id may appear twice in a row.
-        topk_weights: [T, K] fp32, bf16 or fp16; multiplied in fp32.
-        gate_up_bias: [E, 2I] (or [E, I]) in the dtype of `hidden_states`.
-        down_bias: [E, H] in the dtype of `hidden_states`.
-        spec: What the experts compute.
-        backend: "auto", or a name from :func:`moesd_kernels.available_backends`.
-        batch_invariant: Make a token's row bit-identical whatever other rows are in the call.
-        out: [T, H] to write into; must not share memory with an input.
-        options: Fields of :class:`moesd_kernels.ExpertsSpec`, instead of `spec`.
+        topk_weights: ``[T, K]`` fp32, bf16 or fp16; multiplied in fp32.
+        gate_up_bias: ``[E, 2I]`` (or ``[E, I]``) in the dtype of ``hidden_states``.
+        down_bias: ``[E, H]`` in the dtype of ``hidden_states``.
+        spec: what the experts compute.
+        backend: "auto", or a name from ``moesd_kernels.available_backends``.
+        batch_invariant: make a token's row bit-identical whatever other rows are in the call.
+        out: ``[T, H]`` to write into; must not share memory with an input.
+        options: fields of ``moesd_kernels.ExpertsSpec``, instead of ``spec``.
 
     Returns:
-        [T, H] in the dtype of `hidden_states`: `out` when given. The K terms are summed in fp32 in
-        a fixed order, so that results are the same from run to run.
+        ``[T, H]`` in the dtype of ``hidden_states``: ``out`` when given. The K terms are summed in
+        fp32 in a fixed order, so that results are the same from run to run.
 
     Raises:
         TypeError: A dtype is not supported or does not match, or an option is unknown.
-        ValueError: Shapes, devices or options do not fit together, or a name is unknown.
-        RuntimeError: The named back-end cannot run here, or not on this call.
+        ValueError: shapes, devices or options do not fit together, or a name is unknown.
+        RuntimeError: the named back-end cannot run here, or not on this call.
     """
     tensors = (hidden_states, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias)
     if options and spec is not None:

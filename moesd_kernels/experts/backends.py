@@ -25,7 +25,7 @@ ANY = SINGLE | {torch.float64}
 
 
 class Run(Protocol):
-    """A back-end: the expert layer on arguments that :func:`.validation.check_arguments` passed."""
+    """A back-end: the expert layer on arguments that ``validation.check_arguments`` passed."""
 
     def __call__(
         self,
@@ -37,7 +37,8 @@ class Run(Protocol):
         *,
         batch_invariant: bool = False,
     ) -> Tensor:
-        """[T, H] for `x` [T, H]: `out` when given, which must not share memory with an input."""
+        """``[T, H]`` for ``x`` ``[T, H]``: ``out`` when given, which must not share memory with an
+        input."""
 
 
 class QuickRun(Protocol):
@@ -58,10 +59,10 @@ class QuickRun(Protocol):
         down_bias: Tensor | None,
         *op_options: Any,
     ) -> Tensor | None:
-        """The new [T, H] result; None where the call is another back-end's, or is wrong.
+        """The new ``[T, H]`` result; None where the call is another back-end's, or is wrong.
 
-        The last arguments are :attr:`ExpertsSpec.op_options`. Nothing is raised for arguments that
-        do not fit together: those that the checks find are raised by them, with their names.
+        The last arguments are ``ExpertsSpec.op_options``. Nothing is raised for arguments
+        that do not fit together: those that the checks find are raised by them, with their names.
         """
 
 
@@ -70,16 +71,16 @@ class Backend:
     """What a back-end can do.
 
     Attributes:
-        name: Its public name.
-        devices: Device types it runs on; None for all.
-        dtypes: Dtypes of ``hidden_states`` it takes.
-        unavailable_reason: Why it cannot run in this process at all, or None.
-        load: Imports it and returns its function.
-        quick: Imports its way of a decode step, where it has one. Its rows must be independent of
+        name: its public name.
+        devices: device types it runs on; None for all.
+        dtypes: dtypes of ``hidden_states`` it takes.
+        unavailable_reason: why it cannot run in this process at all, or None.
+        load: imports it and returns its function.
+        quick: imports its way of a decode step, where it has one. Its rows must be independent of
             the batch, because it is not told whether that is wanted.
-        automatic: Whether "auto" may choose it.
-        compiled: Whether it is a compiled kernel: no gradients, weights contiguous.
-        invariant: Whether it honours ``batch_invariant``.
+        automatic: whether "auto" may choose it.
+        compiled: whether it is a compiled kernel: no gradients, weights contiguous.
+        invariant: whether it honours ``batch_invariant``.
     """
 
     name: str
@@ -193,7 +194,7 @@ def _unavailable(backend: Backend) -> str | None:
 
 
 def _refusal(backend: Backend, traits: CallTraits) -> str | None:
-    """Why `backend` cannot serve `traits`, or None. Cheap reasons come first."""
+    """Why ``backend`` cannot serve ``traits``, or None. Cheap reasons come first."""
     if backend.devices is not None and traits.device not in backend.devices:
         return f"it runs on {'/'.join(sorted(backend.devices))} tensors, got {traits.device}"
     if traits.dtype not in backend.dtypes:
@@ -210,13 +211,13 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def choose_backend(name: str, traits: CallTraits) -> Backend:
-    """The named back-end, or the fastest that can serve `traits`.
+    """The named back-end, or the fastest that can serve ``traits``.
 
     The answer is remembered: what a process can run does not change, and the choice is logged once.
 
     Raises:
-        ValueError: Unknown name.
-        RuntimeError: The named back-end cannot serve `traits`; the message says why.
+        ValueError: unknown name.
+        RuntimeError: the named back-end cannot serve ``traits``; the message says why.
     """
     if name != "auto":
         if name not in BACKENDS:

@@ -24,13 +24,13 @@ def fused_experts_cpu(
     *,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """``sum_k weights[t, k] * expert[ids[t, k]](x[t])``, in the dtype of `x`.
+    """``sum_k weights[t, k] * expert[ids[t, k]](x[t])``, in the dtype of ``x``.
 
     Intermediates and the sum over k (in ascending order of expert id) are fp32; amx and
-    avx512_bf16 round the activation to bf16. `batch_invariant` is always true of these kernels.
+    avx512_bf16 round the activation to bf16. ``batch_invariant`` is always true of these kernels.
 
     Raises:
-        ValueError: Shapes do not fit together, or weights or biases are not contiguous.
+        ValueError: shapes do not fit together, or weights or biases are not contiguous.
         TypeError: A dtype is not supported or does not match.
     """
     fits = out is not None and out.is_contiguous()

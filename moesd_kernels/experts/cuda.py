@@ -33,7 +33,7 @@ def _load() -> None:
     """Load the operators, building them once if the package was built without them.
 
     Raises:
-        RuntimeError: The operators could not be built or loaded.
+        RuntimeError: the operators could not be built or loaded.
     """
     # The CPU's library holds the schema that the CUDA kernel implements.
     reason = library.load("cpu") or library.load("cuda")
@@ -53,8 +53,8 @@ def fused_experts_cuda(
     """``fused_experts`` by ``csrc/cuda``; arguments as there, already checked.
 
     Raises:
-        NotImplementedError: The call needs what this kernel does not have; the message says what.
-        RuntimeError: The operators could not be built.
+        NotImplementedError: the call needs what this kernel does not have; the message says what.
+        RuntimeError: the operators could not be built.
     """
     refusal = _refusal(x, weights, routing, spec, batch_invariant)
     if refusal is not None:

@@ -19,11 +19,11 @@ def apply_activation(projected: Tensor, spec: ExpertsSpec) -> Tensor:
     """``act(gate) * up``, clamped by the limit; with alpha ``gate * σ(alpha * gate) * (up + 1)``.
 
     Args:
-        projected: [N, 2I] gate and up projections, or [N, I] when not gated.
-        spec: Says where gate and up lie, and what is computed of them.
+        projected: ``[N, 2I]`` gate and up projections, or ``[N, I]`` when not gated.
+        spec: says where gate and up lie, and what is computed of them.
 
     Returns:
-        [N, I] in the dtype of `projected`.
+        ``[N, I]`` in the dtype of ``projected``.
     """
     if not spec.gated:
         return FUNCTIONS[spec.activation](projected)
@@ -50,7 +50,7 @@ def fused_experts_reference(
 ) -> Tensor:
     """``out[t] = sum_k routing.weights[t, k] * expert[routing.ids[t, k]](x[t])``.
 
-    Arguments are those of :func:`moesd_kernels.fused_experts`, already checked. Computes in fp32,
+    Arguments are those of ``moesd_kernels.fused_experts``, already checked. Computes in fp32,
     or fp64 for fp64 inputs, and rounds once at the end. Differentiable.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -119,6 +119,6 @@ def fused_experts_torch(
 def _linear(
     x: Tensor, expert: int, weights: Tensor, biases: Tensor | None, transposed: bool
 ) -> Tensor:
-    """``x @ W + b`` for one expert's slice of [E, out, in] (or [E, in, out]) weights."""
+    """``x @ W + b`` for one expert's slice of ``[E, out, in]`` (or ``[E, in, out]``) weights."""
     weight = weights[expert].T if transposed else weights[expert]
     return F.linear(x, weight, None if biases is None else biases[expert].to(x.dtype))

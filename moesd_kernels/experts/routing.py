@@ -17,10 +17,11 @@ class Routing(NamedTuple):
     """A routing plan for N = T * K pairs; pair ``p`` is choice ``p % K`` of token ``p // K``.
 
     Attributes:
-        expert_offsets: [E + 1] int32. Expert e's pairs are sorted rows offsets[e] … offsets[e + 1].
-        sorted_to_pair: [N] int32, stable by (expert, pair). Rows from ``expert_offsets[E]`` on are
-            the dropped pairs, whose id is not an expert.
-        pair_to_sorted: [N] int32, the inverse permutation; -1 for a dropped pair.
+        expert_offsets: ``[E + 1]`` int32. Expert e's pairs are the sorted rows from
+            ``expert_offsets[e]`` up to ``expert_offsets[e + 1]``.
+        sorted_to_pair: ``[N]`` int32, stable by (expert, pair). Rows from ``expert_offsets[E]`` on
+            are the dropped pairs, whose id is not an expert.
+        pair_to_sorted: ``[N]`` int32, the inverse permutation; -1 for a dropped pair.
         block_to_expert: [max_blocks] int32, the expert of each block; -1 for an idle block.
         block_to_row: [max_blocks] int32, the first sorted row of each block; idle blocks have 0.
     """
@@ -33,7 +34,7 @@ class Routing(NamedTuple):
 
 
 def max_blocks(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """Most blocks that any routing of `num_pairs` pairs can need.
+    """Most blocks that any routing of ``num_pairs`` pairs can need.
 
     Worst case: every expert but one holds a single pair, the last one holds the rest.
     """
@@ -42,19 +43,19 @@ def max_blocks(num_pairs: int, num_experts: int, block_size: int) -> int:
 
 
 def plan_routing(topk_ids: Tensor, num_experts: int, block_size: int) -> Routing:
-    """Sort pairs by expert and cut every expert's rows into blocks of at most `block_size`.
+    """Sort pairs by expert and cut every expert's rows into blocks of at most ``block_size``.
 
     Args:
-        topk_ids: [T, K] int32 or int64; ids outside [0, num_experts) are dropped.
+        topk_ids: ``[T, K]`` int32 or int64; ids outside [0, num_experts) are dropped.
         num_experts: E.
-        block_size: Rows per block, at least 1.
+        block_size: rows per block, at least 1.
 
     Returns:
-        A :class:`Routing` on the device of `topk_ids`; no host synchronisation.
+        A ``Routing`` on the device of ``topk_ids``; no host synchronisation.
 
     Raises:
-        TypeError: `topk_ids` is not int32 or int64.
-        ValueError: Wrong rank, or a count below 1.
+        TypeError: ``topk_ids`` is not int32 or int64.
+        ValueError: wrong rank, or a count below 1.
     """
     _check(topk_ids, num_experts, block_size)
     device, N = topk_ids.device, topk_ids.numel()

@@ -14,7 +14,7 @@ IDS = (torch.int64, torch.int32)
 def check_arguments(
     x: Tensor, weights: ExpertsWeights, routing: TopK, spec: ExpertsSpec, out: Tensor | None
 ) -> None:
-    """Raise when the arguments of :func:`moesd_kernels.fused_experts` do not fit together.
+    """Raise when the arguments of ``moesd_kernels.fused_experts`` do not fit together.
 
     Values are not looked at: an id that is no expert contributes nothing, by contract.
 

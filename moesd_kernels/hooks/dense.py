@@ -36,11 +36,11 @@ def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
     """Shadow the forwards that our CPU kernels can compute; returns how many.
 
     Args:
-        model: Only modules whose parameters are plain CPU tensors are touched.
-        required: Raise instead of doing nothing when the kernels cannot run.
+        model: only modules whose parameters are plain CPU tensors are touched.
+        required: raise instead of doing nothing when the kernels cannot run.
 
     Raises:
-        RuntimeError: `required`, and the kernels cannot run here; the message says why.
+        RuntimeError: ``required``, and the kernels cannot run here; the message says why.
     """
     if not required and not any(p.device.type == "cpu" for p in model.parameters()):
         return 0
@@ -62,7 +62,7 @@ def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
 
 
 def decelerate_dense(model: nn.Module) -> None:
-    """Give every module of `model` that :func:`accelerate_dense` touched its own forward back."""
+    """Give every module of ``model`` that ``accelerate_dense`` touched its own forward back."""
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if getattr(getattr(forward, "__func__", None), "__module__", None) == __name__:
@@ -70,7 +70,7 @@ def decelerate_dense(model: nn.Module) -> None:
 
 
 def _replacement(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward for `module`, or None when it must keep its own."""
+    """The forward for ``module``, or None when it must keep its own."""
     weight = getattr(module, "weight", None)
     if type(module) in _activations() and "forward" not in module.__dict__:
         return _activation_forward
@@ -100,7 +100,7 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _fusable(rule: RouterRule, router: nn.Module) -> bool:
-    """Whether the one-op softmax router computes `rule`."""
+    """Whether the one-op softmax router computes ``rule``."""
     weight = router.weight
     assert isinstance(weight, Tensor)
     return (
@@ -136,7 +136,7 @@ _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def _gated_mlp(module: nn.Module) -> str | None:
-    """The activation's name if `module` is ``down(act(gate(x)) * up(x))``, else None."""
+    """The activation's name if ``module`` is ``down(act(gate(x)) * up(x))``, else None."""
     parts = module._modules
     if (
         "forward" in module.__dict__
@@ -220,7 +220,7 @@ def _activation_forward(self: nn.Module, input: Tensor) -> Tensor:
 
 
 def _rows_apart(x: Tensor) -> Tensor:
-    """`x`, or a copy whose rows do not follow each other in memory.
+    """``x``, or a copy whose rows do not follow each other in memory.
 
     torch's element-wise loops compute whole vectors of contiguous numbers with other instructions
     than what is left over, so where rows are not whole vectors, the last bits of a row depend on

@@ -37,9 +37,9 @@ class ModuleSpec(NamedTuple):
     ``torch.compile`` folds it into the graph, so it holds no tensors.
 
     Attributes:
-        refusal: Why it cannot be run by us at all, or None.
-        spec: The options of ``fused_experts``.
-        has_bias: Whether both projections have one.
+        refusal: why it cannot be run by us at all, or None.
+        spec: the options of ``fused_experts``.
+        has_bias: whether both projections have one.
     """
 
     refusal: str | None
@@ -48,7 +48,7 @@ class ModuleSpec(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Choices of the caller of :func:`accelerate`."""
+    """Choices of the caller of ``accelerate``."""
 
     backend: str = "auto"
     batch_invariant: bool = False
@@ -87,21 +87,21 @@ def accelerate(
     backend: str = "auto",
     batch_invariant: bool = False,
 ) -> Model:
-    """Run the experts of a transformers model on our kernels; returns `model`.
+    """Run the experts of a transformers model on our kernels; returns ``model``.
 
     Weights stay where they are, in their own layout, so ``save_pretrained`` is unaffected. A model
-    without experts is left as it is, except for `dense`.
+    without experts is left as it is, except for ``dense``.
 
     Args:
         model: A transformers model.
-        dense: Also run linear layers, RMS norms and softmax routers on our CPU kernels, whose rows
+        dense: also run linear layers, RMS norms and softmax routers on our CPU kernels, whose rows
             do not depend on each other: True, False, or "auto" for where those kernels can run.
-        backend: Back-end of the experts; see :func:`moesd_kernels.fused_experts`.
-        batch_invariant: Make experts rows independent of the rest of the batch on every device.
+        backend: back-end of the experts; see ``moesd_kernels.fused_experts``.
+        batch_invariant: make experts rows independent of the rest of the batch on every device.
 
     Raises:
-        ValueError: `dense` is not "auto", True or False.
-        RuntimeError: `dense` is True and the CPU kernels cannot run; the message says why.
+        ValueError: ``dense`` is not "auto", True or False.
+        RuntimeError: ``dense`` is True and the CPU kernels cannot run; the message says why.
     """
     from .dense import accelerate_dense
 
@@ -120,7 +120,7 @@ def accelerate(
 
 
 def decelerate(model: Model) -> Model:
-    """Undo :func:`accelerate`: transformers' default experts and the modules' own forwards."""
+    """Undo ``accelerate``: transformers' default experts and the modules' own forwards."""
     from .dense import decelerate_dense
 
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
@@ -151,7 +151,7 @@ def spec_of(experts: nn.Module) -> ModuleSpec:
 
 
 def settings_of(experts: nn.Module) -> Settings:
-    """What the caller of :func:`accelerate` chose for this module."""
+    """What the caller of ``accelerate`` chose for this module."""
     return _settings.get(experts, _DEFAULTS)
 
 
@@ -168,13 +168,13 @@ def experts_forward(
     """The function behind ``experts_implementation="moesd"``.
 
     Args:
-        self: An experts module of transformers.
-        hidden_states: [T, H].
-        top_k_index: [T, K]; an id outside the module's experts contributes nothing.
-        top_k_weights: [T, K].
+        self: an experts module of transformers.
+        hidden_states: ``[T, H]``.
+        top_k_index: ``[T, K]``; an id outside the module's experts contributes nothing.
+        top_k_weights: ``[T, K]``.
 
     Returns:
-        [T, H] in the dtype of `hidden_states`.
+        ``[T, H]`` in the dtype of ``hidden_states``.
     """
     if torch.compiler.is_compiling():
         (refusal, spec, has_bias), settings = _decisions_at(id(self))

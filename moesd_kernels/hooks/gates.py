@@ -28,9 +28,9 @@ def recognise_gate(
     """What a transformers module computes of its projection, or None when it is none of ours.
 
     Args:
-        experts: Has ``_apply_gate(gate_up)`` when gated, otherwise ``act_fn``.
-        gated: Whether there is an up projection.
-        interleaved: Whether gate and up columns alternate.
+        experts: has ``_apply_gate(gate_up)`` when gated, otherwise ``act_fn``.
+        gated: whether there is an up projection.
+        interleaved: whether gate and up columns alternate.
 
     Returns:
         A spec with all but the layout of the weights.
@@ -56,7 +56,7 @@ def recognise_gate(
 
 
 def _probe(experts: torch.nn.Module) -> Tensor:
-    """[64, 64] fp32 values from -30 to 30, dense around 0, on the module's device."""
+    """``[64, 64]`` fp32 values from -30 to 30, dense around 0, on the module's device."""
     device = next((p.device for p in experts.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     wide = torch.rand(64, 64, generator=generator) * 2 - 1

@@ -1,6 +1,6 @@
 """Which experts a token goes to, and with what weights: the router families of transformers models.
 
-A :class:`RouterRule` is the part after the logits. ``recognise_router`` finds the rule of a model's
+A ``RouterRule`` is the part after the logits. ``recognise_router`` finds the rule of a model's
 router module: its attributes propose candidates, and one is taken when it reproduces the module's
 own choice on random inputs.
 """
@@ -21,9 +21,9 @@ class Routed(NamedTuple):
     """A router's result, in the order of transformers' router modules.
 
     Attributes:
-        logits: [T, E].
-        weights: [T, K].
-        ids: [T, K] int64.
+        logits: ``[T, E]``.
+        weights: ``[T, K]``.
+        ids: ``[T, K]`` int64.
     """
 
     logits: Tensor
@@ -39,13 +39,13 @@ class RouterRule:
         kind: "softmax" (softmax, then its K largest; Qwen, OLMoE, Mixtral), "topk_softmax" (softmax
             over the K largest logits; gpt-oss) or "sigmoid" (DeepSeek-V3, GLM-4).
         top_k: K.
-        renormalize: Divide the K weights by their sum.
-        cast: Round the weights to the dtype of the hidden states.
-        precision: Of the logits: the inputs' "own", "fp32", or computed in their own and then
+        renormalize: divide the K weights by their sum.
+        cast: round the weights to the dtype of the hidden states.
+        precision: of the logits: the inputs' "own", "fp32", or computed in their own and then
             "upcast" to fp32.
-        num_groups: Experts are chosen within the best `topk_groups` of this many ("sigmoid").
-        topk_groups: Groups that stay.
-        scale: Factor on the weights.
+        num_groups: experts are chosen within the best ``topk_groups`` of this many ("sigmoid").
+        topk_groups: groups that stay.
+        scale: factor on the weights.
     """
 
     kind: str
@@ -73,9 +73,9 @@ class RouterRule:
         """Choose K experts per token.
 
         Args:
-            logits: [T, E].
-            correction: [E] added to the scores for the choice only ("sigmoid").
-            dtype: What `cast` rounds the weights to; that of the logits when None.
+            logits: ``[T, E]``.
+            correction: ``[E]`` added to the scores for the choice only ("sigmoid").
+            dtype: what ``cast`` rounds the weights to; that of the logits when None.
         """
         dtype = logits.dtype if dtype is None else dtype
         if self.kind == "topk_softmax":
@@ -97,7 +97,7 @@ class RouterRule:
         return Routed(logits, weights.to(dtype) if self.cast else weights, ids)
 
     def _within_groups(self, choice: Tensor) -> Tensor:
-        """`choice` with experts outside the best groups at -inf; a group's value is its top 2."""
+        """``choice`` with experts outside the best groups at -inf; a group's value is its top 2."""
         if self.num_groups == 1:
             return choice
         groups = choice.view(choice.shape[0], self.num_groups, -1)  # [T, G, E / G]
@@ -114,7 +114,7 @@ def router_logits(
     rule: RouterRule,
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> Tensor:
-    """[T, E] logits of [T, H] rows, in the precision `rule` asks for."""
+    """``[T, E]`` logits of ``[T, H]`` rows, in the precision ``rule`` asks for."""
     if rule.precision == "fp32":
         return linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
     logits = linear(hidden_states, weight, bias)

@@ -22,16 +22,17 @@ class ExpertsSpec:
 
     Attributes:
         activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2"; an alias becomes one of these.
-        gated: Whether the first projection holds a gate.
-        interleaved: Gate and up rows alternate (gpt-oss) instead of lying in two halves.
-        transposed: Weights are [E, H, 2I] and [E, I, H] instead of [E, 2I, H] and [E, H, I].
-        activation_limit: Clamp before the activation: gate from above, up on both sides.
-        activation_alpha: Use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
+        gated: whether the first projection holds a gate.
+        interleaved: gate and up rows alternate (gpt-oss) instead of lying in two halves.
+        transposed: weights are ``[E, H, 2I]`` and ``[E, I, H]`` instead of ``[E, 2I, H]`` and
+            ``[E, H, I]``.
+        activation_limit: clamp before the activation: gate from above, up on both sides.
+        activation_alpha: use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
         weight_format: A key of ``WEIGHT_FORMATS``.
-        op_options: All of them but `weight_format`, in the order of the C++ schemas; derived.
+        op_options: all of them but ``weight_format``, in the order of the C++ schemas; derived.
 
     Raises:
-        ValueError: Unknown activation or format, or options that exclude each other.
+        ValueError: unknown activation or format, or options that exclude each other.
     """
 
     activation: str = "silu"
@@ -71,10 +72,10 @@ class ExpertsWeights(NamedTuple):
     """The layer's weights, used where they lie.
 
     Attributes:
-        gate_up: [E, 2I, H], gate rows first ([E, I, H] when not gated).
-        down: [E, H, I].
-        gate_up_bias: [E, 2I] (or [E, I]) or None.
-        down_bias: [E, H] or None.
+        gate_up: ``[E, 2I, H]``, gate rows first (``[E, I, H]`` when not gated).
+        down: ``[E, H, I]``.
+        gate_up_bias: ``[E, 2I]`` (or ``[E, I]``) or None.
+        down_bias: ``[E, H]`` or None.
     """
 
     gate_up: Tensor
@@ -87,8 +88,8 @@ class TopK(NamedTuple):
     """Which experts each token goes to.
 
     Attributes:
-        ids: [T, K] int32 or int64; an id outside [0, E) contributes nothing.
-        weights: [T, K] floating point, multiplied in fp32.
+        ids: ``[T, K]`` int32 or int64; an id outside [0, E) contributes nothing.
+        weights: ``[T, K]`` floating point, multiplied in fp32.
     """
 
     ids: Tensor

@@ -22,10 +22,10 @@ ALIASES = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_
 
 
 def canonical_activation(name: str) -> str:
-    """The name in ``FUNCTIONS`` for `name` or one of its aliases.
+    """The name in ``FUNCTIONS`` for ``name`` or one of its aliases.
 
     Raises:
-        ValueError: Unknown activation.
+        ValueError: unknown activation.
     """
     canonical = ALIASES.get(name, name)
     if canonical not in FUNCTIONS:

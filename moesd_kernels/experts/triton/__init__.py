@@ -31,7 +31,7 @@ def unavailable_reason() -> str | None:
 
 
 def fused_experts_triton(*args: Any, **kwargs: Any) -> Tensor:
-    """See :func:`moesd_kernels.experts.triton.launch.fused_experts_triton`."""
+    """See ``moesd_kernels.experts.triton.launch.fused_experts_triton``."""
     from .launch import fused_experts_triton as launch
 
     return launch(*args, **kwargs)

@@ -73,14 +73,15 @@ def tile_pointers(w_ptr, first_n, rows, offs_k, stride_wn, stride_wk):
 
 @triton.jit
 def bias_tile(bias_ptr, e, stride_be, offs_n, mask):
-    """Bias of an expert's rows, as a [1, N] fp32 tile."""
+    """Bias of an expert's rows, as a ``[1, N]`` fp32 tile."""
     bias_ptrs = bias_ptr + e.to(tl.int64) * stride_be + offs_n
     return tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def dot(x, w, acc, SWAP_AB: tl.constexpr):
-    """``acc += x @ w.T`` for x [M, K], w [N, K]; acc is [N, M] when SWAP_AB, else [M, N].
+    """``acc += x @ w.T`` for x ``[M, K]``, w ``[N, K]``; acc is ``[N, M]`` when SWAP_AB, else
+    ``[M, N]``.
 
     Swapped, the weights are the matrix instruction's M operand: Hopper's 64-row instruction is
     then full however few tokens there are. "ieee" keeps fp32 from being rounded to tf32.

@@ -47,7 +47,8 @@ SINGLE_ROW_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """One grouped product as the model sees it: ``experts`` x [rows, K] x [N, K] (x streams)."""
+    """One grouped product as the model sees it: ``experts`` x [rows, K] x ``[N, K]`` (x
+    streams)."""
 
     experts: float
     rows: float
@@ -67,14 +68,14 @@ def select_config(
     instructions in the same order whatever else is in the batch.
 
     Args:
-        shape: The layer and the number of tokens entering it.
-        dtype: Of activations and weights.
-        device: What the tiles must fit.
-        batch_invariant: Give up choosing by T.
+        shape: the layer and the number of tokens entering it.
+        dtype: of activations and weights.
+        device: what the tiles must fit.
+        batch_invariant: give up choosing by T.
 
     Returns:
         The tuned file's choice for this device, shape and bucket if it has one, else the model's.
-        The model's blocks are `block_rows` high; a file's may be lower.
+        The model's blocks are ``block_rows`` high; a file's may be lower.
     """
     if batch_invariant:
         shape = replace(shape, T=READ_ONCE_TOKENS)

@@ -28,7 +28,7 @@ def _products(
     EVEN_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
 ):
-    """``a @ w.T`` over the columns k_begin to k_end, [BLOCK_M, BLOCK_N] in fp32."""
+    """``a @ w.T`` over the columns k_begin to k_end, ``[BLOCK_M, BLOCK_N]`` in fp32."""
     BLOCK_M: tl.constexpr = a_ptrs.shape[0]
     BLOCK_N: tl.constexpr = w_ptrs.shape[0]
     BLOCK_K: tl.constexpr = w_ptrs.shape[1]

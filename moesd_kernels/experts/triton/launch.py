@@ -23,14 +23,14 @@ def fused_experts_triton(
 ) -> Tensor:
     """``out[t] = sum_k routing.weights[t, k] * expert[routing.ids[t, k]](x[t])``.
 
-    Arguments are those of :func:`moesd_kernels.fused_experts`, already checked. Weights are read
+    Arguments are those of ``moesd_kernels.fused_experts``, already checked. Weights are read
     where they lie; workspaces have static sizes, so a call can be captured in a CUDA graph.
 
     Args:
-        config: Replaces the selected configuration (tuning and tests).
+        config: replaces the selected configuration (tuning and tests).
 
     Returns:
-        ``out``, or a new [T, H] tensor in ``x.dtype``.
+        ``out``, or a new ``[T, H]`` tensor in ``x.dtype``.
     """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

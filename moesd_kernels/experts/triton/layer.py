@@ -54,7 +54,7 @@ class Layer:
         batch_invariant: bool,
         config: LayerTiles | None,
     ) -> None:
-        """Launch the layer on tokens x [T, H], 1 <= T * K <= MAX_PAIRS."""
+        """Launch the layer on tokens x ``[T, H]``, 1 <= T * K <= MAX_PAIRS."""
         T, TOPK = ids.shape
         device = device_of(x.device)
         if config is None:
@@ -158,7 +158,8 @@ class Layer:
         config: TileConfig,
         pdl: bool,
     ) -> Tensor:
-        """Returns partial sums [SPLIT_K, T * K, H] in fp32; rows of invalid ids are not written."""
+        """Returns partial sums ``[SPLIT_K, T * K, H]`` in fp32; rows of invalid ids are not
+        written."""
         shape = (config.split_k, ids.numel(), self.H)
         partial = torch.empty(shape, dtype=torch.float32, device=act.device)
         w, bias = self.w_down, self.down_bias

@@ -122,10 +122,10 @@ def plan_sizes(num_pairs: int, num_experts: int) -> dict[str, int]:
 def plan(
     topk_ids: Tensor, num_experts: int, block_m: int, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Launch the plan for ids [T, K] (contiguous); ``pdl`` lets the next launch start early.
+    """Launch the plan for ids ``[T, K]`` (contiguous); ``pdl`` lets the next launch start early.
 
     Returns:
-        sorted_to_pair: [T * K] int32; entries past the last valid pair are not written.
+        sorted_to_pair: ``[T * K]`` int32; entries past the last valid pair are not written.
         blocks: [max_blocks, 3] int32 of (expert or -1, first sorted row, rows).
     """
     num_pairs = topk_ids.numel()

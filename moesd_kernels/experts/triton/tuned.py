@@ -32,7 +32,7 @@ _folders = [FOLDER]
 
 
 def use_folder(folder: Path | None) -> None:
-    """Read files of `folder` too, from the next call on; its entries go before the package's.
+    """Read files of ``folder`` too, from the next call on; its entries go before the package's.
 
     Files are read once: call this again when one has changed. None forgets the folder.
     """
@@ -54,7 +54,7 @@ def load(path: Path) -> dict[Key, LayerTiles]:
     """Read a file.
 
     Raises:
-        ValueError: An entry is not what this version expects; the message names file and entry.
+        ValueError: an entry is not what this version expects; the message names file and entry.
     """
     configs = {}
     for number, entry in enumerate(json.loads(path.read_text())["entries"]):

@@ -10,12 +10,12 @@ class Device:
     """What the choice of tiles depends on; the defaults are an H200.
 
     Attributes:
-        name: The driver's name of the device; a tuned file is found by it.
+        name: the driver's name of the device; a tuned file is found by it.
         capability: 10 * major + minor.
-        sms: Streaming multiprocessors.
-        shared_bytes: Shared memory a program may use.
+        sms: streaming multiprocessors.
+        shared_bytes: shared memory a program may use.
         bandwidth: DRAM bytes per second that a copy reaches.
-        matrix_flops: Dense bf16 operations per second.
+        matrix_flops: dense bf16 operations per second.
     """
 
     name: str = "NVIDIA H200"
@@ -55,14 +55,14 @@ class TileConfig:
     """Tiles of one product.
 
     Attributes:
-        block_m: Rows (tokens) of a tile; the same for both products of a layer.
-        block_n: Weight rows of a tile; of each of gate and up.
-        block_k: Columns of one step.
-        split_k: Programs that share a tile's columns; 1 for gate_up.
-        num_warps: Warps of a program.
-        num_stages: Steps whose loads are under way.
-        swap_ab: Whether weights are the matrix instruction's M operand.
-        group_m: Blocks whose equal tiles are adjacent in launch order.
+        block_m: rows (tokens) of a tile; the same for both products of a layer.
+        block_n: weight rows of a tile; of each of gate and up.
+        block_k: columns of one step.
+        split_k: programs that share a tile's columns; 1 for gate_up.
+        num_warps: warps of a program.
+        num_stages: steps whose loads are under way.
+        swap_ab: whether weights are the matrix instruction's M operand.
+        group_m: blocks whose equal tiles are adjacent in launch order.
     """
 
     block_m: int
@@ -102,11 +102,11 @@ class LayerTiles:
     """Tiles of a layer: both products, and their one-token forms (block_m has no meaning there).
 
     Attributes:
-        gate_up: The first product.
-        down: The second product.
-        single_gate_up: One token's gate_up without matrix instructions; None multiplies with them.
-        single_down: One token's down projection and combine.
-        inline_pairs: Routed pairs up to which gate_up's programs find their rows by themselves.
+        gate_up: the first product.
+        down: the second product.
+        single_gate_up: one token's gate_up without matrix instructions; None multiplies with them.
+        single_down: one token's down projection and combine.
+        inline_pairs: routed pairs up to which gate_up's programs find their rows by themselves.
     """
 
     gate_up: TileConfig
