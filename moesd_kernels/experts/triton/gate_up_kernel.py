@@ -78,8 +78,7 @@ def _gate_up_kernel(
     HAS_ALPHA: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SWAP_AB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (num_blocks * cdiv(I, BLOCK_N),); each program makes one ``[BLOCK_M, BLOCK_N]``
-    tile."""
+    """Grid: (num_blocks * cdiv(I, BLOCK_N),); a program makes one ``[BLOCK_M, BLOCK_N]`` tile."""
     pdl_wait(PDL)
     block, tile = tile_order(tl.program_id(0), num_blocks, tl.cdiv(I, BLOCK_N), group_m)
     if ROUTING == _INLINE:
