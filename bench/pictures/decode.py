@@ -11,7 +11,7 @@ import numpy as np
 from bench.pictures.style import Lines, axes, heat_map, ink, legend, of_device, save
 from bench.runs.cells import Cells, group_cells
 from bench.runs.fitting import fit_cells
-from decoder.perf_model.forward_fit import fit_improved
+from decoder.perf_model.forward_fit import fit_forward
 from decoder.perf_model.observations import Observation, paper_order, spread_indices
 from decoder.perf_model.theory import active_experts
 
@@ -139,7 +139,7 @@ def _fitted(cells: Cells) -> Callable[[Observation], float] | None:
         return None
     ordered = paper_order(cells.observations)
     chosen = [ordered[i] for i in spread_indices(ordered, FITTED_POINTS)]
-    return fit_improved(cells.model, chosen).predict
+    return fit_forward(cells.model, chosen).predict
 
 
 def _name(cells: Cells) -> str:

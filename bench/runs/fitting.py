@@ -8,7 +8,7 @@ from typing import NamedTuple
 from bench.measure.record import Recorder, environment
 from bench.runs.cells import Cells
 from decoder.perf_model.fit_report import ErrorSummary, evaluate
-from decoder.perf_model.forward_fit import ImprovedFit, fit_improved, predict_speedup, sensitivities
+from decoder.perf_model.forward_fit import ForwardFit, fit_forward, predict_speedup, sensitivities
 from decoder.perf_model.observations import (
     Observation,
     d_optimal_indices,
@@ -31,7 +31,7 @@ class Fits:
         self.fitted = [ordered[i] for i in chosen]
         self.held_out = [o for i, o in enumerate(ordered) if i not in set(chosen)]
         self.paper = paper
-        self.improved: ImprovedFit = fit_improved(cells.model, self.fitted)
+        self.improved: ForwardFit = fit_forward(cells.model, self.fitted)
         self.zero: Predict = lambda o: predict_speedup(cells.model, o)
 
     def predictors(self) -> dict[str, Predict]:

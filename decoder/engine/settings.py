@@ -7,7 +7,7 @@ from typing import Any
 from decoder.drafters import Drafter, NoDrafter
 from decoder.errors import UserError
 from decoder.gamma.auto import AutoGamma
-from decoder.gamma.base import Controller, FixedGamma
+from decoder.gamma.base import AUTO, Controller, FixedGamma
 from decoder.model.loading import context_length
 
 _ACCELERATOR_MAX_LENGTH = 4096  # KV is allocated up front there
@@ -21,15 +21,15 @@ def make_controller(gamma: Any, max_gamma: int, drafter: Drafter) -> Controller:
     """
     if isinstance(drafter, NoDrafter):
         return FixedGamma(0)
-    if gamma == "auto":
+    if gamma == AUTO:
         return AutoGamma(max_gamma)
     if isinstance(gamma, int) and not isinstance(gamma, bool):
         if gamma < 0:
-            raise UserError(f"gamma must be 'auto' or an integer >= 0, got {gamma}")
+            raise UserError(f"gamma must be {AUTO!r} or an integer >= 0, got {gamma}")
         return FixedGamma(gamma)
     if hasattr(gamma, "choose") and hasattr(gamma, "observe"):
         return gamma
-    raise UserError(f"gamma must be 'auto' or an integer >= 0, got {gamma!r}")
+    raise UserError(f"gamma must be {AUTO!r} or an integer >= 0, got {gamma!r}")
 
 
 def checked_length(target: Any, max_length: int | None, longest_draft: int) -> int:

@@ -28,7 +28,7 @@ _TIMES = ("ar_time", "verify_time", "draft_time", "reject_time")
 
 
 @dataclass(frozen=True, slots=True)
-class ImprovedFit:
+class ForwardFit:
     """A fitted model and how well it is known.
 
     Args:
@@ -53,12 +53,12 @@ def predict_speedup(model: ForwardModel, observation: Observation) -> float:
     return adapted.speedup(o.batch, o.gamma, o.sigma, o.context)
 
 
-def fit_improved(
+def fit_forward(
     model: ForwardModel,
     observations: Sequence[Observation],
     *,
     prior_weight: float = _PRIOR_WEIGHT,
-) -> ImprovedFit:
+) -> ForwardFit:
     """Fit by ``scipy.optimize.least_squares`` (trust region reflective).
 
     Times present in the observations are fitted jointly with the speedups; parameters that nothing
@@ -95,7 +95,7 @@ def fit_improved(
             best = result
     assert best is not None
     data = best.fun[: len(best.fun) - len(names)]
-    return ImprovedFit(
+    return ForwardFit(
         model=_with(model, names, best.x),
         points=len(observations),
         rmse=float(np.sqrt(np.mean(np.square(data)))),

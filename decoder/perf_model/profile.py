@@ -12,7 +12,7 @@ from typing import Any
 from decoder.perf_model.hardware.machine import Machine
 
 from .fit_report import ErrorSummary
-from .forward_fit import ImprovedFit, model_from_json, model_to_json
+from .forward_fit import ForwardFit, model_from_json, model_to_json
 from .forward_model import ForwardModel
 from .model_spec import ModelSpec
 from .observations import MIN_POINTS
@@ -46,7 +46,7 @@ class Profile:
             raise ValueError(f"a profile needs at least {MIN_POINTS} points, got {self.points}")
 
     @classmethod
-    def from_fit(cls, fit: ImprovedFit, **rest: Any) -> Profile:
+    def from_fit(cls, fit: ForwardFit, **rest: Any) -> Profile:
         """A profile of an improved fit; ``rest`` are the other fields."""
         warning = fit.identifiability.warning
         rest.setdefault("warnings", (warning,) if warning else ())

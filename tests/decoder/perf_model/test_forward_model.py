@@ -8,7 +8,7 @@ import pytest
 from decoder.perf_model.activation import CorrelatedActivation, IidActivation
 from decoder.perf_model.fit_report import evaluate
 from decoder.perf_model.forward_fit import (
-    fit_improved,
+    fit_forward,
     model_from_json,
     model_to_json,
     predict_speedup,
@@ -112,7 +112,7 @@ def test_correlated_tokens_verify_cheaper(model: ForwardModel) -> None:
 
 def test_recovers_known_parameters(model: ForwardModel) -> None:
     truth = replace(model, adjust=TRUE_ADJUST, sharpness=2.0, activation=CorrelatedActivation(0.7))
-    found = fit_improved(model, measured(truth, noise=0.0)[::3], prior_weight=1e-4)
+    found = fit_forward(model, measured(truth, noise=0.0)[::3], prior_weight=1e-4)
     assert found.rmse < 2e-3
     got = found.model
     for name, want in asdict(TRUE_ADJUST).items():
@@ -127,7 +127,7 @@ def test_held_out_bars_on_21_points(model: ForwardModel, times: bool) -> None:
     truth = replace(model, adjust=TRUE_ADJUST, sharpness=2.0, activation=CorrelatedActivation(0.7))
     data = measured(truth, noise=0.03, times=times)
     chosen = spread_indices(data, 21)
-    found = fit_improved(model, [data[i] for i in chosen])
+    found = fit_forward(model, [data[i] for i in chosen])
     rest = [o for i, o in enumerate(data) if i not in chosen]
     error = evaluate(found.predict, rest)
     assert error.median < 0.05 and error.p90 < 0.12
@@ -143,8 +143,8 @@ def test_memory_that_drifts_while_measuring_is_accounted_for(model: ForwardModel
         replace((slow if i % 2 else fast)[i], memory_speed=0.6 if i % 2 else 1.0)
         for i in range(len(fast))
     ]
-    told = fit_improved(model, drifting[::3])
-    untold = fit_improved(model, [replace(o, memory_speed=None) for o in drifting[::3]])
+    told = fit_forward(model, drifting[::3])
+    untold = fit_forward(model, [replace(o, memory_speed=None) for o in drifting[::3]])
     error = evaluate(told.predict, drifting)
     assert error.p90 < 0.03
     blind = evaluate(lambda o: untold.predict(replace(o, memory_speed=None)), drifting)
@@ -166,7 +166,7 @@ def test_dense_model_without_draft_has_no_expert_parameters() -> None:
         for b in (1, 4, 16, 64, 256)
         for g in (2, 4)
     ]
-    found = fit_improved(dense, cells)
+    found = fit_forward(dense, cells)
     assert found.model.adjust.expert_memory == 1.0 and found.model.adjust.draft == 1.0
 
 
@@ -199,4 +199,4 @@ def test_json_round_trip(model: ForwardModel) -> None:
 
 def test_too_few_points_are_refused(model: ForwardModel) -> None:
     with pytest.raises(ValueError, match="at least 10 observations with speedup, got 3 of 3"):
-        fit_improved(model, measured(model, 0.0)[:3])
+        fit_forward(model, measured(model, 0.0)[:3])
