@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bench.page.runs import largest_run
+
 Line = dict[str, Any]
 COUNT = 4
 
@@ -113,11 +115,13 @@ def _share_of_roofline(lines: list[Line]) -> Number | None:
 
 
 def _with_grouped(lines: list[Line]) -> list[Line]:
-    return [
+    """The points of one run that were compared with grouped_mm."""
+    compared = [
         line
         for line in _of_kind(lines, "kernel")
         if "grouped_mm" in line["ratio"] and "grouped_mm" not in line["not_captured"]
     ]
+    return largest_run(compared)
 
 
 def _identical(lines: list[Line]) -> Number | None:

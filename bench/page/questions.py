@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.page.runs import largest_run, runs_of
 from bench.pictures import decode, engine, kernels
 from bench.pictures.gallery import Draw
 from bench.pictures.style import Lines, inline_svg
@@ -63,19 +64,10 @@ def _element(svg: str) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _runs(lines: Lines) -> list[Lines]:
-    """Lines of one commit and sub-command each."""
-    runs: dict[tuple[str, str], Lines] = defaultdict(list)
-    for line in lines:
-        words = line["env"]["command"].split()
-        runs[line["env"]["commit"], " ".join(words[:4])].append(line)
-    return list(runs.values())
-
-
 def _cells(lines: Lines) -> list[Lines]:
     """Decode lines of one run and target each."""
     cells: dict[tuple[int, str], Lines] = defaultdict(list)
-    for number, run in enumerate(_runs(lines)):
+    for number, run in enumerate(runs_of(lines)):
         for line in run:
             cells[number, line["target"]].append(line)
     return list(cells.values())
@@ -103,11 +95,6 @@ def _most_gammas(lines: Lines) -> Lines:
     gammas = lambda run: len({line["gamma"] for line in run})
     most = max(choices.values(), key=gammas, default=[])
     return most if gammas(most) >= 3 else []
-
-
-def _largest_run(lines: Lines) -> Lines:
-    """All targets of the run with most lines."""
-    return max(_runs(lines), key=len, default=[])
 
 
 def _most_common_target(lines: Lines) -> Lines:
@@ -142,7 +129,7 @@ QUESTIONS = (
         "the draft tokens ride along for nothing.",
         "decode",
         decode.draw_target_efficiency,
-        _largest_run,
+        largest_run,
     ),
     Question(
         "Does the model predict it?",

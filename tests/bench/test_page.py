@@ -21,7 +21,7 @@ ENV = {"device": "A CPU, 2 threads", "isa": "AVX512", "commit": "abc1234"}
 
 def line(kind: str, command: str = "", **fields: Any) -> dict[str, Any]:
     env = ENV | {"command": f"python -m bench {command or kind}"}
-    return {"kind": kind, **fields, "env": env}
+    return {"kind": kind, "env": env, **fields}
 
 
 def cell(speedup: float, batch: int = 16, gamma: int = 4, **fields: Any) -> dict[str, Any]:
@@ -71,6 +71,15 @@ def test_four_numbers_with_their_commands_and_processors():
     assert grouped.value == "4.0×" and "3 points, the lowest 2.00×" in grouped.words
     assert roofline.value == "75 %" and "the lowest 0.50" in roofline.words
     assert roofline.processors == ("A CPU, 2 threads, AVX512",)
+
+
+def test_a_number_is_of_one_run():
+    of = lambda commit, *ratios: [
+        layer(1, 0.5, ratio={"grouped_mm": ratio}, env=ENV | {"commit": commit, "command": "x"})
+        for ratio in ratios
+    ]
+    (grouped, _roofline) = headline([*of("old", 9.0), *of("new", 2.0, 8.0), *of("older", 9.0, 9.0)])
+    assert grouped.value == "4.0×" and "2 points" in grouped.words
 
 
 def test_other_numbers_stand_in_where_kinds_are_missing():
