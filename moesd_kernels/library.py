@@ -222,7 +222,7 @@ def _compiled_library(device: str) -> Path:
 
 
 @functools.cache
-def load(device: str = "cpu") -> str | None:
+def load(device: str, /) -> str | None:
     """Registers the ``torch.ops.moesd`` operators of a device; the CPU's first.
 
     Returns:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moesd_kernels.experts.api import fused_experts, needs_grad
-from moesd_kernels.experts.spec import DEFAULT_SPEC, ExpertsSpec
+from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
 from .gates import recognise_gate
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # Above this many tokens per expert a GPU is compute-bound and large-tile GEMMs win.
 LARGE_TOKENS_PER_EXPERT = 512
 
+_OPTION_NAMES = tuple(option.name for option in OPTIONS)
 _PLAIN = (nn.Parameter, Tensor)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
@@ -33,8 +34,6 @@ _DEVICES = ("cpu", "cuda")
 
 class ModuleSpec(NamedTuple):
     """What one experts module computes.
-
-    ``torch.compile`` folds it into the graph, so it holds no tensors.
 
     Attributes:
         refusal: why it cannot be run by us at all, or None.
@@ -155,11 +154,16 @@ def settings_of(experts: nn.Module) -> Settings:
     return _settings.get(experts, _DEFAULTS)
 
 
-def _decisions_at(address: int) -> tuple[ModuleSpec, Settings]:
-    """Both, for the module whose ``id`` this is. Only Dynamo calls it, with a module it guards:
-    torch 2.11's passes numbers but no modules to a function whose result is a constant."""
+def _decisions_at(address: int) -> tuple[str | None, bool, tuple[Any, ...], Settings]:
+    """Refusal, bias, values of ``OPTIONS`` and settings of the module whose ``id`` this is.
+
+    Only Dynamo calls it, with a module it guards: torch 2.11's passes numbers but no modules to a
+    function whose result is a constant, and takes plain values but no specs from it.
+    """
     experts = ctypes.cast(address, ctypes.py_object).value
-    return spec_of(experts), settings_of(experts)
+    refusal, spec, has_bias = spec_of(experts)
+    values = tuple(getattr(spec, option.name) for option in OPTIONS)
+    return refusal, has_bias, values, settings_of(experts)
 
 
 def experts_forward(
@@ -177,17 +181,20 @@ def experts_forward(
         ``[T, H]`` in the dtype of ``hidden_states``.
     """
     if torch.compiler.is_compiling():
-        (refusal, spec, has_bias), settings = _decisions_at(id(self))
+        refusal, has_bias, values, settings = _decisions_at(id(self))
+        computed: dict[str, Any] = dict(zip(_OPTION_NAMES, values, strict=True))
+        gated = computed["gated"]
     else:
         (refusal, spec, has_bias), settings = spec_of(self), settings_of(self)
-    w_gate_up = self.gate_up_proj if spec.gated else self.up_proj
+        computed, gated = {"spec": spec}, spec.gated
+    w_gate_up = self.gate_up_proj if gated else self.up_proj
     w_down = self.down_proj
     reason = refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
     if reason is not None:
         return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)
     gate_up_bias = down_bias = None
     if has_bias:
-        gate_up_bias = self.gate_up_proj_bias if spec.gated else self.up_proj_bias
+        gate_up_bias = self.gate_up_proj_bias if gated else self.up_proj_bias
         down_bias = self.down_proj_bias
     return fused_experts(
         hidden_states,
@@ -197,9 +204,9 @@ def experts_forward(
         top_k_weights,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        spec=spec,
         backend=settings.backend,
         batch_invariant=settings.batch_invariant,
+        **computed,
     )
 
 

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 from support.eagle_reference import LAYER, H, random_layer, save
-from support.tiny import MOE_VOCAB as VOCAB
-from support.tiny import greedy_reference, ragged_prompts, save_tokenizer, tiny_model, tiny_moe
+from support.tiny import (
+    MOE_VOCAB,
+    greedy_reference,
+    ragged_prompts,
+    save_tokenizer,
+    tiny_model,
+    tiny_moe,
+)
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DRAFTERS
@@ -25,10 +31,10 @@ NEW = 12
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A target, and the drafts of the kinds that need one; fp64, so that batch shapes agree."""
     root = tmp_path_factory.mktemp("paths")
-    draft = tiny_model("llama", dtype=torch.float64, vocab_size=VOCAB, num_hidden_layers=1)
+    draft = tiny_model("llama", dtype=torch.float64, vocab_size=MOE_VOCAB, num_hidden_layers=1)
     for name, model in (("target", tiny_moe()), ("independent", draft)):
         model.save_pretrained(root / name)
-        save_tokenizer(root / name, [f"w{i}" for i in range(VOCAB)])
+        save_tokenizer(root / name, [f"w{i}" for i in range(MOE_VOCAB)])
     torch.manual_seed(0)
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
     save(root / "eagle", LAYER, weights, False)

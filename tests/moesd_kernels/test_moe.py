@@ -8,15 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.oracle import assert_as_accurate
-from support.tiny import SPARSE_FAMILIES as FAMILIES
-from support.tiny import sparse_model as tiny_model
+from support.tiny import SPARSE_FAMILIES, sparse_model
 
 from moesd_kernels import ExpertsSpec, MoE, MoEConfig, RouterRule
 
 
 def block_of(family):
     """(prefix in the checkpoint, block) of the first layer."""
-    model = tiny_model(family)
+    model = sparse_model(family)
     name = next(n for n, m in model.named_modules() if hasattr(m, "experts"))
     return model, name + ".", model.get_submodule(name)
 
@@ -28,7 +27,7 @@ def run_block(block, x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 @torch.no_grad()
 def test_equals_the_transformers_block(family, dtype):
     _, _, block = block_of(family)
@@ -40,7 +39,7 @@ def test_equals_the_transformers_block(family, dtype):
     assert_as_accurate(actual, run_block(block, x), exact.double(), name=family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_shares_the_block_parameters(family):
     _, _, block = block_of(family)
     moe = MoE.from_transformers(block)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from support.decoding import decoder
 from support.scripted import NoisyOracle
-from support.tiny import EOS, LetterTokenizer, ragged_prompts, tiny_moe
-from support.tiny import greedy_reference as reference_greedy
+from support.tiny import EOS, LetterTokenizer, greedy_reference, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
 
@@ -27,12 +26,12 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def expected(target, prompts):
-    return [reference_greedy(target, prompt, NEW) for prompt in prompts]
+    return [greedy_reference(target, prompt, NEW) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
 def oracle(target, prompts):
-    texts = [reference_greedy(target, prompt, NEW + 10, eos=False) for prompt in prompts]
+    texts = [greedy_reference(target, prompt, NEW + 10, eos=False) for prompt in prompts]
     table = {tuple(p): text for p, text in zip(prompts, texts, strict=True)}
     return lambda period: NoisyOracle(table, period)
 
@@ -113,7 +112,7 @@ def test_gamma_changing_mid_run_changes_nothing(target, prompts, expected, oracl
 def test_ends_at_every_accept_position(target, prompts, oracle):
     """Whatever token ends the sequence and wherever in a round it falls, nothing follows it."""
     prompt = prompts[3]
-    text = reference_greedy(target, prompt, NEW, eos=False)
+    text = greedy_reference(target, prompt, NEW, eos=False)
     for end in range(NEW):
         stop = text[end]
         if stop in text[:end]:
@@ -128,7 +127,7 @@ def test_ends_at_every_accept_position(target, prompts, oracle):
 
 def test_length_limit_is_exact_and_eos_beats_it(target, prompts, oracle):
     prompt = prompts[2]
-    text = reference_greedy(target, prompt, NEW, eos=False)
+    text = greedy_reference(target, prompt, NEW, eos=False)
     for limit in range(1, NEW):
         params = SamplingParams(max_new_tokens=limit, ignore_eos=True)
         (output,) = decoder(target, oracle(10**9), 6).generate([prompt], params)
@@ -144,7 +143,7 @@ def test_length_limit_is_exact_and_eos_beats_it(target, prompts, oracle):
 def test_stop_strings_cut_text_and_tokens(target, prompts, oracle):
     tokenizer = LetterTokenizer()
     prompt = prompts[4]
-    text = reference_greedy(target, prompt, NEW, eos=False)
+    text = greedy_reference(target, prompt, NEW, eos=False)
     letters = tokenizer.decode(text, skip_special_tokens=True)
     stop = letters[5:7]
     at = letters.find(stop)

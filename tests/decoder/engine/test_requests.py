@@ -3,8 +3,7 @@
 import pytest
 import torch
 from support.decoding import decoder
-from support.tiny import MOE_VOCAB as VOCAB
-from support.tiny import ragged_prompts, tiny_moe
+from support.tiny import MOE_VOCAB, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
 from decoder.errors import UserError
@@ -44,7 +43,7 @@ def test_mapping_prompts_carry_ids_and_parameters(target, prompts):
     ("prompt", "message"),
     [
         ([], "at least one token"),
-        ([VOCAB], rf"must be in \[0, {VOCAB}\), got {VOCAB}"),
+        ([MOE_VOCAB], rf"must be in \[0, {MOE_VOCAB}\), got {MOE_VOCAB}"),
         ("text", "needs a tokenizer"),
         ({"prompt": "a", "token_ids": [1]}, "exactly one of"),
         ({"token_ids": [7], "top_q": 1}, "unknown sampling parameter 'top_q'"),

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from support.tiny import MOE_VOCAB as VOCAB
-from support.tiny import ragged_prompts, tiny_moe
+from support.tiny import MOE_VOCAB, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter
@@ -33,7 +32,7 @@ def test_static_forward_equals_plain_and_padding_touches_nothing():
         runner.prefill(rows, ids, lengths)
     # A large batch, then a smaller one: its padding rows held live rows a moment ago.
     for part in (slice(0, 5), slice(1, 4)):
-        tokens = torch.randint(1, VOCAB, (len(lengths[part]), 3))
+        tokens = torch.randint(1, MOE_VOCAB, (len(lengths[part]), 3))
         positions = lengths[part, None] + torch.arange(3)
         options = {"hidden_layers": (0, 2), "max_position": 20}
         expected = plain.forward(tokens, rows[part], positions, **options)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from support.tiny import MOE_VOCAB as VOCAB
-from support.tiny import ragged_prompts
+from support.tiny import MOE_VOCAB, ragged_prompts
 
 from decoder.model import kernels
 from decoder.model.lean import _joined
@@ -13,7 +12,7 @@ ops = pytest.importorskip("moesd_kernels.dense.ops")
 torch.set_num_threads(1)
 
 SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "vocab_size": MOE_VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
@@ -60,7 +59,7 @@ def test_bit_identical_to_the_models_own_forward(family, dtype):
     width = max(map(len, prompts))
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
     lengths, rows = torch.tensor([len(p) for p in prompts]), torch.tensor([2, 0, 3])
-    tokens = torch.randint(1, VOCAB, (3, 4))
+    tokens = torch.randint(1, MOE_VOCAB, (3, 4))
     results = []
     for choice in (lean, None):
         runner._lean = choice
@@ -79,7 +78,7 @@ def test_bit_identical_to_the_models_own_forward(family, dtype):
 def test_few_logits_are_those_of_all_and_the_cache_is_written_whole(family, dtype):
     """Where few logits are wanted, the last layer computes nothing else."""
     runner = ModelRunner(build(family, dtype), 3, 64)
-    inputs = torch.randint(1, VOCAB, (2, 5)), torch.tensor([2, 0]), torch.arange(5).repeat(2, 1)
+    inputs = torch.randint(1, MOE_VOCAB, (2, 5)), torch.tensor([2, 0]), torch.arange(5).repeat(2, 1)
     every = runner.forward(*inputs).logits
     layers = runner.cache.ragged_layers
     written = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
@@ -124,7 +123,7 @@ def test_greedy_continuation_is_that_of_single_forwards(family, dtype, threads):
     where two threads take the rows apart."""
     runner = ModelRunner(build(family, dtype), 4, 64)
     rows, lengths = torch.tensor([2, 0, 3]), torch.tensor([7, 3, 9])
-    prompts, ids = torch.randint(1, VOCAB, (3, 9)), torch.randint(1, VOCAB, (3, 2))
+    prompts, ids = torch.randint(1, MOE_VOCAB, (3, 9)), torch.randint(1, MOE_VOCAB, (3, 2))
     start = torch.stack([lengths - 1, lengths], dim=1)
     start[1, 0] = -1
     runner.prefill(rows, prompts, lengths)

@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.tiny import MOE_VOCAB as VOCAB
-from support.tiny import ragged_prompts, tiny_moe
+from support.tiny import MOE_VOCAB, ragged_prompts, tiny_moe
 
 from decoder.errors import UserError
 from decoder.model.attention import Placement, ragged_attention, reference_attention
@@ -33,7 +32,7 @@ def test_prefill_and_decode_match_a_cacheless_forward():
     rows = torch.tensor([3, 0, 2])
     ids, lengths = padded(prompts)
     first = runner.prefill(rows, ids, lengths, hidden_layers=(0, -1))
-    more = torch.randint(1, VOCAB, (3, 4))
+    more = torch.randint(1, MOE_VOCAB, (3, 4))
     out = runner.forward(more, rows, lengths[:, None] + torch.arange(4), hidden_layers=(0, -1))
     for b, prompt in enumerate(prompts):
         expected = fresh_logits(model, prompt + more[b].tolist())
@@ -70,14 +69,14 @@ def test_stale_positions_are_never_read():
     rows = torch.arange(2)
     runner.prefill(rows, ids, lengths)
     # A rejected draft of three, then the tokens that were really chosen.
-    rejected = torch.randint(1, VOCAB, (2, 4))
+    rejected = torch.randint(1, MOE_VOCAB, (2, 4))
     runner.forward(rejected, rows, lengths[:, None] + torch.arange(4))
     with torch.inference_mode():
         for layer in runner.cache.ragged_layers:
             for b in range(2):
                 layer.keys[b, lengths[b] :] = 1e6
                 layer.values[b, lengths[b] :] = -1e6
-    chosen = torch.randint(1, VOCAB, (2, 3))
+    chosen = torch.randint(1, MOE_VOCAB, (2, 3))
     out = runner.forward(chosen, rows, lengths[:, None] + torch.arange(3))
     longer = [p + c for p, c in zip(prompts, chosen.tolist(), strict=True)]
     clean.prefill(rows, *padded(longer))
@@ -97,7 +96,7 @@ def test_padding_queries_disturb_nobody():
     rows = torch.arange(3)
     runner.prefill(rows, ids, lengths)
     before = [layer.keys.clone() for layer in runner.cache.ragged_layers]
-    tokens = torch.randint(1, VOCAB, (3, 2))
+    tokens = torch.randint(1, MOE_VOCAB, (3, 2))
     positions = torch.stack([lengths, torch.full_like(lengths, -1)], 1)
     out = runner.forward(tokens, rows, positions)
     alone = ModelRunner(model, 3, 64)

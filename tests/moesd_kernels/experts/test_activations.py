@@ -23,12 +23,12 @@ def test_triton_has_the_same_names():
     assert sorted(common.ACTIVATIONS.values()) == list(range(len(FUNCTIONS)))
 
 
-@pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
+@pytest.mark.skipif(library.load("cpu") is not None, reason=str(library.load("cpu")))
 def test_cpp_has_the_same_names():
     assert set(torch.ops.moesd.activation_names()) == set(FUNCTIONS)
 
 
-@pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
+@pytest.mark.skipif(library.load("cpu") is not None, reason=str(library.load("cpu")))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_cpp_means_the_same_functions(name):
     x = torch.linspace(-6, 6, 512).view(8, 64)
@@ -36,7 +36,7 @@ def test_cpp_means_the_same_functions(name):
     torch.testing.assert_close(actual, FUNCTIONS[name](x), rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
+@pytest.mark.skipif(library.load("cpu") is not None, reason=str(library.load("cpu")))
 @pytest.mark.parametrize("name", [*ALIASES, "mish"])
 def test_cpp_says_what_it_knows(name):
     x = torch.ones(1, 4)

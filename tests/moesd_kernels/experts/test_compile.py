@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.oracle import make_case
-from support.tiny import sparse_model as tiny_model
+from support.tiny import sparse_model
 
 from moesd_kernels import ExpertsSpec, MoE, MoEConfig, RouterRule, accelerate, fused_experts
 
@@ -39,7 +39,7 @@ def test_layer_compiles_with_inductor():
 @torch.no_grad()
 def test_block_compiles_without_graph_breaks():
     """Through transformers' dispatch and our hook; the whole model only adds tracing time."""
-    block = accelerate(tiny_model("qwen3_moe"), dense=False).model.layers[0].mlp
+    block = accelerate(sparse_model("qwen3_moe"), dense=False).model.layers[0].mlp
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="eager")
     for T in (11, 5):
         x = torch.randn(3, T, 32)

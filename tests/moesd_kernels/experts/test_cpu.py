@@ -13,7 +13,7 @@ from moesd_kernels import library
 from moesd_kernels.experts.cpu import fused_experts_cpu
 from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
 
-pytestmark = pytest.mark.skipif(library.load() is not None, reason=str(library.load()))
+pytestmark = pytest.mark.skipif(library.load("cpu") is not None, reason=str(library.load("cpu")))
 
 ACTIVATIONS = {
     "silu": F.silu,

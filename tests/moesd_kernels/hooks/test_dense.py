@@ -8,8 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from support.oracle import assert_as_accurate
-from support.tiny import SPARSE_FAMILIES as FAMILIES
-from support.tiny import sparse_model as tiny_model
+from support.tiny import SPARSE_FAMILIES, sparse_model
 from torch import nn
 
 from moesd_kernels import accelerate, available_backends, decelerate
@@ -27,10 +26,10 @@ def replaced(model):
     return {n: type(m).__name__ for n, m in model.named_modules() if "forward" in vars(m)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 @torch.no_grad()
 def test_every_kind_of_module_is_replaced(family):
-    model = accelerate(tiny_model(family))
+    model = accelerate(sparse_model(family))
     kinds = set(replaced(model).values())
     assert "Linear" in kinds
     assert any(kind.endswith("RMSNorm") for kind in kinds)
@@ -38,10 +37,10 @@ def test_every_kind_of_module_is_replaced(family):
     assert routers and all("forward" in vars(m) for m in routers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 @torch.no_grad()
 def test_fp32_logits_within_the_oracle_bound(family):
-    model = tiny_model(family)
+    model = sparse_model(family)
     model.set_experts_implementation("eager")
     exact = copy.deepcopy(model).double()(PROMPT).logits
     baseline = model(PROMPT).logits
@@ -52,7 +51,7 @@ def test_fp32_logits_within_the_oracle_bound(family):
 @pytest.mark.parametrize("kind", ["linear", "norm", "router"])
 @torch.no_grad()
 def test_modules_within_the_oracle_bound(kind, dtype):
-    layer = tiny_model("qwen3_moe").model.layers[0]
+    layer = sparse_model("qwen3_moe").model.layers[0]
     module = {
         "linear": nn.Linear(32, 20),
         "norm": layer.input_layernorm,
@@ -67,10 +66,10 @@ def test_modules_within_the_oracle_bound(kind, dtype):
     assert_as_accurate(actual.flatten(0, -2), baseline.flatten(0, -2), exact.flatten(0, -2))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 @torch.no_grad()
 def test_router_returns_what_the_class_returns(family):
-    model = tiny_model(family, torch.bfloat16)
+    model = sparse_model(family, torch.bfloat16)
     router = next(m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter"))
     x = torch.randn(40, 32).bfloat16()
     expected = router(x)
@@ -83,11 +82,11 @@ def test_router_returns_what_the_class_returns(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 @torch.no_grad()
 def test_block_rows_do_not_depend_on_the_others(family, dtype):
     """Bit for bit over a whole MoE block: router, experts, shared expert."""
-    model = accelerate(tiny_model(family, dtype))
+    model = accelerate(sparse_model(family, dtype))
     block = next(m for m in model.modules() if hasattr(m, "experts"))
     x = torch.randn(1, 33, 32).to(dtype)
     run = lambda rows: (lambda out: out[0] if isinstance(out, tuple) else out)(block(rows))
@@ -100,7 +99,7 @@ def test_block_rows_do_not_depend_on_the_others(family, dtype):
 
 @torch.no_grad()
 def test_decelerate_restores_everything():
-    model = tiny_model("qwen3_moe")
+    model = sparse_model("qwen3_moe")
     model.set_experts_implementation("grouped_mm")
     before = model(PROMPT).logits
     names = list(model.state_dict())
@@ -187,7 +186,7 @@ def test_somebody_elses_forward_is_left_alone():
 
 
 def test_accelerating_twice_changes_nothing():
-    model = accelerate(tiny_model("olmoe"))
+    model = accelerate(sparse_model("olmoe"))
     assert accelerate_dense(model) == 0
 
 
@@ -214,7 +213,7 @@ def test_steps_aside():
 
 
 def test_training_still_works():
-    model = accelerate(tiny_model("qwen3_moe"))
+    model = accelerate(sparse_model("qwen3_moe"))
     model(PROMPT, labels=PROMPT).loss.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
 
@@ -222,6 +221,6 @@ def test_training_still_works():
 def test_unavailable_kernels(monkeypatch):
     monkeypatch.setattr(ops, "unavailable", lambda: "no C++ compiler found")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
-        accelerate(tiny_model("olmoe"), dense=True)
-    model = accelerate(tiny_model("olmoe"), dense="auto")
+        accelerate(sparse_model("olmoe"), dense=True)
+    model = accelerate(sparse_model("olmoe"), dense="auto")
     assert not replaced(model)

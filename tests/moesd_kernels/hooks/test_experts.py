@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 from support.oracle import assert_as_accurate
-from support.tiny import SPARSE_FAMILIES as FAMILIES
-from support.tiny import sparse_model as tiny_model
+from support.tiny import SPARSE_FAMILIES, sparse_model
 from torch import nn
 
 from moesd_kernels import accelerate, decelerate, register
@@ -47,11 +46,11 @@ def logits(model, implementation, routing=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_logits_within_the_oracle_bound(family, dtype):
     """Routing is taken from the fp64 run: a choice that flips on rounding is not an error."""
     register()
-    model = tiny_model(family)
+    model = sparse_model(family)
     exact, routing = logits(copy.deepcopy(model).double(), "eager")
     model = model.to(dtype)
     baseline, _ = logits(model, "eager", routing)
@@ -60,11 +59,11 @@ def test_logits_within_the_oracle_bound(family, dtype):
     assert_as_accurate(actual, baseline, exact.double(), name=family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_every_family_takes_the_fast_path(family, caplog):
     """No layer is handed over: an error in recognising a gate would pass every accuracy test."""
     register()
-    model = tiny_model(family)
+    model = sparse_model(family)
     hook._said.clear()
     with mock.patch.object(hook, "fused_experts", wraps=hook.fused_experts) as layer:
         logits(model, "moesd")
@@ -74,7 +73,7 @@ def test_every_family_takes_the_fast_path(family, caplog):
 
 def test_dispatch_goes_through_the_interface():
     register()
-    model = tiny_model("qwen3_moe")
+    model = sparse_model("qwen3_moe")
     ours = mock.Mock(wraps=hook.experts_forward)
     theirs = mock.Mock(side_effect=AssertionError("another implementation ran"))
     with mock.patch.dict(MAPPING, {"moesd": ours, "grouped_mm": theirs, "batched_mm": theirs}):
@@ -86,7 +85,7 @@ def test_dispatch_goes_through_the_interface():
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_from_pretrained_and_save_pretrained(family, tmp_path):
     register()
-    model = tiny_model(family)
+    model = sparse_model(family)
     model.save_pretrained(tmp_path / "a")
     loaded = type(model).from_pretrained(tmp_path / "a", experts_implementation="moesd")
     assert loaded.config._experts_implementation == "moesd"
@@ -102,7 +101,7 @@ def test_from_pretrained_and_save_pretrained(family, tmp_path):
 
 
 def test_generate_keeps_the_implementation():
-    model = accelerate(tiny_model("qwen3_moe"))
+    model = accelerate(sparse_model("qwen3_moe"))
     ours = mock.Mock(wraps=hook.experts_forward)
     with mock.patch.dict(MAPPING, {"moesd": ours}):
         out = model.generate(PROMPT, max_new_tokens=3, do_sample=False)
@@ -111,7 +110,7 @@ def test_generate_keeps_the_implementation():
 
 
 def test_accelerate_and_back():
-    model = tiny_model("qwen3_moe")
+    model = sparse_model("qwen3_moe")
     before = set(model.state_dict())
     assert accelerate(model) is model
     assert model.config._experts_implementation == "moesd"
@@ -149,7 +148,7 @@ def handed_over(experts, caplog, *, grad=False, x=None):
 
 
 def tiny_experts():
-    return tiny_model("qwen3_moe").model.layers[0].mlp.experts
+    return sparse_model("qwen3_moe").model.layers[0].mlp.experts
 
 
 def test_gradients_hand_over(caplog):
@@ -214,7 +213,9 @@ def test_fp8_experts_get_a_clear_error():
 
 
 def test_settings_reach_the_backend():
-    model = accelerate(tiny_model("qwen3_moe"), dense=False, backend="torch", batch_invariant=True)
+    model = accelerate(
+        sparse_model("qwen3_moe"), dense=False, backend="torch", batch_invariant=True
+    )
     spy = mock.patch.object(api, "choose_backend", wraps=api.choose_backend)
     with spy as choose, torch.no_grad():
         model(PROMPT)
@@ -224,7 +225,7 @@ def test_settings_reach_the_backend():
 
 def test_bad_dense_option():
     with pytest.raises(ValueError, match="got 'yes'"):
-        accelerate(tiny_model("qwen3_moe"), dense="yes")
+        accelerate(sparse_model("qwen3_moe"), dense="yes")
 
 
 def test_decisions_do_not_outlive_or_touch_the_module():

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.oracle import check_rows as check
-from support.oracle import layer_case as make_case
+from support.oracle import check_rows, layer_case
 
 from moesd_kernels import fused_experts
 from moesd_kernels.experts import cuda
@@ -79,8 +78,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "dtype", "T"), CASES, ids=str)
 def test_matches_oracle(name, dtype, T, poisoned_empty):
-    case = make_case(*SHAPES[name], T, dtype, "cuda")
-    check(case, case.run(fused_experts_triton))
+    case = layer_case(*SHAPES[name], T, dtype, "cuda")
+    check_rows(case, case.run(fused_experts_triton))
 
 
 GPT_OSS = {
@@ -112,17 +111,17 @@ GPT_OSS = {
     ids=str,
 )
 def test_variants(flags, T, poisoned_empty):
-    case = make_case(6, 2, 192, 96, T, torch.bfloat16, "cuda", **flags)
-    check(case, case.run(fused_experts_triton))
+    case = layer_case(6, 2, 192, 96, T, torch.bfloat16, "cuda", **flags)
+    check_rows(case, case.run(fused_experts_triton))
 
 
 @pytest.mark.parametrize("T", [1, pytest.param(4, marks=FIRST), 100])
 def test_skipped_and_duplicate_ids(T, poisoned_empty):
     generator = torch.Generator().manual_seed(T)
     ids = torch.randint(-2, 9, (T, 4), generator=generator)
-    case = make_case(7, 4, 128, 64, T, torch.bfloat16, "cuda", ids=ids)
+    case = layer_case(7, 4, 128, 64, T, torch.bfloat16, "cuda", ids=ids)
     case.weights[(case.ids < 0) | (case.ids >= 7)] = float("nan")
-    check(case, case.run(fused_experts_triton))
+    check_rows(case, case.run(fused_experts_triton))
 
 
 ONE_TOKEN = TileConfig(16, 16, 256, num_stages=4)
@@ -141,17 +140,17 @@ ONE_TOKEN = TileConfig(16, 16, 256, num_stages=4)
 )
 def test_tilings(tile, split_k, poisoned_empty):
     """40 tokens of two in six experts: blocks of 16 rows are overflowed."""
-    case = make_case(6, 2, 256, 320, 40, torch.bfloat16, "cuda")
+    case = layer_case(6, 2, 256, 320, 40, torch.bfloat16, "cuda")
     config = LayerTiles(tile, replace(tile, split_k=split_k), ONE_TOKEN, ONE_TOKEN)
-    check(case, case.run(fused_experts_triton, config=config))
+    check_rows(case, case.run(fused_experts_triton, config=config))
 
 
 @pytest.mark.parametrize("inline_pairs", [pytest.param(0, marks=FIRST), 1024])
 def test_plan_of_its_own_or_inline(inline_pairs, poisoned_empty):
-    case = make_case(6, 2, 256, 320, 300, torch.bfloat16, "cuda")
+    case = layer_case(6, 2, 256, 320, 300, torch.bfloat16, "cuda")
     tile = TileConfig(64, 64, 64, num_stages=4, group_m=4)
     config = LayerTiles(tile, tile, ONE_TOKEN, ONE_TOKEN, inline_pairs)
-    check(case, case.run(fused_experts_triton, config=config))
+    check_rows(case, case.run(fused_experts_triton, config=config))
 
 
 @pytest.mark.parametrize(
@@ -166,13 +165,13 @@ def test_one_token_forms(single_gate_up, poisoned_empty):
     config = LayerTiles(tile, tile, single_gate_up, down)
     for ids in ([[2, 0, 5, 9]], [[3]]):
         ids = torch.tensor(ids)
-        case = make_case(6, ids.shape[1], 520, 328, 1, torch.bfloat16, "cuda", ids=ids)
-        check(case, case.run(fused_experts_triton, config=config))
+        case = layer_case(6, ids.shape[1], 520, 328, 1, torch.bfloat16, "cuda", ids=ids)
+        check_rows(case, case.run(fused_experts_triton, config=config))
 
 
 @pytest.mark.parametrize("T", [1, pytest.param(5, marks=FIRST), 140])
 def test_graph_replay_with_changed_routing(T):
-    cases = [make_case(16, 4, 256, 192, T, torch.bfloat16, "cuda", seed=s) for s in range(4)]
+    cases = [layer_case(16, 4, 256, 192, T, torch.bfloat16, "cuda", seed=s) for s in range(4)]
     static = cases[0].rows(slice(None))
     out = torch.empty_like(static.x)
     run = lambda: static.run(fused_experts_triton, out=out)
@@ -189,11 +188,11 @@ def test_graph_replay_with_changed_routing(T):
             ours.copy_(new)
         out.fill_(float("nan"))
         graph.replay()
-        check(static, out)
+        check_rows(static, out)
 
 
 def test_compile_fullgraph_with_dynamic_tokens():
-    case = make_case(8, 2, 128, 96, 40, torch.bfloat16, "cuda")
+    case = layer_case(8, 2, 128, 96, 40, torch.bfloat16, "cuda")
 
     def layer(x, ids, weights):
         return 2 * fused_experts(x, case.w_gate_up, case.w_down, ids, weights, backend="triton")
@@ -218,9 +217,9 @@ def test_compile_fullgraph_with_dynamic_tokens():
 def test_batch_invariant(E, K, H, I, dtype):
     """Rows are bit-identical for T = 1..64, beyond a block, and in any order."""
     T = 100
-    case = make_case(E, K, H, I, T, dtype, "cuda")
+    case = layer_case(E, K, H, I, T, dtype, "cuda")
     whole = case.run(fused_experts_triton, batch_invariant=True)
-    check(case, whole)
+    check_rows(case, whole)
     for rows in (*range(1, 65), 65, 99):
         part = case.rows(slice(rows)).run(fused_experts_triton, batch_invariant=True)
         assert torch.equal(part, whole[:rows]), f"T = {rows}"
@@ -231,7 +230,7 @@ def test_batch_invariant(E, K, H, I, dtype):
 
 
 def test_deterministic():
-    case = make_case(16, 4, 512, 256, 48, torch.bfloat16, "cuda")
+    case = layer_case(16, 4, 512, 256, 48, torch.bfloat16, "cuda")
     first = case.run(fused_experts_triton)
     for _ in range(10):
         assert torch.equal(case.run(fused_experts_triton), first)
@@ -239,7 +238,7 @@ def test_deterministic():
 
 @pytest.mark.parametrize(("T", "most"), [(1, 2), (8, 3), (128, 4)])
 def test_number_of_launches(T, most):
-    case = make_case(32, 8, 256, 128, T, torch.bfloat16, "cuda")
+    case = layer_case(32, 8, 256, 128, T, torch.bfloat16, "cuda")
     case.run(fused_experts_triton)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -257,6 +256,6 @@ def test_number_of_launches(T, most):
 @pytest.mark.parametrize(("E", "K", "H", "I"), [(16, 4, 256, 192), (8, 2, 1024, 1792)])
 def test_cuda_backend(E, K, H, I, T):
     ids = torch.randint(-1, E + 1, (T, K), generator=torch.Generator().manual_seed(T))
-    case = make_case(E, K, H, I, T, torch.bfloat16, "cuda", ids=ids)
+    case = layer_case(E, K, H, I, T, torch.bfloat16, "cuda", ids=ids)
     for _ in range(2):
-        check(case, case.run(cuda.fused_experts_cuda))
+        check_rows(case, case.run(cuda.fused_experts_cuda))

@@ -8,8 +8,7 @@ ours: the tiles, their order and the sums between them. test_gpu.py tests the in
 import numpy as np
 import pytest
 import torch
-from support.oracle import check_rows as check
-from support.oracle import layer_case as make_case
+from support.oracle import check_rows, layer_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
 
@@ -34,12 +33,12 @@ def matrix_instruction():
 
 @pytest.fixture(scope="module")
 def full(matrix_instruction):
-    case = make_case(5, 2, 48, 32, T)
+    case = layer_case(5, 2, 48, 32, T)
     return case, case.run(fused_experts_triton, batch_invariant=True)
 
 
 def test_is_correct(full):
-    check(*full)
+    check_rows(*full)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 33, 66])

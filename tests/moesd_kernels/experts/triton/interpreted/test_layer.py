@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from support.oracle import check_rows as check
-from support.oracle import layer_case as make_case
+from support.oracle import check_rows, layer_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
 from moesd_kernels.experts.triton.types import LayerTiles, TileConfig
@@ -29,20 +28,20 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("E", "K", "H", "I", "T", "why"), SHAPES, ids=[s[-1] for s in SHAPES])
 def test_matches_oracle(E, K, H, I, T, why, dtype):
-    case = make_case(E, K, H, I, T, dtype)
-    check(case, case.run(fused_experts_triton, config=CONFIG))
+    case = layer_case(E, K, H, I, T, dtype)
+    check_rows(case, case.run(fused_experts_triton, config=CONFIG))
 
 
 def test_one_token_through_the_matrix_product():
-    case = make_case(5, 3, 48, 40, 1)
+    case = layer_case(5, 3, 48, 40, 1)
     config = LayerTiles(SMALL, SMALL, single_gate_up=None, single_down=SMALL)
-    check(case, case.run(fused_experts_triton, config=config))
+    check_rows(case, case.run(fused_experts_triton, config=config))
 
 
 @pytest.mark.parametrize("T", [1, 4])
 def test_selected_configuration(T):
-    case = make_case(4, 2, 64, 64, T)
-    check(case, case.run(fused_experts_triton))
+    case = layer_case(4, 2, 64, 64, T)
+    check_rows(case, case.run(fused_experts_triton))
 
 
 @pytest.mark.parametrize(
@@ -62,32 +61,32 @@ def test_selected_configuration(T):
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
 def test_routing(ids, why, integer):
     ids = torch.tensor(ids, dtype=integer)
-    case = make_case(4, 2, 32, 32, len(ids), ids=ids)
+    case = layer_case(4, 2, 32, 32, len(ids), ids=ids)
     # A weight that is never used may hold anything.
     case.weights[(ids < 0) | (ids >= 4)] = float("nan")
-    check(case, case.run(fused_experts_triton, config=CONFIG))
+    check_rows(case, case.run(fused_experts_triton, config=CONFIG))
 
 
 @pytest.mark.parametrize("inline_pairs", [0, 4, 74])
 def test_plan_of_its_own_or_inline(inline_pairs):
     """37 tokens of two experts each; several blocks of an expert in groups."""
     grouped = TileConfig(block_m=16, block_n=32, block_k=32, group_m=3)
-    case = make_case(3, 2, 48, 80, 37)
+    case = layer_case(3, 2, 48, 80, 37)
     config = LayerTiles(grouped, grouped, SMALL, SMALL, inline_pairs)
-    check(case, case.run(fused_experts_triton, config=config))
+    check_rows(case, case.run(fused_experts_triton, config=config))
 
 
 def test_more_pairs_than_a_plan_holds(monkeypatch):
     from moesd_kernels.experts.triton import launch
 
     monkeypatch.setattr(launch, "MAX_PAIRS", 8)
-    case = make_case(5, 2, 32, 32, 11)
-    check(case, case.run(fused_experts_triton, config=CONFIG))
+    case = layer_case(5, 2, 32, 32, 11)
+    check_rows(case, case.run(fused_experts_triton, config=CONFIG))
 
 
 def test_strided_arguments():
     """Rows with a stride of their own, ids and weights that are views, a strided ``out``."""
-    case = make_case(5, 2, 32, 32, 6)
+    case = layer_case(5, 2, 32, 32, 6)
     x = torch.randn(6, 64)
     x[:, :32] = case.x
     ids, weights = (t.T.contiguous().T for t in (case.ids, case.weights))
@@ -95,13 +94,13 @@ def test_strided_arguments():
     strided = case.on(x[:, :32], ids, weights)
     got = strided.run(fused_experts_triton, config=CONFIG, out=out)
     assert got is out
-    check(case, got)
+    check_rows(case, got)
 
 
 def test_bfloat16_routing_weights():
-    case = make_case(5, 2, 32, 32, 6)
+    case = layer_case(5, 2, 32, 32, 6)
     case = case.rows(slice(None))
     weights = case.weights.bfloat16()
     got = case.on(case.x, case.ids, weights).run(fused_experts_triton, config=CONFIG)
     case.weights.copy_(weights)
-    check(case, got)
+    check_rows(case, got)

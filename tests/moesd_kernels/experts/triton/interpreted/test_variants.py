@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.oracle import check_rows as check
-from support.oracle import layer_case as make_case
+from support.oracle import check_rows, layer_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
 from moesd_kernels.experts.triton.types import LayerTiles, TileConfig
@@ -39,8 +38,8 @@ VARIANTS = {
 )
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant(name, T, dtype):
-    case = make_case(3, 2, 40, 24, T, dtype, **VARIANTS[name])
-    check(case, case.run(fused_experts_triton, config=CONFIG))
+    case = layer_case(3, 2, 40, 24, T, dtype, **VARIANTS[name])
+    check_rows(case, case.run(fused_experts_triton, config=CONFIG))
 
 
 TILINGS = {
@@ -55,6 +54,6 @@ TILINGS = {
 @pytest.mark.parametrize("name", TILINGS)
 def test_tiling(name, dtype):
     tiling = TILINGS[name]
-    case = make_case(3, 2, 48, 80, 7, dtype, bias=True)
+    case = layer_case(3, 2, 48, 80, 7, dtype, bias=True)
     config = LayerTiles(replace(tiling, split_k=1), tiling, SMALL, SMALL)
-    check(case, case.run(fused_experts_triton, config=config))
+    check_rows(case, case.run(fused_experts_triton, config=config))
