@@ -191,8 +191,8 @@ class SpeculativeDecoder:
         """
         start = time.perf_counter()
         batch = self._rounds.batch
-        if self._waiting and self._startable():
-            count = min(self._startable(), len(self._waiting))
+        count = min(self._startable(), len(self._waiting))
+        if count:
             group = [self._waiting.popleft() for _ in range(count)]
             self._rounds.admit(group, self.controller, self.stats)
         elif len(batch):
