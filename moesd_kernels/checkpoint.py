@@ -29,7 +29,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     """Every tensor below ``prefix``, with the prefix removed and parts under our names.
 
     Args:
-        path: A safetensors file or a folder of them; a folder's index says which files to open.
+        path: a safetensors file or a folder of them; a folder's index says which files to open.
         prefix: what the names must start with.
 
     Raises:
@@ -76,8 +76,8 @@ def block_state(
         prefix: for messages.
 
     Raises:
-        KeyError: A tensor is missing.
-        ValueError: A shape does not fit.
+        KeyError: a tensor is missing.
+        ValueError: a shape does not fit.
     """
     state = {name: tensor for name, tensor in tensors.items() if not _EXPERT.match(name)}
     state |= _stack_experts(tensors)

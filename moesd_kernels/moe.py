@@ -201,7 +201,7 @@ class MoE(nn.Module):
             options: ``backend``, ``batch_invariant``.
 
         Raises:
-            ValueError: A part is missing, or its router or gate is not one of ours.
+            ValueError: a part is missing, or its router or gate is not one of ours.
         """
         config, parts = _read_block(block)
         moe = cls(config, device="meta", **options)
@@ -221,7 +221,7 @@ class MoE(nn.Module):
         """Load a block from a Hugging Face checkpoint: one file, or a folder with or without index.
 
         Args:
-            path: A ``.safetensors`` file or the checkpoint's folder.
+            path: a ``.safetensors`` file or the checkpoint's folder.
             config: the block's shape.
             prefix: of the block's tensors, as in ``"model.layers.3.mlp."``.
             dtype: convert to this dtype; as stored when None.
@@ -229,8 +229,8 @@ class MoE(nn.Module):
 
         Raises:
             FileNotFoundError: no safetensors file at ``path``.
-            KeyError: A tensor of the block is missing; the message names it.
-            ValueError: A tensor's shape does not fit ``config``.
+            KeyError: a tensor of the block is missing; the message names it.
+            ValueError: a tensor's shape does not fit ``config``.
         """
         from .checkpoint import block_state, read_tensors
 

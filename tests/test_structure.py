@@ -244,6 +244,17 @@ def test_the_tests_mirror_the_packages() -> None:
     assert not found, f"expected a folder of the packages for each of tests/, found {found}"
 
 
+def test_a_folder_of_bench_imports_only_from_those_below_it() -> None:
+    """The order is the one that the docstring of ``bench`` gives."""
+    doc = ast.get_docstring(tree_of("bench/__init__.py")) or ""
+    order = re.findall(r"^- ``(\w+)``:", doc, flags=re.MULTILINE)
+    files = {path: path.split("/")[1] for path in python("bench") if path.count("/") > 1}
+    assert set(order) == set(files.values())
+    for path, folder in files.items():
+        above = [name for name in order[: order.index(folder)] if reaches(path, f"bench.{name}")]
+        assert not above, f"{path} imports from {above}"
+
+
 def test_docstrings_speak_one_dialect() -> None:
     """Code and shapes stand in double backticks, as in Google's style with Markdown: no roles."""
     found = [

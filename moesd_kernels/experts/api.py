@@ -54,7 +54,7 @@ def fused_experts(
         fp32 in a fixed order, so that results are the same from run to run.
 
     Raises:
-        TypeError: A dtype is not supported or does not match, or an option is unknown.
+        TypeError: a dtype is not supported or does not match, or an option is unknown.
         ValueError: shapes, devices or options do not fit together, or a name is unknown.
         RuntimeError: the named back-end cannot run here, or not on this call.
     """

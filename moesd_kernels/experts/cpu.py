@@ -31,7 +31,7 @@ def fused_experts_cpu(
 
     Raises:
         ValueError: shapes do not fit together, or weights or biases are not contiguous.
-        TypeError: A dtype is not supported or does not match.
+        TypeError: a dtype is not supported or does not match.
     """
     fits = out is not None and out.is_contiguous()
     result = out if fits else torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -19,8 +19,8 @@ def check_arguments(
     Values are not looked at: an id that is no expert contributes nothing, by contract.
 
     Raises:
-        TypeError: A dtype is not supported, or differs from that of ``hidden_states``.
-        ValueError: A rank, size or device does not match.
+        TypeError: a dtype is not supported, or differs from that of ``hidden_states``.
+        ValueError: a rank, size or device does not match.
     """
     _check_dtypes(x, weights, routing)
     _check_shapes(x, weights, routing, spec)

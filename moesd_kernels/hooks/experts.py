@@ -92,7 +92,7 @@ def accelerate(
     without experts is left as it is, except for ``dense``.
 
     Args:
-        model: A transformers model.
+        model: a transformers model.
         dense: also run linear layers, RMS norms and softmax routers on our CPU kernels, whose rows
             do not depend on each other: True, False, or "auto" for where those kernels can run.
         backend: back-end of the experts; see ``moesd_kernels.fused_experts``.

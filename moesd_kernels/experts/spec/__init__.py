@@ -28,7 +28,7 @@ class ExpertsSpec:
             ``[E, H, I]``.
         activation_limit: clamp before the activation: gate from above, up on both sides.
         activation_alpha: use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
-        weight_format: A key of ``WEIGHT_FORMATS``.
+        weight_format: a key of ``WEIGHT_FORMATS``.
         op_options: all of them but ``weight_format``, in the order of the C++ schemas; derived.
 
     Raises:
