@@ -1,7 +1,56 @@
-"""The one exception that the command line turns into a single line and exit code 2."""
+"""What the caller gave cannot work: the exception for it, and how other exceptions become one.
+
+The command line turns a ``UserError`` into a single line and exit code 2.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST = 500  # characters of a reason: libraries append stacks and whole lists of names
 
 
 class UserError(ValueError):
     """Something the caller gave cannot work; the message says what was expected and what came."""
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever fails inside, on something that the caller gave, becomes one line about it.
+
+    Any ``Exception`` is taken: libraries that read files raise every class there is, and some
+    define their own below none of Python's. The cause stays chained. A ``UserError`` passes as it
+    is, and so does what is no failure: an interrupt, an exit.
+
+    Args:
+        what: what could not be done and to what, as in ``"cannot load model 'x'"``.
+
+    Raises:
+        UserError: ``"{what}: {reason}"``, printable and on one line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # A panic in a Rust library derives from BaseException, from a class nobody can import.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{one_line(what)}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line; its class where the message alone says too little."""
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    message = one_line(str(error))
+    if not message or isinstance(error, LookupError | AssertionError):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
+
+
+def one_line(text: str) -> str:
+    """``text`` with white space as single spaces, and escapes for what a terminal would obey."""
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
