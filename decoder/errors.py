@@ -12,7 +12,13 @@ _LONGEST = 500  # characters of a reason: libraries append stacks and whole list
 
 
 class UserError(ValueError):
-    """Something the caller gave cannot work; the message says what was expected and what came."""
+    """Something the caller gave cannot work; the message says what was expected and what came.
+
+    It is one printable line, whatever the names in it hold: a folder may be called anything.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @contextmanager
@@ -37,15 +43,15 @@ def explained(what: str) -> Iterator[None]:
         # A panic in a Rust library derives from BaseException, from a class nobody can import.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{one_line(what)}: {reason(error)}") from error
+        raise UserError(f"{what}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line; its class where the message alone says too little."""
+    """What an exception says; its class as well where the message alone says too little."""
+    message = str(error).strip()
     if isinstance(error, OSError) and error.strerror:
-        return one_line(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
-    message = one_line(str(error))
-    if not message or isinstance(error, LookupError | AssertionError):
+        message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if not message or isinstance(error, LookupError):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     return message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
 

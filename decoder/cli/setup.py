@@ -13,7 +13,7 @@ from decoder.drafters import Drafter, build_drafter
 from decoder.drafters.table import canonical_name
 from decoder.engine.loop import SpeculativeDecoder
 from decoder.engine.profile_rounds import profile_rounds
-from decoder.model.loading import load_model, load_tokenizer
+from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
 from .options import OURS, draft_options
 
@@ -47,6 +47,7 @@ class Setup:
             device=args.device,
             experts=None if self._kernels else args.experts_implementation,
         )
+        require_fitting_tokenizer(self.tokenizer, self.target)
 
     def decoder(self, *, plain: bool = False) -> SpeculativeDecoder:
         """A decoder as the flags describe, or one that only decodes autoregressively."""

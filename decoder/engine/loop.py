@@ -21,7 +21,12 @@ from decoder.drafters.table import checked_drafter
 from decoder.errors import UserError
 from decoder.gamma.base import DEFAULT_MAX_GAMMA, Controller
 from decoder.model.kernels import AttentionName, accelerate
-from decoder.model.loading import eos_ids, load_model, load_tokenizer
+from decoder.model.loading import (
+    eos_ids,
+    load_model,
+    load_tokenizer,
+    require_fitting_tokenizer,
+)
 from decoder.model.runner import ModelRunner
 from decoder.model.support import check_loaded
 from decoder.requests.outputs import Output, Progress
@@ -135,6 +140,7 @@ class SpeculativeDecoder:
         """
         model = load_model(target, dtype=dtype, device=device, experts=experts)
         tokenizer = load_tokenizer(target)
+        require_fitting_tokenizer(tokenizer, model)
         told = replace(draft_options or DraftOptions(), kernels=kernels, tokenizer=tokenizer)
         made = build_drafter(drafter, model, draft, told)
         return cls(model, made, tokenizer=tokenizer, kernels=kernels, **options)

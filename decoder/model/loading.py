@@ -1,13 +1,29 @@
-"""Models and tokenizers from paths, with errors that fit on one line."""
+"""Models and tokenizers from paths, with errors that fit on one line.
+
+Nothing in a folder is run and no answer is read from standard input: code that comes with a model
+is refused, and so are weights in any format but safetensors (``docs/security.md``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from decoder.errors import UserError
+from decoder.checkpoint.config import read_config, require_described
+from decoder.checkpoint.folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    model_folder,
+    read_json,
+    running_no_code,
+)
+from decoder.checkpoint.tokenizer_files import require_tokenizer_files
+from decoder.checkpoint.weights import few, require_whole_experts, tensor_headers, weight_files
+from decoder.errors import UserError, explained
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -27,56 +43,98 @@ def load_model(
     device: str | torch.device | None = None,
     experts: str | None = None,
 ) -> Any:
-    """A causal LM in evaluation mode.
+    """A causal LM in evaluation mode, every weight of which comes from its files.
 
     Args:
-        path: directory, or a model hub name that transformers can resolve.
+        path: directory, or a name on the model hub.
         dtype: a torch dtype or a name in ``DTYPES``; ``"auto"`` is the checkpoint's own.
         device: CUDA when there is one, by default.
         experts: transformers' ``experts_implementation``, or its default.
 
     Raises:
-        UserError: nothing loadable there, or an unknown dtype.
+        UserError: nothing loadable there, weights that do not fit the configuration, a device that
+            cannot be used, or an unknown dtype.
     """
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    _require_present(path, "model")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device = _usable_device(device)
+    folder = model_folder(path)
+    with explained(f"cannot load model {str(path)!r}"):
+        headers = tensor_headers(weight_files(folder))
+        config = read_config(folder, len(headers))
+        if (folder / GENERATION_CONFIG).exists():
+            read_json(folder / GENERATION_CONFIG)  # a broken one would be passed over
+        require_described(config, headers, folder / CONFIG)
+        require_whole_experts(headers)
         options = {} if experts is None else {"experts_implementation": experts}
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype, **options
-        )
+        with _quiet():  # what it would report is raised here
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+        model, found = loaded
+        _require_every_weight(folder, found)
+        eos_ids(model)
         return model.to(device).eval()
-    # Torch without CUDA asserts that there is none.
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot load model {str(path)!r}: {_first_line(error)}") from error
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer next to a model.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be used.
     """
     from transformers import AutoTokenizer
 
-    _require_present(path, "tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load tokenizer {str(path)!r}: {_first_line(error)}") from error
+    folder = model_folder(path, "tokenizer")
+    with explained(f"cannot load tokenizer {str(path)!r}"), running_no_code(folder):
+        require_tokenizer_files(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer.vocab_size:
+            raise UserError(f"the tokenizer in {folder} has no tokens")
+        return tokenizer
+
+
+def require_fitting_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer of another model: one with more tokens than the model has rows.
+
+    Tokens that were added later do not count: fine-tuned models come with some past the table, and
+    a prompt that has one is refused by itself.
+
+    Raises:
+        UserError: both numbers.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer must be the model's: it has {tokenizer.vocab_size} tokens, the model "
+            f"{rows}"
+        )
 
 
 def eos_ids(model: Any) -> frozenset[int]:
-    """End-of-sequence ids: of the generation config, else of the model config."""
+    """End-of-sequence ids: of the generation config, else of the model config.
+
+    Raises:
+        UserError: neither an integer nor a list of them.
+    """
     for config in (getattr(model, "generation_config", None), model.config):
         ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+        if ids is None:
+            continue
+        listed = ids if isinstance(ids, list | tuple) else [ids]
+        if not all(isinstance(one, int) and not isinstance(one, bool) for one in listed):
+            raise UserError(f"eos_token_id must be an integer or a list of them, got {ids!r}")
+        return frozenset(listed)
     return frozenset()
 
 
@@ -87,13 +145,43 @@ def context_length(model: Any) -> tuple[int, bool]:
     return int(length), getattr(config, "rope_parameters", None) is None
 
 
-def _require_present(path: str | Path, what: str) -> None:
-    text = str(path)
-    # "owner/name" may be a hub name; anything else that does not exist is a mistyped path.
-    could_be_hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    if not Path(path).exists() and not could_be_hub_name:
-        raise UserError(f"{what} path {text!r} does not exist")
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with explained(f"device {str(device)!r} cannot be used"):
+        usable = torch.device(device)
+        if usable.type == "meta":
+            raise UserError("device must be one that computes, got 'meta'")
+        torch.empty(1, device=usable)
+    return usable
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _require_every_weight(folder: Path, found: dict[str, Any]) -> None:
+    """Refuse weights that are missing, left over or of another shape.
+
+    transformers leaves out of its lists what a family may lack or bring in excess: tied heads,
+    buffers, layers for multi-token prediction.
+    """
+    shapes = {
+        f"{name} {tuple(got)} for {tuple(want)}" for name, got, want in found["mismatched_keys"]
+    }
+    faults = {
+        "missing": found["missing_keys"],
+        "left over": found["unexpected_keys"],
+        "of another shape": shapes,
+    }
+    said = [f"{kind}: {few(names)}" for kind, names in faults.items() if names]
+    if said:
+        raise UserError(f"the weights in {folder} are not those of its {CONFIG}; {'; '.join(said)}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -149,7 +149,7 @@ def one_error_line(capsys):
     ("arguments", "message"),
     [
         (["--target", "/no/such/model", "--prompt", "a"], "'/no/such/model' does not exist"),
-        (["--prompt", "a", "--device", "cuda:99"], "cannot load model"),
+        (["--prompt", "a", "--device", "cuda:99"], "'cuda:99' cannot be used"),
         (["--target", "nowhere", "--prompt", "a"], "'nowhere' does not exist"),
         (["--gamma", "x"], "expected auto or an integer >= 0, got 'x'"),
         (["--drafter", "psychic"], "invalid choice: 'psychic'"),

@@ -116,7 +116,7 @@ def test_refusals(target: Any, drafter: Any, draft: str | None, message: str) ->
 
 
 def test_directory_without_a_model(target: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot load model"):
+    with pytest.raises(UserError, match="is an empty folder"):
         build_drafter("auto", target, tmp_path)
 
 
