@@ -51,12 +51,13 @@ protected:
     static constexpr int kWeightStride = kBlockPositions * sizeof(float) / sizeof(Weight);
 
     // Packs the rows, of which q is the first, and clears their sums. A sink is a score without a
-    // value: it starts as the row's maximum, with a weight of exp(0).
+    // value: it starts as the row's maximum, with a weight of exp(0). Without one, a row whose
+    // scores are all -inf has no softmax: its weights exp(-inf - -inf) are NaN, as torch's are.
     void start_rows(const W* q, int64_t head) {
         for (int m = 0; m < count(); ++m) {
             pack_row(q + m / heads * a_.q_query + m % heads * a_.q_head, a_.head_dim,
                      query_ + m * depth_);
-            top_[m] = a_.sinks ? a_.sinks[head + m % heads] : -1e30f;
+            top_[m] = a_.sinks ? a_.sinks[head + m % heads] : -INFINITY;
             sum_[m] = a_.sinks ? 1.0f : 0.0f;
         }
         std::memset(acc_, 0, count() * width_ * sizeof(float));

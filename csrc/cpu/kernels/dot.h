@@ -134,7 +134,8 @@ template <class W>
 void pack_row(const W* src, int64_t n, typename Dot<W>::Act* dst) {
     constexpr int kStep = Dot<W>::kStep;
     if constexpr (std::is_same_v<W, typename Dot<W>::Act>) {  // memory order is pack order
-        std::memcpy(static_cast<void*>(dst), src, n * sizeof(W));
+        // A row of nothing may lie at null, from which memcpy may not copy even nothing.
+        if (n > 0) std::memcpy(static_cast<void*>(dst), src, n * sizeof(W));
         std::memset(static_cast<void*>(dst + n), 0, (align_depth(n) - n) * sizeof(W));
         return;
     }

@@ -173,7 +173,8 @@ private:
 };
 
 // The K largest of a token's softmax, which is computed in fp32, in descending order; among equals
-// the lower id comes first.
+// the lower id comes first. Of a token without a softmax (a logit is NaN or infinite, or all are
+// -inf) the weights are NaN.
 template <class W>
 class RouterKernel {
 public:
@@ -201,14 +202,20 @@ private:
             // least 1).
             sums = add(sums, load(probs + e));
         }
-        const Vec total = splat(sum_lanes(sums));
-        for (int64_t e = 0; e < n; e += kLanes) store(probs + e, div(load(probs + e), total));
-        for (int64_t e = n; e < n + kLanes; ++e) probs[e] = -1.0f;
+        const float total = sum_lanes(sums);
         float* weights = a_.weights + t * a_.top_k;
         int64_t* ids = a_.ids + t * a_.top_k;
+        if (std::isnan(total)) {  // then every probability is NaN
+            for (int64_t k = 0; k < a_.top_k; ++k) weights[k] = total, ids[k] = k;
+            return;
+        }
+        for (int64_t e = 0; e < n; e += kLanes) {
+            store(probs + e, div(load(probs + e), splat(total)));
+        }
+        for (int64_t e = n; e < n + kLanes; ++e) probs[e] = -1.0f;
         float kept = 0.0f;
         for (int64_t k = 0; k < a_.top_k; ++k) {
-            const int64_t best = index_of(splat(max_lanes(largest(probs, n))), probs, n);
+            const int64_t best = index_of(splat(max_lanes(largest(probs, n))), probs);
             weights[k] = probs[best], ids[k] = best, kept += probs[best];
             probs[best] = -1.0f;
         }
@@ -222,13 +229,12 @@ private:
         return tops;
     }
 
-    // The lowest index of `value`; 0 if it is not found, because the probabilities are NaN.
-    static int64_t index_of(Vec value, const float* probs, int64_t n) {
-        for (int64_t e = 0; e < n; e += kLanes) {
+    // The lowest index of `value`, which is among the first n of probs.
+    static int64_t index_of(Vec value, const float* probs) {
+        for (int64_t e = 0;; e += kLanes) {
             const int lane = first_equal(load(probs + e), value);
             if (lane < kLanes) return e + lane;
         }
-        return 0;
     }
 
     const RouterArgs& a_;

@@ -20,7 +20,7 @@ inline at::Tensor rows_of(const at::Tensor& table, const at::Tensor& index) {
     for (int64_t n = 0; n < index.numel(); ++n) {
         TORCH_CHECK_INDEX(row[n] >= 0 && row[n] < rows.size(0), "index must be in [0, ",
                           rows.size(0), "), got ", row[n]);
-        std::memcpy(target + n * bytes, source + row[n] * bytes, bytes);
+        if (bytes > 0) std::memcpy(target + n * bytes, source + row[n] * bytes, bytes);
     }
     return out;
 }
@@ -57,6 +57,8 @@ inline std::pair<at::Tensor, at::Tensor> cache_places(const at::Tensor& position
     for (int64_t b = 0; b < positions.size(0); ++b) {
         for (int64_t w = 0; w < positions.size(1); ++w) {
             const int64_t p = position[b][w];
+            // Beyond it lies another row's first position.
+            TORCH_CHECK_INDEX(p < length, "positions must be below ", length, ", got ", p);
             *place++ = row[b] * length + (p < 0 ? length - 1 : p);
             *angle++ = p < 0 ? 0 : p;
         }

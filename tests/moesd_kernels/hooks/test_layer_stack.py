@@ -117,3 +117,14 @@ def test_an_mlp_needs_a_layer():
 
     with pytest.raises((ValueError, RuntimeError), match="a layer to have been added"):
         set_mlp(layer_stack(), mlp_of("Llama"))
+
+
+def test_a_position_beyond_a_row_is_refused_before_another_row_is_written():
+    keys, values = torch.zeros(2, 2, 8, 1, 16)
+    table, weights = torch.ones(16, 16), torch.ones(64, 32)
+    places = torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), 8), torch.zeros(1).long()
+    with pytest.raises(IndexError, match="positions must be below 8, got 8"):
+        stack_of_one().continue_greedily(
+            *places, weights, weights[0], 1e-6, weights, table, table, [keys], [values], 1
+        )
+    assert not keys.any() and not values.any()
