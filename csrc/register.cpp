@@ -17,7 +17,9 @@ TORCH_LIBRARY(moesd, m) {
         "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, "
         "int window, Tensor? sinks, Tensor? rows) -> Tensor");
     m.def("act_and_mul(Tensor gate, Tensor up, str activation) -> Tensor");
-    m.def("rms_norm(Tensor x, Tensor w, float eps) -> Tensor");
+    m.def(
+        "rms_norm(Tensor x, Tensor w, float eps, float offset=0.0, bool cast_first=True) "
+        "-> Tensor");
     m.def(
         "add_rms_norm(Tensor x, Tensor delta, Tensor w, float eps) -> (Tensor sum, Tensor normed)");
     m.def(

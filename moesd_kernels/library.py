@@ -256,7 +256,7 @@ def _register_fakes() -> None:
         return q.new_empty(*q.shape[:3], v.shape[3])
 
     @fake("moesd::rms_norm")
-    def _(x, w, eps):
+    def _(x, w, eps, offset=0.0, cast_first=True):
         return x.new_empty(x.shape)
 
     @fake("moesd::add_rms_norm")

@@ -103,12 +103,20 @@ struct AttentionArgs {
     RunTeam run;
 };
 
+// out = (offset + w) * (x / rms(x)), computed in fp32; the norm in parentheses on the right is
+// rounded to the dtype of x before the product where `cast_first`.
+struct NormRule {
+    float eps;
+    float offset = 0.0f;
+    bool cast_first = true;
+};
+
 struct NormArgs {
     DType dtype;
     int64_t rows, width;
     const void* x;
     const void* w;
-    float eps;
+    NormRule rule;
     const void* delta;  // added to x before the norm, or null
     void* sum;          // x + delta
     void* out;

@@ -72,10 +72,20 @@ def ragged_attention(
     )
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in fp32, rounded to x.dtype, times w: transformers' RMSNorm."""
+def rms_norm(
+    x: Tensor, w: Tensor, eps: float, *, offset: float = 0.0, cast_first: bool = True
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times (w + offset), in fp32: transformers' RMSNorm classes.
+
+    Args:
+        x: ``[..., H]``.
+        w: ``[H]`` in x.dtype.
+        eps: added to the mean.
+        offset: added to the weight (Gemma: 1).
+        cast_first: round to x.dtype before the product, too (Llama), not only after it (gpt-oss).
+    """
     _require()
-    return torch.ops.moesd.rms_norm(x, w, eps)
+    return torch.ops.moesd.rms_norm(x, w, eps, offset, cast_first)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .gates import recognise_gate
+from .norms import NormRule, recognise_norm
 from .routers import RouterRule, recognise_router, router_logits
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,10 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
     if type(module) is nn.Linear:
         return _column_forward if module.out_features == 1 else _linear_forward
     name = type(module).__name__
-    if name.endswith("RMSNorm") and weight.dim() == 1:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if isinstance(eps, float) and _norm_agrees(module, eps):
-            return _norm_forward(eps)
+    if name.endswith("RMSNorm"):
+        norm = recognise_norm(module)
+        if norm is not None:
+            return _norm_forward(norm)
     if name.lower().endswith(("topkrouter", "moegate")):
         rule = recognise_router(module)
         if rule is not None:
@@ -110,26 +111,6 @@ def _fusable(rule: RouterRule, router: nn.Module) -> bool:
         and getattr(router, "bias", None) is None
         and weight.shape[0] <= _MAX_EXPERTS
     )
-
-
-def _norm_agrees(module: nn.Module, eps: float) -> bool:
-    """Whether ``w * (x / rms(x))`` is what the module computes (gemma's has 1 + w)."""
-    from moesd_kernels.dense.ops import rms_norm
-
-    probe = copy.deepcopy(module).float()
-    generator = torch.Generator().manual_seed(0)
-    weight = probe.weight
-    assert isinstance(weight, Tensor)
-    # Small rows, so that eps in the wrong place shows.
-    x = torch.randn(4, weight.shape[0], generator=generator) * eps**0.5
-    with torch.no_grad():
-        weight.copy_(torch.randn(weight.shape, generator=generator))
-        try:
-            expected = type(module).forward(probe, x)
-        except (RuntimeError, TypeError):
-            return False
-        actual = rms_norm(x, weight, eps)
-    return expected.shape == x.shape and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 _MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -244,12 +225,14 @@ def _activations() -> frozenset[type[nn.Module]]:
 
 
 @functools.cache
-def _norm_forward(eps: float) -> Callable[..., Tensor]:
+def _norm_forward(rule: NormRule) -> Callable[..., Tensor]:
+    eps, offset, cast_first = rule.eps, rule.offset, rule.cast_first
+
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight = self.weight
         if not _fits(hidden_states, weight):
             return type(self).forward(self, hidden_states)
-        return torch.ops.moesd.rms_norm.default(hidden_states, weight, eps)
+        return torch.ops.moesd.rms_norm.default(hidden_states, weight, eps, offset, cast_first)
 
     return forward
 

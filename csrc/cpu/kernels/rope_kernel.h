@@ -62,7 +62,7 @@ private:
                     W* out) const {
         const int64_t D = a_.head_dim, half = D / 2;
         alignas(64) W normed[kRow];
-        if (norm) normalise_row(x, norm, D, eps, normed), x = normed;
+        if (norm) normalise_row(x, norm, D, {eps}, normed), x = normed;
         alignas(64) float head[kRow], rotated[kRow];
         load_row(head, x, D);
         for (int64_t d = 0; d < half; ++d)

@@ -15,12 +15,6 @@ inline float sum_lanes(Vec v) {
     return out[0];
 }
 
-// kLanes elements of out = w * (x * scale), the product in parentheses rounded to W.
-template <class W>
-inline void scale_step(const W* x, const W* w, Vec scale, W* out) {
-    store(out, mul(load(w), rounded(mul(load(x), scale), out)));
-}
-
 // Lane l: the sum of the squares of x[l], x[l + kLanes], ...
 template <class W>
 inline Vec squares_of(const W* x, int64_t width) {
@@ -68,18 +62,21 @@ void inverse_rms4(const W* x, int64_t count, int64_t width, float eps, float (&o
                    sqrt(add(div(load(sums), splat(static_cast<float>(width))), splat(eps)))));
 }
 
-// out = w * (x / rms(x)). As in transformers, the normalised row is rounded to the input's dtype
-// before it is multiplied by the weight.
+// out = the norm of the row x, weighted by w, as `rule` says.
 template <class W>
-void normalise_row(const W* x, const W* w, int64_t width, float eps, W* out) {
+void normalise_row(const W* x, const W* w, int64_t width, const NormRule& rule, W* out) {
     const int64_t whole = width / kLanes * kLanes;
-    const Vec scale = inverse_rms(x, width, eps);
-    for (int64_t i = 0; i < whole; i += kLanes) scale_step(x + i, w + i, scale, out + i);
+    const Vec scale = inverse_rms(x, width, rule.eps), offset = splat(rule.offset);
+    const auto step = [&](const W* from, const W* weight, W* to) {
+        const Vec normed = mul(load(from), scale);
+        store(to, mul(add(load(weight), offset), rule.cast_first ? rounded(normed, to) : normed));
+    };
+    for (int64_t i = 0; i < whole; i += kLanes) step(x + i, w + i, out + i);
     if (whole < width) {
         alignas(64) W tail[3][kLanes] = {};
         std::memcpy(tail[0], x + whole, (width - whole) * sizeof(W));
         std::memcpy(tail[1], w + whole, (width - whole) * sizeof(W));
-        scale_step(tail[0], tail[1], scale, tail[2]);
+        step(tail[0], tail[1], tail[2]);
         std::memcpy(out + whole, tail[2], (width - whole) * sizeof(W));
     }
 }
@@ -104,7 +101,7 @@ private:
                 x = add_row(x, static_cast<const W*>(a_.delta) + offset,
                             static_cast<W*>(a_.sum) + offset);
             }
-            normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.eps,
+            normalise_row(x, static_cast<const W*>(a_.w), a_.width, a_.rule,
                           static_cast<W*>(a_.out) + offset);
         });
     }

@@ -19,7 +19,8 @@ void check_matrix(const Tensor& x, const Tensor& w, const char* shape) {
 }
 
 // Norms x, or x + delta, whose sum goes to `sum`.
-Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta, Tensor* sum) {
+Tensor normed(const Tensor& x, const Tensor& w, const NormRule& rule, const Tensor* delta,
+              Tensor* sum) {
     TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [..., H], got ", x.sizes());
     TORCH_CHECK_VALUE(w.dim() == 1 && w.size(0) == x.size(-1), "w must be [", x.size(-1), "], got ",
                       w.sizes());
@@ -34,7 +35,7 @@ Tensor normed(const Tensor& x, const Tensor& w, double eps, const Tensor* delta,
     args.width = x.size(-1), args.rows = x.numel() / args.width;
     args.x = rows.const_data_ptr();
     args.w = scale.const_data_ptr();
-    args.eps = static_cast<float>(eps);
+    args.rule = rule;
     args.out = out.mutable_data_ptr();
     if (delta) args.delta = added.const_data_ptr(), args.sum = sum->mutable_data_ptr();
     // An element is read, rounded and written more than once.
@@ -72,8 +73,9 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
     return out;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& w, double eps) {
-    return normed(x, w, eps, nullptr, nullptr);
+Tensor rms_norm(const Tensor& x, const Tensor& w, double eps, double offset, bool cast_first) {
+    const NormRule rule{static_cast<float>(eps), static_cast<float>(offset), cast_first};
+    return normed(x, w, rule, nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& delta, const Tensor& w,
@@ -83,7 +85,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& delta, co
     TORCH_CHECK_TYPE(delta.scalar_type() == x.scalar_type(), "delta must be ", x.scalar_type(),
                      " like x, got ", delta.scalar_type());
     Tensor sum = fresh(x.sizes(), x.scalar_type());
-    Tensor out = normed(x, w, eps, &delta, &sum);
+    Tensor out = normed(x, w, {static_cast<float>(eps)}, &delta, &sum);
     return {sum, out};
 }
 

@@ -42,7 +42,8 @@ void run_team(int threads, void (*body)(void*), void* ctx);
 
 using OptTensor = std::optional<at::Tensor>;
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& w, double eps);
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& w, double eps, double offset = 0,
+                    bool cast_first = true);
 std::tuple<at::Tensor, at::Tensor> argmax(const at::Tensor& x);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const OptTensor& bias);
 std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& delta,

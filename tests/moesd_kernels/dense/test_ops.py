@@ -73,6 +73,21 @@ def test_rms_norm(shape, dtype):
     assert_as_accurate(actual, transformers_norm(x, w, 1e-6), exact, name="rms_norm")
 
 
+# What transformers' classes compute, in their own words: gpt-oss and Gemma.
+@DTYPES
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 64), (5, 37)], ids=str)
+def test_rms_norm_rounded_once(shape, offset, dtype):
+    x, w = randn(*shape, dtype=dtype) * 3, randn(shape[-1], dtype=dtype, seed=1)
+    wide = x.float()
+    wide = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    actual = ops.rms_norm(x, w, 1e-6, offset=offset, cast_first=False)
+    ulp = torch.finfo(dtype).eps
+    expected = (wide * (w.float() + offset)).to(dtype)
+    torch.testing.assert_close(actual, expected, rtol=max(1e-6, ulp), atol=1e-7)
+    assert dtype == torch.float32 or (actual != expected).float().mean() < 0.01
+
+
 def test_rms_norm_rows_do_not_depend_on_the_batch():
     x, w = randn(33, 104, dtype=torch.bfloat16), randn(104, dtype=torch.bfloat16, seed=1)
     whole = ops.rms_norm(x, w, 1e-5)
@@ -205,6 +220,7 @@ def test_schemas_and_fakes():
     x, w = randn(3, 8, dtype=torch.bfloat16), randn(5, 8, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.moesd.linear.default, (x, w, None))
     torch.library.opcheck(torch.ops.moesd.rms_norm.default, (x, w[0], 1e-6))
+    torch.library.opcheck(torch.ops.moesd.rms_norm.default, (x, w[0], 1e-6, 1.0, False))
     torch.library.opcheck(torch.ops.moesd.softmax_topk_router.default, (x, w, 2, True))
     torch.library.opcheck(torch.ops.moesd.act_and_mul.default, (x, x, "silu"))
     torch.library.opcheck(torch.ops.moesd.add_rms_norm.default, (x, x, w[0], 1e-6))
