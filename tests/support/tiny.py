@@ -112,14 +112,14 @@ def tiny_model(
     config = getattr(transformers, f"{name}Config")(**{**_BASE, **extra, **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    _randomize(model, seed)
+    randomize(model, seed)
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
         model.set_experts_implementation("batched_mm")  # grouped_mm has no fp64
     return model.to(dtype).eval()
 
 
 @torch.no_grad()
-def _randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     for weight in parameters.values():
@@ -130,7 +130,8 @@ def _randomize(model: Any, seed: int) -> None:
             # Biases and norms away from 0 and 1, so that forgetting one shows.
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     for name, buffer in model.state_dict().items():
-        if name not in parameters:  # what corrects a router's choice of experts
+        # What corrects a router's choice of experts.
+        if name not in parameters and buffer.is_floating_point() and buffer.ndim:
             scale = buffer.shape[-1] ** -0.5
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * scale)
 
