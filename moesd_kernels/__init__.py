@@ -12,7 +12,8 @@ from moesd_kernels.experts.api import fused_experts
 from moesd_kernels.experts.backends import available_backends
 from moesd_kernels.experts.routing import Routing, plan_routing
 from moesd_kernels.experts.spec import ExpertsSpec
-from moesd_kernels.hooks.experts import accelerate, decelerate, register
+from moesd_kernels.hooks.accelerate import accelerate, decelerate
+from moesd_kernels.hooks.experts import register
 from moesd_kernels.hooks.routers import RouterRule
 
 from .moe import MoE, MoEConfig

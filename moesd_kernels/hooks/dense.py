@@ -12,25 +12,19 @@ graphs.
 
 from __future__ import annotations
 
-import copy
 import functools
-import logging
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .gates import recognise_gate
+from .mlps import activations, gated_mlp_forward
 from .norms import NormRule, recognise_norm
 from .routers import RouterRule, recognise_router, router_logits
+from .shadow import DTYPES, fits, is_unshadowed, rows_apart, shadow, shadow_of
 
-logger = logging.getLogger(__name__)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_EXPERTS = 1024  # of the fused softmax router
-_VECTOR = 32  # elements torch's loops take per step, at most
 
 
 def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
@@ -56,32 +50,24 @@ def accelerate_dense(model: nn.Module, *, required: bool = False) -> int:
     for module in model.modules():
         forward = _replacement(module)
         if forward is not None:
-            module.forward = types.MethodType(forward, module)
+            shadow(module, forward)
             count += 1
-    logger.info("%d dense modules run the CPU kernels (%s)", count, ops.isa())
     return count
-
-
-def decelerate_dense(model: nn.Module) -> None:
-    """Give every module of ``model`` that ``accelerate_dense`` touched its own forward back."""
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if getattr(getattr(forward, "__func__", None), "__module__", None) == __name__:
-            del module.forward
 
 
 def _replacement(module: nn.Module) -> Callable[..., Any] | None:
     """The forward for ``module``, or None when it must keep its own."""
+    if not is_unshadowed(module):  # by somebody else, or already by us
+        return None
     weight = getattr(module, "weight", None)
-    if type(module) in _activations() and "forward" not in module.__dict__:
+    if type(module) in activations():
         return _activation_forward
-    activation = _gated_mlp(module)
-    if activation is not None:
-        return _mlp_forward(activation)
+    mlp = gated_mlp_forward(module)
+    if mlp is not None:
+        return mlp
     if (
-        "forward" in module.__dict__  # somebody else's hook, or already ours
-        or type(weight) is not nn.Parameter
-        or weight.dtype not in _DTYPES
+        type(weight) is not nn.Parameter
+        or weight.dtype not in DTYPES
         or weight.device.type != "cpu"
         or not weight.is_contiguous()
     ):
@@ -96,7 +82,7 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
     if name.lower().endswith(("topkrouter", "moegate")):
         rule = recognise_router(module)
         if rule is not None:
-            return _router_forward(rule, _fusable(rule, module))
+            return _router_forward(rule, _fusable(rule, module), _choices(module))
     return None
 
 
@@ -113,76 +99,10 @@ def _fusable(rule: RouterRule, router: nn.Module) -> bool:
     )
 
 
-_MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
-
-
-def _gated_mlp(module: nn.Module) -> str | None:
-    """The activation's name if ``module`` is ``down(act(gate(x)) * up(x))``, else None."""
-    parts = module._modules
-    if (
-        "forward" in module.__dict__
-        or set(parts) != {*_MLP_PARTS, "act_fn"}
-        or module._parameters
-        or any(type(parts[name]) is not nn.Linear for name in _MLP_PARTS)
-        or type(parts["act_fn"]) not in _activations()
-    ):
-        return None
-    gate = recognise_gate(module, gated=False)
-    return gate.activation if gate and _mlp_agrees(module, gate.activation) else None
-
-
-def _mlp_agrees(module: nn.Module, activation: str) -> bool:
-    """Whether the class's forward computes that, tried on small layers in place of its own."""
-    from moesd_kernels.dense.ops import act_and_mul
-
-    generator = torch.Generator().manual_seed(0)
-    small = {name: nn.Linear(5, 5) for name in _MLP_PARTS}
-    probe = copy.copy(module)
-    probe._modules = {**small, "act_fn": module._modules["act_fn"]}
-    x = torch.randn(4, 5, generator=generator)
-    with torch.no_grad():
-        for linear in small.values():
-            linear.weight.copy_(torch.randn(5, 5, generator=generator))
-            linear.bias.zero_()
-        try:
-            expected = type(module).forward(probe, x)
-        except (RuntimeError, TypeError, AttributeError):
-            return False
-        gate, up, down = (small[name] for name in _MLP_PARTS)
-        actual = down(act_and_mul(gate(x), up(x), activation))
-    return isinstance(expected, Tensor) and torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-@functools.cache
-def _mlp_forward(activation: str) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not _fits(x, self.down_proj.weight):
-            return type(self).forward(self, x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if gate.requires_grad or up.requires_grad:  # an adapter in front of frozen weights
-            return type(self).forward(self, x)
-        return self.down_proj(torch.ops.moesd.act_and_mul.default(gate, up, activation))
-
-    forward.activation = activation  # type: ignore[attr-defined]
-    return forward
-
-
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this call can take the CPU kernels."""
-    return (
-        x.dtype == weight.dtype
-        and x.device.type == "cpu"
-        and x.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-
-
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     weight = self.weight
-    if not _fits(input, weight):
-        return nn.Linear.forward(self, input)
+    if not fits(input, weight) or not weight.is_contiguous():
+        return type(self).forward(self, input)
     if input.dim() == 2:
         return torch.ops.moesd.linear.default(input, weight, self.bias)
     rows = input.reshape(-1, input.shape[-1])
@@ -192,36 +112,12 @@ def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
 def _column_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """One output per row: a shared expert's gate, which goes through a sigmoid next."""
     out = _linear_forward(self, input)
-    return _rows_apart(out) if _fits(input, self.weight) else out
+    return rows_apart(out) if fits(input, self.weight) else out
 
 
 def _activation_forward(self: nn.Module, input: Tensor) -> Tensor:
     """The module's own activation on rows that are computed one by one."""
-    return type(self).forward(self, _rows_apart(input) if _fits(input, input) else input)
-
-
-def _rows_apart(x: Tensor) -> Tensor:
-    """``x``, or a copy whose rows do not follow each other in memory.
-
-    torch's element-wise loops compute whole vectors of contiguous numbers with other instructions
-    than what is left over, so where rows are not whole vectors, the last bits of a row depend on
-    how many rows there are. A gap between rows makes each a loop of its own.
-    """
-    width = x.shape[-1]
-    if width % _VECTOR == 0:
-        return x
-    return x.new_empty(*x.shape[:-1], width + 1)[..., :width].copy_(x)
-
-
-@functools.cache
-def _activations() -> frozenset[type[nn.Module]]:
-    """Classes of the activations in dense MLPs."""
-    classes = {nn.SiLU, nn.GELU}
-    try:
-        from transformers.activations import GELUTanh, SiLUActivation
-    except ImportError:
-        return frozenset(classes)
-    return frozenset(classes | {GELUTanh, SiLUActivation})
+    return type(self).forward(self, rows_apart(input) if fits(input, input) else input)
 
 
 @functools.cache
@@ -230,18 +126,34 @@ def _norm_forward(rule: NormRule) -> Callable[..., Tensor]:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight = self.weight
-        if not _fits(hidden_states, weight):
+        if not fits(hidden_states, weight):
             return type(self).forward(self, hidden_states)
         return torch.ops.moesd.rms_norm.default(hidden_states, weight, eps, offset, cast_first)
 
     return forward
 
 
+_CHOICES = (
+    *("top_k", "norm_topk_prob", "routed_scaling_factor"),
+    *("n_group", "num_group", "topk_group"),
+)
+
+
+def _choices(router: nn.Module) -> tuple[Any, ...]:
+    """Numbers that a user may set on a router at any time, and that its rule was read from."""
+    return tuple(map(router.__dict__.get, _CHOICES))
+
+
 @functools.cache
-def _router_forward(rule: RouterRule, fuse: bool) -> Callable[..., Any]:
+def _router_forward(rule: RouterRule, fuse: bool, choices: tuple[Any, ...]) -> Callable[..., Any]:
+    def takes(self: Any, hidden_states: Tensor) -> bool:
+        weight = self.weight
+        unchanged = _choices(self) == choices and weight.is_contiguous()
+        return unchanged and fits(hidden_states, weight)
+
     def fused(self: Any, hidden_states: Tensor) -> Any:
         weight = self.weight
-        if not _fits(hidden_states, weight):
+        if not takes(self, hidden_states):
             return type(self).forward(self, hidden_states)
         rows = hidden_states.reshape(-1, weight.shape[1])
         logits, weights, ids = torch.ops.moesd.softmax_topk_router.default(
@@ -251,32 +163,24 @@ def _router_forward(rule: RouterRule, fuse: bool) -> Callable[..., Any]:
 
     def composed(self: Any, hidden_states: Tensor) -> Any:
         weight = self.weight
-        if not _fits(hidden_states, weight):
+        if not takes(self, hidden_states):
             return type(self).forward(self, hidden_states)
         rows, bias = hidden_states.reshape(-1, weight.shape[1]), getattr(self, "bias", None)
         logits = router_logits(rows, weight, bias, rule, linear=torch.ops.moesd.linear.default)
         correction = getattr(self, "e_score_correction_bias", None)
-        return tuple(rule.select(_rows_apart(logits), correction, dtype=hidden_states.dtype))
+        return tuple(rule.select(rows_apart(logits), correction, dtype=hidden_states.dtype))
 
-    fused.rule = rule  # type: ignore[attr-defined]
+    fused.rule, fused.choices = rule, choices  # type: ignore[attr-defined]
     return fused if fuse else composed
 
 
-def _shadow(module: nn.Module) -> Any:
-    """The function that shadows the module's forward, or None."""
-    return getattr(module.__dict__.get("forward"), "__func__", None)
-
-
-def runs_linear(module: nn.Module) -> bool:
+def runs_linear(module: Any) -> bool:
     """Whether this is a linear layer on our kernel."""
-    return _shadow(module) is _linear_forward
-
-
-def gated_activation_of(module: nn.Module) -> str | None:
-    """The activation of a gated MLP on our kernels; None for anything else."""
-    return getattr(_shadow(module), "activation", None)
+    return shadow_of(module) is _linear_forward and module.weight.is_contiguous()
 
 
 def fused_router_of(module: nn.Module) -> RouterRule | None:
     """The rule of a router that is one op of ours; None for anything else."""
-    return getattr(_shadow(module), "rule", None)
+    function = shadow_of(module)
+    choices = getattr(function, "choices", None)
+    return function.rule if choices and choices == _choices(module) else None

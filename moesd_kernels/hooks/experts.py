@@ -1,8 +1,8 @@
 """Our expert layer inside transformers models, through their experts interface.
 
-``register()`` adds the name, ``accelerate(model)`` switches a loaded model to it. What the fast
-path does not cover runs transformers' own ``grouped_mm`` on the same weights, and is said once per
-reason. Nothing is written onto the model's modules: decisions live in a weak table beside them.
+``register()`` adds the name. What the fast path does not cover runs transformers' own
+``grouped_mm`` on the same weights, and is said once per reason. What a module computes lives in a
+weak table beside it; only what the caller chose is written onto it, so that copies have it too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import logging
 import weakref
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from moesd_kernels.experts.api import fused_experts, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
-from .gates import recognise_gate
+from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
+from .shadow import DTYPES
 
 logger = logging.getLogger(__name__)
 
 # Above this many tokens per expert a GPU is compute-bound and large-tile GEMMs win.
 LARGE_TOKENS_PER_EXPERT = 512
 
+_SOURCES = ("act_fn", *LIMIT_NAMES, *ALPHA_NAMES)
 _OPTION_NAMES = tuple(option.name for option in OPTIONS)
 _PLAIN = (nn.Parameter, Tensor)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cpu", "cuda")
 
 
@@ -53,12 +54,12 @@ class Settings(NamedTuple):
     batch_invariant: bool = False
 
 
-_specs: weakref.WeakKeyDictionary[nn.Module, ModuleSpec] = weakref.WeakKeyDictionary()
-_settings: weakref.WeakKeyDictionary[nn.Module, Settings] = weakref.WeakKeyDictionary()
+# With the parts and numbers of the module that the spec was read from.
+_Read = tuple[tuple[Any, ...], ModuleSpec]
+_specs: weakref.WeakKeyDictionary[nn.Module, _Read] = weakref.WeakKeyDictionary()
 _DEFAULTS = Settings()
+SETTINGS = "_moesd_settings"  # a module's attribute, where they are not the defaults
 _said: set[str] = set()
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def register(name: str = "moesd") -> None:
@@ -79,55 +80,6 @@ def register(name: str = "moesd") -> None:
     FP8ExpertsInterface.register(name, _refuse_fp8)
 
 
-def accelerate(
-    model: Model,
-    *,
-    dense: str | bool = "auto",
-    backend: str = "auto",
-    batch_invariant: bool = False,
-) -> Model:
-    """Run the experts of a transformers model on our kernels; returns ``model``.
-
-    Weights stay where they are, in their own layout, so ``save_pretrained`` is unaffected. A model
-    without experts is left as it is, except for ``dense``.
-
-    Args:
-        model: a transformers model.
-        dense: also run linear layers, RMS norms and softmax routers on our CPU kernels, whose rows
-            do not depend on each other: True, False, or "auto" for where those kernels can run.
-        backend: back-end of the experts; see ``moesd_kernels.fused_experts``.
-        batch_invariant: make experts rows independent of the rest of the batch on every device.
-
-    Raises:
-        ValueError: ``dense`` is not "auto", True or False.
-        RuntimeError: ``dense`` is True and the CPU kernels cannot run; the message says why.
-    """
-    from .dense import accelerate_dense
-
-    if dense not in ("auto", True, False):
-        raise ValueError(f"dense must be 'auto', True or False, got {dense!r}")
-    register()
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        model.set_experts_implementation("moesd")  # type: ignore[operator]
-        for module in model.modules():
-            if hasattr(module, "_apply_gate") or hasattr(module, "is_concatenated"):
-                _settings[module] = Settings(backend, batch_invariant)
-                _specs[module] = read_spec(module)
-    if dense is not False:
-        accelerate_dense(model, required=dense is True)
-    return model
-
-
-def decelerate(model: Model) -> Model:
-    """Undo ``accelerate``: transformers' default experts and the modules' own forwards."""
-    from .dense import decelerate_dense
-
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
-    decelerate_dense(model)
-    return model
-
-
 def read_spec(experts: nn.Module) -> ModuleSpec:
     """Read an experts module's flags and recognise its gate."""
     if getattr(experts, "has_post_expert_norm", False):
@@ -142,16 +94,27 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
 
 
 def spec_of(experts: nn.Module) -> ModuleSpec:
-    """What the module computes, made at its first use."""
+    """What the module computes, made at its first use and when its activation has changed."""
+    state = experts.__dict__
+    source = (type(experts), experts._modules.get("act_fn"), *map(state.get, _SOURCES))
     found = _specs.get(experts)
-    if found is None:
-        found = _specs[experts] = read_spec(experts)
-    return found
+    if found is None or found[0] != source:
+        found = _specs[experts] = source, read_spec(experts)
+    return found[1]
 
 
 def settings_of(experts: nn.Module) -> Settings:
     """What the caller of ``accelerate`` chose for this module."""
-    return _settings.get(experts, _DEFAULTS)
+    settings: Settings = experts.__dict__.get(SETTINGS, _DEFAULTS)
+    return settings
+
+
+def choose(experts: nn.Module, settings: Settings) -> None:
+    """Let ``settings_of`` this module, and of its copies, be these."""
+    if settings == _DEFAULTS:
+        experts.__dict__.pop(SETTINGS, None)
+    else:
+        experts.__dict__[SETTINGS] = settings
 
 
 def _decisions_at(address: int) -> tuple[str | None, bool, tuple[Any, ...], Settings]:
@@ -218,7 +181,7 @@ def _call_refusal(
         kinds = f"{type(w_gate_up).__name__} and {type(w_down).__name__}"
         return f"expert weights are {kinds}, not plain tensors"
     dtype = hidden_states.dtype
-    if w_gate_up.dtype != dtype or w_down.dtype != dtype or dtype not in _DTYPES:
+    if w_gate_up.dtype != dtype or w_down.dtype != dtype or dtype not in DTYPES:
         return f"expert weights are {w_gate_up.dtype} and hidden states {dtype}"
     if needs_grad(hidden_states, w_gate_up, w_down, top_k_weights):
         return "gradients are needed (run under torch.inference_mode() or torch.no_grad())"
@@ -233,18 +196,19 @@ def _call_refusal(
 def _hand_over(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, reason: str
 ) -> Tensor:
-    """transformers' ``grouped_mm`` on the same module."""
+    """transformers' ``grouped_mm`` on the same module, or ``batched_mm`` for what that lacks."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    name = "batched_mm" if hidden_states.dtype == torch.float64 else "grouped_mm"
     if not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)
-        logger.warning("experts run transformers' grouped_mm: %s", reason)
-    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        logger.warning("experts run transformers' %s: %s", name, reason)
+    return ALL_EXPERTS_FUNCTIONS[name](self, hidden_states, top_k_index, top_k_weights)
 
 
 def _refuse_fp8(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """What transformers' separate registry for FP8 experts finds under our name."""
     raise NotImplementedError(
         "moesd has kernels for bfloat16, float16 and float32 experts, got FP8 experts "
-        f"({type(self).__name__}); load the model with experts_implementation='grouped_mm'"
+        f"({type(self).__name__}); load the model without experts_implementation='moesd'"
     )

@@ -18,8 +18,8 @@ from moesd_kernels.experts.reference import apply_activation
 from moesd_kernels.experts.spec import ExpertsSpec
 from moesd_kernels.experts.spec.activations import FUNCTIONS
 
-_LIMIT_NAMES = ("limit", "swiglu_limit")
-_ALPHA_NAMES = ("alpha", "swiglu_alpha")
+LIMIT_NAMES = ("limit", "swiglu_limit")
+ALPHA_NAMES = ("alpha", "swiglu_alpha")
 
 
 def recognise_gate(
@@ -59,18 +59,18 @@ def _probe(experts: torch.nn.Module) -> Tensor:
     """``[64, 64]`` fp32 values from -30 to 30, dense around 0, on the module's device."""
     device = next((p.device for p in experts.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    wide = torch.rand(64, 64, generator=generator) * 2 - 1
+    wide = torch.rand(64, 64, generator=generator, dtype=torch.float32) * 2 - 1
     return (30 * wide**3).to("cpu" if device.type == "meta" else device)
 
 
 def _candidates(experts: torch.nn.Module, gated: bool, interleaved: bool) -> list[ExpertsSpec]:
     if not gated:
         return [ExpertsSpec(name, gated=False) for name in FUNCTIONS]
-    limits = [None, *_numbers(experts, _LIMIT_NAMES)]
+    limits = [None, *_numbers(experts, LIMIT_NAMES)]
     plain = ExpertsSpec(interleaved=interleaved)
     clamped = [replace(plain, activation_limit=limit) for limit in limits]
     specs = [replace(spec, activation=name) for spec in clamped for name in FUNCTIONS]
-    alphas = [alpha for alpha in _numbers(experts, _ALPHA_NAMES) if alpha]
+    alphas = [alpha for alpha in _numbers(experts, ALPHA_NAMES) if alpha]
     return specs + [replace(spec, activation_alpha=alpha) for spec in clamped for alpha in alphas]
 
 

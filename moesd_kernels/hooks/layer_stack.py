@@ -13,8 +13,9 @@ from torch import nn
 
 from moesd_kernels.experts.spec import ExpertsSpec
 
-from .dense import fused_router_of, gated_activation_of, runs_linear
+from .dense import fused_router_of, runs_linear
 from .experts import ModuleSpec, settings_of, spec_of
+from .mlps import gated_activation_of
 
 
 def layer_stack() -> Any:

@@ -138,8 +138,9 @@ def recognise_router(router: nn.Module) -> RouterRule | None:
     with torch.no_grad():
         for tensor in tensors:
             if tensor.is_floating_point():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / H**0.5)
-    hidden = torch.randn(64, H, generator=generator)
+                drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+                tensor.copy_(drawn / H**0.5)
+    hidden = torch.randn(64, H, generator=generator, dtype=torch.float32)
     single = _ask(probe.float(), hidden)
     half = _ask(copy.deepcopy(probe).to(torch.bfloat16), hidden.bfloat16())
     if single is None or half is None:

@@ -13,8 +13,8 @@ from torch import nn
 
 from moesd_kernels import accelerate, available_backends, decelerate
 from moesd_kernels.dense import ops
-from moesd_kernels.hooks import dense as dense_hook
 from moesd_kernels.hooks.dense import accelerate_dense
+from moesd_kernels.hooks.shadow import unshadow
 
 pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason="the CPU kernels cannot run here"
@@ -181,7 +181,7 @@ def test_somebody_elses_forward_is_left_alone():
     linear = nn.Linear(8, 4)
     linear.forward = lambda x: x
     assert accelerate_dense(linear) == 0
-    dense_hook.decelerate_dense(linear)
+    unshadow(linear)
     assert linear(3) == 3
 
 
