@@ -9,8 +9,9 @@ embeddings and the output projection are paid in full.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -58,16 +59,19 @@ def find_experts(model: nn.Module) -> list[nn.Module]:
 class ReducedRouting:
     """Forward pre-hooks on a model's experts that shrink the routing.
 
-    They are there only while it is in use: a hook that stayed would outlive the drafter, and the
-    next drafter of the same model would add its own.
+    They are there only while it is in use, and heed only the thread that uses it: a hook that
+    stayed would outlive the drafter, and the next drafter of the same model would add its own.
     """
 
     def __init__(self, experts: list[nn.Module], top_k: int) -> None:
         self.top_k = top_k
         self.calls = 0
         self._experts = experts
+        self._thread: int | None = None
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:  # somebody else runs the model beside us
+            return None
         self.calls += 1
         hidden, index, weights = (*args, *kwargs.values())[:3]
         if index.shape[-1] <= self.top_k:
@@ -76,15 +80,12 @@ class ReducedRouting:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        handles = [
-            module.register_forward_pre_hook(self._hook, with_kwargs=True)
-            for module in self._experts
-        ]
-        try:
+        self._thread = threading.get_ident()
+        with ExitStack() as handles:
+            for module in self._experts:
+                handle = module.register_forward_pre_hook(self._hook, with_kwargs=True)
+                handles.callback(handle.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def experts_per_token(model: Any) -> int | None:

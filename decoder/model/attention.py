@@ -15,7 +15,7 @@ Three forms, one meaning (query at position p sees positions max(0, p - window +
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,19 +116,6 @@ def placed(placement: Placement) -> Iterator[None]:
         _active.placement = previous
         if cudnn:
             torch.backends.cuda.enable_cudnn_sdp(True)
-
-
-@contextmanager
-def used_by(configs: Sequence[Any]) -> Iterator[None]:
-    """Let the models of these transformers configs call this attention."""
-    previous = [config._attn_implementation_internal for config in configs]
-    for config in configs:
-        config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        for config, name in zip(configs, previous, strict=True):
-            config._attn_implementation_internal = name
 
 
 def ragged_attention(

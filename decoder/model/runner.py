@@ -22,7 +22,7 @@ from .cache import RaggedCache, cache_argument, whole_blocks
 from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward
 from .prefill import PREFILL_CHUNK, prefill_parts
-from .support import attention_configs, check_supported
+from .support import attention_configs, attention_named, check_supported
 
 _STATIC_QUERIES = 32  # wider forwards are prefill
 
@@ -204,7 +204,7 @@ class ModelRunner:
             )
             logits = self._head(_gather(states, logits_positions) if columns is None else states)
         else:
-            with ragged.placed(placement), ragged.used_by(self._configs):
+            with ragged.placed(placement), attention_named(ragged.NAME, self._configs):
                 logits, kept = self._model_forward(
                     input_ids, position_ids, hidden_layers, logits_positions
                 )
@@ -273,7 +273,7 @@ class ModelRunner:
             f"{type(self.model).__name__} cannot be decoded over a ragged cache: expected every "
             "layer to use transformers' attention interface and its cache, got "
         )
-        with ragged.placed(placement), ragged.used_by(self._configs):
+        with ragged.placed(placement), attention_named(ragged.NAME, self._configs):
             try:
                 logits = self.model(**inputs).logits
             except (RuntimeError, TypeError, NotImplementedError) as error:

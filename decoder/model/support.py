@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from decoder.errors import UserError
 
+_ATTRIBUTE = "_attn_implementation_internal"
+_thread = threading.local()
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -49,4 +55,43 @@ def check_supported(model: Any) -> None:
 def attention_configs(model: torch.nn.Module) -> list[Any]:
     """Every distinct config object that a module of ``model`` reads its attention choice from."""
     found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
+    return [c for c in found.values() if hasattr(c, _ATTRIBUTE)]
+
+
+class _ByThread:
+    """What configs keep under ``_ATTRIBUTE``; for a thread inside ``attention_named``, its name.
+
+    Models read the attention they run from a config that all threads share. Another name written
+    there for the time of a forward would switch the forwards of other threads with it.
+    """
+
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
+        if config is None:
+            return self
+        if not torch.compiler.is_compiling():  # which could not read a thread's variables
+            name = getattr(_thread, "names", {}).get(id(config))
+            if name is not None:
+                return name
+        try:
+            return config.__dict__[_ATTRIBUTE]
+        except KeyError:
+            raise AttributeError(_ATTRIBUTE) from None
+
+    def __set__(self, config: Any, value: Any) -> None:
+        config.__dict__[_ATTRIBUTE] = value
+
+
+@contextmanager
+def attention_named(name: str, configs: list[Any]) -> Iterator[None]:
+    """Let this thread's forwards of the models of these configs run the attention of that name.
+
+    The configs are not touched.
+    """
+    if not isinstance(vars(PreTrainedConfig).get(_ATTRIBUTE), _ByThread):
+        setattr(PreTrainedConfig, _ATTRIBUTE, _ByThread())
+    previous: dict[int, str] = getattr(_thread, "names", {})
+    _thread.names = previous | {id(config): name for config in configs}
+    try:
+        yield
+    finally:
+        _thread.names = previous
