@@ -6,8 +6,9 @@ made here, and ``setup.py`` makes the same ones. Devices are "cpu" and "cuda"; t
 implements schemas that the CPU library holds, and building it needs no GPU.
 
 A built module carries in its name the torch it was built for: another torch does not find it, where
-it would load it and break. Importing this module does nothing; without a compiler ``load`` returns
-the reason and raises nothing.
+it would load it and break. A library that others could have written is code of theirs and is not
+loaded (``trust.py``). Importing this module does nothing; without a compiler ``load`` returns the
+reason and raises nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from .trust import distrust, own_folder, require_trust
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +151,7 @@ def compile_library(device: str, target: Path, compiler: str) -> None:
         linked = Path(folder) / target.name
         objects = [job[-1] for job in jobs]
         _run([compiler, "-o", str(linked), *objects, *_link_flags(device)])
+        linked.chmod(0o755)  # whatever the umask: nobody else may write to code
         os.replace(linked, target)
 
 
@@ -157,10 +161,18 @@ def module_name(device: str) -> str:
 
 
 def built_module(device: str) -> Path | None:
-    """The module built beside this file for ``device``, unless one of its sources is newer."""
+    """The module built beside this file for ``device``.
+
+    None where there is none, one of its sources is newer, or others could have written it. Who owns
+    the package is trusted: it runs already.
+    """
     name = module_name(device).rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
-    path = Path(__file__).with_name(name)
-    if not path.exists():
+    package = Path(__file__).resolve().parent
+    if not (package / name).exists():
+        return None
+    path = (package / name).resolve()
+    if reason := distrust([path.parent, path], owner=package.stat().st_uid):
+        logger.warning("the built module is not loaded: %s", reason)
         return None
     built = path.stat().st_mtime
     current = all(source.stat().st_mtime <= built for source in _source_files(device))
@@ -209,8 +221,7 @@ def _compiled_library(device: str) -> Path:
     root = os.environ.get("MOESD_CACHE_DIR") or (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesd"
     )
-    folder = Path(root) / _cache_key(device, compiler)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = own_folder(Path(root), _cache_key(device, compiler))
     library = folder / f"moesd_{device}.so"
     with _locked(folder / "lock"):
         if not library.exists():
@@ -218,6 +229,7 @@ def _compiled_library(device: str) -> Path:
             compile_library(device, library, compiler)
             seconds = time.perf_counter() - started
             logger.info("compiled the %s kernels in %.0f s", device.upper(), seconds)
+    require_trust(library)
     return library
 
 
