@@ -14,7 +14,7 @@ from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.eagle import EagleDrafter
-from decoder.drafters.eagle_loader import EagleCheckpoint
+from decoder.drafters.eagle_config import EagleCheckpoint
 from decoder.drafters.independent import IndependentDrafter
 from decoder.engine.profile_rounds import RoundLog
 from moesd_kernels import accelerate

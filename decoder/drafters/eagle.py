@@ -23,8 +23,9 @@ from decoder.model.kernels import accelerate, ragged_attention_op
 from decoder.round import Draft, StepState
 
 from .base import DraftChain
+from .eagle_config import EagleCheckpoint
 from .eagle_head import EagleHead
-from .eagle_loader import EagleCheckpoint, load_eagle
+from .eagle_loader import load_eagle
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner

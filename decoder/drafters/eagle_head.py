@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoder.errors import UserError
+from decoder.errors import UserError, explained
 from decoder.model.attention import Placement, ragged_attention
 from decoder.model.cache import RaggedCache
 
-from .eagle_loader import EagleCheckpoint, EagleConfig
+from .eagle_config import EagleCheckpoint, EagleConfig
 from .vocab import fit_vocab
 
 
@@ -159,6 +159,11 @@ class EagleHead(nn.Module):
                 f"the EAGLE head needs embeddings of width {config.hidden_size}, the target's have "
                 f"{embedding.shape[1]} and the head brings none"
             )
+        if self._shared[0].shape[0] < embedding.shape[0]:
+            raise UserError(
+                f"the EAGLE head embeds {self._shared[0].shape[0]} tokens, the target has "
+                f"{embedding.shape[0]}"
+            )
         eps = config.rms_norm_eps
         self.fc = _part(weights, "fc", eps)
         self.input_norm = _part(weights, "input_norm", eps)
@@ -242,4 +247,5 @@ def _rotary(config: EagleConfig, device: torch.device) -> nn.Module:
         "head_dim": config.head_dim,
         **config.rope,
     }
-    return LlamaRotaryEmbedding(LlamaConfig(**settings)).to(device)
+    with explained(f"EAGLE config: its rotary embedding cannot be made of {config.rope}"):
+        return LlamaRotaryEmbedding(LlamaConfig(**settings)).to(device)

@@ -15,76 +15,20 @@ tensors; the configuration supplies only what tensors cannot tell. It does not d
 
 from __future__ import annotations
 
-import json
-import pickle
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from decoder.errors import UserError
+from decoder.checkpoint.folder import CONFIG, model_folder, read_json
+from decoder.checkpoint.weights import tensor_headers, weight_files
+from decoder.errors import UserError, explained
 
-Kind = Literal["eagle1", "eagle3"]
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+from .eagle_config import EagleCheckpoint, EagleConfig, Kind, check_head
+
 _RENAMES = (("midlayer.", "layers.0."), ("fusion_fc.", "fc."), ("transformer.", "layers.0."))
 _UNUSED = ("t2d", "verifier_lm_head.", "verifier_norm.")
-
-
-@dataclass(frozen=True, slots=True)
-class EagleConfig:
-    """What the head's tensors cannot tell.
-
-    Attributes:
-        kind: ``eagle1`` feeds features through ``fc`` beside the embedding; ``eagle3`` fuses
-            several target layers first and attends over ``[embedding, hidden]``.
-        feature_layers: indices into transformers' ``hidden_states`` of the target; ``None`` leaves
-            EAGLE-3's default of the inputs of layers 2, n // 2 and n - 3 to the drafter.
-        norm_before_residual: EAGLE-3's first layer takes the normed hidden state as its residual.
-        norm_output: the hidden state handed to the next draft step is the one after ``norm``.
-        windows: per layer, how many latest positions it sees; 0 is all.
-        rope: configuration keys that transformers' rotary embedding reads.
-    """
-
-    kind: Kind
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_layers: int
-    rms_norm_eps: float
-    hidden_act: str
-    windows: tuple[int, ...]
-    rope: dict[str, Any]
-    feature_layers: tuple[int, ...] | None
-    norm_before_residual: bool = False
-    norm_output: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"EAGLE config: num_attention_heads must be a multiple of num_key_value_heads, "
-                f"got {self.num_heads} and {self.num_kv_heads}"
-            )
-        if self.feature_layers is not None and not self.feature_layers:
-            raise UserError("EAGLE config: the list of feature layers is empty")
-
-
-@dataclass(frozen=True, slots=True)
-class EagleCheckpoint:
-    """A head in canonical form: ``layers.i.*`` names, ``draft_to_target`` as absolute ids.
-
-    Attributes:
-        config: see ``EagleConfig``.
-        weights: canonical name to tensor, floating point only.
-        draft_to_target: ``[draft_vocab]`` int64 target id of each draft id, ``None`` when the head
-            speaks the target's vocabulary.
-    """
-
-    config: EagleConfig
-    weights: dict[str, Tensor]
-    draft_to_target: Tensor | None
 
 
 def is_eagle_checkpoint(path: str | Path) -> bool:
@@ -92,83 +36,58 @@ def is_eagle_checkpoint(path: str | Path) -> bool:
 
     A SafeAILab EAGLE-1 configuration is indistinguishable from a one-layer Llama's, so when the
     configuration does not say, the tensor names decide.
+
+    Raises:
+        UserError: the configuration or the weights cannot be read.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         return False
-    raw = _read_config(path)
+    raw = read_json(path / CONFIG)
     if "speculators_model_type" in raw:
         return True
-    if any("eagle" in str(name).lower() for name in raw.get("architectures") or ()):
-        return True
-    names = _tensor_names(path)
+    with explained(f"{path / CONFIG} cannot be used"):
+        if any("eagle" in str(name).lower() for name in raw.get("architectures") or ()):
+            return True
+    names = tensor_headers(weight_files(path))
     return "fc.weight" in names or "model.fc.weight" in names
 
 
 def load_eagle(path: str | Path) -> EagleCheckpoint:
-    """Load a head from a directory with ``config.json`` and one weight file.
+    """Load a head from a directory with ``config.json`` and safetensors weights.
 
     Raises:
-        UserError: a file is missing, it is not an EAGLE-1 or EAGLE-3 head, or its tensors and
-            configuration disagree.
+        UserError: a file is missing or broken, it is not an EAGLE-1 or EAGLE-3 head, or its tensors
+            and configuration disagree.
     """
-    path = Path(path)
-    raw = _read_config(path)
-    weights = _canonical(_read_weights(path))
-    layer_config = raw.get("transformer_layer_config", raw)
-    kind = _kind(raw, weights, path)
-    config = _parse_config(raw, layer_config, kind, weights)
-    offsets = weights.pop("d2t", None)
-    draft_to_target = None
-    if offsets is not None:
-        draft_to_target = offsets.long() + torch.arange(offsets.numel())
-    checkpoint = EagleCheckpoint(config, weights, draft_to_target)
-    _check(checkpoint, raw, path)
+    from safetensors.torch import load_file
+
+    path = model_folder(path, "EAGLE head")
+    with explained(f"cannot load the EAGLE head in {path}"):
+        raw = read_json(path / CONFIG)
+        files = weight_files(path)
+        tensor_headers(files)  # says which file is broken, and how
+        weights = _canonical({n: t for file in files for n, t in load_file(file).items()})
+        layer_config = raw.get("transformer_layer_config", raw)
+        if not isinstance(layer_config, dict):
+            got = type(layer_config).__name__
+            raise UserError(f"EAGLE config: transformer_layer_config must be an object, got {got}")
+        kind = _kind(raw, weights, path)
+        config = _parse_config(raw, layer_config, kind, weights)
+        checkpoint = EagleCheckpoint(config, weights, _targets(weights.pop("d2t", None), path))
+        check_head(checkpoint, layer_config.get("vocab_size") or 0, path)
     return checkpoint
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
-        raise UserError(f"an EAGLE head needs {file.name}, none in {path}")
-    return json.loads(file.read_text())
-
-
-def _weight_file(path: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"an EAGLE head needs one of {', '.join(WEIGHT_FILES)}, none in {path}")
-
-
-def _tensor_names(path: Path) -> set[str]:
-    if (path / "model.safetensors").is_file():
-        from safetensors import safe_open
-
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            return set(file.keys())
-    if (path / "pytorch_model.bin").is_file():
-        return set(_load_bin(path / "pytorch_model.bin"))
-    return set()
-
-
-def _load_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the pre-zip format that some old heads come in cannot be mapped
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file} holds more than tensors and is not loaded: {error}") from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    file = _weight_file(path)
-    if file.suffix == ".bin":
-        return _load_bin(file)
-    from safetensors.torch import load_file
-
-    return load_file(file)
+def _targets(offsets: Tensor | None, path: Path) -> Tensor | None:
+    if offsets is None:
+        return None
+    if offsets.ndim != 1 or offsets.is_floating_point() or offsets.numel() == 0:
+        raise UserError(
+            f"EAGLE head in {path}: d2t must be a list of integers, got {tuple(offsets.shape)} "
+            f"{offsets.dtype}"
+        )
+    return offsets.long() + torch.arange(offsets.numel())
 
 
 def _canonical(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,21 +117,27 @@ def _kind(raw: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Kind:
 def _parse_config(
     raw: dict[str, Any], layer: dict[str, Any], kind: Kind, weights: dict[str, Tensor]
 ) -> EagleConfig:
+    from transformers.activations import ACT2FN
+
     missing = [key for key in ("hidden_size", "num_attention_heads") if key not in layer]
     if missing:
         raise UserError(f"EAGLE config lacks {', '.join(missing)}")
-    heads = layer["num_attention_heads"]
-    layers = {int(name.split(".")[1]) for name in weights if name.startswith("layers.")}
+    heads, width = layer["num_attention_heads"], layer["hidden_size"]
+    kv_heads, head_dim = layer.get("num_key_value_heads"), layer.get("head_dim")
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    hidden_act = layer.get("hidden_act", "silu")
+    if hidden_act not in ACT2FN:
+        raise UserError(f"EAGLE config: hidden_act is unknown, got {hidden_act!r}")
     rope_keys = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
     return EagleConfig(
         kind=kind,
-        hidden_size=layer["hidden_size"],
+        hidden_size=width,
         num_heads=heads,
-        num_kv_heads=layer.get("num_key_value_heads") or heads,
-        head_dim=layer.get("head_dim") or layer["hidden_size"] // heads,
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=width // heads if head_dim is None else head_dim,
         num_layers=len(layers),
         rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
-        hidden_act=layer.get("hidden_act", "silu"),
+        hidden_act=hidden_act,
         windows=_windows(layer, len(layers)),
         rope={key: layer[key] for key in rope_keys if layer.get(key) is not None},
         feature_layers=(-1,) if kind == "eagle1" else _feature_layers(raw),
@@ -224,6 +149,11 @@ def _parse_config(
 def _windows(layer: dict[str, Any], count: int) -> tuple[int, ...]:
     types = layer.get("layer_types") or ["full_attention"] * count
     window = layer.get("sliding_window") or 0
+    if not isinstance(window, int) or window < 0 or len(types) < count:
+        raise UserError(
+            f"EAGLE config: sliding_window and layer_types must be of {count} layers, got "
+            f"{window!r} and {types!r}"
+        )
     return tuple(window if kind == "sliding_attention" else 0 for kind in types[:count])
 
 
@@ -234,50 +164,3 @@ def _feature_layers(raw: dict[str, Any]) -> tuple[int, ...] | None:
         return tuple(raw[key])
     nested = (raw.get("eagle_config") or {}).get(key)
     return tuple(index + 1 for index in nested) if nested else None
-
-
-def _check(checkpoint: EagleCheckpoint, raw: dict[str, Any], path: Path) -> None:
-    config, weights = checkpoint.config, checkpoint.weights
-    inputs = 2 if config.kind == "eagle3" else 1
-    H, D = config.hidden_size, config.head_dim
-    expected = {
-        "layers.0.self_attn.q_proj.weight": (config.num_heads * D, inputs * H),
-        "layers.0.self_attn.k_proj.weight": (config.num_kv_heads * D, inputs * H),
-        "layers.0.self_attn.v_proj.weight": (config.num_kv_heads * D, inputs * H),
-        "layers.0.self_attn.o_proj.weight": (H, config.num_heads * D),
-        "layers.0.post_attention_layernorm.weight": (H,),
-    }
-    if config.kind == "eagle3":
-        expected["norm.weight"] = (H,)
-        expected["layers.0.input_layernorm.weight"] = (H,)
-    for name, shape in expected.items():
-        if name not in weights:
-            raise UserError(f"EAGLE head in {path} lacks tensor {name}")
-        if tuple(weights[name].shape) != shape:
-            raise UserError(
-                f"EAGLE head in {path}: {name} must be {shape} by its config, "
-                f"got {tuple(weights[name].shape)}"
-            )
-    if weights["fc.weight"].shape[0] != H:
-        raise UserError(
-            f"EAGLE head in {path}: fc must produce hidden_size {H}, "
-            f"got {weights['fc.weight'].shape[0]}"
-        )
-    mapped, head = checkpoint.draft_to_target, weights.get("lm_head.weight")
-    if head is None and mapped is not None:
-        raise UserError(f"EAGLE head in {path} has d2t but no lm_head of its own")
-    if head is not None and mapped is not None and head.shape[0] != mapped.numel():
-        raise UserError(
-            f"EAGLE head in {path}: lm_head and d2t must agree on the draft vocabulary, "
-            f"got {head.shape[0]} and {mapped.numel()}"
-        )
-    if head is not None and mapped is None and _draft_vocab_is_smaller(raw, head):
-        raise UserError(
-            f"EAGLE head in {path}: lm_head covers {head.shape[0]} tokens but there is no d2t "
-            "that says which"
-        )
-
-
-def _draft_vocab_is_smaller(raw: dict[str, Any], head: Tensor) -> bool:
-    layer = raw.get("transformer_layer_config", raw)
-    return "vocab_size" in layer and head.shape[0] < layer["vocab_size"]

@@ -7,11 +7,12 @@ for a drafter before it is first asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from decoder.checkpoint.folder import model_folder
+from decoder.checkpoint.tokenizer_files import has_tokenizer
 from decoder.errors import UserError
 
 from .base import Drafter
@@ -46,7 +47,7 @@ class DraftOptions:
     tokenizer: Any = None
 
 
-# (draft, target, options): a path, a loaded draft or None; the loaded target.
+# (draft, target, options): a folder, a loaded draft or None; the loaded target.
 Factory = Callable[[Any, Any, DraftOptions], Drafter]
 
 
@@ -59,7 +60,7 @@ class DrafterKind:
         summary: what it proposes, in a few words, for the command line's help.
         make: makes one; imports what that needs.
         aliases: what others call it.
-        draft: whether it takes a draft, a path or something loaded: if not, one is ignored.
+        draft: whether it takes a draft, a path or something loaded: if not, one is refused.
         options: the fields of ``DraftOptions`` that a user sets for it.
     """
 
@@ -67,7 +68,7 @@ class DrafterKind:
     summary: str
     make: Factory
     aliases: tuple[str, ...] = ()
-    draft: Literal["ignored", "optional", "required"] = "ignored"
+    draft: Literal["none", "optional", "required"] = "none"
     options: tuple[str, ...] = ()
 
 
@@ -77,13 +78,14 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
     from .independent import IndependentDrafter
 
     tokenizer = None  # equal vocabulary sizes are the only evidence there is without one
-    if isinstance(draft, (str, Path)):
-        from decoder.model.loading import load_model, load_tokenizer
+    if isinstance(draft, Path):
+        from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
         weight = target.get_input_embeddings().weight
         model = load_model(draft, dtype=weight.dtype, device=weight.device)
-        with suppress(UserError):
+        if has_tokenizer(draft):
             tokenizer = load_tokenizer(draft)
+            require_fitting_tokenizer(tokenizer, model)
         draft = model
     if not hasattr(draft, "get_output_embeddings"):
         raise UserError(f"draft must be a path or a causal LM, got {type(draft).__name__}")
@@ -193,7 +195,7 @@ def build_drafter(
             lookup without one. Also a ``Drafter``, which is returned as is, ``None`` for none, or
             a loaded draft model, as if given as ``draft``.
         target: the loaded target, for the dtype and device of what is loaded.
-        draft: directory of a draft model or an EAGLE head, or one that is loaded.
+        draft: directory or hub name of a draft model or an EAGLE head, or one that is loaded.
         options: see ``DraftOptions``.
 
     Raises:
@@ -203,11 +205,14 @@ def build_drafter(
         return checked_drafter(drafter)
     if not isinstance(drafter, str):
         drafter, draft = AUTO, drafter
+    if isinstance(draft, (str, Path)):
+        draft = model_folder(draft, "draft")
     kind = drafter_kind(drafter, draft)
+    if kind.draft == "none" and draft is not None:
+        got = str(draft) if isinstance(draft, Path) else type(draft).__name__
+        raise UserError(f"drafter {drafter!r} takes no draft, got {got!r}")
     if kind.draft == "required" and draft is None:
         raise UserError(f"drafter {drafter!r} needs a draft (--draft), got none")
-    if kind.draft != "ignored" and isinstance(draft, (str, Path)) and not Path(draft).is_dir():
-        raise UserError(f"draft must be a directory, got {str(draft)!r}")
     return kind.make(draft, target, options or DraftOptions())
 
 
@@ -227,8 +232,9 @@ def checked_drafter(drafter: Drafter | None) -> Drafter:
 
 def _kind_of(draft: Any) -> DrafterKind:
     """What a draft is: a directory is looked into."""
-    from .eagle_loader import EagleCheckpoint, is_eagle_checkpoint
+    from .eagle_config import EagleCheckpoint
+    from .eagle_loader import is_eagle_checkpoint
 
-    is_path = isinstance(draft, (str, Path))
+    is_path = isinstance(draft, Path)
     is_head = is_eagle_checkpoint(draft) if is_path else isinstance(draft, EagleCheckpoint)
     return DRAFTERS["eagle" if is_head else "independent"]

@@ -89,7 +89,7 @@ def meta_state() -> StepState:
 def test_an_eagle_round_waits_for_nothing(monkeypatch, sdpa, tmp_path):
     runner = meta_runner(monkeypatch)
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
-    drafter = EagleDrafter(save(tmp_path, LAYER, weights, False))
+    drafter = EagleDrafter(save(tmp_path, LAYER, weights))
     sampler = Sampler(ROWS, MOE_VOCAB, META)
     drafter.bind(runner, sampler, 3)
     drafter._host_synced = [LENGTH - 3, LENGTH - 2]

@@ -48,7 +48,7 @@ def eagle(path: Path, kind: str) -> EagleDrafter:
     if kind == "eagle1":
         tensors = random_layer("layers.0", H, 0)
         tensors["fc.weight"] = torch.randn(H, 2 * H) / H**0.5
-        return EagleDrafter(save(path, LAYER, tensors, False))
+        return EagleDrafter(save(path, LAYER, tensors))
     tensors = random_layer("midlayer", 2 * H, 0) | {
         "midlayer.hidden_norm.weight": norm(H, 1),
         "midlayer.input_layernorm.weight": norm(H, 2),
@@ -58,7 +58,7 @@ def eagle(path: Path, kind: str) -> EagleDrafter:
         "d2t": 3 * torch.arange(20) - torch.arange(20),
     }
     config = {**LAYER, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
-    return EagleDrafter(save(path, config, tensors, False))
+    return EagleDrafter(save(path, config, tensors))
 
 
 def make(name: str, path: Path) -> Any:

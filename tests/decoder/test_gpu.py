@@ -38,7 +38,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def eagle(folder: Path) -> EagleDrafter:
     weights = {"fc.weight": 0.1 * torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
-    return EagleDrafter(save(folder, LAYER, weights, False), kernels=True)
+    return EagleDrafter(save(folder, LAYER, weights), kernels=True)
 
 
 DRAFTERS: dict[str, Callable[[str, torch.dtype, Path], Any]] = {

@@ -37,7 +37,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_tokenizer(root / name, [f"w{i}" for i in range(MOE_VOCAB)])
     torch.manual_seed(0)
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
-    save(root / "eagle", LAYER, weights, False)
+    save(root / "eagle", LAYER, weights)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -55,13 +55,10 @@ def norm(size: int, seed: int) -> Tensor:
     return 1 + 0.2 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def save(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], binary: bool) -> Path:
+def save(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    if binary:
-        torch.save(tensors, path / "pytorch_model.bin")
-    else:
-        save_file(tensors, path / "model.safetensors")
+    save_file(tensors, path / "model.safetensors")
     return path
 
 

@@ -179,7 +179,7 @@ def test_mistakes_found_with_the_model_loaded(models, tmp_path, capsys):
     cases = [
         (["--prompts", str(long)], "300 tokens leave no room in a context"),
         (["--prompt", "w7", "--draft", str(models / "foreign")], "vocabular"),
-        (["--prompt", "w7", "--draft", str(models / "absent")], "draft must be a directory, got"),
+        (["--prompt", "w7", "--draft", str(models / "absent")], "does not exist"),
         (["--prompt", "w7", "--drafter", "independent"], "needs a draft (--draft), got none"),
         (["--prompt", "w7", "--drafter", "replay", "--replay-alpha", "2"], "must be in [0, 1]"),
         (["--prompt", "w7", "--resume"], "--resume needs --output"),

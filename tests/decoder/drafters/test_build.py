@@ -40,7 +40,7 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("drafts")
     tiny_model("llama", num_hidden_layers=1).save_pretrained(root / "model")
     tensors = random_layer("layers.0", H, 0) | {"fc.weight": ones(H, 2 * H)}
-    head = save(root / "head", LAYER, tensors, False)
+    head = save(root / "head", LAYER, tensors)
     return {"independent": root / "model", "eagle": head}
 
 
@@ -103,8 +103,9 @@ def test_each_option_is_a_field_that_some_kind_reads() -> None:
 @pytest.mark.parametrize(
     ("drafter", "draft", "message"),
     [
-        ("auto", "/no/such/draft", "draft must be a directory, got '/no/such/draft'"),
-        ("eagle", "/no/such/draft", "draft must be a directory, got '/no/such/draft'"),
+        ("auto", "/no/such/draft", "draft path '/no/such/draft' does not exist"),
+        ("eagle", "/no/such/draft", "draft path '/no/such/draft' does not exist"),
+        ("ngram", "/no/such/draft", "draft path '/no/such/draft' does not exist"),
         ("eagle3", None, r"drafter 'eagle3' needs a draft \(--draft\), got none"),
         ("medusa", None, "must be one of auto, none, ngram.*got 'medusa'; a draft model's path"),
         (3.5, None, "draft must be a path or a causal LM, got float"),

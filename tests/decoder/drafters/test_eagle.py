@@ -63,7 +63,7 @@ def eagle1_case(path: Path, target: Any, *, layout: str) -> Case:
         }
     lm_head = target.get_output_embeddings().weight
     return Case(
-        save(path, config, tensors, binary=layout == "bin"),
+        save(path, config, tensors),
         lambda features: features,
         lambda embeds, hidden: reference.eagle1(w, embeds, hidden, layers),
         lambda hidden: int((lm_head @ hidden).argmax()),
@@ -126,12 +126,11 @@ def eagle3_case(path: Path, target: Any, *, layout: str) -> Case:
         normed = hidden if config.get("norm_output") else rms(hidden, w["norm.weight"])
         return int(targets.values[(w["lm_head.weight"] @ normed).argmax()])
 
-    return Case(save(path, config, tensors, binary=False), fuse, step, read)
+    return Case(save(path, config, tensors), fuse, step, read)
 
 
 CASES = [
     (eagle1_case, "safetensors"),
-    (eagle1_case, "bin"),
     (eagle1_case, "two-layers"),
     (eagle1_case, "speculators"),
     (eagle3_case, "midlayer"),
