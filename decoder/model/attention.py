@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .cache import whole_blocks
 from .kernels import RaggedOp
+from .probe import shown_mask, window_of
 
 NAME = "moesd_ragged"
 
@@ -42,7 +43,8 @@ class Placement:
         op: the kernel, or ``None`` for the portable forms.
         windows: sliding window of each attention module, by ``id``, as its model's own mask says;
             0 is none. Modules not listed pass theirs with the call.
-        probing: whether this forward fills ``windows``.
+        probing: whether this forward fills ``windows`` and counts ``calls``.
+        calls: of the attention function.
     """
 
     rows: Tensor | None
@@ -51,6 +53,7 @@ class Placement:
     op: RaggedOp | None = None
     windows: dict[int, int] = field(default_factory=dict)
     probing: bool = False
+    calls: int = 0
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _biases: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -226,8 +229,8 @@ def attention_function(
             f"expected attention without a position bias, got one in {type(module).__name__}"
         )
     if placement.probing:
-        mask_window = 0 if attention_mask is None else int(attention_mask)
-        placement.windows[id(module)] = mask_window
+        placement.calls += 1
+        placement.windows[id(module)] = window_of(attention_mask)
     out = ragged_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -238,11 +241,11 @@ def attention_function(
         sinks=s_aux,
         softcap=softcap,
     )
-    return out, None
+    return out.contiguous(), None  # as transformers' own: some models take a view of it
 
 
 def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' mask interface: while probing, a stand-in that carries the window's length.
+    """transformers' mask interface: while probing, a stand-in that ``window_of`` reads.
 
     The window reaches the attention function through the same path as a real mask would, so
     whatever a model does to choose a layer's mask is obeyed.
@@ -252,8 +255,7 @@ def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
         from transformers.masking_utils import sdpa_mask
 
         return sdpa_mask(*args, **kwargs)
-    window = kwargs.get("local_size") or 0
-    return torch.full((1, 1, 1, 1), int(window))
+    return shown_mask(kwargs["mask_function"], kwargs.get("local_size"), kwargs["kv_length"])
 
 
 def register() -> str:

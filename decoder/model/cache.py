@@ -77,6 +77,13 @@ class RaggedCache(Cache):
         for layer in self.ragged_layers:
             layer.grow(self.row_length)
 
+    def forget(self, rows: int) -> None:
+        """Make the first ``rows`` rows what they were before anything was written to them."""
+        for layer in self.ragged_layers:
+            for slab in (layer.keys, layer.values):
+                if slab is not None:
+                    slab[:rows].zero_()
+
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         slabs = [slab for layer in self.ragged_layers for slab in (layer.keys, layer.values)]

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from decoder.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 RaggedOp = Callable[..., Tensor]
@@ -49,11 +51,18 @@ def ragged_attention_op(
 
     Raises:
         ValueError: ``attention`` is none of ``ATTENTION``.
+        UserError: the environment asks for an instruction set that there is not.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     ops = _cpu_ops(device, dtype) if attention == "auto" else None
-    return None if ops is None else ops.ragged_attention.default
+    if ops is None:
+        return None
+    try:
+        ops.cpu_isa()  # chosen at the first call, which would blame whatever made it
+    except RuntimeError as error:
+        raise UserError(str(error).partition("\n")[0]) from error
+    return ops.ragged_attention.default
 
 
 @functools.cache

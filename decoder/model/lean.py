@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import kernels
 from .attention import Placement
 from .cache import RaggedCache
+from .probe import Step
 
 # Layers of exactly: norm, attention (maybe with per-head norms), add, norm, mlp, add.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "Mixtral")
@@ -100,6 +101,11 @@ class LeanForward:
             kept[stop] = x.view(B, -1, H)
         kept[self.num_layers] = last = states.view(B, -1, H)
         return last, [kept[index] for index in wanted]
+
+    def equals(self, states: Tensor, step: Step, placement: Placement) -> bool:
+        """Whether this gives the very ``states`` ``[R, Q, H]`` of the model's base for a step."""
+        ours = self(step.input_ids, step.positions.clamp(min=0), placement)[0]
+        return torch.equal(ours[step.checked], states[step.checked])
 
     def continue_greedily(
         self, input_ids: Tensor, positions: Tensor, rows: Tensor, head: Tensor, count: int

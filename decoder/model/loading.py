@@ -141,8 +141,8 @@ def eos_ids(model: Any) -> frozenset[int]:
 def context_length(model: Any) -> tuple[int, bool]:
     """The model's context, and whether it is a table of positions that cannot be exceeded."""
     config = model.config.get_text_config(decoder=True)
-    length = getattr(config, "max_position_embeddings", None) or 2**15
-    return int(length), getattr(config, "rope_parameters", None) is None
+    length = int(getattr(config, "max_position_embeddings", None) or 0)
+    return length if length > 0 else 2**15, getattr(config, "rope_parameters", None) is None
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 PREFILL_CHUNK = 256  # positions per forward
 _PREFILL_TOKENS = 4096  # rows * positions per forward
 _PREFILL_OVERHEAD = 64  # tokens whose time a further forward costs
@@ -23,3 +25,11 @@ def prefill_parts(lengths: list[int]) -> list[tuple[int, int]]:
         parts.append((best[end][1], end))
         end = best[end][1]
     return parts[::-1]
+
+
+def prefill_chunks(lengths: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Forwards that read prompts, longest first: rows from, to, and positions from, to."""
+    for first, end in prefill_parts(lengths):
+        for start in range(0, lengths[first], PREFILL_CHUNK):
+            live = sum(length > start for length in lengths[first:end])
+            yield first, first + live, start, min(start + PREFILL_CHUNK, lengths[first])

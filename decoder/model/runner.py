@@ -7,21 +7,21 @@ does not know requests, drafts or sampling.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from decoder.errors import UserError
-
 from . import attention as ragged
-from . import kernels
+from . import kernels, probe
+from .attention import Placement
 from .cache import RaggedCache, cache_argument, whole_blocks
 from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward
-from .prefill import PREFILL_CHUNK, prefill_parts
+from .prefill import prefill_chunks
+from .rope import row_rope
 from .support import attention_configs, attention_named, check_supported
 
 _STATIC_QUERIES = 32  # wider forwards are prefill
@@ -78,6 +78,7 @@ class ModelRunner:
         self._windows: dict[int, int] = {}
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._configs = attention_configs(self.model)
+        self._rope = row_rope(self.model, max_batch_size, max_length, self.device)
         self._lean: LeanForward | None = None
         self._split_head = self._probe()
         self._graphs: ForwardGraphs | None = None
@@ -142,14 +143,11 @@ class ModelRunner:
         sorted_lengths = lengths[order].tolist()
         logits: Tensor | None = None
         hidden: Tensor | None = None
-        for first, end in prefill_parts(sorted_lengths):
-            part = order[first:end]
-            part_lengths = sorted_lengths[first:end]
-            for start in range(0, part_lengths[0], PREFILL_CHUNK):
-                live = sum(length > start for length in part_lengths)
-                index = part[:live]
-                stop = min(start + PREFILL_CHUNK, part_lengths[0])
-                positions = torch.arange(start, stop, device=token_ids.device).repeat(live, 1)
+        with nullcontext() if self._rope is None else self._rope.reading(rows, lengths):
+            for first, end, start, stop in prefill_chunks(sorted_lengths):
+                index = order[first:end]
+                positions = torch.arange(start, stop, device=token_ids.device)
+                positions = positions.expand(end - first, -1)
                 last = lengths[index, None] - 1
                 out = self.forward(
                     token_ids[index, start:stop],
@@ -194,8 +192,7 @@ class ModelRunner:
         logits_positions: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The forward on tensors alone: no host synchronisation, so that it can be captured."""
-        self.cache.select(rows, positions)
-        placement = self._placement(rows, positions, length)
+        placement = self._placed(rows, positions, length)
         position_ids = positions.clamp(min=0)
         if self._lean is not None:
             columns = logits_positions if hidden_layers is None else None
@@ -204,7 +201,7 @@ class ModelRunner:
             )
             logits = self._head(_gather(states, logits_positions) if columns is None else states)
         else:
-            with ragged.placed(placement), attention_named(ragged.NAME, self._configs):
+            with self._ragged(placement, rows):
                 logits, kept = self._model_forward(
                     input_ids, position_ids, hidden_layers, logits_positions
                 )
@@ -217,13 +214,7 @@ class ModelRunner:
         hidden_layers: Sequence[int] | None,
         logits_positions: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            self._cache_argument: self.cache,
-            "attention_mask": self._no_mask,
-            "use_cache": True,
-        }
+        inputs = self._inputs(input_ids, position_ids)
         if hidden_layers is not None:
             inputs["output_hidden_states"] = True
         if self._split_head:
@@ -234,12 +225,29 @@ class ModelRunner:
             logits = _gather(out.logits, logits_positions)
         return logits, [out.hidden_states[layer] for layer in hidden_layers or ()]
 
-    def _placement(self, rows: Tensor, positions: Tensor, length: int) -> ragged.Placement:
+    def _inputs(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            self._cache_argument: self.cache,
+            "attention_mask": self._no_mask,
+            "use_cache": True,
+        }
+
+    @contextmanager
+    def _ragged(self, placement: Placement, rows: Tensor) -> Iterator[None]:
+        """The model's own layers read the cache inside, as ``placement`` says."""
+        rope = nullcontext() if self._rope is None else self._rope.used(rows, placement.positions)
+        with ragged.placed(placement), attention_named(ragged.NAME, self._configs), rope:
+            yield
+
+    def _placed(self, rows: Tensor, positions: Tensor, length: int) -> Placement:
+        self.cache.select(rows, positions)
         if self._op is not None:
-            return ragged.Placement(rows, positions, length, self._op, self._windows)
+            return Placement(rows, positions, length, self._op, self._windows)
         view = min(whole_blocks(length), self.max_length + 1)
         identity = rows.device.type == "cpu" and rows.tolist() == list(range(len(rows)))
-        return ragged.Placement(None if identity else rows, positions, view, None, self._windows)
+        return Placement(None if identity else rows, positions, view, None, self._windows)
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -252,44 +260,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _probe(self) -> bool:
-        """Run two tokens: learn the windows, whether logits are ``lm_head(base(...))``, and
+        """Run two short rows: learn the windows, whether logits are ``lm_head(base(...))``, and
         whether the lean forward gives the very same states."""
         ragged.register()
-        # Not the padding token: its embedding is zero, and scaled zeros would compare equal.
-        pad = getattr(self.config, "pad_token_id", None)
-        ids = torch.tensor([[i for i in range(3) if i != pad][:2]], device=self.device)
-        rows = torch.zeros(1, dtype=torch.long, device=self.device)
-        positions = torch.arange(2, device=self.device)[None]
-        self.cache.select(rows, positions)
-        placement = self._placement(rows, positions, 2)
-        placement.probing = True
-        inputs: dict[str, Any] = {
-            "input_ids": ids,
-            "position_ids": positions,
-            self._cache_argument: self.cache,
-            "use_cache": True,
-        }
-        refusal = (
-            f"{type(self.model).__name__} cannot be decoded over a ragged cache: expected every "
-            "layer to use transformers' attention interface and its cache, got "
-        )
-        with ragged.placed(placement), attention_named(ragged.NAME, self._configs):
-            try:
-                logits = self.model(**inputs).logits
-            except (RuntimeError, TypeError, NotImplementedError) as error:
-                first_line = str(error).partition("\n")[0]
-                raise UserError(f"{refusal}{type(error).__name__}: {first_line}") from error
-            written = len(self.cache.ragged_layers)
-            if not placement.windows or len(placement.windows) != written:
-                calls = len(placement.windows)
-                raise UserError(f"{refusal}{calls} attention calls for {written} cached layers")
-            states = self._base(**inputs).last_hidden_state
-            split = bool(torch.equal(self._head(states), logits))
-        if split and self._op is not None:
-            lean = lean_forward(self.model, self.cache, self._windows, self.max_length)
-            if lean is not None and torch.equal(lean(ids, positions, placement)[0], states):
-                self._lean = lean
+        with probe.refusing(self.model):
+            ids = probe.sample(self.model, self.vocab_size, self.max_batch_size)
+            first, second = probe.steps(ids)
+            learned, placement = self._tried(self.model, first, learn=True)
+            probe.check_layers(self.model, placement.calls, self.cache)
+            probe.check_windows(self.model, self._windows, self.max_length)
+            out, placement = self._tried(self.model, second)
+            probe.check(self.model, ids, [(first, learned.logits), (second, out.logits)])
+            split = False
+            if self._base is not self.model:
+                base, placement = self._tried(self._base, second)
+                states: Any = getattr(base, "last_hidden_state", None)
+                split = states is not None and torch.equal(self._head(states), out.logits)
+            if split and self._op is not None:
+                lean = lean_forward(self.model, self.cache, self._windows, self.max_length)
+                if lean is not None and lean.equals(states, second, placement):
+                    self._lean = lean
+        self.cache.forget(len(ids))
         return split
+
+    def _tried(self, model: Any, step: probe.Step, learn: bool = False) -> tuple[Any, Placement]:
+        """What the model or its base gives for a step; ``learn`` has it show its masks."""
+        placement = self._placed(step.rows, step.positions, probe.LENGTH)
+        placement.probing = learn
+        inputs = self._inputs(step.input_ids, step.positions.clamp(min=0))
+        if learn:
+            del inputs["attention_mask"]
+        with self._ragged(placement, step.rows):
+            return model(**inputs), placement
 
 
 def _gather(states: Tensor, index: Tensor | None) -> Tensor:

@@ -48,8 +48,8 @@ def check_supported(model: Any) -> None:
             f"{name} has {kinds} layers, whose state cannot be rolled back when drafted tokens are "
             f"rejected; supported are {' and '.join(sorted(_SUPPORTED_LAYERS))}"
         )
-    if model.get_output_embeddings() is None:
-        raise UserError(f"{name} has no language-model head; expected a causal LM")
+    if getattr(model.get_output_embeddings(), "weight", None) is None:
+        raise UserError(f"{name} has no language-model head of one matrix; expected a causal LM")
 
 
 def attention_configs(model: torch.nn.Module) -> list[Any]:

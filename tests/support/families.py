@@ -105,6 +105,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {  # by model_type, wherever a config ne
         "split_ngram_parts": 2,
         "hc_lowrank": 4,
     },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 200},  # of the whole model's config
     "recurrent_gemma": {"num_hidden_layers": 3},  # two recurrent layers, then one of attention
     "reformer": {"axial_pos_embds": False},
     "roc_bert": {

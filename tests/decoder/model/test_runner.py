@@ -51,8 +51,7 @@ def test_chunked_prefill_equals_one_chunk(monkeypatch):
     ids, lengths = padded(prompts)
     rows = torch.arange(5)
     whole = ModelRunner(model, 5, 64).prefill(rows, ids, lengths, hidden_layers=(1,))
-    for name in ("runner.PREFILL_CHUNK", "prefill.PREFILL_CHUNK"):
-        monkeypatch.setattr(f"decoder.model.{name}", 7)
+    monkeypatch.setattr("decoder.model.prefill.PREFILL_CHUNK", 7)
     monkeypatch.setattr("decoder.model.prefill._PREFILL_TOKENS", 14)
     parts = ModelRunner(model, 5, 64).prefill(rows, ids, lengths, hidden_layers=(1,))
     torch.testing.assert_close(parts.logits, whole.logits)
