@@ -5,6 +5,8 @@ kernels at first use. To build them here: ``pip install --no-build-isolation -e 
 """
 
 import importlib.util
+import sys
+import types
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -15,12 +17,11 @@ DEVICES = ("cpu", "cuda")
 
 
 def load_builder():
-    """moesd_kernels/library.py by itself: importing the package is no build step."""
-    path = ROOT / "moesd_kernels" / "library.py"
-    spec = importlib.util.spec_from_file_location("moesd_library", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """moesd_kernels/library.py without its package, whose own import needs more than a build has."""
+    package = types.ModuleType("moesd_kernels")
+    package.__path__ = [str(ROOT / "moesd_kernels")]
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module("moesd_kernels.library")
 
 
 class Build(build_ext):
