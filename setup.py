@@ -17,7 +17,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def load_builder():
-    """moesd_kernels/library.py without its package, whose own import needs more than a build has."""
+    """moesd_kernels/library.py without its package, whose import needs more than a build has."""
     package = types.ModuleType("moesd_kernels")
     package.__path__ = [str(ROOT / "moesd_kernels")]
     sys.modules.setdefault(package.__name__, package)

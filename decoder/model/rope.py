@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _LONGROPE = "longrope"
+_alone = threading.RLock()  # these modules keep what the last call needed: one decoder at a time
 
 
 class RowRope:
@@ -45,15 +46,11 @@ class RowRope:
 
     @contextmanager
     def used(self, rows: Tensor, positions: Tensor) -> Iterator[None]:
-        """A forward of tokens at ``positions`` ``[B, Q]`` of cache ``rows`` ``[B]``.
-
-        Other threads' forwards of the model are left alone.
-        """
-        thread = threading.get_ident()
+        """A forward of tokens at ``positions`` ``[B, Q]`` of cache ``rows`` ``[B]``."""
         lengths = torch.maximum(positions + 1, self._prompts[rows][:, None])
-        with ExitStack() as stack:
+        with _alone, ExitStack() as stack:
             for module in self._modules:
-                by_row = partial(_by_row, module, module.forward, lengths, thread)
+                by_row = partial(_by_row, module, module.forward, lengths, threading.get_ident())
                 stack.enter_context(_replaced(module, by_row))
             yield
 
