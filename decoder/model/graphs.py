@@ -66,6 +66,11 @@ class ForwardGraphs:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Drop every graph: what was captured is no longer what the forward does."""
+        self._entries.clear()
+        self._pool = None  # went with its last graph
+
     def __call__(
         self,
         forward: StaticForward,

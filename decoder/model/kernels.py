@@ -120,4 +120,26 @@ def set_mlp(stack: Any, module: torch.nn.Module) -> bool:
     """Whether the stack runs this MLP as that of the layer added last."""
     from moesd_kernels.hooks.layer_stack import set_mlp
 
-    return set_mlp(stack, module)
+    return all(map(is_plain, module.modules())) and set_mlp(stack, module)
+
+
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward, or ours for it, and nothing else."""
+    from moesd_kernels.hooks.shadow import is_unshadowed, shadow_of
+
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and (is_unshadowed(module) or shadow_of(module) is not None)
+
+
+def runs_linear(module: torch.nn.Module) -> bool:
+    """Whether this is a plain linear layer on our kernel."""
+    from moesd_kernels.hooks.dense import runs_linear
+
+    return type(module) is torch.nn.Linear and is_plain(module) and runs_linear(module)
+
+
+def runs_norm(module: torch.nn.Module) -> bool:
+    """Whether this is a plain norm on our kernel."""
+    from moesd_kernels.hooks.shadow import shadow_of
+
+    return is_plain(module) and shadow_of(module) is not None

@@ -10,16 +10,20 @@ everything else keeps transformers' code.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import kernels
 from .attention import Placement
 from .cache import RaggedCache
 from .probe import Step
+
+logger = logging.getLogger(__name__)
 
 # Layers of exactly: norm, attention (maybe with per-head norms), add, norm, mlp, add.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "Mixtral")
@@ -157,15 +161,58 @@ def lean_forward(
     rope = getattr(config, "rope_parameters", None) or {}
     if family not in _FAMILIES or rope.get("rope_type", "default") not in _STATIC_ROPE:
         return None
-    base = model.base_model
-    plain = [base.norm, *(layer.self_attn.q_proj for layer in base.layers)]
-    # Only modules that accelerate() has taken over compute rows independently with these kernels.
-    if not all("forward" in vars(module) for module in plain) or base._forward_hooks:
-        return None
     try:
+        obstacle = _obstacle(model.base_model, family)
+        if obstacle is not None:
+            logger.info("%s runs module by module: %s", type(model).__name__, obstacle)
+            return None
         return LeanForward(model, cache, windows, max_length)
     except AttributeError:  # a variant without one of the parts
         return None
+
+
+def watched_tensors(model: Any) -> list[Tensor]:
+    """Weights that a lean forward has joined, and so holds apart from the model's parameters."""
+    return [t for layer in model.base_model.layers for part in _projections(layer) for t in part]
+
+
+def _obstacle(base: Any, family: str) -> str | None:
+    """Why somebody would miss the calls of the modules that a lean forward runs past, or None.
+
+    They must be transformers' own and on our kernels, which compute rows independently, without a
+    hook, an adapter or another forward on them.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "there are hooks on all modules"
+    expected = {base: "Model", base.rotary_emb: "RotaryEmbedding"}
+    linears, norms = [], [base.norm]
+    for layer in base.layers:
+        attention = layer.self_attn
+        expected |= {layer: "DecoderLayer", attention: "Attention"}
+        linears += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None))]
+    embedding, own = base.embed_tokens, type(base).__module__
+    other = [m for m, name in expected.items() if type(m).__name__ != family + name]
+    other += [m for m in expected if type(m).__module__ != own or not kernels.is_plain(m)]
+    # Somebody may have put another forward into a class.
+    other += [m for m in expected if type(m).forward.__module__ != own]
+    if type(embedding) is not nn.Embedding or embedding.max_norm or not kernels.is_plain(embedding):
+        other.append(embedding)
+    other += [m for m in (base.layers,) if not kernels.is_plain(m)]
+    other += [m for m in linears if not kernels.runs_linear(m)]
+    other += [m for m in norms if not kernels.runs_norm(m)]
+    if other:
+        names = {module: name for name, module in base.named_modules()}
+        return (
+            f"{names[other[0]] or 'the model'} ({type(other[0]).__name__}) has a hook, an adapter, "
+            "a forward or a class of its own, or weights that our kernels do not take"
+        )
+    for layer in base.layers:
+        for parameters in _projections(layer):
+            if not _adjacent(parameters) and not all(map(_is_alone, parameters)):
+                return "weights share memory with other tensors, as of a state dict that is held"
+    return None
 
 
 def _add_attention(
@@ -173,17 +220,16 @@ def _add_attention(
 ) -> None:
     """Append a layer with its attention half to the stack."""
     attention = layer.self_attn
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    query_heads, kv_heads = (p.weight.shape[0] // attention.head_dim for p in projections[:2])
-    biases = [p.bias for p in projections]
+    weights, biases = _projections(layer)
+    query_heads, kv_heads = (weight.shape[0] // attention.head_dim for weight in weights[:2])
     has_norms = getattr(attention, "q_norm", None) is not None
     q_weight, q_eps = _norm(attention.q_norm) if has_norms else (None, 0.0)
     k_weight, k_eps = _norm(attention.k_norm) if has_norms else (None, 0.0)
     post_weight, post_eps = _norm(layer.post_attention_layernorm)
     next_weight, next_eps = following
     stack.add_layer(
-        _joined([p.weight for p in projections]),
-        None if biases[0] is None else _joined(biases),
+        _joined(weights),
+        _joined(biases) if biases else None,
         q_weight,
         k_weight,
         attention.o_proj.weight,
@@ -202,23 +248,44 @@ def _norm(module: Any) -> tuple[Tensor, float]:
     return module.weight, module.variance_epsilon
 
 
+def _projections(layer: Any) -> list[list[nn.Parameter]]:
+    """Weights of queries, keys and values, and their biases if there are any."""
+    attention = layer.self_attn
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    biases = [linear.bias for linear in linears]
+    return [[linear.weight for linear in linears], [] if None in biases else biases]
+
+
+def _is_alone(parameter: nn.Parameter) -> bool:
+    """Whether nothing else would lose the parameter's memory if that moved."""
+    storage = parameter.untyped_storage()
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
+    owners = 2  # the parameter, and `storage` here
+    return holders <= owners and storage.nbytes() == parameter.nbytes and not storage.is_shared()
+
+
+def _adjacent(parameters: list[nn.Parameter]) -> bool:
+    """Whether the parameters follow each other in one memory, as ``_joined`` leaves them."""
+    starts = [p.data_ptr() - parameters[0].data_ptr() for p in parameters]
+    stored = [sum(p.nbytes for p in parameters[:i]) for i in range(len(parameters))]
+    return starts == stored and len({p.untyped_storage().data_ptr() for p in parameters}) == 1
+
+
 def _joined(parameters: list[nn.Parameter]) -> Tensor:
     """The parameters as one tensor along dimension 0, without a second copy.
 
     The first time, the parameters become views of the joined tensor; a second runner over the same
-    model finds them adjacent and takes them as they are.
+    model finds them adjacent and takes them as they are. They stay parameters that can be trained:
+    nothing is made in inference mode.
     """
-    sizes = [p.shape[0] for p in parameters]
-    first = parameters[0]
-    starts = [p.data_ptr() - first.data_ptr() for p in parameters]
-    stored = [sum(p.nbytes for p in parameters[:i]) for i in range(len(parameters))]
-    same = {p.untyped_storage().data_ptr() for p in parameters}
-    if starts == stored and len(same) == 1:
-        shape = (sum(sizes), *first.shape[1:])
-        return first.data.as_strided(shape, first.stride(), first.storage_offset())
-    joined = torch.cat([p.data for p in parameters])
-    for parameter, part in zip(parameters, joined.split(sizes), strict=True):
-        parameter.data = part
+    sizes, first = [p.shape[0] for p in parameters], parameters[0]
+    with torch.inference_mode(False), torch.no_grad():
+        if _adjacent(parameters):
+            shape = (sum(sizes), *first.shape[1:])
+            return first.data.as_strided(shape, first.stride(), first.storage_offset())
+        joined = torch.cat([p.data for p in parameters])
+        for parameter, part in zip(parameters, joined.split(sizes), strict=True):
+            parameter.data = part
     return joined
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,19 +19,13 @@ from . import kernels, probe
 from .attention import Placement
 from .cache import RaggedCache, cache_argument, whole_blocks
 from .graphs import ForwardGraphs
-from .lean import LeanForward, lean_forward
-from .prefill import prefill_chunks
+from .lean import LeanForward, lean_forward, watched_tensors
+from .prefill import ForwardOutput, prefill
 from .rope import row_rope
-from .support import attention_configs, attention_named, check_supported
+from .support import attention_configs, attention_named, check_same, check_supported
+from .watch import Watch, is_bare
 
 _STATIC_QUERIES = 32  # wider forwards are prefill
-
-
-class ForwardOutput(NamedTuple):
-    """Attributes: ``logits [B, n, V]`` in the model's dtype, ``hidden [B, Q, n_layers * H]``."""
-
-    logits: Tensor
-    hidden: Tensor | None
 
 
 class ModelRunner:
@@ -84,8 +78,9 @@ class ModelRunner:
         self._graphs: ForwardGraphs | None = None
         self._eager = False
         if is_static:
-            length = self.cache.row_length
-            self._graphs = ForwardGraphs(max_batch_size, length, self.device, cuda)
+            self._graphs = ForwardGraphs(max_batch_size, self.cache.row_length, self.device, cuda)
+        self._proven = self._split_head, self._lean is not None
+        self._watch = self._look()
 
     @torch.inference_mode()
     def forward(
@@ -110,11 +105,13 @@ class ModelRunner:
                 computes no logits.
             max_position: largest position, when the caller knows it: spares a device sync.
         """
+        self._follow()
         length = (int(positions.max()) if max_position is None else max_position) + 1
         self.cache.reserve(length)
-        narrow = input_ids.shape[1] <= _STATIC_QUERIES
+        # A capture would hold what a hook did once.
+        fixed = input_ids.shape[1] <= _STATIC_QUERIES and not self._watch.hooked
         run = self._run
-        if self._graphs is not None and narrow and not self._eager:
+        if self._graphs is not None and fixed and not self._eager:
             run = partial(self._graphs, self._run)
         logits, hidden = run(input_ids, rows, positions, length, hidden_layers, logits_positions)
         return ForwardOutput(logits, hidden)
@@ -139,34 +136,8 @@ class ModelRunner:
         Returns:
             ``logits [R, 1, V]`` at each row's last prompt token, and ``hidden [R, L, n * H]``.
         """
-        order = torch.argsort(lengths, descending=True, stable=True)
-        sorted_lengths = lengths[order].tolist()
-        logits: Tensor | None = None
-        hidden: Tensor | None = None
         with nullcontext() if self._rope is None else self._rope.reading(rows, lengths):
-            for first, end, start, stop in prefill_chunks(sorted_lengths):
-                index = order[first:end]
-                positions = torch.arange(start, stop, device=token_ids.device)
-                positions = positions.expand(end - first, -1)
-                last = lengths[index, None] - 1
-                out = self.forward(
-                    token_ids[index, start:stop],
-                    rows[index],
-                    torch.where(positions <= last, positions, -1),
-                    hidden_layers=hidden_layers,
-                    logits_positions=(last - start).clamp(max=stop - start - 1),
-                    max_position=stop - 1,
-                )
-                if logits is None:
-                    logits = out.logits.new_zeros(len(sorted_lengths), 1, out.logits.shape[-1])
-                # A row's last chunk comes last, so what stays is the logits of its last token.
-                logits[index] = out.logits
-                if out.hidden is not None:
-                    if hidden is None:
-                        hidden = out.hidden.new_zeros(*token_ids.shape, out.hidden.shape[-1])
-                    hidden[index, start:stop] = out.hidden * (positions <= last)[..., None]
-        assert logits is not None
-        return ForwardOutput(logits, hidden)
+            return prefill(self.forward, rows, token_ids, lengths, hidden_layers)
 
     @torch.inference_mode()
     def continue_greedily(
@@ -176,11 +147,41 @@ class ModelRunner:
 
         ``None`` when this model's steps cannot be taken together. Arguments as in ``forward``.
         """
+        self._follow()
         lean, head = self._lean, self._head
         if lean is None or not lean.whole or head.bias is not None or self._eager or self._graphs:
             return None
+        if not kernels.runs_linear(head):  # but an adapter, or with a hook
+            return None
         self.cache.reserve(max_position + count)
         return lean.continue_greedily(input_ids, positions, rows, head.weight, count)
+
+    def _follow(self) -> None:
+        """Read the model again if somebody has changed it since the last forward.
+
+        Raises:
+            UserError: the cache and the tables were made for another model than it is now.
+        """
+        if self._watch.unchanged(hooks=not self._eager):
+            return
+        check_same(self.model, self.vocab_size, self.dtype, self.device, self._windows)
+        self._head, self._base = self.model.get_output_embeddings(), self.model.base_model
+        split, lean = self._proven
+        self._split_head = split and is_bare(self.model)
+        self._lean = self._lean_forward() if lean and self._split_head else None
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._watch = self._look()
+
+    def _look(self) -> Watch:
+        """The model as it is, with the memory that its forward here reads or has captured."""
+        if self._graphs is not None:
+            return Watch(self.model, self.model.parameters())
+        joined = watched_tensors(self.model) if self._lean is not None else []
+        return Watch(self.model, [self._head.weight, *joined])
+
+    def _lean_forward(self) -> LeanForward | None:
+        return lean_forward(self.model, self.cache, self._windows, self.max_length)
 
     def _run(
         self,
@@ -275,9 +276,10 @@ class ModelRunner:
             if self._base is not self.model:
                 base, placement = self._tried(self._base, second)
                 states: Any = getattr(base, "last_hidden_state", None)
-                split = states is not None and torch.equal(self._head(states), out.logits)
+                same = states is not None and torch.equal(self._head(states), out.logits)
+                split = same and is_bare(self.model)
             if split and self._op is not None:
-                lean = lean_forward(self.model, self.cache, self._windows, self.max_length)
+                lean = self._lean_forward()
                 if lean is not None and lean.equals(states, second, placement):
                     self._lean = lean
         self.cache.forget(len(ids))

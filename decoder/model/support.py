@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,65 @@ def check_supported(model: Any) -> None:
         )
     if getattr(model.get_output_embeddings(), "weight", None) is None:
         raise UserError(f"{name} has no language-model head of one matrix; expected a causal LM")
+    check_runs_whole(model)
+
+
+def check_same(
+    model: Any,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: Iterable[int],
+) -> None:
+    """Refuse a model that has become another one since a decoder was built on it.
+
+    Args:
+        model: as it is now.
+        vocab_size, dtype, device: as they were.
+        attention: ``id`` of each attention module that there was.
+
+    Raises:
+        UserError: what has changed.
+    """
+    check_runs_whole(model)
+    weight, expected = model.get_output_embeddings().weight, (vocab_size, dtype, device)
+    found = weight.shape[0], weight.dtype, model.get_input_embeddings().weight.device
+    if found != expected:
+        now, then = (f"{tokens} tokens in {kind} on {on}" for tokens, kind, on in (found, expected))
+        raise UserError(
+            f"{type(model).__name__} has changed under its decoder: expected {then}, got {now}; "
+            "build a new decoder"
+        )
+    if not {id(module) for module in model.modules()}.issuperset(attention):
+        raise UserError(
+            f"{type(model).__name__} has got other attention layers than its decoder was built "
+            "for; build a new decoder"
+        )
+
+
+def check_runs_whole(model: torch.nn.Module) -> None:
+    """Refuse a model that would not run, or not as the decoder reads it.
+
+    Raises:
+        UserError: the first module that is compiled, elsewhere, or in training without a cache.
+    """
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise UserError(
+            f"{type(model).__name__} is on {', '.join(sorted(map(str, devices)))}; expected all of "
+            "its weights in the memory of one device"
+        )
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise UserError(
+                f"{name or type(model).__name__} is compiled; expected a model as it was loaded, "
+                "whose forwards the decoder runs in its own way"
+            )
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise UserError(
+                f"{name or type(model).__name__} is in training with gradient checkpointing, which "
+                "keeps no cache; call eval() on the model first"
+            )
 
 
 def attention_configs(model: torch.nn.Module) -> list[Any]:

@@ -1,5 +1,8 @@
 """The lean forward is bit-identical to the model's own, and absent where it could not be."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from support.tiny import MOE_VOCAB, ragged_prompts
@@ -93,20 +96,22 @@ def test_few_logits_are_those_of_all_and_the_cache_is_written_whole(family, dtyp
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_mlps_run_as_modules_where_someone_has_changed_them(family):
-    """As self-drafting does to the experts; the shared expert of Qwen2-MoE always runs so."""
+def test_mlps_run_as_modules_where_someone_looks_at_them(family):
+    """As self-drafting does to the experts, for which the forward is told so."""
     model = build(family, torch.bfloat16)
     runner = ModelRunner(model, 2, 64)
-    calls = []
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
     inputs = torch.tensor([[5, 6, 7], [8, 9, 1]]), torch.arange(2), torch.arange(3).repeat(2, 1)
-    plain = runner.forward(*inputs).logits
-    assert len(calls) == (2 if family == "Qwen2Moe" else 0)
-    calls.clear()
+    plain, whole, calls = runner.forward(*inputs).logits, runner._lean, []
+    handles = [m.mlp.register_forward_hook(lambda *_: calls.append(1)) for m in model.model.layers]
     with runner.eager():
         assert torch.equal(runner.forward(*inputs).logits, plain)
-    assert len(calls) == 2
+    assert len(calls) == 2 and runner._lean is whole
+    assert torch.equal(runner.forward(*inputs).logits, plain)
+    assert len(calls) == 4 and not runner._lean.whole
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(runner.forward(*inputs).logits, plain)
+    assert len(calls) == 4 and runner._lean.whole == whole.whole
 
 
 @pytest.fixture(params=[1, 2])
@@ -185,3 +190,44 @@ def test_joined_does_not_mistake_neighbours_for_one_tensor():
     whole = torch.nn.Parameter(torch.arange(12.0).view(6, 2))
     parts = [torch.nn.Parameter(whole.data[4:6]), torch.nn.Parameter(whole.data[0:2])]
     assert torch.equal(_joined(parts), torch.cat([whole.data[4:6], whole.data[0:2]]))
+
+
+def test_what_shares_memory_with_other_tensors_is_not_moved():
+    """A state dict that is held goes on following the weights, as does another process's model."""
+    model = build("Qwen3", torch.float32)
+    held = model.state_dict()
+    runner = ModelRunner(model, 1, 32)
+    assert runner._lean is None
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert held[name].data_ptr() == model.get_parameter(name).data_ptr()
+    del held
+    assert ModelRunner(model, 1, 32)._lean is not None
+    shared = build("Qwen3", torch.float32).share_memory()
+    assert ModelRunner(shared, 1, 32)._lean is None
+
+
+def test_weights_can_be_trained_and_stored_as_before(tmp_path):
+    model = build("Qwen2", torch.float32)
+    plain, parameters = build("Qwen2", torch.float32), dict(model.named_parameters())
+    plain.save_pretrained(tmp_path / "plain")
+    with torch.inference_mode():
+        for _ in range(3):
+            assert ModelRunner(model, 1, 32)._lean is not None
+    model.save_pretrained(tmp_path / "ours")
+    bytes_of = lambda name: (tmp_path / name / "model.safetensors").read_bytes()
+    assert bytes_of("plain") == bytes_of("ours")
+    assert list(model.state_dict()) == list(plain.state_dict())
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    assert sum(map(len, storages.values())) == sum(p.nbytes for p in plain.parameters())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    losses = []
+    for trained in (model, plain, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        trained(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        losses.append(trained(ids, labels=ids, use_cache=False).loss.item())
+    assert losses[0] == losses[1] == losses[2] == losses[3]
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    runner = ModelRunner(model, 1, 32)
+    trained = runner.forward(ids, torch.zeros(1, dtype=torch.long), torch.arange(4)[None]).logits
+    torch.testing.assert_close(trained, model(ids, use_cache=False).logits.detach())
