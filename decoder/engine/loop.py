@@ -28,7 +28,6 @@ from decoder.model.loading import (
     require_fitting_tokenizer,
 )
 from decoder.model.runner import ModelRunner
-from decoder.model.support import check_loaded
 from decoder.requests.outputs import Output, Progress
 from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt, Request, RequestReader
@@ -39,6 +38,7 @@ from decoder.sampling.sampler import VerifierName
 from .metrics import DecoderStats
 from .rounds import Rounds
 from .settings import checked_length, make_controller
+from .target import takes_target
 
 Params = SamplingParams | Sequence[SamplingParams]
 
@@ -67,6 +67,7 @@ class SpeculativeDecoder:
         UserError: a path, a combination or an architecture that cannot work.
     """
 
+    @takes_target
     def __init__(
         self,
         target: Any,
@@ -84,7 +85,6 @@ class SpeculativeDecoder:
     ) -> None:
         if max_batch_size < 1:
             raise UserError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        check_loaded(target)
         if kernels:
             accelerate(target)
         self.tokenizer = tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,7 +34,7 @@ def accelerate(model: torch.nn.Module) -> bool:
         import moesd_kernels
 
         moesd_kernels.accelerate(model)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         logger.warning(
             "moesd_kernels not used for %s (%s: %s)",
             type(model).__name__,
@@ -42,6 +43,15 @@ def accelerate(model: torch.nn.Module) -> bool:
         )
         return False
     return True
+
+
+def left_as_found(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """A block that takes back what it made of ``model``'s experts and forwards if it raises."""
+    try:
+        from moesd_kernels.hooks.accelerate import left_as_found
+    except ImportError:
+        return nullcontext()
+    return left_as_found(model)
 
 
 def ragged_attention_op(

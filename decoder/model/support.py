@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig
 
 from decoder.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _ATTRIBUTE = "_attn_implementation_internal"
 _thread = threading.local()
+# By name: their packages need not be installed. The last is the class of a weight of torchao's.
+_ROW_DEPENDENT = {"Linear8bitLt", "Float8Linear", "LinearActivationQuantizedTensor"}
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -71,6 +78,8 @@ def check_same(
         UserError: what has changed.
     """
     check_runs_whole(model)
+    if model.training:
+        warn_of_row_dependence(model)
     weight, expected = model.get_output_embeddings().weight, (vocab_size, dtype, device)
     found = weight.shape[0], weight.dtype, model.get_input_embeddings().weight.device
     if found != expected:
@@ -109,6 +118,29 @@ def check_runs_whole(model: torch.nn.Module) -> None:
                 f"{name or type(model).__name__} is in training with gradient checkpointing, which "
                 "keeps no cache; call eval() on the model first"
             )
+
+
+def warn_of_row_dependence(model: torch.nn.Module) -> None:
+    """Name, in one warning, modules known to compute a token from the whole batch.
+
+    Such are bitsandbytes' 8-bit layers, whose outliers are the batch's, activations quantised with
+    one scale for all, routers with a capacity, and, in training, dropout and batch norms.
+    """
+    found = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if type(module).__name__ in _ROW_DEPENDENT
+        or "quantized.dynamic" in type(module).__module__
+        or type(module._parameters.get("weight")).__name__ in _ROW_DEPENDENT
+        or isinstance(vars(module).get("expert_capacity"), int)
+        or (module.training and isinstance(module, _BatchNorm))
+        or (module.training and isinstance(module, _DropoutNd) and module.p > 0)
+    ]
+    if found:
+        logger.warning(
+            "outputs may depend on what is decoded beside them: %s%s",
+            *(found[0], f" and {len(found) - 1} more modules" if len(found) > 1 else ""),
+        )
 
 
 def attention_configs(model: torch.nn.Module) -> list[Any]:

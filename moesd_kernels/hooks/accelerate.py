@@ -140,18 +140,16 @@ def _is_switched(experts: Any) -> bool:
 def _say(model: nn.Module, fused: list[nn.Module], dense: int) -> None:
     """What was taken over: a warning if there are experts and none of them was."""
     experts = [m for m in model.modules() if _is_marked(m) or _looks_like_experts(m)]
-    total = len(experts)
-    if fused or not experts:
-        logger.info(
-            "moesd: %d of %d expert layers fused, %d dense modules on the CPU kernels",
-            *(len(fused), total, dense),
-        )
-        return
-    reason = spec_of(experts[0]).refusal if _is_marked(experts[0]) else None
-    logger.warning(
-        "moesd: none of %d expert layers fused (%s), %d dense modules on the CPU kernels",
-        *(total, reason or f"{type(experts[0]).__name__} has no experts interface", dense),
-    )
+    total, taken = len(experts), f"{dense} dense modules on the CPU kernels"
+    if not experts:
+        logger.info("moesd: no experts, %s", taken)
+    elif fused:
+        logger.info("moesd: %d of %d expert layers fused, %s", len(fused), total, taken)
+    else:
+        first = experts[0]
+        reason = spec_of(first).refusal if _is_marked(first) else None
+        reason = reason or f"{type(first).__name__} has no experts interface"
+        logger.warning("moesd: none of %d expert layers fused (%s), %s", total, reason, taken)
 
 
 def _looks_like_experts(module: nn.Module) -> bool:

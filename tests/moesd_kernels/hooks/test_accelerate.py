@@ -31,6 +31,13 @@ def test_says_once_what_was_taken_over(caplog):
     assert lines(caplog) == [("INFO", expected)]
 
 
+def test_says_that_there_are_no_experts(caplog):
+    caplog.set_level(logging.INFO, hook.__name__)
+    accelerate(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+    expected = "moesd: no experts, 2 dense modules on the CPU kernels"
+    assert lines(caplog) == [("INFO", expected)]
+
+
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 4,
