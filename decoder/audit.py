@@ -132,9 +132,8 @@ def audit(
         reference: makes the target in fp32 as transformers runs it, called only when needed.
     """
     requests = [speculative.reader.read(i, p, params) for i, p in enumerate(prompts)]
-    pairs = list(
-        zip(plain.generate(prompts, params), speculative.generate(prompts, params), strict=True)
-    )
+    # The requests rather than the prompts: one without a seed has drawn it once for both.
+    pairs = list(zip(plain.generate(requests), speculative.generate(requests), strict=True))
     coupled = speculative.sampler.verifier == "coupled"
     exact = [i for i, r in enumerate(requests) if coupled or r.params.greedy]
     result = Audit(exact=len(exact), tokens=sum(len(pairs[i][0].token_ids) for i in exact))

@@ -5,8 +5,9 @@ The command line turns a ``UserError`` into a single line and exit code 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 _LONGEST = 500  # characters of a reason: libraries append stacks and whole lists of names
 
@@ -19,6 +20,22 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class RequestFailed(RuntimeError):
+    """Some requests of a ``generate`` failed while they were decoded; the others are done.
+
+    Attributes:
+        outputs: of every request in order (``decoder.Output``), failed ones included.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)
+
+
+class UndefinedNumbers(RequestFailed, FloatingPointError):
+    """The same, some of them by numbers that define no distribution: NaN, infinities."""
 
 
 @contextmanager

@@ -64,7 +64,9 @@ def speculative(
         longest = input_ids.shape[1]
         params = _params(generation_config, longest)
         # Each row draws its own noise, as rows of a batch do in transformers.
-        per_row = [params.updated({"seed": params.seed + row}) for row in range(len(prompts))]
+        per_row = [
+            params.updated({"seed": (params.seed or 0) + row}) for row in range(len(prompts))
+        ]
         outputs = decoders[key].generate(prompts, per_row)
         return _assembled(input_ids, [o.token_ids for o in outputs], generation_config)
 

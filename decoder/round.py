@@ -46,6 +46,19 @@ class StepState:
         """``(row, length)`` of every live sequence."""
         return list(zip(self.host_rows, self.host_lengths, strict=True))
 
+    def select(self, kept: Sequence[int]) -> StepState:
+        """The state of some of the rows, by their places in the batch."""
+        index = torch.tensor(kept, dtype=torch.int64, device=self.rows.device)
+        return StepState(
+            self.rows[index],
+            self.lengths[index],
+            self.current[index],
+            self.previous[index],
+            self.tokens,
+            [self.host_lengths[i] for i in kept],
+            [self.host_rows[i] for i in kept],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -66,6 +79,12 @@ class Draft:
     @property
     def gamma(self) -> int:
         return self.tokens.shape[1]
+
+    def row(self, index: int) -> Draft:
+        """The draft of one row, by its place in the batch."""
+        own = slice(index, index + 1)
+        probs = None if self.probs is None else self.probs[own]
+        return Draft(self.tokens[own], probs, self.lengths[own])
 
     def limited(self, room: Sequence[int]) -> Draft | None:
         """The draft with at most ``room[b]`` tokens in row b; ``None`` when none has any.

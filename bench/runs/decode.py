@@ -136,7 +136,10 @@ def measure_batch(
     prompts = prompts or random_prompts(batch, prompt_tokens, subject.target.config.vocab_size)
     prompt_tokens = max(map(len, prompts))
     params = SamplingParams(
-        max_new_tokens=new_tokens, ignore_eos=True, temperature=subject.temperature
+        max_new_tokens=new_tokens,
+        ignore_eos=True,
+        temperature=subject.temperature,
+        seed=0,  # the same draws in every run: outputs are compared, and replayed
     )
     plain = _decoder(subject, None, batch, prompt_tokens + new_tokens, 0)
     replay = drafter_for(subject)

@@ -71,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def repeated(prompts: list[Prompt], params: SamplingParams, samples: int) -> list[Prompt]:
-    """Every prompt ``samples`` times, with successive seeds from its own or the common one."""
+    """Every prompt ``samples`` times, with successive seeds from its own or the common one.
+
+    Without a seed each repetition draws one, as every request does.
+    """
     out: list[Prompt] = []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -81,7 +84,8 @@ def repeated(prompts: list[Prompt], params: SamplingParams, samples: int) -> lis
         else:
             fields = {"token_ids": list(prompt)}
         seed = fields.get("seed", params.seed)
-        out.extend({**fields, "seed": seed + i} for i in range(samples))
+        seeds = [None if seed is None else seed + i for i in range(samples)]
+        out.extend({**fields, "seed": seed} for seed in seeds)
     return out
 
 

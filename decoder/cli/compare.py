@@ -75,11 +75,13 @@ def compare(
         )
         for decoder in (plain, speculative):
             decoder.generate(prompts[: decoder.max_batch_size], short)
+    # Requests rather than prompts: one without a seed draws it once for all repetitions.
+    requests = [speculative.reader.read(i, prompt, params) for i, prompt in enumerate(prompts)]
     runs: list[list[tuple[float, DecoderStats]]] = [[], []]
     outputs: list[list[Output]] = [[], []]
     for _ in range(repetitions):
         for side, decoder in enumerate((plain, speculative)):
-            outputs[side] = decoder.generate(prompts, params)
+            outputs[side] = decoder.generate(requests)
             runs[side].append((decoder.stats.tokens_per_second, decoder.stats))
     ratios = [fast[0] / slow[0] for slow, fast in zip(*runs, strict=True)]
     (plain_rate, plain_stats), (rate, stats) = (_median_run(side) for side in runs)

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         outputs = decoder.stream(writer.pending(prompts), params)
         try:
             for output in _with_progress(outputs, total, decoder):
+                if output.error is not None:
+                    raise UserError(output.error)
                 show(output)
         except KeyboardInterrupt:
             print(f"interrupted after {decoder.stats.sequences} results", file=sys.stderr)
@@ -100,5 +102,6 @@ def _with_progress(outputs: Iterator[Output], total: int | None, decoder: Any) -
     hidden = total is not None and total <= enough
     with tqdm(outputs, total=total, unit="seq", disable=hidden, file=sys.stderr) as progress:
         for output in progress:
-            progress.set_postfix_str(f"{decoder.stats.tokens_per_second:.0f} tok/s", refresh=False)
+            rate = decoder.stats.tokens_per_second or 0.0
+            progress.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
             yield output

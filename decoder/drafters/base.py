@@ -8,6 +8,7 @@ proposes may depend on its context and on earlier drafts, never on the token at 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from decoder.round import Draft, StepState, Verdict
+from decoder.sampling.verdict import leading
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
     from decoder.sampling import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -94,8 +98,48 @@ def empty_draft(state: StepState, gamma: int) -> Draft:
     return Draft(tokens, None, torch.zeros_like(state.lengths))
 
 
+def usable_length(what: str, limit: int, max_length: int) -> int:
+    """Tokens of a row that a drafting model can see; longer rows are decoded without drafts.
+
+    Args:
+        what: the model, for the log.
+        limit: its context.
+        max_length: tokens that a row may hold.
+    """
+    if limit < max_length:
+        logger.warning(
+            "the %s has %d positions and rows may hold %d: no drafts beyond",
+            *(what, limit, max_length),
+        )
+    return min(limit, max_length)
+
+
+def rooms(state: StepState, gamma: int, limit: int) -> list[int]:
+    """How many tokens each row may draft with a model of ``limit`` positions, at most ``gamma``.
+
+    The j-th draft is read off position ``lengths + j``, counted from 0.
+    """
+    return [min(max(limit - length, 0), gamma) for length in state.host_lengths]
+
+
+def within(positions: Tensor, limit: int, largest: int) -> Tensor:
+    """``positions`` with those at or past ``limit`` made padding (-1).
+
+    A model is never shown a position that it does not have: what a row drafts there is cut.
+
+    Args:
+        positions: integers of any shape.
+        limit: of the model or its cache.
+        largest: at least the largest position; spares the work where all are within.
+    """
+    return positions if largest < limit else torch.where(positions < limit, positions, -1)
+
+
 class DraftChain:
     """Draws one drafted token per step and keeps it with the distribution it came from.
+
+    A row's draft ends before the first token whose logits defined no distribution: a draft model's
+    NaN costs drafts, not the request.
 
     Args:
         sampler: the target's; it processes draft logits exactly as it does the target's.
@@ -109,6 +153,7 @@ class DraftChain:
         self._positions = state.lengths[:, None] + 1  # [B, 1], of the token to be drawn
         self._tokens = state.current.new_empty(len(state.host_lengths), gamma)
         self._probs: list[Tensor] = []
+        self._undefined: list[Tensor] = []
         self._step = 0
 
     def draw(self, logits: Tensor) -> Tensor:
@@ -116,6 +161,8 @@ class DraftChain:
         # Penalties count the tokens drafted so far, as they will when the target verifies.
         prefix = self._tokens[:, : self._step] if self._step else None
         dist = self._sampler.distribution(logits, self._rows, self._positions, prefix)
+        assert dist.undefined is not None
+        self._undefined.append(dist.undefined)
         if dist.argmax is not None:  # all rows greedy: no noise to compute
             token = dist.argmax[:, 0]
         else:
@@ -130,13 +177,14 @@ class DraftChain:
     def take(self, tokens: Tensor, undefined: Tensor) -> Draft:
         """The draft of all ``tokens [B, G]`` that the model chose greedily by itself.
 
-        Raises:
-            FloatingPointError: where its logits had no largest value, ``undefined [B, G]``.
+        ``undefined [B, G]``: where its logits had no largest value.
         """
-        self._tokens = tokens
-        self._sampler.record(undefined, self._rows, self._positions)
+        self._tokens, self._undefined = tokens, [undefined]
         return self.finish()
 
     def finish(self) -> Draft:
         lengths = torch.full_like(self._rows, self._tokens.shape[1])
+        undefined = torch.cat(self._undefined, dim=1)
+        if undefined.device.type != "cpu" or bool(undefined.any()):
+            lengths = leading(~undefined, lengths)
         return Draft(self._tokens, torch.cat(self._probs, dim=1) if self._probs else None, lengths)

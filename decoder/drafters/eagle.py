@@ -8,7 +8,6 @@ ring per row until the head needs them, so rounds at gamma 0 cost it nothing but
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from decoder.model.cache import RaggedCache
 from decoder.model.kernels import accelerate, ragged_attention_op
 from decoder.round import Draft, StepState
 
-from .base import DraftChain
+from .base import DraftChain, empty_draft, rooms, usable_length, within
 from .eagle_config import EagleCheckpoint
 from .eagle_head import EagleHead
 from .eagle_loader import load_eagle
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
     from decoder.round import Verdict
     from decoder.sampling import Sampler
-
-logger = logging.getLogger(__name__)
 
 _PREFILL_CHUNK = 256
 
@@ -80,7 +77,9 @@ class EagleDrafter:
             )
         self._sampler = sampler
         self._attention = ragged_attention_op(embedding.device, embedding.dtype)
-        self.cache = RaggedCache(runner.max_batch_size, runner.max_length)
+        own = self.checkpoint.config.rope.get("max_position_embeddings", runner.max_length)
+        self._limit = usable_length("EAGLE head", own, runner.max_length)
+        self.cache = RaggedCache(runner.max_batch_size, self._limit)
         # Twice the longest round: the backlog of gamma-0 rounds is flushed before it wraps.
         self._ring_size = max(16, 2 * (max_gamma + 1))
         self._ring = embedding.new_zeros(runner.max_batch_size, self._ring_size, width)
@@ -103,7 +102,7 @@ class EagleDrafter:
             chunk = slice(start, min(start + _PREFILL_CHUNK, width - 1))
             following = token_ids[:, chunk.start + 1 : chunk.stop + 1]
             fused = self.head.fuse(features[:, chunk])
-            self._forward(following, fused, rows, positions[:, chunk], chunk.stop)
+            self._forward(following, fused, rows, positions[:, chunk], chunk.stop - 1)
         last = lengths - 1
         index = torch.arange(rows.numel(), device=rows.device)
         self._ring[rows, last % self._ring_size] = features[index, last]
@@ -113,15 +112,25 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
-        rows, vocab_size = state.rows, self._sampler.vocab_size
+        room = rooms(state, gamma, self._limit)
+        if not any(room):
+            return empty_draft(state, gamma)
+        draft = self._draft(state, max(room))
+        # Only now: a round that failed on the way is drafted again from where it was.
+        self._mark_synced(state)
+        if min(room) < draft.gamma:
+            return draft.limited(room) or empty_draft(state, gamma)
+        return draft
+
+    def _draft(self, state: StepState, gamma: int) -> Draft:
         hidden = self._refresh(state)[:, -1:]  # [B, 1, H], the prediction for `lengths`
         chain = DraftChain(self._sampler, state, gamma)
         longest = max(state.host_lengths)
         for step in range(gamma):
-            token = chain.draw(self.head.logits(hidden, vocab_size))
+            token = chain.draw(self.head.logits(hidden, self._sampler.vocab_size))
             if step + 1 < gamma:
                 position = state.lengths[:, None] + step
-                hidden = self._forward(token, hidden, rows, position, longest + step + 1)
+                hidden = self._forward(token, hidden, state.rows, position, longest + step)
         return chain.finish()
 
     @torch.inference_mode()
@@ -134,6 +143,7 @@ class EagleDrafter:
         )
         if behind > self._ring_size:
             self._refresh(state_before)
+            self._mark_synced(state_before)
         positions = state_before.lengths[:, None] + torch.arange(Q, device=features.device)
         self._ring[state_before.rows[:, None], positions % self._ring_size] = features
 
@@ -153,16 +163,20 @@ class EagleDrafter:
         tokens = state.tokens[rows, (positions + 1).clamp(min=0)]
         fused = self.head.fuse(self._ring[rows, positions % self._ring_size])
         live = torch.where(positions >= self._synced[rows], positions, -1)
-        hidden = self._forward(tokens, fused, state.rows, live, max(state.host_lengths))
+        return self._forward(tokens, fused, state.rows, live, max(state.host_lengths) - 1)
+
+    def _mark_synced(self, state: StepState) -> None:
+        """What ``_refresh`` has run need not be run again."""
         self._synced[state.rows] = state.lengths
-        for row, length in lengths:
+        for row, length in state.rows_and_lengths():
             self._host_synced[row] = length
-        return hidden
 
     def _forward(
-        self, tokens: Tensor, hidden: Tensor, rows: Tensor, positions: Tensor, extent: int
+        self, tokens: Tensor, hidden: Tensor, rows: Tensor, positions: Tensor, largest: int
     ) -> Tensor:
-        """One head pass; ``extent`` is at least the largest position + 1."""
+        """One head pass; ``largest`` is at least the largest position."""
+        positions = within(positions, self._limit, largest)
+        extent = min(largest + 1, self._limit)
         self.cache.reserve(extent)
         self.cache.select(rows, positions)
         placement = Placement(rows, positions, extent, self._attention)

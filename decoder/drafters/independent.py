@@ -7,25 +7,22 @@ otherwise is harmless. The shape is the same either way, so there is no branch a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from decoder.errors import UserError
+from decoder.model.loading import context_length
 from decoder.round import Draft, StepState
 
-from .base import DraftChain
+from .base import DraftChain, empty_draft, rooms, usable_length, within
 from .vocab import fit_vocab, require_same_vocabulary
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
     from decoder.round import Verdict
     from decoder.sampling import Sampler
-
-logger = logging.getLogger(__name__)
 
 _INLINE_LAG = 8  # missing tokens fed along with the first step instead of before it
 _CHUNK = 256  # positions per catch-up forward
@@ -54,8 +51,8 @@ class IndependentDrafter:
 
         draft_size = self.model.get_output_embeddings().weight.shape[0]
         require_same_vocabulary(sampler.vocab_size, draft_size, *self._tokenizers)
-        _check_context(self.model, runner.max_length)
-        self.runner = ModelRunner(self.model, runner.max_batch_size, runner.max_length)
+        self._limit = usable_length("draft model", context_length(self.model), runner.max_length)
+        self.runner = ModelRunner(self.model, runner.max_batch_size, self._limit)
         self._sampler = sampler
         self._last_id = draft_size - 1
         self._same_ids = draft_size == sampler.vocab_size
@@ -67,33 +64,47 @@ class IndependentDrafter:
     def admit(
         self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None
     ) -> None:
-        if not self._drafting:
-            return  # prompts are caught up with when drafts are wanted, which may be never
-        self.runner.prefill(rows, self._known(token_ids), lengths)
+        if not self._drafting:  # prompts are caught up with when drafts are wanted, maybe never
+            self.release(rows.tolist())
+            return
+        known = self._known(token_ids[:, : self._limit])
+        self.runner.prefill(rows, known, lengths.clamp(max=self._limit))
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
             self._synced[row] = length
 
     def propose(self, state: StepState, gamma: int) -> Draft:
         self._drafting = True
-        tokens, positions = self._opening(state)
-        last = torch.full_like(state.rows, tokens.shape[1] - 1)[:, None]
-        longest = max(state.host_lengths)
-        chain = DraftChain(self._sampler, state, gamma)
+        room = rooms(state, gamma, self._limit)
+        if not any(room):
+            return empty_draft(state, gamma)
+        draft = self._draft(state, max(room))
+        # Only now: a round that failed on the way is drafted again from where it was.
         for row, length in state.rows_and_lengths():
-            self._synced[row] = length + gamma
-        if self._same_ids and self._sampler.takes_argmax(state.rows):
+            self._synced[row] = length + draft.gamma
+        if min(room) < draft.gamma:
+            return draft.limited(room) or empty_draft(state, gamma)
+        return draft
+
+    def _draft(self, state: StepState, gamma: int) -> Draft:
+        longest, limit = max(state.host_lengths), self._limit
+        tokens, positions = self._opening(state)
+        positions = within(positions, limit, longest)
+        last = torch.full_like(state.rows, tokens.shape[1] - 1)[:, None]
+        chain = DraftChain(self._sampler, state, gamma)
+        fits = longest + gamma <= limit
+        if fits and self._same_ids and self._sampler.takes_argmax(state.rows):
             whole = self.runner.continue_greedily(tokens, state.rows, positions, gamma, longest)
             if whole is not None:
                 return chain.take(*whole)
         for step in range(gamma):
             if step:
-                positions = state.lengths[:, None] + step
+                positions = within(state.lengths[:, None] + step, limit, longest + step)
             out = self.runner.forward(
                 self._known(tokens),
                 state.rows,
                 positions,
                 logits_positions=None if step else last,
-                max_position=longest + step,
+                max_position=min(longest + step, limit - 1),
             )
             tokens = chain.draw(fit_vocab(out.logits, self._sampler.vocab_size))
         return chain.finish()
@@ -121,7 +132,10 @@ class IndependentDrafter:
         W is 2 plus whatever earlier rounds at gamma 0 left unseen; a long backlog is run on its
         own first, for the rows that have one.
         """
-        lengths = state.rows_and_lengths()
+        # A row that has outgrown the draft model has nothing to catch up with.
+        lengths = [
+            (row, length) for row, length in state.rows_and_lengths() if length < self._limit
+        ]
         lag = max(length - 1 - self._synced[row] for row, length in lengths)
         if lag > _INLINE_LAG:
             self._catch_up(state, lengths)
@@ -158,22 +172,3 @@ class IndependentDrafter:
     def _known(self, tokens: Tensor) -> Tensor:
         """Ids past the draft's embedding table, which only the target knows, become its last."""
         return tokens if self._same_ids else tokens.clamp(max=self._last_id)
-
-
-def _check_context(model: Any, max_length: int) -> None:
-    """A draft context shorter than the target's costs acceptance, or has no positions to give."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or limit >= max_length:
-        return
-    if getattr(config, "rope_parameters", None) is None:
-        raise UserError(
-            f"the draft model has {limit} position embeddings, fewer than the {max_length} tokens "
-            "a row may hold"
-        )
-    logger.warning(
-        "the draft model was made for %d positions and rows may hold %d: expect fewer accepted "
-        "drafts beyond that",
-        limit,
-        max_length,
-    )

@@ -139,6 +139,7 @@ class HybridDrafter:
 
     def propose(self, state: StepState, gamma: int) -> Draft:
         drafted = self.model.propose(state, gamma)
+        gamma = drafted.gamma  # fewer where no row has room for more
         copied, matched = self.ngram.match(state, gamma)
         override = matched >= self.threshold  # [B]
         # The model's cache now holds drafts that may not be the ones verified.

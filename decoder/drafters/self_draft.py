@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from decoder.errors import UserError
 from decoder.round import Draft, StepState
 
-from .base import DraftChain, StatelessDrafter
+from .base import DraftChain, StatelessDrafter, within
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
@@ -134,14 +134,15 @@ class SelfDrafter(StatelessDrafter):
     def propose(self, state: StepState, gamma: int) -> Draft:
         chain, calls = DraftChain(self._sampler, state, gamma), self._reduced.calls
         token, longest = state.current[:, None], max(state.host_lengths)
+        limit = self._runner.max_length
         # A captured graph would replay the routing that it was captured with.
         with self._reduced(), self._runner.eager():
             for step in range(gamma):
                 out = self._runner.forward(
                     token,
                     state.rows,
-                    state.lengths[:, None] + step,
-                    max_position=longest + step,
+                    within(state.lengths[:, None] + step, limit, longest + step),
+                    max_position=min(longest + step, limit - 1),
                 )
                 token = chain.draw(out.logits)
         if self._reduced.calls == calls:

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,10 +39,27 @@ class LiveBatch:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def startable(self, rounds: float) -> int:
+        """Requests to start now: as many as rows are free, or none while they are few.
+
+        A prefill costs about a round, an idle row costs 1 / B of every round it waits; with L
+        rounds per sequence the sum is least at B * sqrt(2 / L) rows at a time.
+
+        Args:
+            rounds: L, that a sequence takes on average.
+        """
+        free, size = len(self.free_rows), self._history.shape[0]
+        enough = max(1, int(size * math.sqrt(2.0 / max(rounds, 2.0))))
+        return free if free >= enough or not len(self) else 0
+
     def take_rows(self, count: int) -> list[int]:
         """Reserve the lowest free rows: the portable attention need not copy leading rows."""
         taken, self.free_rows = self.free_rows[:count], self.free_rows[count:]
         return taken
+
+    def give_back(self, rows: Sequence[int]) -> None:
+        """Free rows that no sequence lives in."""
+        self.free_rows = sorted({*self.free_rows, *rows})
 
     def write_prompts(self, rows: Tensor, token_ids: Tensor) -> None:
         """Put right-padded prompts ``[R, L]`` into the history."""
@@ -55,19 +73,22 @@ class LiveBatch:
         current: Tensor,
         previous: Tensor,
     ) -> None:
-        """Add sequences whose prompts are in the caches; all tensors ``[R]``."""
-        self._history[rows, lengths] = current
+        """Add sequences whose prompts are in the caches; all tensors ``[R]``.
+
+        As every change of the batch: all of it happens or, when it raises, nothing.
+        """
+        self._history[rows, lengths] = current  # nothing reads it before the state says so
         old = self.state
-        self.sequences.extend(sequences)
-        self.state = StepState(
+        state = StepState(
             torch.cat([old.rows, rows]),
             torch.cat([old.lengths, lengths]),
             torch.cat([old.current, current]),
             torch.cat([old.previous, previous]),
             self._history,
-            old.host_lengths + lengths.tolist(),
+            old.host_lengths + [len(sequence.request.prompt_ids) for sequence in sequences],
             old.host_rows + [sequence.row for sequence in sequences],
         )
+        self.state, self.sequences = state, [*self.sequences, *sequences]
 
     def advance(self, verdict: Verdict, host_accepted: Sequence[int]) -> None:
         """Commit a round: ``lengths += accepted + 1``, and that is the whole rollback."""
@@ -94,35 +115,24 @@ class LiveBatch:
             old.host_rows,
         )
 
-    def remove(self, sequences: Sequence[ActiveSequence]) -> list[int]:
-        """Drop sequences; returns their rows, which are free now."""
+    def remove(self, sequences: Sequence[ActiveSequence]) -> None:
+        """Drop sequences; their rows are free now."""
         rows = {sequence.row for sequence in sequences}
         if rows:
             self._keep([i for i, s in enumerate(self.sequences) if s.row not in rows])
-            self.free_rows = sorted([*self.free_rows, *rows])
-        return sorted(rows)
+            self.give_back(list(rows))
 
-    def clear(self) -> list[int]:
-        """Drop every sequence; returns the rows that were taken, also by no sequence yet."""
-        everything = range(self._history.shape[0])
-        taken = sorted(set(everything).difference(self.free_rows))
+    def taken_rows(self) -> list[int]:
+        """Rows that are not free, also those of no sequence yet."""
+        return sorted(set(range(self._history.shape[0])).difference(self.free_rows))
+
+    def clear(self) -> None:
+        """Drop every sequence."""
         self._keep([])
-        self.free_rows = list(everything)
-        return taken
+        self.free_rows = list(range(self._history.shape[0]))
 
     def _keep(self, kept: list[int]) -> None:
-        old = self.state
-        index = torch.tensor(kept, dtype=torch.int64, device=self.device)
-        self.sequences = [self.sequences[i] for i in kept]
-        self.state = StepState(
-            old.rows[index],
-            old.lengths[index],
-            old.current[index],
-            old.previous[index],
-            self._history,
-            [old.host_lengths[i] for i in kept],
-            [old.host_rows[i] for i in kept],
-        )
+        self.state, self.sequences = self.state.select(kept), [self.sequences[i] for i in kept]
 
 
 def padded(rows: list[list[int]], device: torch.device) -> Tensor:

@@ -6,7 +6,6 @@ What a step does on the device is in ``rounds.py``.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,22 +19,18 @@ from decoder.drafters import Drafter, DraftOptions, build_drafter
 from decoder.drafters.table import checked_drafter
 from decoder.errors import UserError
 from decoder.gamma.base import DEFAULT_MAX_GAMMA, Controller
+from decoder.model import loading
 from decoder.model.kernels import AttentionName, accelerate
-from decoder.model.loading import (
-    eos_ids,
-    load_model,
-    load_tokenizer,
-    require_fitting_tokenizer,
-)
 from decoder.model.runner import ModelRunner
-from decoder.requests.outputs import Output, Progress
+from decoder.requests.outputs import Output, Progress, failure, unread
 from decoder.requests.params import SamplingParams
-from decoder.requests.reader import Prompt, Request, RequestReader
+from decoder.requests.reader import Prompt, Request, RequestReader, Unreadable
 from decoder.requests.sequence import ActiveSequence
 from decoder.sampling import Sampler
 from decoder.sampling.sampler import VerifierName
 
 from .metrics import DecoderStats
+from .recovery import output_of
 from .rounds import Rounds
 from .settings import checked_length, make_controller
 from .target import takes_target
@@ -57,7 +52,8 @@ class SpeculativeDecoder:
             output is the target's own under each.
         tokenizer: of the target; without one, prompts and outputs are token ids.
         max_batch_size: sequences decoded at once.
-        max_length: longest prompt plus output; by default the model's context.
+        max_length: longest prompt plus output; by default the model's context. Draft lengths have
+            no part in it: a row drafts what it has room for.
         max_gamma: longest draft that ``"auto"`` considers.
         kernels: let ``moesd_kernels`` run what it can of the target.
         attention: ``"auto"`` or ``"portable"``.
@@ -90,24 +86,19 @@ class SpeculativeDecoder:
         self.tokenizer = tokenizer
         self.drafter: Drafter = checked_drafter(drafter)
         self.controller = make_controller(gamma, max_gamma, self.drafter)
-        longest_draft = getattr(self.controller, "max_gamma", max_gamma)
         self.max_batch_size = max_batch_size
-        self.max_length = checked_length(target, max_length, longest_draft)
+        self.max_length = checked_length(target, max_length)
+        # No row has room for a longer one.
+        longest_draft = min(getattr(self.controller, "max_gamma", max_gamma), self.max_length)
         self.runner = ModelRunner(
-            target,
-            max_batch_size,
-            self.max_length + longest_draft,
-            attention=attention,
-            static=static,
+            target, max_batch_size, self.max_length, attention=attention, static=static
         )
-        device = self.runner.device
-        self.sampler = Sampler(max_batch_size, self.runner.vocab_size, device, verifier)
+        self.sampler = Sampler(max_batch_size, self.runner.vocab_size, self.runner.device, verifier)
         self.drafter.bind(self.runner, self.sampler, max(longest_draft, 1))
         self.reader = RequestReader(
-            tokenizer, self.runner.vocab_size, self.max_length, eos_ids(target)
+            tokenizer, self.runner.vocab_size, self.max_length, loading.eos_ids(target)
         )
-        width = self.max_length + longest_draft + 2
-        self._rounds = Rounds(self.runner, self.drafter, self.sampler, width, tokenizer)
+        self._rounds = Rounds(self.runner, self.drafter, self.sampler, longest_draft, tokenizer)
         self._waiting: deque[Request] = deque()
         self._added = itertools.count()
         self.stats = DecoderStats()
@@ -138,9 +129,9 @@ class SpeculativeDecoder:
         Raises:
             UserError: something that cannot be loaded, or does not go together.
         """
-        model = load_model(target, dtype=dtype, device=device, experts=experts)
-        tokenizer = load_tokenizer(target)
-        require_fitting_tokenizer(tokenizer, model)
+        model = loading.load_model(target, dtype=dtype, device=device, experts=experts)
+        tokenizer = loading.load_tokenizer(target)
+        loading.require_fitting_tokenizer(tokenizer, model)
         told = replace(draft_options or DraftOptions(), kernels=kernels, tokenizer=tokenizer)
         made = build_drafter(drafter, model, draft, told)
         return cls(model, made, tokenizer=tokenizer, kernels=kernels, **options)
@@ -182,34 +173,47 @@ class SpeculativeDecoder:
             if sequence.request is request:
                 sequence.finish_reason = "cancelled"
                 self._rounds.drop([sequence])
-                return sequence.output()
+                return output_of(sequence)
         self._waiting = deque(waiting for waiting in self._waiting if waiting is not request)
         return None
 
     def step(self) -> list[Progress]:
         """Start waiting requests when enough rows are free, else verify one draft of every row.
 
-        Returns:
-            What each sequence gained, finished ones with their output; empty when idle.
+        What raises is tried again, and in the end costs the requests concerned only.
 
-        Raises:
-            FloatingPointError: logits that define no distribution; ``clear`` the decoder then.
+        Returns:
+            What each sequence gained, ended ones with their output, whose ``error`` says why it
+            failed if it did; empty when idle.
         """
         start = time.perf_counter()
+        try:
+            return self._step()
+        except BaseException:  # an interrupt, or what nothing helps against: hold nothing half done
+            self.clear()
+            raise
+        finally:
+            self.stats.wall += time.perf_counter() - start
+
+    def _step(self) -> list[Progress]:
         batch = self._rounds.batch
         count = min(self._startable(), len(self._waiting))
+        failed: list[ActiveSequence] = []
         if count:
             group = [self._waiting.popleft() for _ in range(count)]
-            self._rounds.admit(group, self.controller, self.stats)
+            failed = self._rounds.admit(group, self.controller, self.stats)
         elif len(batch):
-            self._rounds.verify(self.controller, self.stats)
-        gained = [(sequence, sequence.take_new()) for sequence in batch.sequences]
+            failed = self._rounds.verify(self.controller, self.stats)
+        gained = [(sequence, sequence.take_new()) for sequence in (*batch.sequences, *failed)]
         finished = [sequence for sequence in batch.sequences if sequence.finish_reason is not None]
         self._rounds.drop(finished)
         self.stats.sequences += len(finished)
         self.stats.tokens += sum(len(sequence.token_ids) for sequence in finished)
-        self.stats.wall += time.perf_counter() - start
-        return [_progress(sequence, token_ids) for sequence, token_ids in gained if token_ids]
+        return [
+            Progress(sequence.request, new, output_of(sequence) if sequence.finish_reason else None)
+            for sequence, new in gained
+            if new or sequence.finish_reason
+        ]
 
     def is_idle(self) -> bool:
         """Whether no request waits or runs, so that ``step`` would do nothing."""
@@ -222,7 +226,7 @@ class SpeculativeDecoder:
 
     def generate(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[Prompt | Request],
         params: Params | None = None,
         *,
         on_output: Callable[[Output], None] | None = None,
@@ -230,58 +234,67 @@ class SpeculativeDecoder:
         """Decode every prompt; returns outputs in the order of the prompts.
 
         Args:
-            prompts: each as for ``add``.
+            prompts: each as for ``add``; all are read before the first is decoded.
             params: for all prompts, or one per prompt; greedy by default.
             on_output: called with each output as it finishes.
+
+        Raises:
+            UserError: what is wrong with a prompt; nothing has been decoded.
+            RequestFailed: some requests failed; it has the outputs of all.
         """
-        outputs = []
-        for output in self.stream(prompts, params):
+        self._require_idle()
+        requests, outputs = [], []
+        for request in self.reader.read_all(prompts, params or SamplingParams()):
+            if isinstance(request, Unreadable):
+                raise request.error
+            requests.append(request)
+        for output in self._decoded(iter(requests)):
             outputs.append(output)
             if on_output is not None:
                 on_output(output)
-        return sorted(outputs, key=lambda output: output.index)
+        outputs.sort(key=lambda output: output.index)
+        if (error := failure(outputs)) is not None:
+            raise error
+        return outputs
 
-    def stream(self, prompts: Iterable[Prompt], params: Params | None = None) -> Iterator[Output]:
-        """Like ``generate``, yielding outputs as they finish.
+    def stream(
+        self, prompts: Iterable[Prompt | Request], params: Params | None = None
+    ) -> Iterator[Output]:
+        """Like ``generate``, yielding outputs as they finish, with ``error`` where one failed.
 
         Prompts are read as rows fall free, so neither an endless iterator nor a huge file is
         held in memory. Closing the iterator abandons the sequences still running.
         """
-        if not self.is_idle():
-            raise RuntimeError("expected an idle decoder, got one that is still streaming")
-        requests = self.reader.read_all(prompts, params or SamplingParams())
+        self._require_idle()
+        yield from self._decoded(self.reader.read_all(prompts, params or SamplingParams()))
+
+    def _decoded(self, requests: Iterator[Request | Unreadable]) -> Iterator[Output]:
         self.stats = DecoderStats()
+        more = True
         try:
-            while True:
-                for request in itertools.islice(requests, self._startable()):
-                    self.add(request)
-                if self.is_idle():
-                    return
+            while more or not self.is_idle():
+                while more and len(self._waiting) < self._startable():
+                    request = next(requests, None)
+                    if request is None:
+                        more = False
+                    elif isinstance(request, Unreadable):
+                        yield unread(request)
+                    else:
+                        self.add(request)
                 for progress in self.step():
                     if progress.output is not None:
                         yield progress.output
         finally:
             self.clear()
 
+    def _require_idle(self) -> None:
+        if not self.is_idle():
+            raise RuntimeError("expected an idle decoder, got one that is still streaming")
+
     def _requests(self) -> Iterator[Request]:
         yield from self._waiting
         yield from (sequence.request for sequence in self._rounds.batch.sequences)
 
     def _startable(self) -> int:
-        """Requests that the next step could start: every free row, or none while they are few.
-
-        A prefill costs about a round, an idle row costs 1 / B of every round it waits; with L
-        rounds per sequence the sum is least at B * sqrt(2 / L) rows at a time.
-        """
-        batch, stats = self._rounds.batch, self.stats
-        free = len(batch.free_rows)
-        if not len(batch):
-            return free
-        rounds = stats.row_rounds / stats.sequences if stats.sequences else 64.0
-        enough = max(1, int(self.max_batch_size * math.sqrt(2.0 / max(rounds, 2.0))))
-        return free if free >= enough else 0
-
-
-def _progress(sequence: ActiveSequence, token_ids: list[int]) -> Progress:
-    output = sequence.output() if sequence.finish_reason is not None else None
-    return Progress(sequence.request, token_ids, output)
+        """Requests that the next step could start."""
+        return self._rounds.batch.startable(self.stats.mean_rounds(64.0))

@@ -42,6 +42,10 @@ class DecoderStats:
         """Mean tokens of a finished output; ``otherwise`` before the first one."""
         return self.tokens / self.sequences if self.sequences else otherwise
 
+    def mean_rounds(self, otherwise: float) -> float:
+        """Mean rounds of a finished output; ``otherwise`` before the first one."""
+        return self.row_rounds / self.sequences if self.sequences else otherwise
+
     def observe(
         self,
         gamma: int,

@@ -1,25 +1,32 @@
-"""What a step does: prefill new rows, or verify a draft for every live one."""
+"""What a step does: prefill new rows, or verify a draft for every live one.
+
+Both first find out everything that can fail and then commit it, so that a failure leaves the rows
+as they were. It is tried again, then row by row, until only the rows concerned are lost.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from decoder.drafters.base import Drafter
+from decoder.errors import reason
 from decoder.gamma.base import Controller
-from decoder.model.runner import ForwardOutput, ModelRunner
-from decoder.requests.outputs import TokenLogprob
+from decoder.model.runner import ModelRunner
 from decoder.requests.reader import Request
 from decoder.requests.sequence import ActiveSequence
-from decoder.round import Draft, Verdict
+from decoder.round import Draft, StepState
 from decoder.sampling import Sampler
 
 from .batch import LiveBatch, padded, token_logprobs
 from .metrics import DecoderStats
 from .phases import PhaseClock
+from .recovery import Tolerance, UndefinedLogits, retried
+from .verification import Verification, Verified, joined
 
 
 class Rounds:
@@ -29,30 +36,78 @@ class Rounds:
         runner: of the target.
         drafter: bound to it.
         sampler: decides on tokens.
-        width: positions of a row, drafts included.
+        longest_draft: that a row's history has room for beyond the longest row.
         tokenizer: for stop strings and text, or ``None``.
     """
 
     def __init__(
-        self, runner: ModelRunner, drafter: Drafter, sampler: Sampler, width: int, tokenizer: Any
+        self,
+        runner: ModelRunner,
+        drafter: Drafter,
+        sampler: Sampler,
+        longest_draft: int,
+        tokenizer: Any,
     ) -> None:
         self.runner, self.drafter, self.sampler = runner, drafter, sampler
         self.tokenizer = tokenizer
+        self._longest_draft = longest_draft
+        width = runner.max_length + longest_draft + 2
         self.batch = LiveBatch(runner.max_batch_size, width, runner.device)
         self._clock = PhaseClock(runner.device)
+        self._verify = Verification(runner, sampler, self._clock)
+        self._tolerance = Tolerance()
 
-    @torch.inference_mode()
     def admit(
         self, requests: Sequence[Request], controller: Controller, stats: DecoderStats
-    ) -> None:
+    ) -> list[ActiveSequence]:
         """Prefill prompts into free rows and draw their first tokens.
 
-        Raises:
-            FloatingPointError: logits that define no distribution.
+        Returns:
+            Those that failed: in the group, and then alone.
         """
+        try:
+            self._admit(requests, controller, stats)
+            return []
+        except Exception:
+            pass  # the reason that counts is the one of a request alone
+        failed = []
+        for request in requests:
+            try:
+                self._admit([request], controller, stats)
+            except Exception as error:
+                sequence = ActiveSequence(request, -1, self.tokenizer)
+                sequence.fail(reason(error))
+                failed.append(sequence)
+        return failed
+
+    def _admit(
+        self, requests: Sequence[Request], controller: Controller, stats: DecoderStats
+    ) -> None:
+        """All of the requests or, when it raises, none."""
+        self._clock.start()
+        rows = self.batch.take_rows(len(requests))
+        try:
+            sequences = self._prefill(requests, rows)
+        except Exception:
+            self._release(rows)
+            self._scrub(rows)
+            self.batch.give_back(rows)
+            raise
+        note = partial(self._note_admission, sequences, controller, stats)
+        self._tolerance.call("the clock", note, None)
+
+    def _note_admission(
+        self, sequences: Sequence[ActiveSequence], controller: Controller, stats: DecoderStats
+    ) -> None:
+        seconds = self._clock.stop()
+        expected = sum(stats.mean_output(sequence.remaining) for sequence in sequences)
+        stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
+        admitted = partial(controller.admitted, expected, seconds["draft"])
+        self._tolerance.call("the controller's admitted", admitted, None)
+
+    @torch.inference_mode()
+    def _prefill(self, requests: Sequence[Request], host_rows: list[int]) -> list[ActiveSequence]:
         clock, batch, device = self._clock, self.batch, self.runner.device
-        clock.start()
-        host_rows = batch.take_rows(len(requests))
         sequences = [
             ActiveSequence(request, row, self.tokenizer)
             for request, row in zip(requests, host_rows, strict=True)
@@ -64,125 +119,177 @@ class Rounds:
             self.sampler.admit(row, request.params, request.prompt_ids, request.stop_ids)
         out = self.runner.prefill(rows, ids, lengths, hidden_layers=self.drafter.hidden_layers)
         probs = self.sampler.distribution(out.logits, rows, lengths[:, None], None)
+        assert probs.undefined is not None
         first = self.sampler.draw(probs, rows, lengths)
+        report = torch.stack([probs.undefined[:, 0], first], 1).tolist()
+        if any(undefined for undefined, _ in report):
+            raise UndefinedLogits
+        logprobs = token_logprobs(self.sampler, sequences, out.logits, probs, first[:, None])
+        for sequence, (_, token), values in zip(sequences, report, logprobs, strict=True):
+            retried(partial(sequence.extend, [token], 0, values))
         self.sampler.commit(rows, first[:, None], torch.ones_like(rows))
         clock.mark("prefill")
-        self.drafter.admit(rows, ids, lengths, out.hidden)
+        admit = partial(self.drafter.admit, rows, ids, lengths, out.hidden)
+        self._tolerance.call("the drafter's admit", admit, None)
         clock.mark("draft")
         batch.write_prompts(rows, ids)
         batch.append(sequences, rows, lengths, first, ids.gather(1, lengths[:, None] - 1)[:, 0])
-        logprobs = token_logprobs(self.sampler, sequences, out.logits, probs, first[:, None])
-        report = torch.stack([self.sampler.failed(rows), first], 1).tolist()
-        self._refuse_failures(host_rows, [failed for failed, _ in report])
-        for sequence, (_, token), values in zip(sequences, report, logprobs, strict=True):
-            sequence.extend([token], 0)
-            sequence.logprobs.extend(values[:1])
-        clock.mark("prefill")
-        seconds = clock.stop()
-        stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
-        expected = sum(stats.mean_output(sequence.remaining) for sequence in sequences)
-        controller.admitted(expected, seconds["draft"])
+        self._mark("prefill")
+        return sequences
 
     @torch.inference_mode()
-    def verify(self, controller: Controller, stats: DecoderStats) -> None:
+    def verify(self, controller: Controller, stats: DecoderStats) -> list[ActiveSequence]:
         """One verify forward for every live row: each gains at least a token.
 
-        Raises:
-            FloatingPointError: logits that define no distribution.
+        Returns:
+            Those that failed; their rows are free.
         """
-        clock, batch, state = self._clock, self.batch, self.batch.state
-        clock.start()
-        longest = max(state.host_lengths)
-        gamma = self._choose_gamma(controller, sum(state.host_lengths) // len(batch))
-        clock.mark("host")
-        draft = self._propose(gamma) if gamma else None
-        clock.mark("draft")
-        gamma = draft.gamma if draft is not None else 0
-        out, positions = self._forward(draft, longest + gamma)
-        clock.mark("verify")
-        probs = self.sampler.distribution(
-            out.logits, state.rows, positions + 1, None if draft is None else draft.tokens
-        )
-        if draft is None:
-            token = self.sampler.draw(probs, state.rows, state.lengths + 1)
-            verdict = Verdict(torch.zeros_like(token), token[:, None])
-        else:
-            verdict = self.sampler.verify(probs, draft, state.rows, positions + 1)
-        self.sampler.commit(state.rows, verdict.tokens, verdict.accepted + 1)
-        drafted = torch.zeros_like(state.lengths) if draft is None else draft.lengths
-        counts = torch.stack([self.sampler.failed(state.rows), verdict.accepted, drafted], 1)
-        # The round's only device-to-host copy.
-        report: list[list[int]] = torch.cat([counts, verdict.tokens], 1).tolist()
-        self._refuse_failures(state.host_rows, [row[0] for row in report])
-        clock.mark("sample")
-        self.drafter.commit(state, verdict, out.hidden)
-        clock.mark("draft")
-        logprobs = token_logprobs(self.sampler, batch.sequences, out.logits, probs, verdict.tokens)
-        accepted, drafts = [row[1] for row in report], [row[2] for row in report]
-        batch.advance(verdict, accepted)
-        self._extend(accepted, drafts, [row[3:] for row in report], logprobs)
-        clock.mark("host")
-        seconds = clock.stop()
-        stats.observe(gamma, drafts, accepted, seconds)
-        controller.observe(gamma, len(report), drafts, accepted, seconds)
+        batch = self.batch
+        verified, failed = self._verified(retried(partial(self._draft, controller)))
+        self._lose(failed)
+        if verified is None:
+            return failed
+        try:
+            broken = self._commit(verified)
+        except Exception as error:  # it is not known whose fault this is
+            broken = [self._failed(sequence, error) for sequence in batch.sequences]
+        self._lose(broken)
+        note = partial(self._note_round, verified, controller, stats)
+        self._tolerance.call("the clock", note, None)
+        return failed + broken
 
     def drop(self, sequences: Sequence[ActiveSequence]) -> None:
         """Free the rows of these sequences; nothing of them is kept."""
-        self._release(self.batch.remove(sequences))
+        self._release([sequence.row for sequence in sequences])
+        retried(partial(self.batch.remove, sequences))
 
     def clear(self) -> None:
         """Free every row, also one whose admission did not end."""
-        self._release(self.batch.clear())
+        self._release(self.batch.taken_rows())
+        self.batch.clear()
 
-    def _release(self, rows: list[int]) -> None:
+    def _release(self, rows: Sequence[int]) -> None:
+        """Forget what is kept of rows, which are freed after it: an interrupt leaves them taken."""
         if rows:
-            self.drafter.release(rows)
+            release = partial(self.drafter.release, rows)
+            self._tolerance.call("the drafter's release", release, None)
         for row in rows:
-            self.sampler.release(row)
+            self._tolerance.call("release", partial(self.sampler.release, row), None)
 
-    def _choose_gamma(self, controller: Controller, context: int) -> int:
-        remaining = max(sequence.remaining for sequence in self.batch.sequences)
-        return min(controller.choose(len(self.batch), context), remaining - 1)
+    def _lose(self, failed: Sequence[ActiveSequence]) -> None:
+        if failed:
+            self.drop(failed)
+            self._scrub([sequence.row for sequence in failed])
+
+    def _scrub(self, rows: Sequence[int]) -> None:
+        """Nothing undefined may stay where another request will live."""
+        for row in rows:
+            self._tolerance.call("scrub", partial(self.runner.cache.scrub, row), None)
+
+    def _choose_gamma(self, controller: Controller) -> int:
+        """What the controller asks for, cut to what a row may still emit."""
+        batch = self.batch
+        context = sum(batch.state.host_lengths) // len(batch)
+        choose = partial(controller.choose, len(batch), context)
+        asked = self._tolerance.call("the controller's choose", choose, 0)
+        remaining = max(sequence.remaining for sequence in batch.sequences)
+        return max(0, min(asked, remaining - 1, self._longest_draft))
+
+    def _draft(self, controller: Controller) -> Draft | None:
+        """The round's draft; ``None`` when no row has anything to verify."""
+        self._clock.start()
+        gamma = self._choose_gamma(controller)
+        self._clock.mark("host")
+        draft = self._propose(gamma) if gamma else None
+        self._clock.mark("draft")
+        return draft
 
     def _propose(self, gamma: int) -> Draft | None:
-        """A draft cut to what rows may still emit; ``None`` when no row has anything to verify.
+        """A draft cut to what rows may still emit.
 
         Both cuts look at nothing but lengths, which depend on the context only.
         """
-        draft = self.drafter.propose(self.batch.state, gamma)
+        propose = partial(self.drafter.propose, self.batch.state, gamma)
+        draft = self._tolerance.call("the drafter's propose", propose, None)
+        if draft is None:
+            return None
         return draft.limited([sequence.remaining - 1 for sequence in self.batch.sequences])
 
-    def _forward(self, draft: Draft | None, max_position: int) -> tuple[ForwardOutput, Tensor]:
-        """The target on each row's current token and its draft; outputs and their positions."""
-        state = self.batch.state
-        ids, positions = state.current[:, None], state.lengths[:, None]
-        if draft is not None:
-            ids = torch.cat([ids, draft.tokens], dim=1)
-            positions = positions + torch.arange(ids.shape[1], device=ids.device)
-        out = self.runner.forward(
-            ids,
-            state.rows,
-            positions,
-            hidden_layers=self.drafter.hidden_layers,
-            max_position=max_position,
+    def _verified(self, draft: Draft | None) -> tuple[Verified | None, list[ActiveSequence]]:
+        """The outcome of the rows that have one, together; and the others."""
+        batch = self.batch
+        everything = partial(
+            self._verify, batch.state, batch.sequences, draft, self.drafter.hidden_layers
         )
-        return out, positions
+        whole: Verified | None = None
+        with suppress(Exception):
+            whole = retried(everything)
+        if whole is not None and not whole.undefined:
+            return whole, []
+        parts, failed = [], []
+        for i, sequence in enumerate(batch.sequences):
+            try:
+                if whole is not None and i not in whole.undefined:
+                    parts.append(whole.row(i))
+                else:
+                    parts.append(self._alone(i, draft))
+            except Exception as error:
+                failed.append(self._failed(sequence, error))
+        return (joined(parts) if parts else None), failed
 
-    def _extend(
-        self,
-        accepted: list[int],
-        drafted: list[int],
-        tokens: list[list[int]],
-        logprobs: list[list[TokenLogprob]],
-    ) -> None:
-        rounds = zip(self.batch.sequences, accepted, drafted, tokens, logprobs, strict=True)
-        for sequence, kept, proposed, emitted, values in rounds:
-            sequence.extend(emitted[: kept + 1], kept)
-            sequence.logprobs.extend(values[: kept + 1])
+    def _alone(self, index: int, draft: Draft | None) -> Verified:
+        """The outcome of one row by itself, without its draft if it fails with it."""
+        state, sequences = self.batch.state.select([index]), [self.batch.sequences[index]]
+        if draft is not None:
+            with suppress(Exception):
+                return self._alone_with(state, sequences, draft.row(index))
+        return self._alone_with(state, sequences, None)
+
+    def _alone_with(
+        self, state: StepState, sequences: list[ActiveSequence], draft: Draft | None
+    ) -> Verified:
+        self.runner.cache.scrub(sequences[0].row, state.host_lengths[0])
+        verified = self._verify(state, sequences, draft, self.drafter.hidden_layers)
+        if verified.undefined:
+            raise UndefinedLogits
+        return verified
+
+    def _commit(self, verified: Verified) -> list[ActiveSequence]:
+        """Every row takes what was decided; returns those that could not."""
+        state, verdict, report = self.batch.state, verified.verdict, verified.report
+        drafted = verified.drafted if verified.gamma else None
+        rows, counts = state.rows, verdict.accepted + 1
+        retried(partial(self.sampler.commit, rows, verdict.tokens, counts, drafted))
+        learn = partial(self.drafter.commit, state, verdict, verified.hidden)
+        self._tolerance.call("the drafter's commit", learn, None)
+        self._mark("draft")
+        retried(partial(self.batch.advance, verdict, [row[2] for row in report]))
+        failed = []
+        outcomes = zip(self.batch.sequences, report, verified.logprobs, strict=True)
+        for sequence, (_, proposed, kept, *emitted), values in outcomes:
+            try:
+                retried(partial(sequence.extend, emitted[: kept + 1], kept, values[: kept + 1]))
+            except Exception as error:
+                failed.append(self._failed(sequence, error))
+                continue
             sequence.stats.rounds += 1
             sequence.stats.accepted += kept
             sequence.stats.drafted += proposed
+        self._mark("host")
+        return failed
 
-    def _refuse_failures(self, rows: Sequence[int], failed: Sequence[int]) -> None:
-        if any(failed):
-            self.sampler.refuse([row for row, bad in zip(rows, failed, strict=True) if bad])
+    def _mark(self, phase: str) -> None:
+        """As the clock does, in the middle of what must not be left half done."""
+        self._tolerance.call("the clock", partial(self._clock.mark, phase), None)
+
+    def _note_round(self, verified: Verified, controller: Controller, stats: DecoderStats) -> None:
+        gamma, seconds = verified.gamma, self._clock.stop()
+        drafted, accepted = ([row[i] for row in verified.report] for i in (1, 2))
+        stats.observe(gamma, drafted, accepted, seconds)
+        observe = partial(controller.observe, gamma, len(drafted), drafted, accepted, seconds)
+        self._tolerance.call("the controller's observe", observe, None)
+
+    @staticmethod
+    def _failed(sequence: ActiveSequence, error: Exception) -> ActiveSequence:
+        sequence.fail(reason(error))
+        return sequence

@@ -32,17 +32,17 @@ def make_controller(gamma: Any, max_gamma: int, drafter: Drafter) -> Controller:
     raise UserError(f"gamma must be {AUTO!r} or an integer >= 0, got {gamma!r}")
 
 
-def checked_length(target: Any, max_length: int | None, longest_draft: int) -> int:
-    """The longest prompt plus output, by default what leaves its drafts within the context.
+def checked_length(target: Any, max_length: int | None) -> int:
+    """The longest prompt plus output, by default the model's context.
+
+    Draft lengths have no part in it: a draft is cut to the room that its row has left.
 
     Raises:
         UserError: ``max_length`` is not possible with this model.
     """
-    limit, is_table = context_length(target)
-    usable = limit - longest_draft if is_table else limit
+    limit = context_length(target)
     if max_length is None:
-        longest = limit - longest_draft
-        return longest if target.device.type == "cpu" else min(longest, _ACCELERATOR_MAX_LENGTH)
-    if not 2 <= max_length <= usable:
-        raise UserError(f"max_length must be in [2, {usable}] for this model, got {max_length}")
+        return limit if target.device.type == "cpu" else min(limit, _ACCELERATOR_MAX_LENGTH)
+    if not 2 <= max_length <= limit:
+        raise UserError(f"max_length must be in [2, {limit}] for this model, got {max_length}")
     return max_length

@@ -77,12 +77,16 @@ class RaggedCache(Cache):
         for layer in self.ragged_layers:
             layer.grow(self.row_length)
 
-    def forget(self, rows: int) -> None:
-        """Make the first ``rows`` rows what they were before anything was written to them."""
+    @torch.inference_mode()  # forwards made the slabs in it
+    def scrub(self, row: int | slice, start: int = 0) -> None:
+        """Zero a row from ``start`` on: what is masked takes part as 0 * value, and 0 * NaN is NaN.
+
+        For rows that have met undefined numbers or a trial's; their places are given to others.
+        """
         for layer in self.ragged_layers:
             for slab in (layer.keys, layer.values):
                 if slab is not None:
-                    slab[:rows].zero_()
+                    slab[row, start:] = 0
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""

@@ -138,11 +138,11 @@ def eos_ids(model: Any) -> frozenset[int]:
     return frozenset()
 
 
-def context_length(model: Any) -> tuple[int, bool]:
-    """The model's context, and whether it is a table of positions that cannot be exceeded."""
+def context_length(model: Any) -> int:
+    """The model's context, in positions."""
     config = model.config.get_text_config(decoder=True)
     length = int(getattr(config, "max_position_embeddings", None) or 0)
-    return length if length > 0 else 2**15, getattr(config, "rope_parameters", None) is None
+    return length if length > 0 else 2**15
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

@@ -80,3 +80,8 @@ def prefill(
             hidden[index, start:stop] = out.hidden * (positions <= last)[..., None]
     assert logits is not None
     return ForwardOutput(logits, hidden)
+
+
+def gather(states: Tensor, index: Tensor | None) -> Tensor:
+    """``states[b, index[b, i]]``: ``[B, Q, W]`` and ``[B, n]`` to ``[B, n, W]``."""
+    return states if index is None else states.take_along_dim(index[..., None], dim=1)

@@ -20,7 +20,7 @@ from .attention import Placement
 from .cache import RaggedCache, cache_argument, whole_blocks
 from .graphs import ForwardGraphs
 from .lean import LeanForward, lean_forward, watched_tensors
-from .prefill import ForwardOutput, prefill
+from .prefill import ForwardOutput, gather, prefill
 from .rope import row_rope
 from .support import attention_configs, attention_named, check_same, check_supported
 from .watch import Watch, is_bare
@@ -200,7 +200,7 @@ class ModelRunner:
             states, kept = self._lean(
                 input_ids, position_ids, placement, hidden_layers, self._eager, columns
             )
-            logits = self._head(_gather(states, logits_positions) if columns is None else states)
+            logits = self._head(gather(states, logits_positions) if columns is None else states)
         else:
             with self._ragged(placement, rows):
                 logits, kept = self._model_forward(
@@ -220,10 +220,10 @@ class ModelRunner:
             inputs["output_hidden_states"] = True
         if self._split_head:
             out = self._base(**inputs)
-            logits = self._head(_gather(out.last_hidden_state, logits_positions))
+            logits = self._head(gather(out.last_hidden_state, logits_positions))
         else:
             out = self.model(**inputs)
-            logits = _gather(out.logits, logits_positions)
+            logits = gather(out.logits, logits_positions)
         return logits, [out.hidden_states[layer] for layer in hidden_layers or ()]
 
     def _inputs(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
@@ -282,7 +282,7 @@ class ModelRunner:
                 lean = self._lean_forward()
                 if lean is not None and lean.equals(states, second, placement):
                     self._lean = lean
-        self.cache.forget(len(ids))
+        self.cache.scrub(slice(len(ids)))
         return split
 
     def _tried(self, model: Any, step: probe.Step, learn: bool = False) -> tuple[Any, Placement]:
@@ -294,8 +294,3 @@ class ModelRunner:
             del inputs["attention_mask"]
         with self._ragged(placement, step.rows):
             return model(**inputs), placement
-
-
-def _gather(states: Tensor, index: Tensor | None) -> Tensor:
-    """``states[b, index[b, i]]``: ``[B, Q, W]`` and ``[B, n]`` to ``[B, n, W]``."""
-    return states if index is None else states.take_along_dim(index[..., None], dim=1)

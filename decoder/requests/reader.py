@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from decoder.errors import UserError
+import torch
 
-from .params import SamplingParams
+from decoder.errors import UserError, explained, reason
+
+from .params import SamplingParams, shown, whole
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -22,8 +25,8 @@ class Request:
         id: the caller's name for it, or ``None``.
         prompt: its text, when it was given as text.
         prompt_ids: its tokens, at least one.
-        params: how its tokens are chosen.
-        stop_ids: tokens that end it: the model's own and ``stop_token_ids``.
+        params: how its tokens are chosen; with a seed where they are sampled.
+        stop_ids: tokens that end it: the model's own and ``stop_token_ids``, of the vocabulary.
         max_new_tokens: what it asks for, or what its prompt leaves of the longest row.
     """
 
@@ -34,6 +37,26 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int]
     max_new_tokens: int
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return prompt_name(self.index, self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A prompt that is no request.
+
+    Attributes:
+        index, id, prompt: as of a request, as far as they could be read.
+        error: what is wrong with it, naming it.
+    """
+
+    index: int
+    id: Any
+    prompt: str | None
+    error: UserError
 
 
 class RequestReader:
@@ -55,23 +78,28 @@ class RequestReader:
         self.eos_ids = eos_ids
 
     def read_all(
-        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams]
-    ) -> Iterator[Request]:
-        """Check prompts one by one, as they are asked for.
+        self, prompts: Iterable[Prompt | Request], params: SamplingParams | Sequence[SamplingParams]
+    ) -> Iterator[Request | Unreadable]:
+        """Check prompts one by one, as they are asked for; one that is wrong stops no other.
 
         Args:
+            prompts: as for ``read``, or requests read before.
             params: for all prompts, or one per prompt.
         """
         if isinstance(prompts, (str, bytes)):
             raise TypeError("prompts must be an iterable of prompts, got a single string")
         for index, prompt in enumerate(prompts):
-            if isinstance(params, SamplingParams):
-                own = params
-            elif index < len(params):
-                own = params[index]
-            else:
-                raise UserError(f"expected one SamplingParams per prompt, got {len(params)}")
-            yield self.read(index, prompt, own)
+            if isinstance(prompt, Request):
+                yield prompt
+                continue
+            try:
+                yield self.read(index, prompt, _own(params, index))
+            except Exception as error:
+                request_id, text = _identity(prompt)
+                name = prompt_name(index, request_id)
+                if not isinstance(error, UserError):
+                    error = UserError(f"{name}: {reason(error)}")
+                yield Unreadable(index, request_id, text, error)
 
     def read(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """Check one prompt.
@@ -83,12 +111,10 @@ class RequestReader:
         Raises:
             UserError: what is wrong with it, naming it by ``id`` or index.
         """
-        name = f"prompt {index}"
-        request_id = None
+        request_id, text = _identity(prompt)
+        name = prompt_name(index, request_id)
         if isinstance(prompt, Mapping):
-            fields = dict(prompt)
-            request_id = fields.pop("id", None)
-            name = f"prompt {index if request_id is None else request_id!r}"
+            fields = {key: value for key, value in prompt.items() if key != "id"}
             text, ids = fields.pop("prompt", None), fields.pop("token_ids", None)
             if (text is None) == (ids is None):
                 raise UserError(f'{name}: expected exactly one of "prompt" and "token_ids"')
@@ -99,35 +125,99 @@ class RequestReader:
             prompt = ids if text is None else text
         text = prompt if isinstance(prompt, str) else None
         ids = self._ids(prompt, name)
+        stop_ids = self._stop_ids(params)
+        self._check(params, stop_ids, name)
+        if params.seed is None and not params.greedy:
+            # Unseeded requests differ, and follow torch.manual_seed.
+            params = replace(params, seed=int(torch.randint(2**63 - 1, ())))
+        new_tokens = min(params.max_new_tokens, self.max_length - len(ids))
+        return Request(index, request_id, text, ids, params, stop_ids, new_tokens)
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Ids that can end the request: no model emits one from outside its vocabulary."""
+        ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ids |= self.eos_ids
+        return frozenset(i for i in ids if 0 <= i < self.vocab_size)
+
+    def _check(self, params: SamplingParams, stop_ids: frozenset[int], name: str) -> None:
+        """What can be known to be impossible before a token is decoded."""
         if params.stop and self.tokenizer is None:
             raise UserError(f"{name}: stop strings need a tokenizer, got none")
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= self.eos_ids
-        room = self.max_length - len(ids)
-        new_tokens = min(params.max_new_tokens, room)
-        return Request(index, request_id, text, ids, params, stop_ids, new_tokens)
+        if params.logprobs is not None and params.logprobs > self.vocab_size:
+            raise UserError(
+                f"{name}: logprobs must be at most the vocabulary's {self.vocab_size}, "
+                f"got {shown(params.logprobs)}"
+            )
+        bias = params.logit_bias or {}
+        outside = [token for token in bias if not 0 <= token < self.vocab_size]
+        if outside:
+            raise UserError(
+                f"{name}: logit_bias ids must be in [0, {self.vocab_size}), got {shown(outside[0])}"
+            )
+        banned = {token for token, value in bias.items() if value == -math.inf}
+        if params.min_new_tokens:
+            banned |= stop_ids
+        if len(banned) == self.vocab_size:
+            raise UserError(
+                f"{name}: expected a token that may be emitted, got every token banned by "
+                "logit_bias and min_new_tokens"
+            )
 
     def _ids(self, prompt: Any, name: str) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"{name}: a text prompt needs a tokenizer, got none")
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            with explained(f"{name}: cannot be tokenized"):
+                ids = list(self.tokenizer(prompt)["input_ids"])
         else:
-            try:
-                ids = [int(token) for token in prompt]
-            except (TypeError, ValueError):
-                raise UserError(
-                    f"{name}: expected text or a list of token ids, got {type(prompt).__name__}"
-                ) from None
+            ids = _token_ids(prompt, name)
         if not ids:
             raise UserError(f"{name}: expected at least one token, got an empty prompt")
         if not all(0 <= token < self.vocab_size for token in ids):
             bad = next(token for token in ids if not 0 <= token < self.vocab_size)
-            raise UserError(f"{name}: token ids must be in [0, {self.vocab_size}), got {bad}")
+            raise UserError(
+                f"{name}: token ids must be in [0, {self.vocab_size}), got {shown(bad)}"
+            )
         if len(ids) >= self.max_length:
             raise UserError(
                 f"{name}: {len(ids)} tokens leave no room in a context of {self.max_length}; "
                 f"expected at most {self.max_length - 1}"
             )
         return ids
+
+
+def prompt_name(index: int, request_id: Any) -> str:
+    """What messages call a prompt."""
+    return f"prompt {index if request_id is None else shown(request_id)}"
+
+
+def _own(params: SamplingParams | Sequence[SamplingParams], index: int) -> SamplingParams:
+    if isinstance(params, SamplingParams):
+        return params
+    if index >= len(params):
+        raise UserError(f"expected one SamplingParams per prompt, got {len(params)}")
+    return params[index]
+
+
+def _identity(prompt: Any) -> tuple[Any, str | None]:
+    """The caller's name of a prompt, and its text when it is one."""
+    request_id, text = None, prompt
+    if isinstance(prompt, Mapping):
+        request_id, text = prompt.get("id"), prompt.get("prompt")
+    return request_id, text if isinstance(text, str) else None
+
+
+def _token_ids(prompt: Any, name: str) -> list[int]:
+    expected = f"{name}: expected text or a list of token ids, got"
+    items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(items, (bytes, bytearray, set, frozenset, Mapping)):
+        raise UserError(f"{expected} {type(prompt).__name__}")
+    try:
+        read = [(whole(item), item) for item in items]
+    except TypeError:
+        raise UserError(f"{expected} {type(prompt).__name__}") from None
+    for token, item in read:
+        if token is None:
+            raise UserError(f"{expected} {shown(item)} in it")
+    return [token for token, _ in read if token is not None]

@@ -16,6 +16,7 @@ class ActiveSequence:
         "_taken",
         "_tokenizer",
         "drafted",
+        "error",
         "finish_reason",
         "logprobs",
         "request",
@@ -32,6 +33,7 @@ class ActiveSequence:
         self.drafted: list[bool] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
+        self.error: str | None = None
         self.text_end: int | None = None
         self.stats = SequenceStats(len(request.prompt_ids))
         self._taken = 0
@@ -42,37 +44,45 @@ class ActiveSequence:
         """Tokens it may still emit."""
         return self.request.max_new_tokens - len(self.token_ids)
 
-    def extend(self, tokens: Sequence[int], accepted: int) -> int:
+    def extend(
+        self, tokens: Sequence[int], accepted: int, logprobs: Sequence[TokenLogprob] = ()
+    ) -> int:
         """Take over a round's tokens up to the one that ends the sequence.
 
         The cut comes after acceptance and stop conditions beat the length limit, so it cannot
-        bias what is emitted.
+        bias what is emitted. Nothing is changed if this raises, as a tokenizer may.
 
         Args:
             tokens: emitted this round; the first ``accepted`` were drafts.
+            logprobs: of the tokens, when asked for.
 
         Returns:
             How many were taken; fewer than given when the sequence ended.
         """
         stop_ids, limit = self.request.stop_ids, self.remaining
-        taken = min(len(tokens), limit)
+        taken, reason, text_end = min(len(tokens), limit), None, None
         for i in range(taken):
             if tokens[i] in stop_ids:
                 taken = i + 1
                 is_stop = tokens[i] in self.request.params.stop_token_ids
-                self.finish_reason = "stop" if is_stop else "eos"
+                reason = "stop" if is_stop else "eos"
                 break
-        first = len(self.token_ids)
+        token_ids = [*self.token_ids, *tokens[:taken]] if self.request.params.stop else []
+        found = self._stop_string(token_ids, len(self.token_ids)) if token_ids else None
+        if found is not None:
+            kept, text_end = found
+            taken, reason = kept - len(self.token_ids), "stop"
+        if reason is None and taken == limit:
+            reason = "length"
         self.token_ids.extend(tokens[:taken])
-        if self.request.params.stop:
-            kept = self._cut_at_stop_string(first)
-            if kept is not None:
-                taken, self.finish_reason = kept - first, "stop"
-                del self.token_ids[kept:]
         self.drafted.extend(i < accepted for i in range(taken))
-        if self.finish_reason is None and taken == limit:
-            self.finish_reason = "length"
+        self.logprobs.extend(logprobs[:taken])
+        self.finish_reason, self.text_end = reason, text_end
         return taken
+
+    def fail(self, reason: str) -> None:
+        """End it with an error; ``reason`` in one line."""
+        self.finish_reason, self.error = "error", f"{self.request.name}: {reason}"
 
     def take_new(self) -> list[int]:
         """The tokens since this was last asked for."""
@@ -81,35 +91,49 @@ class ActiveSequence:
         return new
 
     def output(self) -> Output:
-        """The sequence as it stands."""
-        text = self._decode(self.token_ids)[: self.text_end] if self._tokenizer is not None else ""
-        wants_logprobs = self.request.params.logprobs is not None
+        """The sequence as it stands; the text of one that failed stays empty if it has none."""
+        params = self.request.params
         return Output(
             self.request.index,
             self.request.id,
             self.request.prompt,
             self.token_ids,
-            text,
+            self._text(),
             self.finish_reason or "length",
             self.stats,
             self.drafted,
-            self.logprobs[: len(self.token_ids)] if wants_logprobs else None,
+            None if params.logprobs is None else self.logprobs,
+            self.error,
+            None if params.greedy else params.seed,
         )
 
-    def _cut_at_stop_string(self, first: int) -> int | None:
-        """Number of tokens up to the one completing a stop string; sets where the text ends."""
+    def _text(self) -> str:
+        if self._tokenizer is None:
+            return ""
+        try:
+            return self._decode(self.token_ids)[: self.text_end]
+        except Exception:
+            if self.error is None:
+                raise
+            return ""  # what made it fail may be just this
+
+    def _stop_string(self, token_ids: Sequence[int], first: int) -> tuple[int, int] | None:
+        """Number of ``token_ids`` up to the one completing a stop string, and where the text ends.
+
+        Args:
+            token_ids: the output with its new tokens, which begin at ``first``.
+        """
         stops = self.request.params.stop
         # A character takes at most four bytes and a token at least one, so a stop string that ends
         # in the new tokens begins within this many tokens before them.
         start = max(0, first - 4 * max(map(len, stops)) - 4)
-        if not any(stop in self._decode(self.token_ids[start:]) for stop in stops):
+        if not any(stop in self._decode(token_ids[start:]) for stop in stops):
             return None
-        for end in range(first + 1, len(self.token_ids) + 1):
-            if any(stop in self._decode(self.token_ids[start:end]) for stop in stops):
-                text = self._decode(self.token_ids[:end])
-                found = [text.find(stop) for stop in stops]
-                self.text_end = min((at for at in found if at >= 0), default=None)
-                return end if self.text_end is not None else None
+        for end in range(first + 1, len(token_ids) + 1):
+            if any(stop in self._decode(token_ids[start:end]) for stop in stops):
+                text = self._decode(token_ids[:end])
+                found = [at for at in map(text.find, stops) if at >= 0]
+                return (end, min(found)) if found else None
         return None
 
     def _decode(self, token_ids: Sequence[int]) -> str:

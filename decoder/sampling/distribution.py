@@ -23,10 +23,13 @@ class Probs(NamedTuple):
         probs: ``[B, Q, V]`` fp32 (fp64 for fp64 logits), one-hot in greedy rows; ``None`` where
             every row is greedy.
         argmax: ``[B, Q]`` int64 where every row is greedy, else ``None``.
+        undefined: ``[B, Q]`` bool, positions whose logits define no distribution; what is drawn
+            there is some token of the vocabulary. ``None`` when nobody has looked.
     """
 
     probs: Tensor | None
     argmax: Tensor | None
+    undefined: Tensor | None = None
 
 
 def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from decoder.requests.params import SamplingParams
 
+_LONGEST = 2**62  # tokens: no output is longer, and a position fits 64 bits
+
 
 class Adjustments:
     """Per-row logit adjustments, applied in transformers' order.
@@ -59,7 +61,7 @@ class Adjustments:
         if p.min_new_tokens and ending:
             self._delayed.add(row)
             self._ending.set(row, ending, [float("-inf")] * len(ending))
-            self._end_allowed_from[row] = len(prompt_ids) + p.min_new_tokens
+            self._end_allowed_from[row] = len(prompt_ids) + min(p.min_new_tokens, _LONGEST)
 
     def release(self, row: int) -> None:
         """Back to neutral values, so that the next request of the row inherits nothing."""

@@ -38,7 +38,7 @@ class RowTable:
 
     Attributes:
         seeds: ``[max_batch_size]`` int64.
-        rounds: ``[max_batch_size]`` int64, verifications since admission.
+        rounds: ``[max_batch_size]`` int64, verifications of drafts of the row since admission.
         greedy: ``[max_batch_size]`` bool.
         temperature, top_p, min_p: ``[max_batch_size]`` fp32; neutral (1, 2, 0) where not asked for.
         top_k: ``[max_batch_size]`` int64; V where not asked for.
@@ -58,7 +58,7 @@ class RowTable:
 
     def admit(self, row: int, params: SamplingParams) -> None:
         sampled = not params.greedy
-        self.seeds[row] = params.seed
+        self.seeds[row] = params.seed or 0
         self.rounds[row] = 0
         self.greedy[row] = params.greedy
         # Truncation cannot change an argmax: greedy rows keep the neutral values.
@@ -73,6 +73,13 @@ class RowTable:
     def release(self, row: int) -> None:
         self.admitted.pop(row, None)
         self._features = None
+
+    def rounds_after(self, rows: Tensor, drafted: Tensor) -> Tensor:
+        """``rounds`` after a verification in which ``drafted`` ``[B]`` bool rows had drafts.
+
+        A row whose neighbours alone had drafts does not move: it has used no noise.
+        """
+        return self.rounds.index_add(0, rows, drafted.to(torch.int64))
 
     @property
     def features(self) -> Features:

@@ -6,7 +6,7 @@ Written to run on an accelerator without waiting for it; so far run on CPUs only
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NoReturn, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .logprobs import TokenLogprobs, token_logprobs
 from .penalties import Adjustments
 from .rng import Stream
 from .rows import RowTable
-from .verdict import assemble, residual
+from .verdict import assemble, leading, residual
 
 VerifierName = Literal["standard", "block", "coupled"]
 VERIFIERS: tuple[str, ...] = get_args(VerifierName)
@@ -33,7 +33,8 @@ class Sampler:
     """Decides tokens for the rows of a batch, exactly as the target alone would.
 
     All methods taking ``rows`` work on any subset of the admitted rows. No method waits for an
-    accelerator; numeric failures found there are kept until they are asked for (``failed``).
+    accelerator, and until ``commit`` none changes what a later call returns: a round can be
+    repeated.
 
     Args:
         max_batch_size: number of rows.
@@ -58,7 +59,6 @@ class Sampler:
         self.verifier = verifier
         self._table = RowTable(max_batch_size, vocab_size, self.device)
         self._adjustments = Adjustments(max_batch_size, vocab_size, self.device)
-        self._failed = torch.zeros(max_batch_size, dtype=torch.bool, device=self.device)
 
     @torch.inference_mode()  # tables grow, and tensors made in this mode stay in it
     def admit(
@@ -89,7 +89,6 @@ class Sampler:
             raise ValueError(f"logprobs must be <= {self.vocab_size}, got {params.logprobs}")
         self._table.admit(row, params)
         self._adjustments.admit(row, params, prompt_ids, stop_ids)
-        self._failed[row] = False
 
     @torch.inference_mode()
     def release(self, row: int) -> None:
@@ -118,9 +117,6 @@ class Sampler:
             prefix: ``[B, n]`` int64 drafted tokens that are not committed yet, ``n >= Q - 1``: the
                 last ``Q - 1`` stand between the positions, earlier ones before all of them. They
                 count for penalties.
-
-        Raises:
-            FloatingPointError: on the CPU, when a position's logits define no distribution.
         """
         if logits.shape[-1] != self.vocab_size:
             raise ValueError(f"logits must be [B, Q, {self.vocab_size}], got {list(logits.shape)}")
@@ -133,16 +129,14 @@ class Sampler:
         if adjusted:
             logits = self._adjustments.apply(logits, rows, positions, prefix)
         if greedy_only:
-            best, undefined = most_probable(logits)
-            self.record(undefined, rows, positions)
-            return Probs(None, best)
-        any_greedy = self._table.features.any_greedy
-        choice = most_probable(logits)[0] if any_greedy else None
+            return Probs(None, *most_probable(logits))
+        choice = most_probable(logits) if self._table.features.any_greedy else None
         probs, undefined = truncated(logits, rows, self._table)
-        self.record(undefined, rows, positions)
         if choice is not None:
-            probs = one_hot_where(self._table.greedy[rows], choice, probs)
-        return Probs(probs, None)
+            greedy = self._table.greedy[rows]
+            probs = one_hot_where(greedy, choice[0], probs)
+            undefined = torch.where(greedy[:, None], choice[1], undefined)
+        return Probs(probs, None, undefined)
 
     def draw(self, probs: Probs, rows: Tensor, positions: Tensor) -> Tensor:
         """Tokens ``[B]`` of the target itself at ``positions`` ``[B]``, from ``probs`` (Q = 1)."""
@@ -175,6 +169,10 @@ class Sampler:
         seeds = self._table.seeds[rows]
         if self.verifier == "coupled":
             return verify_coupled(target.probs, draft, rng.key(seeds, positions, Stream.TARGET))
+        if self.verifier == "block" and target.undefined is not None and draft.gamma:
+            # Here what comes after a draft decides on it, too: end before what is undefined.
+            defined = leading(~target.undefined[:, : draft.gamma], draft.lengths)
+            draft = Draft(draft.tokens, draft.probs, defined)
         accepted, weight = self._accept(target.probs, draft, rows, positions)
         left = residual(target.probs, draft, accepted, weight)
         at = positions.gather(1, accepted[:, None])[:, 0]
@@ -184,13 +182,25 @@ class Sampler:
             rng.key(seeds, at, Stream.TARGET),
             rng.key(seeds, at, Stream.RESIDUAL),
         )
-        self._table.rounds[rows] += 1
         return assemble(accepted, race(left, keys), draft.tokens)
 
     @torch.inference_mode()
-    def commit(self, rows: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Count emitted tokens for penalties: the first ``counts`` ``[B]`` of ``[B, n]``."""
+    def commit(
+        self, rows: Tensor, tokens: Tensor, counts: Tensor, drafted: Tensor | None = None
+    ) -> None:
+        """Take note of what was emitted; changes all of it or, when it raises, nothing.
+
+        Args:
+            rows: ``[B]`` int64.
+            tokens: ``[B, n]`` int64, counted for penalties.
+            counts: ``[B]`` int64, how many of them.
+            drafted: ``[B]`` int64, how many drafts were verified; ``None`` is none in any row.
+        """
+        rounds = self._table.rounds
+        if drafted is not None and self._table.features.any_sampled:
+            rounds = self._table.rounds_after(rows, drafted > 0)
         self._adjustments.commit(rows, tokens, counts)
+        self._table.rounds = rounds
 
     def logprobs(self, logits: Tensor, target: Probs, tokens: Tensor, top: int) -> TokenLogprobs:
         """Log-probabilities of a round's emitted ``tokens``; see ``token_logprobs``."""
@@ -222,25 +232,6 @@ class Sampler:
         sampled = (probs[:, 0].log() + noise) * self._table.temperature[rows][:, None]
         return torch.where(self._table.greedy[rows][:, None], adjusted[:, 0], sampled)
 
-    def failed(self, rows: Tensor) -> Tensor:
-        """Which of ``rows`` ``[B]`` have met logits that define no distribution; ``[B]`` bool.
-
-        For a caller to read when it waits for the device anyway, and to ``refuse`` then. A CPU has
-        refused already, where it met them.
-        """
-        return self._failed[rows]
-
-    def refuse(self, rows: list[int]) -> NoReturn:
-        """Say that ``rows`` cannot go on.
-
-        Raises:
-            FloatingPointError: always.
-        """
-        raise FloatingPointError(
-            "logits must define a distribution at every position, got NaN, +inf or every token "
-            f"banned in rows {rows}"
-        )
-
     def _accept(
         self, target_probs: Tensor, draft: Draft, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -266,14 +257,3 @@ class Sampler:
             return probs.argmax[:, 0]
         assert probs.probs is not None
         return race(probs.probs[:, 0], rng.key(seeds, positions, stream))
-
-    def record(self, undefined: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Note where logits define no distribution, ``[B, Q]``; on the CPU, raise for it."""
-        on_cpu = self.device.type == "cpu"
-        if on_cpu and not undefined.any():  # the usual case, cheaply
-            return
-        failed = (undefined & (positions >= 0)).any(dim=1)
-        if not on_cpu:
-            self._failed[rows] |= failed
-        elif bool(failed.any()):
-            self.refuse(rows[failed].tolist())

@@ -28,13 +28,11 @@ class GreedySampler:
         self, logits: Tensor, rows: Tensor, positions: Tensor, prefix: Tensor | None
     ) -> Any:
         assert logits.shape[1] == 1 and positions.shape == logits.shape[:2]
-        return SimpleNamespace(probs=None, argmax=logits.float().argmax(-1))
+        undefined = torch.zeros_like(positions, dtype=torch.bool)
+        return SimpleNamespace(probs=None, argmax=logits.float().argmax(-1), undefined=undefined)
 
     def takes_argmax(self, rows: Tensor) -> bool:
         return True
-
-    def record(self, undefined: Tensor, rows: Tensor, positions: Tensor) -> None:
-        assert not undefined.any()
 
     def draw_draft(self, probs: Any, rows: Tensor, positions: Tensor) -> Tensor:
         return probs.argmax[:, 0]

@@ -102,7 +102,7 @@ class World:
         logits = self.target_logits(context)
         target = self.sampler.distribution(logits, rows, positions, draft.tokens)
         verdict = self.sampler.verify(target, draft, rows, positions)
-        self.sampler.commit(rows, verdict.tokens, verdict.accepted + 1)
+        self.sampler.commit(rows, verdict.tokens, verdict.accepted + 1, draft.lengths)
         return verdict
 
     def target_logits(self, context: Tensor) -> Tensor:

@@ -145,16 +145,15 @@ def test_vocabulary_comparison(target_runner: ModelRunner) -> None:
 
 
 def test_short_draft_context(target_runner: ModelRunner, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ValueError, match="64 position embeddings, fewer than the 400"):
-        IndependentDrafter(tiny_model("opt", max_position_embeddings=64)).bind(
-            target_runner,
-            GreedySampler(VOCAB),
-            2,  # type: ignore[arg-type]
-        )
-    with caplog.at_level(logging.WARNING):
-        IndependentDrafter(tiny_model("llama", max_position_embeddings=64)).bind(
-            target_runner,
-            GreedySampler(VOCAB),
-            2,  # type: ignore[arg-type]
-        )
-    assert "made for 64 positions" in caplog.text
+    """Whether its positions are a table or computed, none beyond its context is asked of it."""
+    for family in ("opt", "llama"):
+        drafter = IndependentDrafter(tiny_model(family, max_position_embeddings=64))
+        with caplog.at_level(logging.WARNING):
+            drafter.bind(target_runner, GreedySampler(VOCAB), 4)  # type: ignore[arg-type]
+        assert "the draft model has 64 positions and rows may hold 400" in caplog.text
+        script = Script(drafter, random_prompts(3, low=90, high=90), [0, 2, 1])
+        script.admit([10, 59, 80])
+        lengths = [script.round(4, [0, 0, 0]).lengths.tolist() for _ in range(6)]
+        assert lengths == [[4, min(4, 64 - n), 0] for n in range(59, 65)]
+        script.lengths[0] = 70
+        assert script.round(4, [0, 0, 0]).lengths.tolist() == [0, 0, 0]

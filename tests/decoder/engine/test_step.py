@@ -8,7 +8,7 @@ from support.decoding import decoder
 from support.tiny import LetterTokenizer, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
-from decoder.errors import UserError
+from decoder.errors import RequestFailed, UserError
 
 torch.set_num_threads(1)
 NEW = 14
@@ -152,7 +152,7 @@ def test_an_admission_that_failed_frees_its_rows(target, prompts, monkeypatch):
     expected = [output.token_ids for output in engine.generate(prompts[:3], GREEDY)]
     with monkeypatch.context() as patch:
         patch.setattr(engine.sampler, "draw", lambda *_: (_ for _ in ()).throw(MemoryError))
-        with pytest.raises(MemoryError):
+        with pytest.raises(RequestFailed, match="3 of 3 requests failed: prompt 0: MemoryError"):
             engine.generate(prompts[:3], GREEDY)
     assert engine.is_idle()
     assert [output.token_ids for output in engine.generate(prompts[:3], GREEDY)] == expected

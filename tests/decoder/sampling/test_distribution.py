@@ -213,7 +213,7 @@ def test_logits_are_left_alone_and_fp64_stays_fp64():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "all banned"])
-def test_logits_without_a_distribution_are_an_error(temperature, bad):
+def test_logits_without_a_distribution_are_reported(temperature, bad):
     sampler = Sampler(3, V, "cpu", "standard")
     for row in range(3):
         sampler.admit(row, SamplingParams(temperature=temperature), PROMPT, STOP)
@@ -226,10 +226,20 @@ def test_logits_without_a_distribution_are_an_error(temperature, bad):
     if temperature == 0.0 and bad == float("inf"):
         assert sampler.distribution(logits, rows, positions).argmax[1, 1] == 5
         return
-    with pytest.raises(FloatingPointError, match=r"rows \[2\]"):
-        sampler.distribution(logits, rows, positions)
-    padding = torch.tensor([[4, 5], [4, -1]])
-    sampler.distribution(logits, rows, padding)
+    got = sampler.distribution(logits, rows, positions)
+    assert got.undefined.tolist() == [[False, False], [False, True]]
+
+
+def test_a_greedy_row_has_its_argmax_whatever_its_neighbours_sample():
+    """+inf has no softmax but is an argmax."""
+    sampler = Sampler(2, V, "cpu", "standard")
+    sampler.admit(0, SamplingParams(), PROMPT, STOP)
+    sampler.admit(1, SamplingParams(temperature=1.0), PROMPT, STOP)
+    logits, positions = logits_of(2, 1), torch.full((2, 1), 4)
+    logits[:, 0, 5] = float("inf")
+    got = sampler.distribution(logits, torch.arange(2), positions)
+    assert got.undefined.tolist() == [[False], [True]]
+    assert got.probs[0, 0].argmax() == 5 and got.probs[0, 0].sum() == 1
 
 
 def test_a_released_row_leaves_nothing_behind():

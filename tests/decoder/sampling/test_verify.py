@@ -152,10 +152,15 @@ def test_noise_is_fresh_in_every_round_but_coupled_noise_is_not():
         before = sampler.draw_draft(probs, SLOTS, POSITIONS[:, 3])
         assert torch.equal(before, sampler.draw_draft(probs, SLOTS, POSITIONS[:, 3]))
         own = sampler.draw(probs, SLOTS, POSITIONS[:, 3])
-        sampler.verify(probs, nothing, SLOTS, POSITIONS[:, :1])
+        verdict = sampler.verify(probs, nothing, SLOTS, POSITIONS[:, :1])
+        counts, drafted = verdict.accepted + 1, torch.arange(B) % 2
+        assert torch.equal(before, sampler.draw_draft(probs, SLOTS, POSITIONS[:, 3]))
+        sampler.commit(SLOTS, verdict.tokens, counts, drafted)
         again = sampler.draw_draft(probs, SLOTS, POSITIONS[:, 3])
         assert torch.equal(own, sampler.draw(probs, SLOTS, POSITIONS[:, 3]))
-        assert torch.equal(before, again) == (verifier == "coupled")
+        unchanged = before == again
+        assert unchanged[drafted == 0].all(), "a row that drafted nothing has used no noise"
+        assert unchanged[drafted > 0].all() == (verifier == "coupled")
         assert torch.equal(before, own) == (verifier == "coupled")
 
 
