@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
+from decoder.errors import RequestFailed
 from decoder.gamma.auto import AutoGamma
 from decoder.gamma.base import FixedGamma
 from decoder.gamma.step_cost import measure_costs
@@ -107,7 +108,7 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
     try:
         batches = [*sizes, decoder.max_batch_size]
         costs = measure_costs(measure, batches, gammas, _REPEATS, deadline)
-    except _NoProfile as reason:
+    except (_NoProfile, RequestFailed) as reason:
         logger.info("no start-up profile: %s", reason)
         return False
     finally:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.decoding import decoder
-from support.tiny import MOE_VOCAB, ragged_prompts, tiny_moe
+from support.tiny import MOE_VOCAB, LetterTokenizer, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
 from decoder.errors import UserError
@@ -68,3 +68,58 @@ def test_bad_settings_are_refused(target):
         decoder(target, max_length=1)
     with pytest.raises(TypeError, match="got a single string"):
         decoder(target).generate("abc")
+
+
+def test_what_cannot_be_read_costs_nobody_else(target, prompts):
+    wrong = [
+        {"token_ids": [1], "logit_bias": {5000: 1.0}, "id": "bias"},
+        {"token_ids": [1], "logprobs": 5000},
+        [MOE_VOCAB + 3],
+        [7] * 300,
+        5,
+    ]
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    engine = decoder(target, "ngram", 3, max_batch_size=1)
+    expected = [o.token_ids for o in engine.generate(prompts, params)]
+    mixed = [*wrong, prompts[0], *wrong, prompts[1], prompts[2], *wrong]
+    for prompt in wrong:
+        with pytest.raises(UserError, match=r"^prompt ('bias'|1): "):
+            engine.generate([prompts[0], prompt], params)
+        assert engine.is_idle() and engine.stats.sequences == 3, "nothing was decoded"
+        with pytest.raises(UserError):
+            engine.add(prompt)
+        assert engine.is_idle()
+    outputs = list(engine.stream(iter(mixed), params))
+    assert [o.index for o in outputs] == list(range(len(mixed)))
+    assert [o.token_ids for o in outputs if o.error is None] == expected
+    failed = [o for o in outputs if o.error is not None]
+    assert len(failed) == 15 and {o.finish_reason for o in failed} == {"error"}
+    assert failed[0].id == "bias" and failed[0].error.startswith("prompt 'bias': logit_bias ids")
+    assert list(engine.stream(wrong, params)) and engine.is_idle()
+    assert [o.token_ids for o in engine.generate(prompts, params)] == expected
+
+
+EXTREMES = [
+    {"temperature": 1e-20},
+    {"temperature": 1e20},
+    {"temperature": 1e-20, "presence_penalty": 1e9, "frequency_penalty": 1e9},
+    {"temperature": 1.0, "presence_penalty": -1e9, "frequency_penalty": -1e9},
+    {"temperature": 1.0, "repetition_penalty": 1e6},
+    {"temperature": 1e-20, "repetition_penalty": 1e-6},
+    {"temperature": 1.0, "top_p": 1e-300, "min_p": 1.0, "top_k": 10**30},
+    {"temperature": 1e-20, "logit_bias": {9: 1e9, 8: -1e300}},
+    {"max_new_tokens": 10**30, "min_new_tokens": 10**30},
+    {"temperature": 1.0, "seed": 2**63 - 1},
+    {"stop": ["\ud800", "x" * 10_000]},
+    {"stop_token_ids": [10**30, 5000]},
+]
+
+
+@pytest.mark.parametrize("verifier", ["standard", "block", "coupled"])
+def test_the_ends_of_every_range_work(target, prompts, verifier):
+    engine = decoder(target, "self", 2, verifier=verifier, tokenizer=LetterTokenizer())
+    asked = [{"token_ids": prompts[2], "max_new_tokens": 6} | extra for extra in EXTREMES]
+    outputs = engine.generate(asked)
+    assert all(0 <= token < MOE_VOCAB for o in outputs for token in o.token_ids)
+    assert all(o.token_ids for o in outputs)
+    assert [len(o.token_ids) for o in outputs][8] == 256 - len(prompts[2])
