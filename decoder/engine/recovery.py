@@ -32,7 +32,7 @@ def retried(action: Callable[[], T]) -> T:
     try:
         return action()
     except Exception as error:
-        logger.debug("tried again after %s", reason(error))
+        logger.debug("tried again after %s", reason(error), exc_info=True)
     # Not in the handler: the first attempt's tensors are gone by now, which a second may need.
     return action()
 
@@ -57,6 +57,7 @@ class Tolerance:
             if what not in self._told:
                 self._told.add(what)
                 logger.warning("%s failed; decoding goes on without: %s", what, reason(error))
+                logger.debug("where it failed", exc_info=True)
         return otherwise
 
 

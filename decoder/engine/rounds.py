@@ -6,6 +6,7 @@ as they were. It is tried again, then row by row, until only the rows concerned 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,7 +20,7 @@ from decoder.gamma.base import Controller
 from decoder.model.runner import ModelRunner
 from decoder.requests.reader import Request
 from decoder.requests.sequence import ActiveSequence
-from decoder.round import Draft, StepState
+from decoder.round import Draft
 from decoder.sampling import Sampler
 
 from .batch import LiveBatch, padded, token_logprobs
@@ -27,6 +28,8 @@ from .metrics import DecoderStats
 from .phases import PhaseClock
 from .recovery import Tolerance, UndefinedLogits, retried
 from .verification import Verification, Verified, joined
+
+logger = logging.getLogger(__name__)
 
 
 class Rounds:
@@ -75,9 +78,7 @@ class Rounds:
             try:
                 self._admit([request], controller, stats)
             except Exception as error:
-                sequence = ActiveSequence(request, -1, self.tokenizer)
-                sequence.fail(reason(error))
-                failed.append(sequence)
+                failed.append(self._failed(ActiveSequence(request, -1, self.tokenizer), error))
         return failed
 
     def _admit(
@@ -94,7 +95,7 @@ class Rounds:
             self.batch.give_back(rows)
             raise
         note = partial(self._note_admission, sequences, controller, stats)
-        self._tolerance.call("the clock", note, None)
+        self._tolerance.call("the statistics", note, None)
 
     def _note_admission(
         self, sequences: Sequence[ActiveSequence], controller: Controller, stats: DecoderStats
@@ -144,7 +145,6 @@ class Rounds:
         Returns:
             Those that failed; their rows are free.
         """
-        batch = self.batch
         verified, failed = self._verified(retried(partial(self._draft, controller)))
         self._lose(failed)
         if verified is None:
@@ -152,10 +152,10 @@ class Rounds:
         try:
             broken = self._commit(verified)
         except Exception as error:  # it is not known whose fault this is
-            broken = [self._failed(sequence, error) for sequence in batch.sequences]
+            broken = [self._failed(sequence, error) for sequence in self.batch.sequences]
         self._lose(broken)
         note = partial(self._note_round, verified, controller, stats)
-        self._tolerance.call("the clock", note, None)
+        self._tolerance.call("the statistics", note, None)
         return failed + broken
 
     def drop(self, sequences: Sequence[ActiveSequence]) -> None:
@@ -174,26 +174,29 @@ class Rounds:
             release = partial(self.drafter.release, rows)
             self._tolerance.call("the drafter's release", release, None)
         for row in rows:
-            self._tolerance.call("release", partial(self.sampler.release, row), None)
+            self._tolerance.call("the sampler's release", partial(self.sampler.release, row), None)
 
     def _lose(self, failed: Sequence[ActiveSequence]) -> None:
         if failed:
-            self.drop(failed)
             self._scrub([sequence.row for sequence in failed])
+            self.drop(failed)
 
     def _scrub(self, rows: Sequence[int]) -> None:
         """Nothing undefined may stay where another request will live."""
         for row in rows:
-            self._tolerance.call("scrub", partial(self.runner.cache.scrub, row), None)
+            self._tolerance.call("clearing a row", partial(self.runner.cache.scrub, row), None)
 
     def _choose_gamma(self, controller: Controller) -> int:
         """What the controller asks for, cut to what a row may still emit."""
         batch = self.batch
         context = sum(batch.state.host_lengths) // len(batch)
-        choose = partial(controller.choose, len(batch), context)
+        room = max(sequence.remaining for sequence in batch.sequences) - 1
+
+        def choose() -> int:
+            return max(0, min(int(controller.choose(len(batch), context)), room))
+
         asked = self._tolerance.call("the controller's choose", choose, 0)
-        remaining = max(sequence.remaining for sequence in batch.sequences)
-        return max(0, min(asked, remaining - 1, self._longest_draft))
+        return min(asked, self._longest_draft)
 
     def _draft(self, controller: Controller) -> Draft | None:
         """The round's draft; ``None`` when no row has anything to verify."""
@@ -209,11 +212,14 @@ class Rounds:
 
         Both cuts look at nothing but lengths, which depend on the context only.
         """
-        propose = partial(self.drafter.propose, self.batch.state, gamma)
-        draft = self._tolerance.call("the drafter's propose", propose, None)
-        if draft is None:
-            return None
-        return draft.limited([sequence.remaining - 1 for sequence in self.batch.sequences])
+
+        def propose() -> Draft | None:
+            draft = self.drafter.propose(self.batch.state, gamma)
+            if draft.gamma > gamma:
+                raise ValueError(f"a draft must have at most {gamma} tokens, got {draft.gamma}")
+            return draft.limited([sequence.remaining - 1 for sequence in self.batch.sequences])
+
+        return self._tolerance.call("the drafter's propose", propose, None)
 
     def _verified(self, draft: Draft | None) -> tuple[Verified | None, list[ActiveSequence]]:
         """The outcome of the rows that have one, together; and the others."""
@@ -239,20 +245,18 @@ class Rounds:
 
     def _alone(self, index: int, draft: Draft | None) -> Verified:
         """The outcome of one row by itself, without its draft if it fails with it."""
-        state, sequences = self.batch.state.select([index]), [self.batch.sequences[index]]
-        if draft is not None:
-            with suppress(Exception):
-                return self._alone_with(state, sequences, draft.row(index))
-        return self._alone_with(state, sequences, None)
-
-    def _alone_with(
-        self, state: StepState, sequences: list[ActiveSequence], draft: Draft | None
-    ) -> Verified:
-        self.runner.cache.scrub(sequences[0].row, state.host_lengths[0])
-        verified = self._verify(state, sequences, draft, self.drafter.hidden_layers)
-        if verified.undefined:
-            raise UndefinedLogits
-        return verified
+        state, sequence = self.batch.state.select([index]), self.batch.sequences[index]
+        own = None if draft is None else draft.row(index)
+        try:
+            self.runner.cache.scrub(sequence.row, state.host_lengths[0])
+            verified = self._verify(state, [sequence], own, self.drafter.hidden_layers)
+            if verified.undefined:
+                raise UndefinedLogits
+            return verified
+        except Exception:
+            if draft is None:
+                raise
+        return self._alone(index, None)
 
     def _commit(self, verified: Verified) -> list[ActiveSequence]:
         """Every row takes what was decided; returns those that could not."""
@@ -291,5 +295,6 @@ class Rounds:
 
     @staticmethod
     def _failed(sequence: ActiveSequence, error: Exception) -> ActiveSequence:
+        logger.debug("%s failed", sequence.request.name, exc_info=error)
         sequence.fail(reason(error))
         return sequence

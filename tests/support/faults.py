@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -181,13 +181,13 @@ def of_request(point: str, b: int) -> Callable[..., bool]:
     return lambda *args, **kwargs: which(*args, **kwargs) in (b, None)
 
 
-def places() -> Iterator[tuple[str, int, Callable[..., bool]]]:
-    """Every point, and the calls of it that fail: at several times, or for each request."""
+def places(requests: Sequence[int]) -> Iterator[tuple[str, int, Callable[..., bool]]]:
+    """Every point, and the calls of it that fail: early and late, or for each of ``requests``."""
     for point in BATCH:
         for count in (0, 3):
             yield point, count, nth(count)
     for point in REQUEST:
-        for b in range(B):
+        for b in requests:
             yield point, b, of_request(point, b)
 
 

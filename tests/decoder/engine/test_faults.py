@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.faults import BATCH, READING, REQUEST, Case, of_request, places, tensors, trap
+from support.faults import BATCH, READING, REQUEST, B, Case, of_request, places, tensors, trap
 from support.tiny import perturbed, tiny_moe
 
 from decoder.drafters import NgramDrafter
@@ -38,7 +38,7 @@ def case_of(drafter: str, sampled: bool, verifier: str = "standard") -> Case:
 def test_what_fails_once_is_tried_again(drafter: str, sampled: bool) -> None:
     case = case_of(drafter, sampled)
     before, fired_at = tensors(), set()
-    for point, at, concerns in places():
+    for point, at, concerns in places(range(B) if drafter == "model" else (1, 3)):
         what = f"{point} at {at}"
         with trap(case.engine, point, concerns, 1) as fired:
             outputs = case.outputs()
@@ -96,7 +96,7 @@ def test_what_fails_always_costs_the_request_concerned(verifier: str) -> None:
 def test_an_interrupt_leaves_an_idle_decoder() -> None:
     case = case_of("model", False)
     before = tensors()
-    for point, at, concerns in places():
+    for point, at, concerns in places((0, 3)):
         what = f"{point} at {at}"
         with trap(case.engine, point, concerns, 1, KeyboardInterrupt) as fired:
             try:

@@ -8,7 +8,6 @@ import torch
 
 from decoder import SamplingParams
 
-
 REFUSED = [
     ("temperature", -0.1),
     ("temperature", float("nan")),
