@@ -230,7 +230,8 @@ class MoE(nn.Module):
         Raises:
             FileNotFoundError: no safetensors file at ``path``.
             KeyError: a tensor of the block is missing; the message names it.
-            ValueError: a tensor's shape does not fit ``config``.
+            ValueError: a file cannot be read, a tensor's shape or type does not fit ``config``, or
+                ``config`` has no place for it.
         """
         from .checkpoint import block_state, read_tensors
 

@@ -1,0 +1,126 @@
+"""A block's tensors are all there, once, and fit; anything else is an error that names them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moesd_kernels.hooks.routers import RouterRule
+from moesd_kernels.moe import MoE, MoEConfig
+
+CONFIG = MoEConfig(3, 8, 4, RouterRule("softmax", 2))
+PREFIX = "layers.0.mlp."
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def tensors():
+    held = {f"{PREFIX}gate.weight": torch.ones(3, 8)}
+    for expert in range(3):
+        for name, shape in (("gate_proj", (4, 8)), ("up_proj", (4, 8)), ("down_proj", (8, 4))):
+            held[f"{PREFIX}experts.{expert}.{name}.weight"] = torch.ones(shape)
+    return held
+
+
+def expert(index, part="up_proj"):
+    return f"{PREFIX}experts.{index}.{part}.weight"
+
+
+def indexed(weight_map):
+    return lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+TENSORS = {
+    "an expert is missing": ({expert(1): None}, KeyError, f"no {expert(1)}, and 3 experts"),
+    "the last is missing": (
+        {expert(2, part): None for part in ("gate_proj", "up_proj", "down_proj")},
+        ValueError,
+        "must be (3, 8, 8), got (2, 8, 8)",
+    ),
+    "one is missing whole": (
+        {expert(1, part): None for part in ("gate_proj", "up_proj", "down_proj")},
+        KeyError,
+        f"no {expert(1, 'gate_proj')}, and 2 experts",
+    ),
+    "a projection is missing": (
+        {expert(index): None for index in range(3)},
+        KeyError,
+        f"no {expert(0)}",
+    ),
+    "an expert has another shape": (
+        {expert(1): torch.ones(5, 8)},
+        ValueError,
+        f"{expert(1)} must be a matrix as expert 0's, (4, 8) torch.float32, got (5, 8)",
+    ),
+    "an expert is a list": ({expert(0): torch.ones(8)}, ValueError, "must be a matrix"),
+    "another type": ({expert(2): torch.ones(4, 8).half()}, ValueError, "got (4, 8) torch.float16"),
+    "another width": (
+        {expert(index): torch.ones(4, 7) for index in range(3)},
+        ValueError,
+        "up_proj must be as gate_proj, (4, 8) torch.float32, got (4, 7)",
+    ),
+    "integers": (
+        {f"{PREFIX}gate.weight": torch.ones(3, 8).int()},
+        ValueError,
+        "gate.weight must be fp64, fp32, fp16 or bf16, got torch.int32",
+    ),
+    "one by two names": (
+        {f"{PREFIX}experts.0.w1.weight": torch.ones(4, 8)},
+        ValueError,
+        "is a second experts.0.gate_proj.weight",
+    ),
+    "joined and single": (
+        {f"{PREFIX}experts.down_proj": torch.ones(3, 8, 4)},
+        ValueError,
+        "experts.down_proj is there twice",
+    ),
+    "a scale that would be dropped": (
+        {f"{PREFIX}experts.0.up_proj.weight_scale_inv": torch.ones(1)},
+        ValueError,
+        f"no place for {PREFIX}experts.0.up_proj.weight_scale_inv, one of 1",
+    ),
+    "a shared expert that would be dropped": (
+        {f"{PREFIX}shared_expert.up_proj.weight": torch.ones(4, 8)},
+        ValueError,
+        "no place for layers.0.mlp.shared_expert.up_proj.weight",
+    ),
+    "an expert without end": (
+        {expert(10**15): torch.ones(4, 8)},
+        KeyError,
+        "layers.0.mlp.experts.3",
+    ),
+}
+FILES = {
+    "empty": (lambda folder: (folder / FILE).write_bytes(b""), "cannot read"),
+    "garbled": (lambda folder: (folder / FILE).write_bytes(b"x" * 99), "cannot read"),
+    "twice": (
+        lambda folder: save_file(tensors(), folder / "again.safetensors"),
+        "is a second",
+    ),
+    "an index that leads up": (indexed({f"{PREFIX}a": "../b.safetensors"}), "of its folder"),
+    "an index with a whole path": (indexed({f"{PREFIX}a": "/b.safetensors"}), "of its folder"),
+    "an index of a pickle": (indexed({f"{PREFIX}a": "b.bin"}), "of its folder"),
+    "an index without a map": (lambda f: (f / INDEX).write_text("{}"), "with a weight_map"),
+    "an index that is a list": (lambda f: (f / INDEX).write_text("[]"), "with a weight_map"),
+    "an index that is no JSON": (lambda f: (f / INDEX).write_text("{"), "cannot read"),
+    "a deep index": (lambda f: (f / INDEX).write_text("[" * 10**5), "cannot read"),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "said"), TENSORS.values(), ids=TENSORS)
+def test_tensors(changes, kind, said, tmp_path):
+    held = {name: tensor for name, tensor in (tensors() | changes).items() if tensor is not None}
+    save_file(held, tmp_path / FILE)
+    with pytest.raises(kind) as caught:
+        MoE.from_safetensors(tmp_path, CONFIG, prefix=PREFIX)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "said"), FILES.values(), ids=FILES)
+def test_files(change, said, tmp_path):
+    save_file(tensors(), tmp_path / FILE)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        MoE.from_safetensors(tmp_path, CONFIG, prefix=PREFIX)
