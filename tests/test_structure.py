@@ -255,6 +255,25 @@ def test_a_folder_of_bench_imports_only_from_those_below_it() -> None:
         assert not above, f"{path} imports from {above}"
 
 
+def test_nothing_that_is_loaded_is_run() -> None:
+    """Said at each call: a folder's code and pickled objects run wherever a default allows it."""
+    wanted = {"from_pretrained": ("trust_remote_code", False), "load": ("weights_only", True)}
+    found = []
+    for path in python(*PACKAGES):
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            called, name = ast.unparse(node.func), node.func.attr
+            if called == "torch.load" or name == "from_pretrained":
+                key, value = wanted[name]
+                said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if said.get(key) != str(value):
+                    found.append(f"{path}:{node.lineno}: {called} without {key}={value}")
+            if called in ("pickle.load", "pickle.loads"):
+                found.append(f"{path}:{node.lineno}: {called}")
+    assert not found, found
+
+
 def test_docstrings_speak_one_dialect() -> None:
     """Code and shapes stand in double backticks, as in Google's style with Markdown: no roles."""
     found = [

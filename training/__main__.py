@@ -32,15 +32,15 @@ def load_tokens(run_dir: Path):
     if not cached.exists():
         corpus = build_corpus()
         train_tokenizer(corpus, run_dir / "tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
         tokens = encode(tokenizer, corpus)
         counts = {f"{p}_{k}_tokens": sum(map(len, tokens[p][k])) for p in tokens for k in tokens[p]}
         (run_dir / "corpus.json").write_text(json.dumps({**corpus.summary(), **counts}, indent=1))
         torch.save(tokens, cached)
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
     for trace in ("is_local", "local_files_only"):  # of where it was loaded from; would be saved
         tokenizer.init_kwargs.pop(trace, None)
-    return tokenizer, torch.load(cached)
+    return tokenizer, torch.load(cached, weights_only=True)
 
 
 def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:
@@ -94,7 +94,9 @@ def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
 
     draft = None
     if (path / "draft").exists():
-        draft = AutoModelForCausalLM.from_pretrained(path / "draft", dtype=torch.float32).eval()
+        draft = AutoModelForCausalLM.from_pretrained(
+            path / "draft", dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        ).eval()
     head = load_eagle(path / "eagle") if (path / "eagle").exists() else None
     target = path / "target"
     return evaluate(load_teacher(target), load_writer(target), draft, head, tokens, tokenizer)
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     args.run_dir.mkdir(parents=True, exist_ok=True)
     if args.stage == "evaluate" and args.assets:  # a pair trained elsewhere, with its own tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(args.assets / "target")
+        tokenizer = AutoTokenizer.from_pretrained(args.assets / "target", trust_remote_code=False)
         tokens = encode(tokenizer, build_corpus())
     else:
         tokenizer, tokens = load_tokens(args.run_dir)

@@ -143,6 +143,19 @@ class TokenStream:
         self.windows: dict[str, list[torch.Tensor]] = {kind: [] for kind in documents}
         self.epochs = dict.fromkeys(documents, 0)
 
+    def state_dict(self) -> dict:
+        """What ``load_state_dict`` needs to go on from here: tensors and numbers only."""
+        return {
+            "random": self.random.get_state(),
+            "windows": self.windows,
+            "epochs": self.epochs,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what ``state_dict`` returned, over the same documents."""
+        self.random.set_state(state["random"])
+        self.windows, self.epochs = state["windows"], state["epochs"]
+
     def _refill(self, kind: str, length: int) -> None:
         self.epochs[kind] += 1
         order = torch.randperm(len(self.documents[kind]), generator=self.random).tolist()

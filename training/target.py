@@ -93,10 +93,10 @@ def train_target(
     stream = TokenStream(tokens["train"], tokenizer.eos_token_id, CODE_SHARE)
     checkpoint = run_dir / "target.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
-        stream = state["stream"]
+        stream.load_state_dict(state["stream"])
         budget.tokens_done, budget.seconds_before = state["tokens"], state["seconds"]
     log = (run_dir / "target.log").open("a")
     saved = time.monotonic()
@@ -122,7 +122,7 @@ def train_target(
                 state = {
                     "model": model.state_dict(),
                     "optimizers": optimizers.state_dict(),
-                    "stream": stream,
+                    "stream": stream.state_dict(),
                 }
                 torch.save(
                     {**state, "tokens": budget.tokens_done, "seconds": budget.seconds}, checkpoint

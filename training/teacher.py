@@ -60,7 +60,11 @@ def load_teacher(path: Path, device: str = "cpu"):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, experts_implementation=experts.register()
+        path,
+        dtype=torch.float32,
+        experts_implementation=experts.register(),
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
@@ -190,7 +194,8 @@ class TeacherBatches:
     """Training batches for the students: a share of the target's own text, the rest corpus."""
 
     def __init__(self, run_dir: Path, own_share: float = 0.6, seed: int = SEED):
-        self.rows = {kind: Rows(*t) for kind, t in torch.load(run_dir / "rows.pt").items()}
+        rows = torch.load(run_dir / "rows.pt", weights_only=True)
+        self.rows = {kind: Rows(*t) for kind, t in rows.items()}
         self.own_share = own_share
         self.random = torch.Generator().manual_seed(seed)
 

@@ -19,6 +19,7 @@ from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.independent import IndependentDrafter
 from decoder.embedded import draft_path, target_path
+from decoder.model.loading import load_tokenizer
 from moesd_kernels import accelerate
 
 VOCAB_SIZE = 4096  # of random prompts
@@ -130,9 +131,7 @@ def _path(settings: Settings) -> str:
 def _prompts(settings: Settings, batch: int) -> list[list[int]]:
     if settings.prompts is None:
         return random_prompts(batch, settings.prompt_tokens, VOCAB_SIZE)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(_path(settings))
+    tokenizer = load_tokenizer(_path(settings))
     return [tokenizer(text)["input_ids"] for text in load_prompts(settings.prompts, batch)]
 
 

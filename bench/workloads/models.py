@@ -17,6 +17,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from decoder.checkpoint.folder import model_folder
+
 INIT_STD = 0.05
 # Queries and keys three times as large as a normalised input's make attention sharp. With flat
 # attention a random model's greedy text falls into a one-token loop, which routes to few experts.
@@ -154,7 +156,9 @@ def load_subject(
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device | str, **config: Any) -> Any:
     """A causal LM from disk, in evaluation mode; ``config`` overrides its configuration."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **config)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_folder(path), dtype=dtype, trust_remote_code=False, use_safetensors=True, **config
+    )
     return model.to(device).eval()
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from bench.workloads.models import load_model, random_model
 from bench.workloads.prompts import load_prompts
 from bench.workloads.scaling import random_eagle, scaled_config
 from decoder.embedded import load_pair, target_path
+from decoder.model.loading import load_tokenizer
 from decoder.perf_model.paper_tables import PaperCell, paper_cells
 from decoder.perf_model.presets import PAPER_PAIRS
 
@@ -54,7 +54,8 @@ def chosen_cells(
 def data_prompts(preset: str, target: Path | None, data: str) -> list[list[int]]:
     """A data set's prompts in the tokens of a trained target."""
     path = target_path() if preset == "embedded" else target
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert path is not None  # there is a trained target
+    tokenizer = load_tokenizer(path)
     return [tokenizer(text)["input_ids"] for text in load_prompts(DATA_SETS[data])]
 
 

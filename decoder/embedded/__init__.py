@@ -56,11 +56,13 @@ def load_pair(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target = AutoModelForCausalLM.from_pretrained(
-        target_path(), dtype=dtype, **target_options
-    ).eval()
-    draft = AutoModelForCausalLM.from_pretrained(draft_path(), dtype=dtype).eval()
-    return target, draft, AutoTokenizer.from_pretrained(target_path())
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **options
+        ).eval()
+        for path, options in ((target_path(), target_options), (draft_path(), {}))
+    )
+    return target, draft, AutoTokenizer.from_pretrained(target_path(), trust_remote_code=False)
 
 
 def _existing(part: str) -> Path:

@@ -66,6 +66,17 @@ def test_stream_repeats_and_shifts_labels():
     assert first.epochs["code"] >= 1
 
 
+def test_stream_goes_on_from_a_file_of_tensors(tmp_path):
+    documents = {"code": [list(range(10, 500))], "prose": [list(range(600, 900))]}
+    first, second = (TokenStream(documents, eos=0, code_share=0.5) for _ in range(2))
+    first.batch(4, 16)
+    torch.save(first.state_dict(), tmp_path / "stream.pt")
+    second.load_state_dict(torch.load(tmp_path / "stream.pt", weights_only=True))
+    for _ in range(5):
+        assert torch.equal(first.batch(4, 16), second.batch(4, 16))
+    assert first.epochs == second.epochs
+
+
 def test_sorted_experts_equal_eager_with_gradients():
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
