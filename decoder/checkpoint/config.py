@@ -6,8 +6,7 @@ a few kilobytes must not make the machine count to a billion.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,10 @@ import torch
 
 from decoder.errors import UserError, explained
 
+from .counts import MOST_OBJECTS, require_countable
 from .folder import CONFIG, read_json, running_no_code
 from .weights import TensorHeader
 
-# How many layers, experts or labels there are is how many objects are made, whatever their size.
-_COUNT = re.compile(r"layers?$|^(num|n)_.*(experts|labels|codebooks|stages|blocks)$")
-_MOST_OBJECTS = 2048  # beside one per tensor in the files
-_LARGEST = 2**53  # the largest integer that every reader of JSON agrees on
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -55,7 +51,7 @@ def read_config(folder: Path, tensors: int) -> Any:
 
     file = folder / CONFIG
     raw = read_json(file)
-    _require_countable(raw, tensors, file)
+    require_countable(raw, file, MOST_OBJECTS + tensors)
     for key in ("transformers_weights", "configuration_files"):  # other files in place of those
         if raw.get(key) is not None:
             raise UserError(f"{file}: {key} is not supported, got {raw[key]!r}")
@@ -119,28 +115,6 @@ def _require_floats(
                 f"{file} says nothing of quantized weights (quantization_config), and {name} is "
                 f"{header.dtype}, expected one of {', '.join(_FLOATS)}"
             )
-
-
-def _require_countable(raw: Mapping[str, Any], tensors: int, file: Path) -> None:
-    for key, value in _items(raw):
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        if abs(value) > _LARGEST:
-            raise UserError(f"{file}: {key} must be below 2**53, got {value:.3g}")
-        if _COUNT.search(key) and value > _MOST_OBJECTS + tensors:
-            raise UserError(f"{file}: {key} is {value:,}, the weight files hold {tensors} tensors")
-
-
-def _items(fields: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values at every depth; iterative, as a file may be nested deeper than the stack."""
-    waiting = [fields]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, list):
-            waiting += found
-        elif isinstance(found, Mapping):
-            yield from found.items()
-            waiting += found.values()
 
 
 def _check_numbers(config: Any, file: Path) -> None:

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from decoder.checkpoint.counts import MOST_OBJECTS, require_countable
+from decoder.errors import explained
+
 from .model_spec import LayerSpec, ModelSpec
 
 _UNGATED = {"opt", "gpt2", "gpt_neox", "gpt_neo", "phi", "starcoder2", "falcon", "nemotron"}
@@ -59,15 +62,17 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
 
 def _fields(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
+        require_countable(config, "config", MOST_OBJECTS)
         kind = config.get("model_type")
         if kind:
             from transformers import AutoConfig
 
-            try:  # fills the defaults that a config.json leaves out
-                rest = {key: value for key, value in config.items() if key != "model_type"}
-                config = AutoConfig.for_model(kind, **rest)
-            except (ValueError, KeyError):  # a model this transformers does not know
-                return config.get("text_config") or config
+            rest = {key: value for key, value in config.items() if key != "model_type"}
+            with explained(f"config describes no {kind!r}"):
+                try:  # fills the defaults that a config.json leaves out
+                    config = AutoConfig.for_model(kind, **rest)
+                except (ValueError, KeyError):  # a model this transformers does not know
+                    return config.get("text_config") or config
         else:
             return config
     if hasattr(config, "get_text_config"):
@@ -84,7 +89,10 @@ def _fields(config: Any) -> Mapping[str, Any]:
 def _need(fields: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if fields.get(name) is not None:
-            return int(fields[name])
+            value = fields[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            return value
     raise ValueError(f"config must have {' or '.join(names)}, got fields {sorted(fields)[:40]}")
 
 

@@ -146,5 +146,13 @@ def test_refusals() -> None:
         spec_from_config({"num_hidden_layers": 1, "layer_types": ["linear_attention"]})
     with pytest.raises(ValueError, match="config must have hidden_size or n_embd"):
         spec_from_config({"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match="num_hidden_layers must be at most 2048, got 1000000000"):
+        spec_from_config({"model_type": "llama", "num_hidden_layers": 10**9})
+    with pytest.raises(ValueError, match="describes no 'llama'"):
+        spec_from_config({"model_type": "llama", "num_attention_heads": 0})
+    with pytest.raises(ValueError, match="describes no 'llama'"):
+        spec_from_config({"model_type": "llama", "hidden_size": "32"})
+    with pytest.raises(ValueError, match="num_hidden_layers must be a positive integer, got '4'"):
+        spec_from_config({"num_hidden_layers": "4"})
     with pytest.raises(ValueError, match="must be a transformers config or a dict"):
         spec_from_config(3)
