@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
@@ -29,7 +30,12 @@ def accelerate(model: torch.nn.Module) -> bool:
 
     Returns:
         Whether it did; when it could not, one log line says why and the model is unchanged.
+
+    Raises:
+        UserError: ``MOESD_CPU_ISA`` names no instruction set of this processor.
     """
+    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        _check_instruction_set()
     try:
         import moesd_kernels
 
@@ -61,18 +67,12 @@ def ragged_attention_op(
 
     Raises:
         ValueError: ``attention`` is none of ``ATTENTION``.
-        UserError: the environment asks for an instruction set that there is not.
+        UserError: ``MOESD_CPU_ISA`` names no instruction set of this processor.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     ops = _cpu_ops(device, dtype) if attention == "auto" else None
-    if ops is None:
-        return None
-    try:
-        ops.cpu_isa()  # chosen at the first call, which would blame whatever made it
-    except RuntimeError as error:
-        raise UserError(str(error).partition("\n")[0]) from error
-    return ops.ragged_attention.default
+    return None if ops is None else ops.ragged_attention.default
 
 
 @functools.cache
@@ -106,7 +106,23 @@ def _cpu_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
         from moesd_kernels.dense import ops
     except ImportError:
         return None
-    return None if ops.unavailable() is not None else torch.ops.moesd
+    if ops.unavailable() is not None:
+        return None
+    _check_instruction_set()
+    return torch.ops.moesd
+
+
+def _check_instruction_set() -> None:
+    """Refuse what no processor of this kind has: every operator would raise it, one by one."""
+    if not os.environ.get("MOESD_CPU_ISA"):
+        return
+    from moesd_kernels.dense import ops
+
+    if ops.unavailable() is None:
+        try:
+            ops.isa()
+        except RuntimeError as error:
+            raise UserError(str(error).partition("\n")[0]) from error
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
