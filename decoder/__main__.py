@@ -1,23 +1,39 @@
-"""``python -m decoder``: the demonstration, and sub-commands for real work."""
+"""``python -m decoder``: the demonstration, and sub-commands for real work.
+
+The one place that turns failures into lines: whatever ends a command is one line on standard error
+and an exit code.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from decoder.cli.options import OneLineParser, parse
+from decoder.cli.files.results import RunStopped
+from decoder.cli.streams import exit_code, say, silence_stdout, standard_streams, unwinding_signals
 
-from .errors import UserError
+from .errors import RequestFailed, UserError, reason
+
+if TYPE_CHECKING:
+    from decoder.cli.options import OneLineParser
 
 _COMMANDS = ("demo", "generate", "compare", "audit", "plan")
+# Exit codes. Signals give 128 and their number; 1 is also what commands return that found a fault.
+_STOPPED, _MISTAKE, _FAULT, _SIGPIPE = 1, 2, 70, 141
 
 
 def build_parser() -> OneLineParser:
     """The parser of the whole command line."""
+    from decoder.cli.options import OneLineParser
+
     parser = OneLineParser(
         prog="moesd",
         description="Batched, lossless speculative decoding. Without a command: the demo.",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of what fails; before the command"
     )
     subparsers = parser.add_subparsers(
         dest="command", metavar="command", parser_class=OneLineParser
@@ -28,21 +44,59 @@ def build_parser() -> OneLineParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; mistakes of the user are one line on stderr and exit code 2."""
+    """Run a command.
+
+    Returns:
+        0; 1 when a run ended early, requests failed or a check did not hold; 2 for a mistake of the
+        user; 70 for a fault of ours; 128 and its number for a signal.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments.insert(0, "demo")
+    debug = arguments[:1] == ["--debug"]
+    with standard_streams(), unwinding_signals():
+        try:
+            return _run(arguments, int(debug))
+        except KeyboardInterrupt as stop:
+            say("interrupted")
+            return exit_code(stop)
+        except BrokenPipeError:
+            return _SIGPIPE
+        except Exception as error:
+            if debug:
+                raise
+            return _told(error)
+        finally:
+            silence_stdout()
+
+
+def _run(arguments: list[str], start: int) -> int:
+    """Run the command that begins at ``start``, or the demo where none does."""
+    from decoder.cli.arguments import parse
+
+    first = arguments[start : start + 1]
+    if not first or (first[0].startswith("-") and first[0] not in ("-h", "--help")):
+        arguments.insert(start, "demo")
     args = parse(build_parser(), arguments)
-    try:
-        return args.run(args)
-    except UserError as error:
-        print(f"moesd: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
+    if sys.stdout is None and not getattr(args, "output", None):
+        raise UserError("cannot write to standard output: it is closed")
+    code: int = args.run(args)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return code
+
+
+def _told(error: Exception) -> int:
+    """Say what failed, in one line; the exit code."""
+    if isinstance(error, (UserError, RunStopped, RequestFailed)):
+        say(f"moesd: error: {reason(error)}")
+        return _MISTAKE if isinstance(error, UserError) else _STOPPED
+    if isinstance(error, OSError):
+        say(f"moesd: error: {reason(error)}")
+        return _STOPPED
+    kind = type(error).__name__
+    what = reason(error)
+    what = what if what.startswith(kind) else f"{kind}: {what}"
+    say(f"moesd: error: {what} (python -m decoder --debug ... shows the traceback)")
+    return _FAULT
 
 
 if __name__ == "__main__":

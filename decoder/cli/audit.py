@@ -10,7 +10,8 @@ from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt
 
 from .compare import load_prompts
-from .options import add_model_arguments, add_sampling_arguments, positive, sampling_params
+from .flag_types import path, positive, whole
+from .options import add_model_arguments, add_sampling_arguments, sampling_params
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from decoder.audit import Audit, LawCheck
 
 _SHOWN = 20
+_MAX_SAMPLES = 10_000  # of each prompt: all are held in memory
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,25 +35,27 @@ def add_parser(subparsers: Any) -> None:
         ),
     )
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompts", metavar="FILE", help="JSONL (default: built-in prompts)")
+    group.add_argument(
+        "--prompts", type=path, metavar="FILE", help="JSONL (default: built-in prompts)"
+    )
     group.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
     group.add_argument(
-        "--samples", type=positive, default=1, metavar="N",
+        "--samples", type=whole(1, _MAX_SAMPLES), default=1, metavar="N",
         help="decode every prompt N times with successive seeds",
     )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, seed=0)  # without one, each decoder would draw its own
 
 
 def run(args: argparse.Namespace) -> int:
     """Audit and print; 1 when something is unexplained."""
-    from rich.console import Console
 
     from decoder.audit import audit
 
     from .setup import Setup
+    from .view import Console
 
     params = sampling_params(args)
     prompts = repeated(_prompts(args), params, args.samples)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from decoder.cli.files.prompt_lines import checked
+from decoder.cli.files.prompts import check_prompts, is_stream, read_prompts
 from decoder.engine.metrics import DecoderStats
+from decoder.errors import UserError
 from decoder.requests.outputs import Output
 from decoder.requests.params import SamplingParams
 
-from .files import check_prompts, read_prompts
-from .options import add_model_arguments, add_sampling_arguments, positive, sampling_params
+from .flag_types import path, positive
+from .options import add_model_arguments, add_sampling_arguments, sampling_params
 
 
 @dataclass(slots=True)
@@ -103,21 +106,21 @@ def add_parser(subparsers: Any) -> None:
         description="Run both on the same prompts in turn; medians over repetitions.",
     )
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompts", metavar="FILE", help="JSONL (default: built-in code prompts)")
+    group.add_argument(
+        "--prompts", type=path, metavar="FILE", help="JSONL (default: built-in code prompts)"
+    )
     group.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
     group.add_argument("--repetitions", type=positive, default=3, metavar="N")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, seed=0)  # without one, each decoder would draw its own
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 also when outputs differ, which sampling without coupling does."""
-    from rich.console import Console
-
     from .setup import Setup
-    from .view import comparison_table
+    from .view import Console, comparison_table
 
     params = sampling_params(args)
     prompts = load_prompts(args.prompts, args.limit)
@@ -143,10 +146,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_prompts(path: str | None, limit: int | None) -> list[Any]:
-    """The prompts of a file, or the built-in code prompts."""
+    """The prompts of a file, or the built-in code prompts.
+
+    Raises:
+        UserError: a line that holds none, also after the limit; or there are none.
+    """
     if path is None:
         from decoder.embedded.prompts import CODE_PROMPTS
 
         return list(CODE_PROMPTS[:limit])
-    check_prompts(path)
-    return list(islice(read_prompts(path), limit))
+    if not is_stream(path):
+        check_prompts(path)
+    prompts = [checked(prompt) for prompt in islice(read_prompts(path), limit)]
+    if not prompts:
+        raise UserError(f"{path}: expected at least one prompt, got none")
+    return prompts

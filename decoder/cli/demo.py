@@ -8,7 +8,8 @@ from typing import Any
 from decoder.requests.outputs import Output
 
 from .compare import Comparison, compare
-from .options import add_model_arguments, add_sampling_arguments, positive, sampling_params
+from .flag_types import positive
+from .options import add_model_arguments, add_sampling_arguments, sampling_params
 
 _CODE, _PROSE = 8, 4
 
@@ -23,17 +24,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--repetitions", type=positive, default=3, metavar="N")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    parser.set_defaults(run=run, max_new_tokens=96, batch_size=_CODE + _PROSE)
+    parser.set_defaults(run=run, max_new_tokens=96, batch_size=_CODE + _PROSE, seed=0)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print completions and a table; 1 when speculative output differs from the target's own."""
-    from rich.console import Console
-
     from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
 
     from .setup import Setup
-    from .view import legend
+    from .view import Console, legend
 
     params = sampling_params(args)
     console = Console(highlight=False)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from decoder.errors import UserError
-from decoder.requests.outputs import Output
+from decoder.cli.files.prompt_lines import BadLine, LineId, digest
+from decoder.cli.files.prompts import STDIN, check_prompts, is_stream, read_prompts
+from decoder.cli.files.results import ResultWriter, RunStopped
+from decoder.errors import UserError, reason
+from decoder.requests.outputs import Output, SequenceStats
+from decoder.requests.params import SamplingParams
 
-from .files import LineId, ResultWriter, check_prompts, read_prompts
+from . import flag_types as types
 from .options import add_model_arguments, add_sampling_arguments, sampling_params
+from .streams import exit_code, say
 
 _QUIET_BELOW = 64  # prompts: shorter runs without a terminal show no progress bar
+_UNFINISHED = 1  # exit code: some prompts have an error for a result
+
+Prompts = Iterable[dict[str, Any] | BadLine]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,9 +32,15 @@ def add_parser(subparsers: Any) -> None:
         description="Complete prompts, losslessly and faster. Results stream as they finish.",
     )
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
-    group.add_argument("--prompts", metavar="FILE", help="JSONL (or .gz); - is standard input")
-    group.add_argument("--output", "-o", metavar="FILE", help="JSONL of results, flushed per line")
+    group.add_argument(
+        "--prompt", action="append", type=types.text, metavar="TEXT", help="may be repeated"
+    )
+    group.add_argument(
+        "--prompts", type=types.path, metavar="FILE", help="JSONL (or .gz); - is standard input"
+    )
+    group.add_argument(
+        "--output", "-o", type=types.path, metavar="FILE", help="JSONL of results, flushed per line"
+    )
     group.add_argument("--resume", action="store_true", help="skip prompts already in --output")
     group.add_argument("--json", action="store_true", help="print results as JSON lines")
     group.add_argument(
@@ -38,55 +52,137 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode; 0 when every prompt is done, 130 when interrupted (finished results are kept)."""
+    """Decode.
+
+    Returns:
+        0 when every prompt is done, 1 when some failed, 128 and its number after a signal: what
+        finished before it is kept.
+
+    Raises:
+        UserError: something is wrong that can be known before decoding; nothing was changed then.
+        RunStopped: decoding cannot go on; what finished is kept.
+    """
     if bool(args.prompt) == bool(args.prompts):
         raise UserError("expected prompts from exactly one of --prompt and --prompts")
     params = sampling_params(args)
     total = len(args.prompt) if args.prompt else None
-    if args.prompts and args.prompts != "-":
+    if args.prompts and not is_stream(args.prompts):
         total = check_prompts(args.prompts)
-    from .setup import Setup
+    with ResultWriter(args.output, resume=args.resume, prompts=_source(args)) as writer:
+        if total is not None and writer.done:
+            total = sum(not writer.is_done(prompt_id(item)) for item in _prompts(args))
+        from .setup import Setup
 
-    setup = Setup(args)
-    decoder = setup.decoder()
-    prompts: Iterable[dict[str, Any]]
-    if args.prompt:
-        prompts = ({"id": LineId(i, None), "prompt": text} for i, text in enumerate(args.prompt))
-    else:
-        prompts = read_prompts(args.prompts)
-    with ResultWriter(args.output, resume=args.resume) as writer:
-        show = _shower(args, writer, setup.tokenizer)
-        if total is not None:
-            total -= len(writer.done)
-        outputs = decoder.stream(writer.pending(prompts), params)
+        setup = Setup(args)
+        decoder = setup.decoder()
+        _check_params(decoder, params)
+        writer.begin()
+        results = _Results(_shower(args, writer, setup.tokenizer), writer)
         try:
+            outputs = decoder.stream(results.pending(_prompts(args)), params)
             for output in _with_progress(outputs, total, decoder):
-                if output.error is not None:
-                    raise UserError(output.error)
-                show(output)
-        except KeyboardInterrupt:
-            print(f"interrupted after {decoder.stats.sequences} results", file=sys.stderr)
-            return 130
+                results.take(output)
+        except KeyboardInterrupt as stop:
+            say(f"interrupted after {results.count} results")
+            return exit_code(stop)
+        except (RunStopped, BrokenPipeError):
+            raise
+        except Exception as error:
+            raise RunStopped(f"stopped after {results.count} results: {reason(error)}") from error
     from .view import stats_line
 
-    print(stats_line(decoder.stats), file=sys.stderr)
-    return 0
+    say(stats_line(decoder.stats))
+    return results.closing_code()
+
+
+class _Results:
+    """What comes out of a run, counted: outputs, and errors in place of some."""
+
+    def __init__(self, show: Callable[[Output], None], writer: ResultWriter) -> None:
+        self.count = self._failed = 0
+        self._first_reason = ""
+        self._show = show
+        self._writer = writer
+
+    def pending(self, prompts: Prompts) -> Iterator[dict[str, Any]]:
+        """The prompts that have no result yet; a line that holds none gets an error for one."""
+        for item in prompts:
+            if self._writer.is_done(prompt_id(item)):
+                continue
+            if isinstance(item, BadLine):
+                self.take(_failed(item))
+            else:
+                yield item
+
+    def take(self, output: Output) -> None:
+        """Show one."""
+        self._show(output)
+        self.count += 1
+        if output.error is not None:
+            self._failed += 1
+            self._first_reason = self._first_reason or output.error
+
+    def closing_code(self) -> int:
+        """Say how many failed, if any did; the exit code."""
+        if not self._failed:
+            return 0
+        say(f"moesd: {self._failed} of {self.count} prompts failed; first: {self._first_reason}")
+        return _UNFINISHED
+
+
+def prompt_id(item: dict[str, Any] | BadLine) -> LineId:
+    """What identifies a line."""
+    found: LineId = item.id if isinstance(item, BadLine) else item["id"]
+    return found
+
+
+def _failed(line: BadLine) -> Output:
+    return Output(
+        line.id.index, line.id, None, [], "", "error", SequenceStats(0), error=line.reason
+    )
+
+
+def _source(args: argparse.Namespace) -> str | int | None:
+    """What prompts come from: a path, or the descriptor of standard input."""
+    if args.prompts != STDIN:
+        return args.prompts
+    try:
+        return sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):  # closed, or an interpreter's own stand-in
+        return None
+
+
+def _prompts(args: argparse.Namespace) -> Prompts:
+    if args.prompts:
+        return read_prompts(args.prompts)
+    prompts = [{"prompt": text} for text in args.prompt]
+    return ({**item, "id": LineId(i, None, digest(item))} for i, item in enumerate(prompts))
+
+
+def _check_params(decoder: Any, params: SamplingParams) -> None:
+    """Flags that go with no prompt on this model stop a run before it starts."""
+    try:
+        decoder.reader.read(0, [0], params)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("prompt 0: ")) from None
 
 
 def _shower(args: argparse.Namespace, writer: ResultWriter, tokenizer: Any) -> Any:
     """What to do with an output: a line of a file, a line on standard output, or text."""
     if args.output or args.json:
         return writer.write
-    from rich.console import Console
     from rich.text import Text
 
-    from .view import colored
+    from .view import Console, colored
 
     force = {"auto": None, "always": True, "never": False}[args.color]
     console = Console(force_terminal=force, highlight=False, soft_wrap=True)
 
     def show(output: Output) -> None:
         name = f"[{output.id!r}] " if isinstance(output.id, LineId) else ""
+        if output.error is not None:
+            console.print(Text(f"{name}error: {output.error}", style="bold red"))
+            return
         reason = f"{name}{len(output.token_ids)} tokens, {output.finish_reason}"
         console.print(Text(reason, style="dim"))
         completion = colored(output, tokenizer) if console.is_terminal else Text(output.text)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -19,35 +17,47 @@ from decoder.model.loading import DTYPES
 from decoder.requests.params import SamplingParams
 from decoder.sampling import VERIFIERS
 
+from . import flag_types as types
+
 OURS = "moesd"  # the experts implementation that comes with our other kernels
 
-# vLLM's keys of --speculative-config, and the flag that each one sets.
-_SPECULATIVE_FLAGS = {
-    "method": "--drafter",
-    "model": "--draft",
-    "num_speculative_tokens": "--gamma",
-    "prompt_lookup_max": "--prompt-lookup-max",
-    "prompt_lookup_min": "--prompt-lookup-min",
-    "rejection_sample_method": "--verifier",
-}
+# Field of ``DraftOptions``: its flag, type, metavar and meaning.
+_DRAFT_FLAGS = {
+    "max_ngram": (
+        "--prompt-lookup-max", types.whole(1, types.MAX_NGRAM), "N", "most tokens looked up",
+    ),
+    "min_ngram": ("--prompt-lookup-min", types.whole(1, types.MAX_NGRAM), "N", "fewest"),
+    "ngram_threshold": (
+        "--ngram-threshold", types.positive, "N",
+        "repeated tokens from which n-gram lookup overrides the drafter",
+    ),
+    "self_top_k": (
+        "--self-draft-top-k", types.positive, "K",
+        "experts per token while drafting (default: half)",
+    ),
+    "replay_alpha": (
+        "--replay-alpha", types.number(0, 1), "A", "acceptance that is simulated",
+    ),
+}  # fmt: skip
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line on stderr and exit code 2."""
+    """An argument parser whose errors are a ``UserError``: no usage, no exit."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise UserError(message)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Target, drafter, and how to run them."""
     group = parser.add_argument_group("models")
     group.add_argument(
-        "--target", "--model", metavar="PATH", help="target model (default: the embedded one)"
-    )
+        "--target", "--model", type=types.path, metavar="PATH",
+        help="target model (default: the embedded one)",
+    )  # fmt: skip
     group.add_argument(
         "--draft", "--draft-model", "--assistant-model", "--spec-model",
-        "--speculative-draft-model-path", metavar="PATH", dest="draft",
+        "--speculative-draft-model-path", type=types.path, metavar="PATH", dest="draft",
         help="draft model or EAGLE head (default with the embedded target: its draft)",
     )  # fmt: skip
     kinds = ", ".join(
@@ -60,11 +70,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--gamma", "--num-speculative-tokens", "--spec-tokens", "--num-assistant-tokens",
-        type=_gamma, default=GAMMA_AUTO, metavar=f"N|{GAMMA_AUTO}", help="draft length",
+        type=types.gamma, default=GAMMA_AUTO, metavar=f"N|{GAMMA_AUTO}", help="draft length",
     )  # fmt: skip
     group.add_argument(
-        "--max-gamma", type=positive, default=DEFAULT_MAX_GAMMA, metavar="N",
-        help="longest that auto considers",
+        "--max-gamma", type=types.whole(1, types.MAX_GAMMA), metavar="N",
+        help=f"longest that auto considers (default: {DEFAULT_MAX_GAMMA})",
     )  # fmt: skip
     group.add_argument(
         "--verifier", "--rejection-sample-method", choices=VERIFIERS, default=VERIFIERS[0],
@@ -72,54 +82,59 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_draft_options(group)
     group.add_argument(
-        "--speculative-config", type=_speculative_config, metavar="JSON", help="in vLLM's keys"
+        "--speculative-config", type=types.text, metavar="JSON", help="in vLLM's keys"
     )
     _add_machine_arguments(parser)
 
 
 def _add_draft_options(group: argparse._ArgumentGroup) -> None:
-    """One flag per field of ``DraftOptions`` that a kind of drafter reads, with its default."""
+    """One flag per field of ``DraftOptions`` that a drafter reads; ``None`` where not given."""
     default = DraftOptions()
-    for flag, name, kind, metavar, meaning in (
-        ("--prompt-lookup-max", "max_ngram", positive, "N", "most tokens looked up"),
-        ("--prompt-lookup-min", "min_ngram", positive, "N", "fewest"),
-        ("--ngram-threshold", "ngram_threshold", positive, "N",
-         "repeated tokens from which n-gram lookup overrides the drafter"),
-        ("--self-draft-top-k", "self_top_k", positive, "K",
-         "experts per token while drafting (default: half)"),
-        ("--replay-alpha", "replay_alpha", float, "A", "acceptance that is simulated"),
-    ):  # fmt: skip
+    for name, (flag, kind, metavar, meaning) in _DRAFT_FLAGS.items():
         readers = ", ".join(k.name for k in DRAFTERS.values() if name in k.options)
+        value = getattr(default, name)
         group.add_argument(
-            flag, dest=name, type=kind, default=getattr(default, name), metavar=metavar,
-            help=f"{readers}: {meaning}",
+            flag, dest=name, type=kind, metavar=metavar,
+            help=f"{readers}: {meaning}" + ("" if value is None else f" (default: {value})"),
         )  # fmt: skip
+
+
+def given_draft_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say about drafting, by fields of ``DraftOptions``."""
+    values = {name: getattr(args, name) for name in _DRAFT_FLAGS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def draft_flag(name: str) -> str:
+    """The flag of a field of ``DraftOptions``."""
+    return _DRAFT_FLAGS[name][0]
 
 
 def draft_options(args: argparse.Namespace, **given: Any) -> DraftOptions:
     """What the flags say about drafting; ``given``: the fields that have no flag."""
-    names = {name for kind in DRAFTERS.values() for name in kind.options}
-    options = DraftOptions(**{name: getattr(args, name) for name in names}, **given)
+    options = DraftOptions(**given_draft_options(args), **given)
     return replace(options, min_ngram=min(options.min_ngram, options.max_ngram))
 
 
 def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--batch-size", "--max-num-seqs", type=positive, default=16, metavar="B",
-        help="sequences decoded at once",
+        "--batch-size", "--max-num-seqs", type=types.whole(1, types.MAX_BATCH), default=16,
+        metavar="B", help="sequences decoded at once",
     )  # fmt: skip
     group.add_argument(
-        "--max-length", "--max-model-len", type=positive, metavar="N",
+        "--max-length", "--max-model-len", type=types.integer, metavar="N",
         help="longest prompt plus output (default: the model's context)",
     )  # fmt: skip
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the models; auto: the target's own"
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda when there is one)")
-    group.add_argument("--threads", type=positive, help="CPU threads")
     group.add_argument(
-        "--experts-implementation", default=OURS, metavar="NAME",
+        "--device", type=types.device, help="cpu, cuda, cuda:1, … (default: cuda when there is one)"
+    )
+    group.add_argument("--threads", type=types.threads, metavar="N", help="CPU threads")
+    group.add_argument(
+        "--experts-implementation", type=types.text, default=OURS, metavar="NAME",
         help=f"{OURS} (default) or one of transformers' own, which turn our dense kernels off",
     )  # fmt: skip
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
@@ -137,20 +152,25 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}", type=float, default=getattr(default, name.replace("-", "_"))
         )
-    group.add_argument("--top-k", type=int, default=default.top_k)
+    group.add_argument("--top-k", type=types.integer, default=default.top_k)
     for name in ("repetition", "presence", "frequency"):
         flag = f"--{name}-penalty"
         group.add_argument(flag, type=float, default=getattr(default, f"{name}_penalty"))
-    group.add_argument("--logit-bias", type=_logit_bias, metavar="JSON", help='{"token id": bias}')
     group.add_argument(
-        "--max-new-tokens", "--max-tokens", type=int, default=default.max_new_tokens, metavar="N"
+        "--logit-bias", type=types.logit_bias, metavar="JSON", help='{"token id": bias}'
     )
-    group.add_argument("--min-new-tokens", "--min-tokens", type=int, default=0, metavar="N")
-    group.add_argument("--seed", type=int, default=default.seed)
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT")
-    group.add_argument("--stop-token-ids", type=int, nargs="+", default=[], metavar="ID")
+    group.add_argument(
+        "--max-new-tokens", "--max-tokens", type=types.integer, default=default.max_new_tokens,
+        metavar="N",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-new-tokens", "--min-tokens", type=types.integer, default=0, metavar="N"
+    )
+    group.add_argument("--seed", type=types.integer, default=default.seed)
+    group.add_argument("--stop", action="append", type=types.text, default=[], metavar="TEXT")
+    group.add_argument("--stop-token-ids", type=types.integer, nargs="+", default=[], metavar="ID")
     group.add_argument("--ignore-eos", action="store_true")
-    group.add_argument("--logprobs", type=int, metavar="N")
+    group.add_argument("--logprobs", type=types.integer, metavar="N")
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -167,60 +187,3 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         return SamplingParams(**values)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _gamma(text: str) -> int | str:
-    if text == GAMMA_AUTO:
-        return text
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected {GAMMA_AUTO} or an integer >= 0, got {text!r}")
-    return value
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return value
-
-
-def _logit_bias(text: str) -> dict[int, float]:
-    try:
-        return {int(token): float(bias) for token, bias in json.loads(text).items()}
-    except (ValueError, AttributeError, TypeError):
-        raise argparse.ArgumentTypeError(
-            f'expected JSON like {{"17": -1.5}}, got {text!r}'
-        ) from None
-
-
-def _speculative_config(text: str) -> dict[str, Any]:
-    try:
-        config = dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}") from None
-    for key in config:
-        if key not in _SPECULATIVE_FLAGS:
-            known = ", ".join(_SPECULATIVE_FLAGS)
-            raise argparse.ArgumentTypeError(f"unknown key {key!r}; known: {known}")
-    return config
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, then let ``--speculative-config`` set the flags that its keys name."""
-    args = parser.parse_args(argv)
-    config = getattr(args, "speculative_config", None)
-    if not config:
-        return args
-    # Through a parser once more: the same checks and the same messages as for flags. It leaves
-    # alone what the namespace has and no flag names.
-    flags = OneLineParser(prog=parser.prog, add_help=False)
-    add_model_arguments(flags)
-    argv = [f"{_SPECULATIVE_FLAGS[key]}={value}" for key, value in config.items()]
-    return flags.parse_args(argv, args)

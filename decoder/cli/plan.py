@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decoder.errors import UserError
+from decoder.errors import explained
+
+from . import flag_types as types
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from decoder.perf_model.planner import Plan
     from decoder.perf_model.profile import Profile
 
+_MAX_CONTEXT = 10**8
+_MAX_VALUES = 4096  # of a range
 _WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0}
 
 
@@ -29,7 +33,7 @@ def parse_range(text: str, doubling: bool = False) -> list[int]:
     """``"1,4,8"`` or ``"0..8"``; with ``doubling`` a range steps 1, 2, 4, … and its end.
 
     Raises:
-        ValueError: not whole numbers, or a range that runs backwards.
+        ValueError: not whole numbers, a range that runs backwards, or one of too many values.
     """
     values: list[int] = []
     for part in text.split(","):
@@ -40,6 +44,8 @@ def parse_range(text: str, doubling: bool = False) -> list[int]:
             raise ValueError(f"expected numbers like 1,2,4 or 1..8, got {text!r}") from None
         if high < low:
             raise ValueError(f"a range must increase, got {part!r}")
+        if not doubling and high - low >= _MAX_VALUES:
+            raise ValueError(f"a range may have {_MAX_VALUES} values, got {part!r}")
         if not doubling:
             values.extend(range(low, high + 1))
             continue
@@ -58,25 +64,33 @@ def add_parser(subparsers: Any) -> None:
         description="Predicted target efficiency, speedup and best draft length per batch size.",
     )
     parser.add_argument(
-        "--target", "--model", help="architecture name, config.json or model folder"
+        "--target",
+        "--model",
+        type=types.path,
+        help="architecture name, config.json or model folder",
     )
     parser.add_argument(
-        "--draft", "--assistant-model",
+        "--draft", "--assistant-model", type=types.path,
         help="same, or 'eagle', or 'none' (free drafts); default: what the paper pairs, or eagle",
     )  # fmt: skip
     parser.add_argument("--alpha", type=float, default=0.8, help="acceptance rate per draft token")
     parser.add_argument("--batch-sizes", default="1..256", help="1,8,32 or 1..256 (doubling)")
     parser.add_argument("--gammas", "--num-speculative-tokens", default="0..8", help="0..8 or 2,4")
     parser.add_argument(
-        "--machine", default="this",
+        "--machine", type=types.path, default="this",
         help="h200, 2xa800, …; 'this' (measured now); or a profile JSON of `bench fit`",
     )  # fmt: skip
-    parser.add_argument("--context", type=int, default=512, help="tokens in each cache")
-    parser.add_argument("--top-k-experts", type=int, help="experts per token, if not the model's")
+    parser.add_argument(
+        "--context", type=types.whole(1, _MAX_CONTEXT), default=512, help="tokens in each cache"
+    )
+    parser.add_argument(
+        "--top-k-experts", type=types.positive, help="experts per token, if not the model's"
+    )
     parser.add_argument("--dtype", choices=sorted(_WEIGHT_BYTES), help="of weights and products")
     parser.add_argument(
-        "--launch-us", type=float, help="microseconds per kernel; ~8 for eager PyTorch on a GPU"
-    )
+        "--launch-us", type=types.number(1e-3, 1e6),
+        help="microseconds per kernel; ~8 for eager PyTorch on a GPU",
+    )  # fmt: skip
     parser.add_argument(
         "--independent-experts", action="store_true",
         help="the paper's i.i.d. routing (Eq. 8) instead of correlated tokens",
@@ -93,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from decoder.perf_model.planner import make_plan
 
-    try:
+    with explained("cannot plan"):
         model, profile = build_model(args)
         plan = make_plan(
             model,
@@ -103,8 +117,6 @@ def run(args: argparse.Namespace) -> int:
             context=args.context,
             profile=profile,
         )
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise UserError(str(error)) from None
     if args.json:
         print(json.dumps(plan.to_json(), indent=1))
     else:
@@ -131,6 +143,8 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
         else:
             model = ForwardModel(target, machine, draft, dtype=args.dtype or "bf16")
     if args.top_k_experts:
+        if model.target.moe is None:
+            raise ValueError(f"--top-k-experts needs a model with experts, got {model.target.name}")
         model = model.with_top_k(args.top_k_experts)
     if args.launch_us:
         model = replace(model, machine=replace(model.machine, launch=args.launch_us * 1e-6))
@@ -196,7 +210,7 @@ def _draft(
 
 
 def _print(plan: Plan) -> None:
-    from rich.console import Console
+    from .view import Console
 
     console = Console()
     console.print(

@@ -10,11 +10,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from decoder import embedded
 from decoder.drafters import Drafter, build_drafter
-from decoder.drafters.table import canonical_name
 from decoder.engine.loop import SpeculativeDecoder
 from decoder.engine.profile_rounds import profile_rounds
+from decoder.gamma.base import DEFAULT_MAX_GAMMA
 from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
+from .arguments import draft_path
 from .options import OURS, draft_options
 
 
@@ -60,7 +61,7 @@ class Setup:
             tokenizer=self.tokenizer,
             max_batch_size=args.batch_size,
             max_length=args.max_length,
-            max_gamma=args.max_gamma,
+            max_gamma=args.max_gamma or DEFAULT_MAX_GAMMA,
             kernels=self._kernels,
             attention=args.attention,
             static=False if args.enforce_eager else "auto",
@@ -76,8 +77,5 @@ class Setup:
 
     def _drafter(self) -> Drafter:
         args = self._args
-        draft = args.draft
-        if draft is None and args.target is None:
-            draft = embedded.draft_of(canonical_name(args.drafter))
         options = draft_options(args, kernels=self._kernels, tokenizer=self.tokenizer)
-        return build_drafter(args.drafter, self.target, draft, options)
+        return build_drafter(args.drafter, self.target, draft_path(args), options)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+import rich.console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,13 @@ from decoder.requests.outputs import Output
 
 DRAFTED = "green"
 TARGET = "bold magenta"
+
+
+class Console(rich.console.Console):
+    """A console that leaves it to the command what to do when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # called where the error is being handled
 
 
 def colored(output: Output, tokenizer: Any) -> Text:

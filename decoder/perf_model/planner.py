@@ -13,6 +13,8 @@ from .profile import Profile
 # Checked by tests/decoder/perf_model/test_planner.py: zero-measurement predictions against the 60
 # peaks of the paper's Tables 1-2. Its engine spent more on drafting than a machine must.
 ZERO_MEASUREMENT_MEDIAN = 0.48
+# Far beyond what anyone runs; a cell takes milliseconds.
+_MAX_BATCH, _MAX_GAMMA, _MAX_CELLS = 2**20, 1024, 4096
 _MARGIN = 1.02  # speculation "pays" from 2 % on: less is noise in any run
 
 
@@ -89,12 +91,9 @@ def make_plan(
         profile: the fit behind ``model``, for its error.
 
     Raises:
-        ValueError: an empty grid, a batch below 1 or a gamma below 0.
+        ValueError: an empty grid or one too large, or a number out of range.
     """
-    if not batches or min(batches) < 1:
-        raise ValueError(f"batch sizes must be at least 1, got {list(batches)}")
-    if not gammas or min(gammas) < 0:
-        raise ValueError(f"gammas must be at least 0, got {list(gammas)}")
+    _check_grid(batches, gammas)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     ordered = sorted({0, *gammas})
@@ -113,6 +112,23 @@ def make_plan(
         basis=_basis(model, profile),
         notes=tuple(_notes(model, plans, context, profile)),
     )
+
+
+def _check_grid(batches: Sequence[int], gammas: Sequence[int]) -> None:
+    for name, values, low, high in (
+        ("batch sizes", batches, 1, _MAX_BATCH),
+        ("gammas", gammas, 0, _MAX_GAMMA),
+    ):
+        if not values:
+            raise ValueError(f"{name} must be at least one, got none")
+        wrong = [value for value in (min(values), max(values)) if not low <= value <= high]
+        if wrong:
+            raise ValueError(f"{name} must be at least {low} and at most {high}, got {wrong[0]}")
+    if len(batches) * len(gammas) > _MAX_CELLS:
+        raise ValueError(
+            f"batch sizes times gammas must be at most {_MAX_CELLS} cells, got "
+            f"{len(batches)} x {len(gammas)}"
+        )
 
 
 def _plan_batch(

@@ -83,10 +83,17 @@ class Machine:
     devices: int = field(default=1)
 
     def __post_init__(self) -> None:
-        values = {"bandwidth": self.bandwidth, "launch": self.launch, **self.flops}
-        for name, value in values.items():
-            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        rates = {"bandwidth": self.bandwidth, "launch": self.launch, **self.flops}
+        for name in ("expert_bandwidth", "expert_flops", "link_bandwidth"):
+            if getattr(self, name) is not None:
+                rates[name] = getattr(self, name)
+        for name, value in rates.items():
+            if not (_is_finite(value) and value > 0):
                 raise ValueError(f"{name} of machine {self.name!r} must be positive, got {value!r}")
+        for name in ("cache_bytes", "memory_bytes", "sync"):
+            value = getattr(self, name)
+            if not (_is_finite(value) and value >= 0):
+                raise ValueError(f"{name} of machine {self.name!r} must be >= 0, got {value!r}")
         if not self.flops:
             raise ValueError(f"machine {self.name!r} needs flops of at least one dtype, got none")
 
@@ -150,6 +157,10 @@ class Machine:
             return cls(**fields)
         except TypeError as error:
             raise ValueError(f"not a machine description: {error}") from error
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _gpu(

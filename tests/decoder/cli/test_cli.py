@@ -9,7 +9,8 @@ from support.tiny import save_tokenizer, tiny_moe
 from decoder import embedded
 from decoder.__main__ import main
 from decoder.cli import generate as generate_command
-from decoder.cli.options import OneLineParser, add_model_arguments, draft_options, parse
+from decoder.cli.arguments import parse
+from decoder.cli.options import OneLineParser, add_model_arguments, draft_options
 from decoder.drafters import DRAFTERS, DraftOptions
 from decoder.model.kernels import ATTENTION
 from decoder.model.loading import DTYPES
@@ -93,14 +94,15 @@ def test_compare_reports_identical_outputs(models, tmp_path, capsys, drafter):
     assert "yes (3/3)" in capsys.readouterr().out
 
 
-def test_speculative_config_sets_flags():
+def test_speculative_config_sets_flags(tmp_path):
     parser = OneLineParser(prog="t")
     add_model_arguments(parser)
     text = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
     args = parse(parser, ["--speculative-config", text])
     assert (args.drafter, args.gamma, args.max_ngram) == ("ngram", 4, 3)
-    args = parse(parser, ["--batch-size", "3", "--speculative-config", '{"model": "d"}'])
-    assert (args.draft, args.batch_size, args.drafter) == ("d", 3, "auto")
+    config = json.dumps({"model": str(tmp_path)})
+    args = parse(parser, ["--batch-size", "3", "--speculative-config", config])
+    assert (args.draft, args.batch_size, args.drafter) == (str(tmp_path), 3, "auto")
 
 
 def choices(flag):
@@ -149,7 +151,7 @@ def one_error_line(capsys):
     ("arguments", "message"),
     [
         (["--target", "/no/such/model", "--prompt", "a"], "'/no/such/model' does not exist"),
-        (["--prompt", "a", "--device", "cuda:99"], "'cuda:99' cannot be used"),
+        (["--prompt", "a", "--device", "cuda:99"], "expected a CUDA device of this machine"),
         (["--target", "nowhere", "--prompt", "a"], "'nowhere' does not exist"),
         (["--gamma", "x"], "expected auto or an integer >= 0, got 'x'"),
         (["--drafter", "psychic"], "invalid choice: 'psychic'"),
@@ -165,23 +167,16 @@ def one_error_line(capsys):
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys):
-    try:
-        code = main(["generate", *arguments])
-    except SystemExit as exit_:
-        code = exit_.code
-    assert code == 2
+    assert main(["generate", *arguments]) == 2
     assert message in one_error_line(capsys)
 
 
-def test_mistakes_found_with_the_model_loaded(models, tmp_path, capsys):
-    long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"token_ids": [7] * 300}) + "\n")
+def test_mistakes_found_with_the_model_loaded(models, capsys):
     cases = [
-        (["--prompts", str(long)], "300 tokens leave no room in a context"),
         (["--prompt", "w7", "--draft", str(models / "foreign")], "vocabular"),
-        (["--prompt", "w7", "--draft", str(models / "absent")], "does not exist"),
+        (["--prompt", "w7", "--draft", str(models / "absent")], "absent' does not exist"),
         (["--prompt", "w7", "--drafter", "independent"], "needs a draft (--draft), got none"),
-        (["--prompt", "w7", "--drafter", "replay", "--replay-alpha", "2"], "must be in [0, 1]"),
+        (["--prompt", "w7", "--drafter", "replay", "--replay-alpha", "2"], "number in [0, 1]"),
         (["--prompt", "w7", "--resume"], "--resume needs --output"),
     ]
     for arguments, message in cases:
@@ -192,5 +187,5 @@ def test_mistakes_found_with_the_model_loaded(models, tmp_path, capsys):
 def test_unreadable_line_stops_before_the_model_is_loaded(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\nnonsense\n')
-    assert main(["generate", "--target", "/no/model", "--prompts", str(path)]) == 2
+    assert main(["generate", "--target", str(tmp_path), "--prompts", str(path)]) == 2
     assert "p.jsonl:2: expected a JSON object" in one_error_line(capsys)

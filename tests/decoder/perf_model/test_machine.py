@@ -35,6 +35,11 @@ def test_errors() -> None:
         named_machine("h300")
     with pytest.raises(ValueError, match="bandwidth of machine 'x' must be positive, got 0"):
         Machine("x", 0.0, {"bf16": 1.0}, 1e-6)
+    for name in ("expert_bandwidth", "expert_flops", "link_bandwidth"):
+        with pytest.raises(ValueError, match=f"{name} of machine 'x' must be positive, got -1"):
+            Machine("x", 1.0, {"bf16": 1.0}, 1e-6, **{name: -1})
+    with pytest.raises(ValueError, match="memory_bytes of machine 'x' must be >= 0, got nan"):
+        Machine("x", 1.0, {"bf16": 1.0}, 1e-6, memory_bytes=float("nan"))
     with pytest.raises(ValueError, match="needs flops of at least one dtype"):
         Machine("x", 1.0, {}, 1e-6)
     with pytest.raises(ValueError, match="two or more increasing rows"):

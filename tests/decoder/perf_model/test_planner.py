@@ -177,3 +177,30 @@ def test_memory_notes() -> None:
     tight = ForwardModel(preset_spec("mixtral-8x7b"), h200)
     plan = make_plan(tight, alpha=0.8, batches=[1, 256], gammas=[2], context=8192)
     assert any("fit for about" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("batches", "gammas", "message"),
+    [
+        ([], [1], "batch sizes must be at least one, got none"),
+        ([2**20 + 1], [1], "batch sizes must be at least 1 and at most 1048576, got 1048577"),
+        ([1], [-1], "gammas must be at least 0 and at most 1024, got -1"),
+        ([1], [10**30], "gammas must be at least 0 and at most 1024"),
+        (range(1, 100), range(100), "at most 4096 cells, got 99 x 100"),
+    ],
+)
+def test_a_grid_is_bounded(
+    model: ForwardModel, batches: list[int], gammas: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(model, alpha=0.8, batches=batches, gammas=gammas, context=512)
+
+
+def test_a_range_is_refused_before_it_is_made() -> None:
+    with pytest.raises(ValueError, match=r"may have 4096 values, got '0\.\.1000000000000'"):
+        cli.parse_range("0..1000000000000")
+
+
+def test_a_dense_model_has_no_top_k(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--target", "opt-30b", "--machine", "h200", "--top-k-experts", "2") == 2
+    assert "--top-k-experts needs a model with experts" in capsys.readouterr().err

@@ -1,17 +1,16 @@
-"""Prompt and result files: bad lines are named, results survive interruption, resume continues."""
+"""Prompt files: what a line may be, what a file may be, and how mistakes are named."""
 
 import gzip
+import io
 import json
+import os
+import sys
 
 import pytest
 
-from decoder.cli.files import LineId, ResultWriter, check_prompts, read_prompts
+from decoder.cli.files.prompt_lines import BadLine, LineId
+from decoder.cli.files.prompts import check_prompts, is_same_file, is_stream, read_prompts
 from decoder.errors import UserError
-from decoder.requests.outputs import Output, SequenceStats
-
-
-def output(index, name=None, text="x"):
-    return Output(index, LineId(index, name), None, [1, 2], text, "length", SequenceStats(3))
 
 
 def write(path, *lines):
@@ -19,13 +18,13 @@ def write(path, *lines):
     return path
 
 
-def test_reads_text_tokens_parameters_and_ignores_other_fields(tmp_path):
+def test_reads_text_tokens_parameters_and_ignores_fields_of_data_sets(tmp_path):
     path = write(
         tmp_path / "p.jsonl",
-        '{"prompt": "a", "id": "one", "temperature": 0.5, "test": 1}',
+        '{"prompt": "a", "id": "one", "temperature": 0.5, "test": 1, "turns": [{"a": 1}]}',
         "",
-        '{"token_ids": [1, 2], "task_id": "two"}',
-        '{"prompt": "b"}',
+        '{"token_ids": [1, 2], "task_id": "two", "entry_point": "f", "top_k": null}',
+        '{"prompt": "b", "id": null, "question_id": 7}',
     )
     assert list(read_prompts(path)) == [
         {"prompt": "a", "temperature": 0.5, "id": LineId(0, "one")},
@@ -35,75 +34,76 @@ def test_reads_text_tokens_parameters_and_ignores_other_fields(tmp_path):
     assert check_prompts(path) == 3
 
 
-def test_reads_gzip(tmp_path):
-    path = tmp_path / "p.jsonl.gz"
-    with gzip.open(path, "wt") as file:
-        file.write('{"prompt": "a"}\n')
-    assert check_prompts(path) == 1
+def test_a_line_carries_metadata_and_what_identifies_its_prompt(tmp_path):
+    path = write(
+        tmp_path / "p.jsonl",
+        '{"prompt": "a", "metadata": {"split": ["x", 1]}}',
+        '{"prompt": "a", "id": "other"}',
+        '{"prompt": "a", "top_k": 3}',
+    )
+    first, same, other = (prompt["id"] for prompt in read_prompts(path))
+    assert first.metadata == {"split": ["x", 1]}
+    assert first.digest == same.digest != other.digest
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{oops", "expected a JSON object"),
-        ("[1]", "expected a JSON object, got list"),
-        ("{}", "exactly one of"),
-        ('{"prompt": 3}', '"prompt" must be text, got int'),
-        ('{"token_ids": ["a"]}', '"token_ids" must be a list of integers'),
-        ('{"prompt": "a", "top_p": 7}', "top_p must be in"),
-        ('{"prompt": "a", "stop": 7}', "stop|iterable"),
-    ],
-)
-def test_names_the_bad_line(tmp_path, line, message):
-    path = write(tmp_path / "p.jsonl", '{"prompt": "fine"}', line)
-    with pytest.raises(UserError, match=f"p.jsonl:2: .*({message})"):
-        check_prompts(path)
+def test_reads_gzip_byte_order_mark_and_carriage_returns(tmp_path):
+    text = '\ufeff{"prompt": "é\\u0000"}\r\n\r\n{"prompt": "b"}'
+    plain, packed = tmp_path / "p.jsonl", tmp_path / "p.jsonl.gz"
+    plain.write_bytes(text.encode())
+    packed.write_bytes(gzip.compress(text.encode()))
+    for path in (plain, packed):
+        assert [prompt["prompt"] for prompt in read_prompts(path)] == ["é\0", "b"]
 
 
-def test_missing_and_empty_files(tmp_path):
+def test_a_bad_line_keeps_its_number_and_name(tmp_path):
+    path = write(tmp_path / "p.jsonl", "nonsense", '{"id": "x", "oops": 1}', '{"prompt": "b"}')
+    bad, named, good = read_prompts(path)
+    assert isinstance(bad, BadLine) and bad.id == LineId(0)
+    assert isinstance(named, BadLine) and named.id == LineId(1, "x")
+    assert good["id"] == LineId(2)
+
+
+def test_standard_input_is_bytes_or_what_stands_in_for_it(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n\xff\n')))
+    first, second = read_prompts("-")
+    assert first["prompt"] == "a"
+    assert second.reason == "standard input:2: expected UTF-8, got byte 0xff at column 1"
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "b"}'))
+    assert next(read_prompts("-"))["prompt"] == "b"
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input: it is closed"):
+        next(read_prompts("-"))
+
+
+def test_an_empty_file_and_a_missing_one(tmp_path):
     with pytest.raises(UserError, match=r"cannot read prompts from .*No such file"):
         check_prompts(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match="expected at least one prompt, got none"):
         check_prompts(write(tmp_path / "empty.jsonl", ""))
-    broken = tmp_path / "broken.jsonl.gz"
-    broken.write_bytes(b"not gzip")
-    with pytest.raises(UserError, match="cannot read prompts from"):
-        check_prompts(broken)
 
 
-def test_every_line_is_on_disk_when_written(tmp_path):
-    path = tmp_path / "out.jsonl"
-    writer = ResultWriter(path)
-    writer.write(output(0, text="é\n"))
-    (line,) = path.read_text(encoding="utf-8").splitlines()
-    record = json.loads(line)
-    assert record["text"] == "é\n"
-    assert record["token_ids"] == [1, 2]
-    assert "id" not in record
-    writer.close()
+def test_a_pipe_of_the_shell_is_a_stream_and_a_fifo_is_none(tmp_path):
+    read_end, write_end = os.pipe()
+    os.write(write_end, json.dumps({"prompt": "a"}).encode())
+    os.close(write_end)
+    path = f"/proc/self/fd/{read_end}"
+    assert is_stream(path) and is_stream("-")
+    assert [prompt["prompt"] for prompt in read_prompts(path)] == ["a"]
+    os.close(read_end)
+    os.mkfifo(tmp_path / "fifo")
+    assert not is_stream(tmp_path / "fifo")
+    assert not is_stream(tmp_path / "absent")
 
 
-def test_resume_drops_a_half_line_and_skips_finished_prompts(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with ResultWriter(path) as writer:
-        writer.write(output(0))
-        writer.write(output(2, "named"))
-    with path.open("a") as file:
-        file.write('{"index": 1, "te')
-    prompts = [{"id": LineId(i, n)} for i, n in enumerate((None, None, "named", "other"))]
-    with ResultWriter(path, resume=True) as writer:
-        assert [p["id"].index for p in writer.pending(prompts)] == [1, 3]
-        writer.write(output(1))
-    indices = [json.loads(line)["index"] for line in path.read_text().splitlines()]
-    assert indices == [0, 2, 1]
-
-
-def test_writing_anew_overwrites_and_resume_needs_a_file(tmp_path):
-    path = write(tmp_path / "out.jsonl", '{"index": 0}')
-    with ResultWriter(path) as writer:
-        assert not writer.done
-    assert path.read_text() == ""
-    with pytest.raises(UserError, match="--resume needs --output"):
-        ResultWriter(None, resume=True)
-    with pytest.raises(UserError, match="cannot write to"):
-        ResultWriter(tmp_path / "absent" / "out.jsonl")
+def test_one_file_by_many_names(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", "x")
+    (tmp_path / "link").symlink_to(path)
+    os.link(path, tmp_path / "hard")
+    monkeypatch.chdir(tmp_path)
+    with path.open() as file:
+        for other in ("link", "hard", "p.jsonl", "./../" + tmp_path.name + "/p.jsonl"):
+            assert is_same_file(path, other)
+        assert is_same_file("link", file.fileno())
+    assert not is_same_file(path, write(tmp_path / "other", "x"))
+    assert not is_same_file(path, tmp_path / "absent")
+    assert not is_same_file("/dev/null", "/dev/null")

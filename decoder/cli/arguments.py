@@ -1,0 +1,123 @@
+"""Reading a command line: flags, then ``--speculative-config``, then what contradicts what."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from decoder import embedded
+from decoder.cli.files.strict_json import kind, parse_object, shown
+from decoder.drafters.table import AUTO, DrafterKind, canonical_name, drafter_kind
+from decoder.errors import UserError
+from decoder.gamma.base import AUTO as GAMMA_AUTO
+
+from .options import OneLineParser, add_model_arguments, draft_flag, given_draft_options
+
+# vLLM's keys of --speculative-config: the flag that each one sets, and what its value is.
+_SPECULATIVE_KEYS: dict[str, tuple[str, type]] = {
+    "method": ("--drafter", str),
+    "model": ("--draft", str),
+    "num_speculative_tokens": ("--gamma", int),
+    "prompt_lookup_max": ("--prompt-lookup-max", int),
+    "prompt_lookup_min": ("--prompt-lookup-min", int),
+    "rejection_sample_method": ("--verifier", str),
+}
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, let ``--speculative-config`` set the flags that its keys name, and check drafting.
+
+    Raises:
+        UserError: flags that contradict each other, or name what is not there.
+    """
+    args = parser.parse_args(argv)
+    text = getattr(args, "speculative_config", None)
+    if text is not None:
+        _apply(args, _speculative_config(text), parser.prog)
+    if hasattr(args, "drafter"):
+        _check_paths(args)
+        _check_drafting(args)
+    return args
+
+
+def draft_path(args: argparse.Namespace) -> str | Path | None:
+    """What drafts: what ``--draft`` names, or the embedded target's own."""
+    if args.draft is not None or args.target is not None:
+        return args.draft
+    return embedded.draft_of(canonical_name(args.drafter))
+
+
+def _speculative_config(text: str) -> dict[str, Any]:
+    name = "argument --speculative-config"
+    try:
+        config = parse_object(text)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    for key, value in config.items():
+        if key not in _SPECULATIVE_KEYS:
+            near = difflib.get_close_matches(key, _SPECULATIVE_KEYS, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_SPECULATIVE_KEYS)}"
+            )
+            raise UserError(f"{name}: unknown key {shown(key)}; {hint}")
+        expected = _SPECULATIVE_KEYS[key][1]
+        if type(value) is not expected:
+            what = "text" if expected is str else "an integer"
+            raise UserError(f"{name}: {key!r} must be {what}, got {kind(value)}")
+    return config
+
+
+def _apply(args: argparse.Namespace, config: dict[str, Any], prog: str) -> None:
+    # Through a parser once more: the same checks and the same messages as for flags.
+    flags = OneLineParser(prog=prog, add_help=False)
+    add_model_arguments(flags)
+    named = flags.parse_args([f"{_SPECULATIVE_KEYS[key][0]}={config[key]}" for key in config])
+    default = flags.parse_args([])
+    for name, value in vars(named).items():
+        own, usual = getattr(args, name), getattr(default, name)
+        if value == usual:
+            continue
+        if own not in (usual, value):
+            raise UserError(
+                f"expected one value, got {own!r} from a flag and {value!r} from "
+                "--speculative-config"
+            )
+        setattr(args, name, value)
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Both models exist, also one that will not be used."""
+    for flag, path in (("--target", args.target), ("--draft", args.draft)):
+        # "owner/name" may be a hub name; anything else that does not exist is a mistyped path.
+        is_hub_name = path and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+        if path and not is_hub_name and not Path(path).exists():
+            raise UserError(f"{flag} {shown(path)} does not exist")
+
+
+def _check_drafting(args: argparse.Namespace) -> None:
+    """Nothing is said about drafting that the drafter would not read."""
+    options = given_draft_options(args)
+    chosen = drafter_kind(args.drafter) if args.drafter != AUTO else None
+    if chosen and args.draft is not None and chosen.draft == "ignored":
+        raise UserError(f"--draft is not read by {chosen.name}; expected a drafter that reads it")
+    if chosen and chosen.name == "none" and args.gamma not in (GAMMA_AUTO, 0):
+        raise UserError(f"--gamma {args.gamma} is not read by none, which drafts nothing")
+    if args.max_gamma is not None and args.gamma != GAMMA_AUTO:
+        raise UserError(f"--max-gamma is read by --gamma {GAMMA_AUTO} only, got {args.gamma}")
+    if options:
+        _check_options(options, chosen or drafter_kind(AUTO, draft_path(args)))
+
+
+def _check_options(options: dict[str, Any], reader: DrafterKind) -> None:
+    for name in options:
+        if name not in reader.options:
+            known = ", ".join(draft_flag(option) for option in reader.options) or "no such option"
+            raise UserError(f"{draft_flag(name)} is not read by {reader.name}, which reads {known}")
+    low, high = options.get("min_ngram"), options.get("max_ngram")
+    if low is not None and high is not None and low > high:
+        raise UserError(
+            f"--prompt-lookup-min must not exceed --prompt-lookup-max, got {low}, {high}"
+        )

@@ -1,0 +1,1 @@
+"""What a run reads and writes: prompt files and result files, a JSON object per line."""

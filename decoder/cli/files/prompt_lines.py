@@ -1,0 +1,161 @@
+"""One line of a prompt file: which keys it may have, and what each of them may be.
+
+Values of sampling parameters are checked by ``SamplingParams``, for lines and flags alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from decoder.errors import UserError
+from decoder.requests.params import SamplingParams
+
+from .strict_json import kind, parse_object, shown
+
+_PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
+_OWN = ("prompt", "token_ids", "id", "task_id", "metadata")
+# What well-known data sets have beside their prompts. Of no use here, and no mistake either.
+_IGNORED = {
+    "HumanEval": ("canonical_solution", "entry_point", "test"),
+    "HumanEval+": ("atol", "base_input", "contract", "plus_input"),
+    "MBPP": (
+        "challenge_test_list", "code", "source_file", "test_imports", "test_list",
+        "test_setup_code", "text",
+    ),
+    "MT-bench": ("category", "question_id", "reference", "turns"),
+}  # fmt: skip
+_KNOWN = _PARAMETERS.union(_OWN, *_IGNORED.values())
+_DEEPEST = 32  # levels of metadata: a result holds them too, and both are written by recursion
+
+
+@dataclass(frozen=True, slots=True)
+class LineId:
+    """What identifies a prompt, and what its result repeats of it.
+
+    Attributes:
+        index: its number, counted from 0; lines without anything do not count.
+        name: what its line calls it, or ``None``.
+        digest: of what decides its result: the prompt and parameters of its own.
+        metadata: what its line says beside that, for the reader of the results.
+    """
+
+    index: int
+    name: str | int | None = None
+    digest: str | None = field(default=None, compare=False)
+    metadata: Any = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return f"{self.index + 1}" if self.name is None else f"{self.index + 1} ({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line that holds no prompt, and why not."""
+
+    id: LineId
+    reason: str
+
+
+def parse_line(line: bytes, source: str, index: int) -> dict[str, Any] | BadLine:
+    """The prompt of a line, as ``SpeculativeDecoder.add`` takes it; its ``"id"`` is a ``LineId``.
+
+    Args:
+        source: file and line number, for messages.
+        index: number of the prompt.
+    """
+    line_id = LineId(index)
+    try:
+        values = parse_object(line.decode())
+        line_id = LineId(index, _name(values))
+        return _prompt(values, index)
+    except UnicodeDecodeError as error:
+        reason = f"expected UTF-8, got byte 0x{line[error.start]:02x} at column {error.start + 1}"
+    except ValueError as error:
+        reason = str(error)
+    return BadLine(line_id, f"{source}: {reason}")
+
+
+def checked(item: dict[str, Any] | BadLine) -> dict[str, Any]:
+    """The prompt.
+
+    Raises:
+        UserError: there is none, and why.
+    """
+    if isinstance(item, BadLine):
+        raise UserError(item.reason)
+    return item
+
+
+def digest(prompt: Mapping[str, Any]) -> str:
+    """Of a prompt and parameters of its own; not of flags, which are the same for all."""
+    text = json.dumps(prompt, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _prompt(values: dict[str, Any], index: int) -> dict[str, Any]:
+    _check_keys(values)
+    # Null says nothing, as if the key were not there.
+    given = {key: value for key, value in values.items() if value is not None}
+    text, ids = given.get("prompt"), given.get("token_ids")
+    if (text is None) == (ids is None):
+        raise ValueError(
+            'expected exactly one of "prompt" and "token_ids", got '
+            + ("neither" if text is None else "both")
+        )
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f'"prompt" must be text, got {kind(text)}')
+    if ids is not None:
+        _check_ids(ids)
+    metadata = given.get("metadata")
+    if _is_deeper(metadata, _DEEPEST):
+        raise ValueError(f'"metadata" must not be nested more than {_DEEPEST} levels')
+    parameters = {key: value for key, value in given.items() if key in _PARAMETERS}
+    SamplingParams().updated(parameters)
+    prompt = {key: value for key, value in given.items() if key in ("prompt", "token_ids")}
+    prompt |= parameters
+    return {**prompt, "id": LineId(index, _name(values), digest(prompt), metadata)}
+
+
+def _check_keys(values: dict[str, Any]) -> None:
+    for key in values:
+        if key not in _KNOWN:
+            near = difflib.get_close_matches(key, sorted(_KNOWN), n=1)
+            known = f"{', '.join(_OWN)} and sampling parameters"
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {known}"
+            raise ValueError(f"unknown key {shown(key)}; {hint}")
+
+
+def _check_ids(ids: Any) -> None:
+    if not isinstance(ids, list):
+        raise ValueError(f'"token_ids" must be a list of integers, got {kind(ids)}')
+    for place, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < 2**31:
+            got = shown(token) if type(token) is int else kind(token)
+            raise ValueError(
+                f'"token_ids" must be a list of integers in [0, 2**31), got {got} at {place}'
+            )
+    if not ids:
+        raise ValueError('"token_ids" must have at least one token, got none')
+
+
+def _name(values: dict[str, Any]) -> str | int | None:
+    for key in ("id", "task_id"):
+        name = values.get(key)
+        if name is not None:
+            if type(name) is not str and type(name) is not int:
+                raise ValueError(f'"{key}" must be text or an integer, got {kind(name)}')
+            return name
+    return None
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and (
+        levels == 0 or any(_is_deeper(item, levels - 1) for item in value)
+    )

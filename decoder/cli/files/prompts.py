@@ -1,0 +1,110 @@
+"""Prompt files: one JSON object per line, never a whole file in memory."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from decoder.errors import UserError, explained
+
+from .prompt_lines import BadLine, checked, parse_line
+
+STDIN = "-"
+_BOM = b"\xef\xbb\xbf"
+_LONGEST_LINE = 2**26  # bytes
+
+
+def read_prompts(path: str | Path) -> Iterator[dict[str, Any] | BadLine]:
+    """Yield the prompts of a JSONL file (``.gz`` too, ``-`` is standard input).
+
+    Every line holds ``"prompt"`` or ``"token_ids"``, optionally ``"id"`` (or ``"task_id"``),
+    ``"metadata"`` and sampling parameters of its own. Fields of well-known data sets are ignored.
+    A line that is none of this takes its number, too.
+
+    Raises:
+        UserError: the file cannot be read, or not to its end.
+    """
+    index = 0
+    source = "standard input" if str(path) == STDIN else str(path)
+    with explained(f"cannot read prompts from {source}"):
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                yield parse_line(line, f"{source}:{number}", index)
+                index += 1
+
+
+def check_prompts(path: str | Path) -> int:
+    """Parse the whole file once, so that a bad line stops a run before it starts.
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        UserError: file name, line number, and what is wrong there; also for a file without
+            prompts.
+    """
+    count = sum(1 for prompt in read_prompts(path) if checked(prompt))
+    if count == 0:
+        raise UserError(f"{path}: expected at least one prompt, got none")
+    return count
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether prompts come once and cannot be checked before: standard input, a shell's pipe."""
+    return str(path) == STDIN or _is_unnamed_pipe(path)
+
+
+def is_same_file(path: str | Path | int, other: str | Path | int) -> bool:
+    """Whether two names, or a name and a descriptor, are one regular file, by whatever links."""
+    try:
+        first, second = os.stat(path), os.stat(other)
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(first.st_mode) and os.path.samestat(first, second)
+
+
+def _is_unnamed_pipe(path: str | Path) -> bool:
+    """``<(...)`` of a shell: both ends are open, so that opening it does not wait for the other."""
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode) and not os.path.exists(os.path.realpath(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _lines(path: str | Path) -> Iterator[bytes]:
+    with ExitStack() as stack:
+        file: IO[Any]
+        if str(path) == STDIN:
+            if sys.stdin is None:
+                raise UserError("cannot read prompts from standard input: it is closed")
+            file = getattr(sys.stdin, "buffer", sys.stdin)
+        else:
+            file = stack.enter_context(_opened(path))
+        first = True
+        while line := file.readline(_LONGEST_LINE):
+            if isinstance(line, str):  # an interpreter's own stand-in for standard input
+                line = line.encode(errors="surrogatepass")
+            if len(line) >= _LONGEST_LINE:
+                raise UserError(f"{path}: expected lines below {_LONGEST_LINE >> 20} MiB, got more")
+            yield line.removeprefix(_BOM) if first else line
+            first = False
+
+
+def _opened(path: str | Path) -> IO[Any]:
+    mode = os.stat(path).st_mode
+    readable = stat.S_ISREG(mode) or stat.S_ISDIR(mode) or _is_unnamed_pipe(path)
+    if not readable:
+        what = "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise UserError(
+            f"cannot read prompts from {path}: expected a file, got {what}; "
+            "standard input is --prompts -"
+        )
+    opener: Any = gzip.open if str(path).endswith(".gz") else open
+    file: IO[Any] = opener(path, "rb")
+    return file
