@@ -119,5 +119,5 @@ def _check_options(options: dict[str, Any], reader: DrafterKind) -> None:
     low, high = options.get("min_ngram"), options.get("max_ngram")
     if low is not None and high is not None and low > high:
         raise UserError(
-            f"--prompt-lookup-min must not exceed --prompt-lookup-max, got {low}, {high}"
+            f"--prompt-lookup-min must not exceed --prompt-lookup-max, got {low} and {high}"
         )

@@ -114,7 +114,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    parser.set_defaults(run=run, seed=0)  # without one, each decoder would draw its own
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--repetitions", type=positive, default=3, metavar="N")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    parser.set_defaults(run=run, max_new_tokens=96, batch_size=_CODE + _PROSE, seed=0)
+    parser.set_defaults(run=run, max_new_tokens=96, batch_size=_CODE + _PROSE)
 
 
 def run(args: argparse.Namespace) -> int:

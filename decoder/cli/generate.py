@@ -71,10 +71,14 @@ def run(args: argparse.Namespace) -> int:
     with ResultWriter(args.output, resume=args.resume, prompts=_source(args)) as writer:
         if total is not None and writer.done:
             total = sum(not writer.is_done(prompt_id(item)) for item in _prompts(args))
+        import torch
+
         from .setup import Setup
 
         setup = Setup(args)
         decoder = setup.decoder()
+        if params.seed is None:
+            torch.seed()  # or a resumed run would draw the seeds that its first part has used
         _check_params(decoder, params)
         writer.begin()
         results = _Results(_shower(args, writer, setup.tokenizer), writer)

@@ -16,6 +16,7 @@ from typing import Any
 _COPY_EFFICIENCY = 4.3 / 4.8
 _COMPUTE_EFFICIENCY = 790 / 989
 _GRAPH_LAUNCH = 2.5e-6
+_MAX_DEVICES = 1024  # of a tensor-parallel group, far beyond any
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,8 @@ class Machine:
         Args:
             sync: seconds of the two all-reduces of a layer at small batch (an assumption; NVLink).
         """
-        if devices < 1:
-            raise ValueError(f"devices must be at least 1, got {devices}")
+        if not 1 <= devices <= _MAX_DEVICES:
+            raise ValueError(f"devices must be at least 1, at most {_MAX_DEVICES}, got {devices}")
         if devices == 1:
             return self
         return replace(

@@ -1,6 +1,8 @@
 """The command line end to end on a tiny model on disk: results, aliases, and one-line errors."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from decoder import embedded
 from decoder.__main__ import main
 from decoder.cli import generate as generate_command
 from decoder.cli.arguments import parse
+from decoder.cli.compare import load_prompts
 from decoder.cli.options import OneLineParser, add_model_arguments, draft_options
 from decoder.drafters import DRAFTERS, DraftOptions
+from decoder.errors import UserError
 from decoder.model.kernels import ATTENTION
 from decoder.model.loading import DTYPES
 from decoder.sampling import VERIFIERS
@@ -189,3 +193,32 @@ def test_unreadable_line_stops_before_the_model_is_loaded(tmp_path, capsys):
     path.write_text('{"prompt": "a"}\nnonsense\n')
     assert main(["generate", "--target", str(tmp_path), "--prompts", str(path)]) == 2
     assert "p.jsonl:2: expected a JSON object" in one_error_line(capsys)
+
+
+def test_a_draft_may_be_a_hub_name_as_a_target_may(models, capsys, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, any("py" in pattern or "bin" in pattern for pattern in allow_patterns)))
+        if name != "someone/draft":
+            raise OSError(f"{name} is not there\nand a stack")
+        return str(models / "draft")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    arguments = ("--prompt", "w7", "--max-new-tokens", "2", "--json", "--draft")
+    assert run(models, *arguments, "someone/draft") == 0
+    assert asked == [("someone/draft", False)]
+    capsys.readouterr()
+    assert run(models, *arguments, "someone/else") == 2
+    assert "cannot load draft 'someone/else': someone/else is not there" in one_error_line(capsys)
+
+
+def test_compare_reads_standard_input_once(monkeypatch):
+    for limit, count in ((None, 3), (2, 2)):
+        data = b'{"prompt": "a"}\n' * 3
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert len(load_prompts("-", limit)) == count
+    for data, message in ((b"", "at least one prompt"), (b"nonsense", "standard input:1: ")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        with pytest.raises(UserError, match=message):
+            load_prompts("-", None)
