@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.hostile import refused
+from support.refused_lines import refused
 
 from decoder.cli import setup
 
