@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from decoder.cli.files.results import RunStopped
 from decoder.cli.streams import exit_code, say, silence_stdout, standard_streams, unwinding_signals
 
-from .errors import RequestFailed, UserError, reason
+from .errors import RequestFailed, UserError, one_line, reason
 
 if TYPE_CHECKING:
     from decoder.cli.options import OneLineParser
@@ -86,17 +86,17 @@ def _run(arguments: list[str], start: int) -> int:
 
 def _told(error: Exception) -> int:
     """Say what failed, in one line; the exit code."""
-    if isinstance(error, (UserError, RunStopped, RequestFailed)):
-        say(f"moesd: error: {reason(error)}")
-        return _MISTAKE if isinstance(error, UserError) else _STOPPED
-    if isinstance(error, OSError):
-        say(f"moesd: error: {reason(error)}")
-        return _STOPPED
-    kind = type(error).__name__
-    what = reason(error)
-    what = what if what.startswith(kind) else f"{kind}: {what}"
-    say(f"moesd: error: {what} (python -m decoder --debug ... shows the traceback)")
-    return _FAULT
+    what, code, hint = reason(error), _FAULT, ""
+    if isinstance(error, UserError):
+        code = _MISTAKE
+    elif isinstance(error, (RunStopped, RequestFailed, OSError)):
+        code = _STOPPED
+    else:
+        kind = type(error).__name__
+        what = what if what.startswith(kind) else f"{kind}: {what}"
+        hint = " (python -m decoder --debug ... shows the traceback)"
+    say(f"moesd: error: {one_line(what)}{hint}")
+    return code
 
 
 if __name__ == "__main__":
