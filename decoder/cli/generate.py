@@ -10,6 +10,7 @@ from typing import Any
 from decoder.cli.files.prompt_lines import BadLine, LineId, digest
 from decoder.cli.files.prompts import STDIN, check_prompts, is_stream, read_prompts
 from decoder.cli.files.results import ResultWriter, RunStopped
+from decoder.engine.metrics import DecoderStats
 from decoder.errors import UserError, reason
 from decoder.requests.outputs import Output, SequenceStats
 from decoder.requests.params import SamplingParams
@@ -19,6 +20,7 @@ from .options import add_model_arguments, add_sampling_arguments, sampling_param
 from .streams import exit_code, say
 
 _QUIET_BELOW = 64  # prompts: shorter runs without a terminal show no progress bar
+_QUIET_FOR = 1.0  # seconds; nor do runs that end before
 _UNFINISHED = 1  # exit code: some prompts have an error for a result
 
 Prompts = Iterable[dict[str, Any] | BadLine]
@@ -93,10 +95,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         except Exception as error:
             raise RunStopped(f"stopped after {results.count} results: {reason(error)}") from error
-    from .view import stats_line
-
-    say(stats_line(decoder.stats))
-    return results.closing_code()
+    return results.close(decoder.stats)
 
 
 class _Results:
@@ -126,8 +125,12 @@ class _Results:
             self._failed += 1
             self._first_reason = self._first_reason or output.error
 
-    def closing_code(self) -> int:
-        """Say how many failed, if any did; the exit code."""
+    def close(self, stats: DecoderStats) -> int:
+        """Say what was done, if anything, and how many failed, if any did; the exit code."""
+        from .view import stats_line
+
+        if self.count > self._failed or not self._failed:
+            say(stats_line(stats))
         if not self._failed:
             return 0
         say(f"moesd: {self._failed} of {self.count} prompts failed; first: {self._first_reason}")
@@ -200,7 +203,9 @@ def _with_progress(outputs: Iterator[Output], total: int | None, decoder: Any) -
 
     enough = 1 if sys.stderr.isatty() else _QUIET_BELOW
     hidden = total is not None and total <= enough
-    with tqdm(outputs, total=total, unit="seq", disable=hidden, file=sys.stderr) as progress:
+    with tqdm(
+        outputs, total=total, unit="seq", disable=hidden, file=sys.stderr, delay=_QUIET_FOR
+    ) as progress:
         for output in progress:
             rate = decoder.stats.tokens_per_second or 0.0
             progress.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)

@@ -112,7 +112,9 @@ def test_errors_are_shown_where_results_are(decoder, tmp_path, capsys):
     assert main(["generate", "--prompt", "a", "--prompt", "fail", "--color", "never"]) == 1
     assert "error: prompt 2: too long" in capsys.readouterr().out
     assert main(["generate", "--prompt", "fail", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["error"] == "prompt 1: too long"
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"] == "prompt 1: too long"
+    assert captured.err == "moesd: 1 of 1 prompts failed; first: prompt 1: too long\n"
 
 
 def test_flags_that_no_prompt_of_this_model_can_have_change_nothing(decoder, tmp_path, capsys):
