@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if bool(args.prompt) == bool(args.prompts):
         raise UserError("expected prompts from exactly one of --prompt and --prompts")
+    if args.output == STDIN:
+        raise UserError("--output must name a file, got -; --json prints results")
     params = sampling_params(args)
     total = len(args.prompt) if args.prompt else None
     if args.prompts and not is_stream(args.prompts):

@@ -115,6 +115,7 @@ FLAGS = [
     (["--logit-bias", '{"-1": 1}'], "logit_bias"),
     (["--prompt", HALF], "--prompt"),
     (["--output", ""], "--output"),
+    (["--output", "-"], "--output must name a file, got -"),
     (["--output", "/no/folder/out.jsonl"], "/no/folder/out.jsonl"),
     (["--output", "/"], "cannot write to /"),
     (["--resume"], "--resume needs --output"),
