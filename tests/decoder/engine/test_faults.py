@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.faults import BATCH, READING, REQUEST, B, Case, of_request, places, tensors, trap
+from support.eagle_reference import LAYER, H, random_layer, save
+from support.faults import BATCH, READING, REQUEST, B, Case, nth, of_request, places, tensors, trap
 from support.tiny import perturbed, tiny_moe
 
 from decoder.drafters import NgramDrafter
+from decoder.drafters.eagle import EagleDrafter
 from decoder.errors import RequestFailed
 
 torch.set_num_threads(1)
@@ -51,6 +54,19 @@ def test_what_fails_once_is_tried_again(drafter: str, sampled: bool) -> None:
     case.check_others(case.outputs(), None, "afterwards")
     unused = {"drafter.propose", "sampler.verify"} if drafter == "none" else set()
     assert fired_at == (BATCH.keys() | REQUEST.keys()) - unused
+
+
+@pytest.mark.parametrize("point", ["drafter.propose", "drafter.commit", "sampler.distribution"])
+def test_a_head_drafts_again_from_where_it_was(tmp_path: Path, point: str) -> None:
+    """Its features wait in a ring: what had been read on the way is read again."""
+    weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
+    case = Case(TARGET, EagleDrafter(save(tmp_path, LAYER, weights, False)), True)
+    for at in range(6):
+        with trap(case.engine, point, nth(at), 1) as fired:
+            outputs = case.outputs()
+        assert fired[0]
+        case.check_others(outputs, None, f"{point} at {at}")
+        case.check_clean(point)
 
 
 # Whose second failure costs no request.
