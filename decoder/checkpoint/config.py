@@ -15,7 +15,7 @@ import torch
 from decoder.errors import UserError, explained
 
 from .counts import MOST_OBJECTS, require_countable
-from .folder import CONFIG, read_json, running_no_code
+from .folder import CONFIG, read_json
 from .weights import TensorHeader
 
 _POSITIVE = (
@@ -24,9 +24,9 @@ _POSITIVE = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "head_dim",
     "max_position_embeddings",
 )
+_NO_LIMIT = {"max_position_embeddings": -1}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")
 # Any other may name a kernel on the model hub, which transformers would fetch and run.
@@ -46,7 +46,7 @@ def read_config(folder: Path, tensors: int) -> Any:
     Raises:
         UserError: not readable, a model that transformers does not know, or numbers that cannot be.
     """
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     file = folder / CONFIG
@@ -56,12 +56,14 @@ def read_config(folder: Path, tensors: int) -> Any:
         if raw.get(key) is not None:
             raise UserError(f"{file}: {key} is not supported, got {raw[key]!r}")
     kind = raw.get("model_type")
+    code = "; it needs Python code of its own, which is never run" if "auto_map" in raw else ""
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        code = "; it needs Python code of its own, which is never run" if "auto_map" in raw else ""
         raise UserError(f"{file}: transformers knows no model_type {kind!r}{code}")
     _require_known_quantization(raw.get("quantization_config"), file)
     with explained(f"{file} cannot be used"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"{file}: {kind!r} is no causal language model{code}")
         _check_numbers(config.get_text_config(decoder=True), file)
         _forget_implementations(config)
     return config
@@ -79,7 +81,7 @@ def require_described(config: Any, headers: Mapping[str, TensorHeader], file: Pa
     """
     from transformers import AutoModelForCausalLM
 
-    with explained(f"{file} describes no model that can be made"), running_no_code(file.parent):
+    with explained(f"{file} describes no model that can be made"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         described = sum(weight.numel() for weight in model.parameters())
@@ -120,7 +122,9 @@ def _require_floats(
 def _check_numbers(config: Any, file: Path) -> None:
     for name in _POSITIVE:
         value = getattr(config, name, None)
-        if value is not None and not isinstance(value, list) and not _is_positive(value):
+        if value is None or isinstance(value, list) or value == _NO_LIMIT.get(name):
+            continue
+        if not _is_positive(value):
             raise UserError(f"{file}: {name} must be a positive integer, got {value!r}")
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None)

@@ -18,6 +18,8 @@ from .folder import foreign_format, inside, read_json, require_content
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+_JOINED = {"up_proj.weight": "gate_proj.weight", "w3.weight": "w1.weight"}
+_JOINED |= {gate: up for up, gate in _JOINED.items()}
 _EXPERT = re.compile(r"(.*\bexperts\.)(\d+)\.(.+)")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CONVERT = (
@@ -101,9 +103,10 @@ def require_whole_experts(headers: Mapping[str, TensorHeader]) -> None:
             parts = layers.setdefault(match[1], {})
             parts.setdefault(match[3], {})[int(match[2])] = header
     for layer, parts in layers.items():
-        last = max(max(experts) for experts in parts.values())
-        count = 1 + min(last, len(headers))  # a name may say any number
         for part, experts in parts.items():
+            beside = parts.get(_JOINED.get(part, part), experts)
+            last = max(*experts, *beside)
+            count = 1 + min(last, len(headers))  # a name may say any number
             missing = [f"{layer}{index}.{part}" for index in range(count) if index not in experts]
             if missing:
                 raise UserError(f"missing: {few(missing)}")

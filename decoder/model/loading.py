@@ -82,6 +82,8 @@ def load_model(
                 **options,
             )
         model, found = loaded
+        if config.sub_configs.keys() - {"text_config"}:
+            _leave_out_other_parts(found, model)
         _require_every_weight(folder, found)
         eos_ids(model)
         return model.to(device).eval()
@@ -141,8 +143,8 @@ def eos_ids(model: Any) -> frozenset[int]:
 def context_length(model: Any) -> int:
     """The model's context, in positions."""
     config = model.config.get_text_config(decoder=True)
-    length = int(getattr(config, "max_position_embeddings", None) or 0)
-    return length if length > 0 else 2**15
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else 2**15
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
@@ -173,6 +175,19 @@ def _require_every_weight(folder: Path, found: dict[str, Any]) -> None:
     said = [f"{kind}: {few(names)}" for kind, names in faults.items() if names]
     if said:
         raise UserError(f"the weights in {folder} are not those of its {CONFIG}; {'; '.join(said)}")
+
+
+def _leave_out_other_parts(found: dict[str, Any], model: Any) -> None:
+    """A model that also sees or hears has weights of parts that a causal LM leaves out.
+
+    What remains are layers of the model's own that it has no place for.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    found["unexpected_keys"] = {
+        name
+        for name in found["unexpected_keys"]
+        if f"{name.partition('.layers.')[0]}.layers" in modules
+    }
 
 
 @contextmanager

@@ -7,11 +7,7 @@ import json
 import pytest
 import torch
 from support.eagle_reference import LAYER, H, norm, random_layer, save
-
-from decoder.drafters import build_drafter
-from decoder.drafters.eagle_loader import load_eagle
-from decoder.engine.loop import SpeculativeDecoder
-from tests.support.hostile import (
+from support.hostile import (
     WEIGHTS,
     copied,
     edited,
@@ -24,6 +20,10 @@ from tests.support.hostile import (
     whole,
     written,
 )
+
+from decoder.drafters import build_drafter
+from decoder.drafters.eagle_loader import load_eagle
+from decoder.engine.loop import SpeculativeDecoder
 
 KEY = "eagle_aux_hidden_state_layer_ids"
 

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from decoder.model.loading import load_model
-from tests.support.hostile import (
+from support.hostile import (
     WEIGHTS,
     copied,
     edited,
@@ -23,6 +21,8 @@ from tests.support.hostile import (
     whole,
     written,
 )
+
+from decoder.model.loading import load_model
 
 INDEX = "model.safetensors.index.json"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from decoder import errors
-from decoder.__main__ import main
-from decoder.engine.loop import SpeculativeDecoder
-from decoder.model.loading import load_model, load_tokenizer
-from tests.support.hostile import (
+from support.hostile import (
     copied,
     edited,
     planted,
@@ -19,6 +14,11 @@ from tests.support.hostile import (
     whole,
     written,
 )
+
+from decoder import errors
+from decoder.__main__ import main
+from decoder.engine.loop import SpeculativeDecoder
+from decoder.model.loading import load_model, load_tokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
