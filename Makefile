@@ -5,7 +5,7 @@ PYTEST := -m pytest -n auto --dist loadfile
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest families lint clean
 
 demo: .venv/.ready
 	.venv/bin/python -m decoder
@@ -15,6 +15,9 @@ test: lint
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python $(PYTEST)
+
+families: .venv/.ready
+	PYTHONPATH=tests .venv/bin/python -m support.families.findings
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
