@@ -161,7 +161,7 @@ def runs_linear(module: torch.nn.Module) -> bool:
     """Whether this is a plain linear layer on our kernel."""
     from moesd_kernels.hooks.dense import runs_linear
 
-    return type(module) is torch.nn.Linear and is_plain(module) and runs_linear(module)
+    return is_plain(module) and runs_linear(module)
 
 
 def runs_norm(module: torch.nn.Module) -> bool:

@@ -50,7 +50,8 @@ class LeanForward:
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._mlps = [layer.mlp for layer in base.layers]
         self._stack = kernels.layer_stack()
-        self.whole = True  # whether the stack has every MLP
+        # Whether the stack has every MLP, and the head is a matrix alone.
+        self.whole = kernels.runs_linear(model.get_output_embeddings())
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
             _add_attention(self._stack, layer, following, windows)
             self.whole &= kernels.set_mlp(self._stack, layer.mlp)

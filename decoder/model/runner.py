@@ -151,8 +151,6 @@ class ModelRunner:
         lean, head = self._lean, self._head
         if lean is None or not lean.whole or head.bias is not None or self._eager or self._graphs:
             return None
-        if not kernels.runs_linear(head):  # but an adapter, or with a hook
-            return None
         self.cache.reserve(max_position + count)
         return lean.continue_greedily(input_ids, positions, rows, head.weight, count)
 

@@ -32,7 +32,8 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
-        modules = list(model.modules())
+        self._modules = modules = list(model.modules())
+        self._types = list(map(type, modules))
         self._children = [m._modules for m in modules if m._modules]
         self._had = [dict(children) for children in self._children]
         leaves = [(table, name) for m in modules for table in _tables(m) for name in table]
@@ -41,7 +42,7 @@ class Watch:
         leaves.append((vars(model), "training"))
         self._places, self._names = [table for table, _ in leaves], [name for _, name in leaves]
         self._values = list(map(dict.get, self._places, self._names))
-        self._classes = list({type(m) for m in modules})
+        self._classes = list(set(self._types))
         self._forwards = list(map(_forward_of, self._classes))
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
@@ -59,6 +60,7 @@ class Watch:
         """Whether everything is as it was; without ``hooks``, everything else."""
         return (
             all(map(eq, self._children, self._had))
+            and all(map(is_, map(type, self._modules), self._types))
             and all(map(is_, map(dict.get, self._places, self._names), self._values))
             and all(map(is_, map(_forward_of, self._classes), self._forwards))
             and self._read_memory() == self._memory

@@ -101,7 +101,7 @@ def _fusable(rule: RouterRule, router: nn.Module) -> bool:
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     weight = self.weight
-    if not fits(input, weight) or not weight.is_contiguous():
+    if type(self) is not nn.Linear or not fits(input, weight) or not weight.is_contiguous():
         return type(self).forward(self, input)
     if input.dim() == 2:
         return torch.ops.moesd.linear.default(input, weight, self.bias)
@@ -176,7 +176,8 @@ def _router_forward(rule: RouterRule, fuse: bool, choices: tuple[Any, ...]) -> C
 
 def runs_linear(module: Any) -> bool:
     """Whether this is a linear layer on our kernel."""
-    return shadow_of(module) is _linear_forward and module.weight.is_contiguous()
+    ours = type(module) is nn.Linear and shadow_of(module) is _linear_forward
+    return ours and module.weight.is_contiguous()
 
 
 def fused_router_of(module: nn.Module) -> RouterRule | None:

@@ -153,6 +153,26 @@ def forward_of_attention(model):
     attention(model).forward = patched
 
 
+def class_of_attention(model):
+    cls = type(attention(model))
+
+    class Patched(cls):
+        def forward(self, *args, **kwargs):
+            out, weights = super().forward(*args, **kwargs)
+            return 0.5 * out, weights
+
+    attention(model).__class__ = Patched
+
+
+class HalvedLinear(nn.Linear):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+def class_of_linear(model):
+    attention(model).v_proj.__class__ = HalvedLinear
+
+
 def forward_of_root(model):
     own = model.forward
 
@@ -167,5 +187,6 @@ def forward_of_root(model):
 CHANGES = [
     assign, load, data_of_one, data_of_all, data_in_place, swapped, key_bias, output_projection,
     norm_weight, embedding, head, head_adapter, tied, value_adapter, mlp, activation, router,
-    rotary, rotary_replaced, scaling, weight_norm, pruned, forward_of_attention, forward_of_root,
+    rotary, rotary_replaced, scaling, weight_norm, pruned, class_of_attention, class_of_linear,
+    forward_of_attention, forward_of_root,
 ]  # fmt: skip
