@@ -5,7 +5,7 @@ PYTEST := -m pytest -n auto --dist loadfile
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
-.PHONY: demo test test-oldest families lint clean
+.PHONY: demo test test-oldest test-sanitized families lint clean
 
 demo: .venv/.ready
 	.venv/bin/python -m decoder
@@ -15,6 +15,16 @@ test: lint
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python $(PYTEST)
+
+# The C++ operators built with AddressSanitizer and UBSan, in a cache of their own, under random
+# calls on every instruction set of this machine. Both libraries have to be there before Python's.
+SANITIZED := CXX=$(CXX) MOESD_SANITIZE=address,undefined MOESD_FUZZ_CALLS=3000 ASAN_OPTIONS=detect_leaks=0
+test-sanitized: .venv/.ready
+	set -e; for isa in portable avx2 avx512 avx512_bf16 amx; do \
+		$(SANITIZED) MOESD_CPU_ISA=$$isa \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		.venv/bin/python -m pytest -n 0 tests/moesd_kernels/test_fuzz.py; \
+	done
 
 families: .venv/.ready
 	PYTHONPATH=tests .venv/bin/python -m support.families.findings

@@ -59,6 +59,13 @@ _X86_SOURCES = {
 }
 
 
+def _sanitizer_flags() -> tuple[str, ...]:
+    """Flags of ``$MOESD_SANITIZE`` (``make test-sanitized``): GCC's names, such as "address"."""
+    names = os.environ.get("MOESD_SANITIZE")
+    # -O1: the kernels' unrolled loops take minutes to compile with checks in them otherwise.
+    return (f"-fsanitize={names}", "-fno-sanitize-recover=all", "-O1", "-g1") if names else ()
+
+
 def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
@@ -78,10 +85,11 @@ def _source_flags(device: str) -> dict[str, tuple[str, ...]]:
     if _is_x86():
         boundary.append("-DMOESD_X86_KERNELS")
     meets_torch = ["register.cpp", *_names("cpu/ops/*.cpp")]
-    flags = dict.fromkeys(meets_torch, (*_COMMON_FLAGS, *boundary))
-    flags["cpu/isa/isa_portable.cpp"] = _COMMON_FLAGS
+    common = (*_COMMON_FLAGS, *_sanitizer_flags())
+    flags = dict.fromkeys(meets_torch, (*common, *boundary))
+    flags["cpu/isa/isa_portable.cpp"] = common
     if _is_x86():
-        flags |= {name: (*_COMMON_FLAGS, *isa) for name, isa in _X86_SOURCES.items()}
+        flags |= {name: (*common, *isa) for name, isa in _X86_SOURCES.items()}
     return flags
 
 
@@ -127,7 +135,7 @@ def _link_flags(device: str) -> list[str]:
     flags += ["-ltorch_cpu", "-ltorch", "-lc10"]
     if device == "cuda":
         return [*flags, "-cudart=shared", "-ltorch_cuda", "-lc10_cuda"]
-    return [*flags, "-fopenmp"]
+    return [*flags, "-fopenmp", *_sanitizer_flags()]
 
 
 def compile_library(device: str, target: Path, compiler: str) -> None:
@@ -163,9 +171,12 @@ def module_name(device: str) -> str:
 def built_module(device: str) -> Path | None:
     """The module built beside this file for ``device``.
 
-    None where there is none, one of its sources is newer, or others could have written it. Who owns
-    the package is trusted: it runs already.
+    None where there is none, one of its sources is newer, others could have written it, or a
+    sanitizer is asked for, which it was built without. Who owns the package is trusted: it runs
+    already.
     """
+    if _sanitizer_flags():
+        return None
     name = module_name(device).rpartition(".")[2] + sysconfig.get_config_var("EXT_SUFFIX")
     package = Path(__file__).resolve().parent
     if not (package / name).exists():

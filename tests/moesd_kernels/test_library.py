@@ -36,6 +36,18 @@ def test_every_source_of_a_device_is_watched(device, other):
     assert set(library._source_files(device)) == shared
 
 
+def test_a_sanitizer_is_in_every_call_and_in_no_module_built_without_it(monkeypatch):
+    plain = library._source_flags("cpu"), library._link_flags("cpu")
+    key = library._cache_key("cpu", "c++")
+    monkeypatch.setenv("MOESD_SANITIZE", "address,undefined")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    for name, given in library._source_flags("cpu").items():
+        assert set(given) >= {*flags, *plain[0][name]}, name
+    assert set(library._link_flags("cpu")) >= {*flags, *plain[1]}
+    assert library.built_module("cpu") is None
+    assert library._cache_key("cpu", "c++") != key
+
+
 def test_every_source_is_compiled(monkeypatch):
     monkeypatch.setattr(library, "_is_x86", lambda: True)
     compiled = {name for device in ("cpu", "cuda") for name in library._source_flags(device)}

@@ -1,16 +1,9 @@
 // How the threads of a team share a kernel's work.
 #pragma once
 
-#include <atomic>
-#include <cstdint>
+#include "../wait.h"
 
 namespace moesd::MOESD_ISA {
-
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
 
 // Work items, taken one at a time; `wait` returns when all items are finished, whoever took them.
 // Both counts have a cache line of their own: each change takes the line from all other threads'
@@ -22,9 +15,7 @@ struct alignas(128) Counter {
     explicit Counter(int64_t n) : total(n) {}
     int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
     void finish(int64_t n) { finished.fetch_add(n, std::memory_order_release); }
-    void wait() const {
-        while (finished.load(std::memory_order_acquire) < total) pause();
-    }
+    void wait() const { wait_for(finished, total); }
 };
 
 // Rows of little work each, taken in runs of adjacent rows: fetching the counter's cache line from

@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <ATen/Parallel.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #ifdef __linux__
@@ -9,6 +10,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -136,26 +138,41 @@ Activation parse_activation(c10::string_view name) {
 void* scratch(size_t bytes) {
     thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
     thread_local size_t capacity = 0;
+#ifdef __SANITIZE_ADDRESS__
+    // New memory for each call, no larger than asked for: then a step beyond it is seen.
+    constexpr size_t kAlign = 64, kSpare = 0;
+    capacity = 0;
+#else
+    constexpr size_t kAlign = 4096, kSpare = 1;
+#endif
     if (bytes > capacity) {
         memory.reset();
-        capacity = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-        memory.reset(std::aligned_alloc(4096, capacity));
+        capacity = (bytes + kSpare * (bytes / 2) + kAlign - 1) / kAlign * kAlign;
+        memory.reset(std::aligned_alloc(kAlign, capacity));
         TORCH_CHECK(memory, "out of memory: could not allocate ", capacity, " bytes of scratch");
     }
     return memory.get();
+}
+
+int max_threads() {
+    static const int cores = omp_get_num_procs();
+    return std::min(at::get_num_threads(), cores);
 }
 
 int team_size(int64_t multiply_adds) {
     // A few microseconds of work, about what waking a thread costs.
     constexpr int64_t kWorthAThread = 100'000;
     if (at::in_parallel_region()) return 1;
-    return static_cast<int>(std::max<int64_t>(
-        1, std::min<int64_t>(at::get_num_threads(), multiply_adds / kWorthAThread)));
+    return static_cast<int>(
+        std::max<int64_t>(1, std::min<int64_t>(max_threads(), multiply_adds / kWorthAThread)));
 }
 
 void run_team(int threads, void (*body)(void*), void* ctx) {
     if (threads <= 1) return body(ctx);
-    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(ctx); });
+    // Not at::parallel_for, which wakes as many threads as torch was told to use, even if there are
+    // fewer cores; with no more than that, these are the same threads.
+#pragma omp parallel num_threads(max_threads())
+    if (omp_get_thread_num() < threads) body(ctx);
 }
 
 TORCH_LIBRARY_IMPL(moesd, CompositeExplicitAutograd, m) {

@@ -182,7 +182,7 @@ public:
             run_rows(0, batch);
         } else {
             const at::ThreadLocalState state;
-            at::parallel_for(0, batch, (batch + at::get_num_threads() - 1) / at::get_num_threads(),
+            at::parallel_for(0, batch, (batch + max_threads() - 1) / max_threads(),
                              [&](int64_t start, int64_t end) {
                                  const at::ThreadLocalStateGuard guard(state);
                                  run_rows(start, end);

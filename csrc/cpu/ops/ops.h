@@ -35,7 +35,10 @@ inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
 // Grow-only memory of the calling thread, valid until its next call.
 void* scratch(size_t bytes);
 
-// Threads worth waking for this many multiply-adds, at most torch.get_num_threads().
+// torch.get_num_threads(), or the number of cores where those are fewer.
+int max_threads();
+
+// Threads worth waking for this many multiply-adds, at most max_threads().
 int team_size(int64_t multiply_adds);
 
 void run_team(int threads, void (*body)(void*), void* ctx);

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,6 +218,29 @@ def test_rope_to_cache_refuses():
     ):
         with pytest.raises(error, match=message):
             call(**changed)
+
+
+MORE_THREADS_THAN_CORES = """
+import os, sys, torch
+from moesd_kernels.dense import ops
+x, w = torch.randn(64, 256), torch.randn(512, 256)
+torch.set_num_threads(1)
+expected, before = ops.linear(x, w), len(os.listdir("/proc/self/task"))
+torch.set_num_threads(int(sys.argv[1]))
+actual, after = ops.linear(x, w), len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+assert torch.equal(actual, expected)
+assert after <= before + len(os.sched_getaffinity(0)), (before, after)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("count", [64, 100_000])
+def test_no_more_threads_than_cores_are_woken(count):
+    """Others could only take turns; a hundred thousand would end the process."""
+    command = [sys.executable, "-c", MORE_THREADS_THAN_CORES, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_schemas_and_fakes():
