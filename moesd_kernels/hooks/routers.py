@@ -85,7 +85,7 @@ class RouterRule:
         if self.kind == "softmax":
             weights, ids = logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
         else:
-            scores = logits.sigmoid()
+            scores = logits.float().sigmoid()  # as the softmaxes: whatever the logits' precision
             choice = scores if correction is None else scores + correction
             ids = self._within_groups(choice).topk(self.top_k, dim=-1, sorted=False).indices
             weights = scores.gather(1, ids)

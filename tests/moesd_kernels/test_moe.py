@@ -121,6 +121,14 @@ def test_correction_changes_the_choice_and_not_the_weight():
     assert routed.weights.item() == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "topk_softmax", "sigmoid"])
+def test_scores_are_fp32_whatever_the_logits(kind):
+    rule = RouterRule(kind, 2, renormalize=kind == "sigmoid")
+    logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    low, wide = rule.select(logits), rule.select(logits.float())
+    assert torch.equal(low.ids, wide.ids) and torch.equal(low.weights, wide.weights)
+
+
 NO_GATE = ExpertsSpec(gated=False)
 
 
