@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 
+from .fakes import register_fakes
 from .trust import distrust, own_folder, require_trust
 
 logger = logging.getLogger(__name__)
@@ -258,49 +259,5 @@ def load(device: str, /) -> str | None:
         logger.warning("%s", reason)
         return reason
     if device == "cpu":
-        _register_fakes()
+        register_fakes()
     return None
-
-
-def _register_fakes() -> None:
-    """What shapes the operators return, for ``torch.compile``."""
-    fake = torch.library.register_fake
-
-    @fake("moesd::experts")
-    def _(hidden, w_gate_up, w_down, topk_ids, topk_weights, *rest):
-        return None
-
-    @fake("moesd::linear")
-    def _(x, w, bias):
-        return x.new_empty(x.shape[0], w.shape[0])
-
-    @fake("moesd::ragged_attention")
-    def _(q, k, v, positions, scale, window, sinks, rows):
-        return q.new_empty(*q.shape[:3], v.shape[3])
-
-    @fake("moesd::rms_norm")
-    def _(x, w, eps, offset=0.0, cast_first=True):
-        return x.new_empty(x.shape)
-
-    @fake("moesd::add_rms_norm")
-    def _(x, delta, w, eps):
-        return x.new_empty(x.shape), x.new_empty(x.shape)
-
-    @fake("moesd::rope_to_cache")
-    def _(qkv, cos, sin, q_norm, q_eps, k_norm, k_eps, index, q_heads, kv_heads, keys, values):
-        return qkv.new_empty(qkv.shape[0], q_heads, cos.shape[1])
-
-    @fake("moesd::act_and_mul")
-    def _(gate, up, activation):
-        return gate.new_empty(gate.shape)
-
-    @fake("moesd::softmax_topk_router")
-    def _(x, w, top_k, renormalize):
-        logits = x.new_empty(x.shape[0], w.shape[0])
-        weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
-        return logits, weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64)
-
-    @fake("moesd::argmax")
-    def _(x):
-        ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
-        return ids, x.new_empty(x.shape[:-1], dtype=torch.bool)
