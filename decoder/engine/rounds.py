@@ -109,17 +109,16 @@ class Rounds:
     @torch.inference_mode()
     def _prefill(self, requests: Sequence[Request], host_rows: list[int]) -> list[ActiveSequence]:
         clock, batch, device = self._clock, self.batch, self.runner.device
-        sequences = [
-            ActiveSequence(request, row, self.tokenizer)
-            for request, row in zip(requests, host_rows, strict=True)
-        ]
+        places = zip(requests, host_rows, strict=True)
+        sequences = [ActiveSequence(r, row, self.tokenizer) for r, row in places]
         ids = padded([request.prompt_ids for request in requests], device)
         rows = torch.tensor(host_rows, dtype=torch.int64, device=device)
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
-        for request, row in zip(requests, host_rows, strict=True):
-            self.sampler.admit(row, request.params, request.prompt_ids, request.stop_ids)
+        for r, row in zip(requests, host_rows, strict=True):
+            self.sampler.admit(row, r.params, r.prompt_ids, r.stop_ids, r.process)
         out = self.runner.prefill(rows, ids, lengths, hidden_layers=self.drafter.hidden_layers)
-        probs = self.sampler.distribution(out.logits, rows, lengths[:, None], None)
+        logits = self.sampler.processed(out.logits, rows, None)
+        probs = self.sampler.distribution(logits, rows, lengths[:, None], None)
         assert probs.undefined is not None
         first = self.sampler.draw(probs, rows, lengths)
         report = torch.stack([probs.undefined[:, 0], first], 1).tolist()

@@ -88,7 +88,8 @@ class Verification:
         out, positions = self._forward(state, draft, hidden_layers)
         self._clock.mark("verify")
         prefix = None if draft is None else draft.tokens
-        probs = self._sampler.distribution(out.logits, state.rows, positions + 1, prefix)
+        logits = self._sampler.processed(out.logits, state.rows, draft)
+        probs = self._sampler.distribution(logits, state.rows, positions + 1, prefix)
         assert probs.undefined is not None
         if draft is None:
             token = self._sampler.draw(probs, state.rows, state.lengths + 1)

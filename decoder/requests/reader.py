@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Request:
         params: how its tokens are chosen; with a seed where they are sampled.
         stop_ids: tokens that end it: the model's own and ``stop_token_ids``, of the vocabulary.
         max_new_tokens: what it asks for, or what its prompt leaves of the longest row.
+        process: what else is done to the target's logits (``decoder.sampling.processors``).
     """
 
     index: int
@@ -37,6 +38,7 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int]
     max_new_tokens: int
+    process: Callable[[Sequence[int], Any], Any] | None = None
 
     @property
     def name(self) -> str:

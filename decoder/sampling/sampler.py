@@ -21,6 +21,7 @@ from .coupled import race, verify_coupled
 from .distribution import Probs, most_probable, one_hot_where, truncated
 from .logprobs import TokenLogprobs, token_logprobs
 from .penalties import Adjustments
+from .processors import LogitsProcessor, ProcessorTable
 from .rng import Stream
 from .rows import RowTable
 from .verdict import assemble, leading, residual
@@ -59,10 +60,16 @@ class Sampler:
         self.verifier = verifier
         self._table = RowTable(max_batch_size, vocab_size, self.device)
         self._adjustments = Adjustments(max_batch_size, vocab_size, self.device)
+        self._processors = ProcessorTable()
 
     @torch.inference_mode()  # tables grow, and tensors made in this mode stay in it
     def admit(
-        self, row: int, params: SamplingParams, prompt_ids: Sequence[int], stop_ids: Iterable[int]
+        self,
+        row: int,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        stop_ids: Iterable[int],
+        process: LogitsProcessor | None = None,
     ) -> None:
         """Start a request.
 
@@ -72,6 +79,7 @@ class Sampler:
             prompt_ids: its prompt, counted for the repetition penalty; the next token's absolute
                 position is its length.
             stop_ids: ids that end it, banned before ``min_new_tokens``.
+            process: what else is done to the target's logits, before all of ``params``.
 
         Raises:
             ValueError: an id outside the vocabulary, or more log-probabilities than it has.
@@ -89,12 +97,14 @@ class Sampler:
             raise ValueError(f"logprobs must be <= {self.vocab_size}, got {params.logprobs}")
         self._table.admit(row, params)
         self._adjustments.admit(row, params, prompt_ids, stop_ids)
+        self._processors.admit(row, process, stop_ids)
 
     @torch.inference_mode()
     def release(self, row: int) -> None:
         """End the request in ``row``, if there is one."""
         self._table.release(row)
         self._adjustments.release(row)
+        self._processors.release(row)
 
     def all_greedy(self, rows: Iterable[int] | Tensor) -> bool:
         """Whether an argmax decides every row. Known on the host without waiting for the device."""
@@ -103,6 +113,16 @@ class Sampler:
     def takes_argmax(self, rows: Iterable[int] | Tensor) -> bool:
         """Whether every row's token is the largest of its logits as the model gave them."""
         return self.all_greedy(rows) and not self._adjustments.active
+
+    def processed(self, logits: Tensor, rows: Tensor, draft: Draft | None) -> Tensor:
+        """The target's logits as the requests' own processors leave them, for ``distribution``.
+
+        Args:
+            logits: ``[B, Q, V]`` floating, not modified.
+            rows: ``[B]`` int64.
+            draft: what is verified, ``G = Q - 1``; ``None`` for Q = 1.
+        """
+        return self._processors.apply(logits, rows, draft)
 
     def distribution(
         self, logits: Tensor, rows: Tensor, positions: Tensor, prefix: Tensor | None = None
@@ -200,6 +220,7 @@ class Sampler:
         if drafted is not None and self._table.features.any_sampled:
             rounds = self._table.rounds_after(rows, drafted > 0)
         self._adjustments.commit(rows, tokens, counts)
+        self._processors.commit(rows, tokens, counts)
         self._table.rounds = rounds
 
     def logprobs(self, logits: Tensor, target: Probs, tokens: Tensor, top: int) -> TokenLogprobs:
