@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoder.errors import UserError
+
 MAX_LENGTH, EOS_TOKEN = "MaxLengthCriteria", "EosTokenCriteria"  # the decoder does these itself
 
 
@@ -24,6 +26,9 @@ class Lockstep:
         criteria: transformers' ``StoppingCriteriaList``.
         streamer: given to ``generate``, or ``None``; it has got the prompt already.
         pad_id: follows the end of a row.
+
+    Raises:
+        UserError: rows can end, and ``pad_id`` is ``None``.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class Lockstep:
         rows = input_ids.shape[0]
         self._criteria, self._streamer = criteria, streamer
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        if self._pads and pad_id is None:
+            raise UserError("pad_token_id must be given where an EosTokenCriteria is, got None")
         self._pad = pad_id or 0
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
         self._unfinished = [True] * rows
