@@ -175,3 +175,22 @@ def test_a_failure_leaves_the_model_and_the_method_as_they_were() -> None:
         same({**batch(), "max_new_tokens": 9, "do_sample": False})
     assert before == (model.generation_config.to_dict(), model.config._attn_implementation)
     assert not model.training
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "self"])
+def test_our_kernels_serve_as_well(drafter: str) -> None:
+    model = tiny_moe(dtype=torch.float32)
+    asked = {
+        **batch(), "max_new_tokens": 10, "do_sample": False, "no_repeat_ngram_size": 2,
+        "suppress_tokens": [70, 71], "max_time": 1e6,
+    }  # fmt: skip
+    expected = model.generate(**asked)
+    assert torch.equal(model.generate(custom_generate=speculative(drafter, 3), **asked), expected)
+
+
+def test_a_model_in_training_stays_in_it() -> None:
+    model = copy.deepcopy(target("llama")).train()
+    asked = {**batch(), "max_new_tokens": 6, "do_sample": False}
+    ours = model.generate(custom_generate=speculative("ngram", 2, kernels=False), **asked)
+    assert torch.equal(ours, model.generate(**asked))
+    assert all(module.training for module in model.modules())
