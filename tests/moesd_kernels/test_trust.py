@@ -23,7 +23,7 @@ def compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "_cache_key", lambda device, compiler: "key")
     monkeypatch.setattr(library, "compile_library", lambda device, target, c: target.touch(0o755))
     monkeypatch.setattr(library.torch.ops, "load_library", loaded.append)
-    monkeypatch.setattr(library, "_register_fakes", lambda: None)
+    monkeypatch.setattr(library, "register_fakes", lambda: None)
     library.load.cache_clear()
     yield root, root / "key" / "moesd_cpu.so", loaded
     library.load.cache_clear()
