@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decoder import embedded
+from decoder.checkpoint.folder import model_folder
 from decoder.cli.files.strict_json import kind, parse_object, shown
 from decoder.drafters.table import AUTO, DrafterKind, canonical_name, drafter_kind
 from decoder.errors import UserError
@@ -101,14 +102,16 @@ def _check_drafting(args: argparse.Namespace) -> None:
     """Nothing is said about drafting that the drafter would not read."""
     options = given_draft_options(args)
     chosen = drafter_kind(args.drafter) if args.drafter != AUTO else None
-    if chosen and args.draft is not None and chosen.draft == "ignored":
+    if chosen and args.draft is not None and chosen.draft == "none":
         raise UserError(f"--draft is not read by {chosen.name}; expected a drafter that reads it")
     if chosen and chosen.name == "none" and args.gamma not in (GAMMA_AUTO, 0):
         raise UserError(f"--gamma {args.gamma} is not read by none, which drafts nothing")
     if args.max_gamma is not None and args.gamma != GAMMA_AUTO:
         raise UserError(f"--max-gamma is read by --gamma {GAMMA_AUTO} only, got {args.gamma}")
     if options:
-        _check_options(options, chosen or drafter_kind(AUTO, draft_path(args)))
+        draft = draft_path(args)
+        folder = None if chosen or draft is None else model_folder(draft, "draft")
+        _check_options(options, chosen or drafter_kind(AUTO, folder))
 
 
 def _check_options(options: dict[str, Any], reader: DrafterKind) -> None:

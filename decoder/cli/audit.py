@@ -51,7 +51,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit and print; 1 when something is unexplained."""
-
     from decoder.audit import audit
 
     from .setup import Setup

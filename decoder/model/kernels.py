@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
@@ -35,7 +34,7 @@ def accelerate(model: torch.nn.Module) -> bool:
         UserError: ``MOESD_CPU_ISA`` names no instruction set of this processor.
     """
     if any(parameter.device.type == "cpu" for parameter in model.parameters()):
-        _check_instruction_set()
+        _check_instruction_set(_cpu_ops(torch.device("cpu"), torch.float32))
     try:
         import moesd_kernels
 
@@ -72,6 +71,7 @@ def ragged_attention_op(
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     ops = _cpu_ops(device, dtype) if attention == "auto" else None
+    _check_instruction_set(ops)
     return None if ops is None else ops.ragged_attention.default
 
 
@@ -106,23 +106,16 @@ def _cpu_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
         from moesd_kernels.dense import ops
     except ImportError:
         return None
-    if ops.unavailable() is not None:
-        return None
-    _check_instruction_set()
-    return torch.ops.moesd
+    return None if ops.unavailable() is not None else torch.ops.moesd
 
 
-def _check_instruction_set() -> None:
-    """Refuse what no processor of this kind has: every operator would raise it, one by one."""
-    if not os.environ.get("MOESD_CPU_ISA"):
-        return
-    from moesd_kernels.dense import ops
-
-    if ops.unavailable() is None:
-        try:
-            ops.isa()
-        except RuntimeError as error:
-            raise UserError(str(error).partition("\n")[0]) from error
+def _check_instruction_set(ops: Any | None) -> None:
+    """Have it chosen now: the first operator would raise it, and be blamed for it."""
+    try:
+        if ops is not None:
+            ops.cpu_isa()
+    except RuntimeError as error:
+        raise UserError(str(error).partition("\n")[0]) from error
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

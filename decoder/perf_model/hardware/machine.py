@@ -114,8 +114,10 @@ class Machine:
         Args:
             sync: seconds of the two all-reduces of a layer at small batch (an assumption; NVLink).
         """
-        if not 1 <= devices <= _MAX_DEVICES:
-            raise ValueError(f"devices must be at least 1, at most {_MAX_DEVICES}, got {devices}")
+        if devices < 1:
+            raise ValueError(f"devices must be at least 1, got {devices}")
+        if devices > _MAX_DEVICES:
+            raise ValueError(f"devices must be at most {_MAX_DEVICES}, got {devices}")
         if devices == 1:
             return self
         return replace(

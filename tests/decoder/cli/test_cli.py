@@ -196,21 +196,17 @@ def test_unreadable_line_stops_before_the_model_is_loaded(tmp_path, capsys):
 
 
 def test_a_draft_may_be_a_hub_name_as_a_target_may(models, capsys, monkeypatch):
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, any("py" in pattern or "bin" in pattern for pattern in allow_patterns)))
+    def from_hub(name, what):
         if name != "someone/draft":
-            raise OSError(f"{name} is not there\nand a stack")
-        return str(models / "draft")
+            raise UserError(f"{what} {name!r} is not there")
+        return models / "draft"
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("decoder.checkpoint.folder._from_hub", from_hub)
     arguments = ("--prompt", "w7", "--max-new-tokens", "2", "--json", "--draft")
     assert run(models, *arguments, "someone/draft") == 0
-    assert asked == [("someone/draft", False)]
     capsys.readouterr()
     assert run(models, *arguments, "someone/else") == 2
-    assert "cannot load draft 'someone/else': someone/else is not there" in one_error_line(capsys)
+    assert "'someone/else' is not there" in one_error_line(capsys)
 
 
 def test_compare_reads_standard_input_once(monkeypatch):
