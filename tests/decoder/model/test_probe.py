@@ -14,6 +14,7 @@ from transformers import masking_utils as masks
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.errors import UserError
+from decoder.model.kernels import accelerate
 from decoder.model.probe import shown_mask, window_of
 from decoder.model.runner import ModelRunner
 
@@ -191,9 +192,10 @@ def test_an_unknown_instruction_set_is_no_fault_of_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unknown() -> str:
-        raise RuntimeError("MOESD_CPU_ISA must be one of avx2, got garbage")
+        raise RuntimeError("MOESD_CPU_ISA must be one of avx2, got garbage\nraised from choose")
 
     ops = type("Ops", (), {"cpu_isa": staticmethod(unknown), "ragged_attention": None})
     monkeypatch.setattr("decoder.model.kernels._cpu_ops", lambda *_: ops)
-    with pytest.raises(UserError, match=r"^MOESD_CPU_ISA must be one of avx2, got garbage$"):
-        ModelRunner(tiny_model("llama"), 1, 32)
+    for use in (accelerate, lambda model: ModelRunner(model, 1, 32)):
+        with pytest.raises(UserError, match=r"^MOESD_CPU_ISA must be one of avx2, got garbage$"):
+            use(tiny_model("llama"))
