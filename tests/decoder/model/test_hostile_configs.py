@@ -241,3 +241,32 @@ def test_a_snapshot_of_the_hubs_cache_is_read(model, tmp_path, monkeypatch):
     for name in (snapshot, "owner/name"):
         assert load_tokenizer(name).get_vocab()
         assert load_model(name, device="cpu").config.vocab_size == 64
+
+
+COMMANDS = {
+    "weights missing": (
+        removed("model.safetensors"),
+        ["--target"],
+        "has neither model.safetensors",
+    ),
+    "GGUF": (
+        together(removed("model.safetensors"), written("m.gguf", "GGUF")),
+        ["--target"],
+        "GGUF is not supported: expected safetensors",
+    ),
+    "code": (*CONFIGS["code of its own"][:1], ["--target"], "which is never run"),
+    "a draft's code": (*CONFIGS["code of its own"][:1], ["--draft"], "which is never run"),
+    "a draft nobody asks": (removed(CONFIG), ["--drafter", "ngram", "--draft"], "no config.json"),
+}
+
+
+@pytest.mark.parametrize(("change", "flags", "said"), COMMANDS.values(), ids=COMMANDS)
+def test_the_command_line_says_it_in_one_line(change, flags, said, model, tmp_path, capsys):
+    folder = copied(model, tmp_path / "model")
+    change(folder)
+    assert main(["generate", "--prompt", "w1", "--device", "cpu", *flags, str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("moesd: error: ")
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
