@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.hostile import edited, tensors, together, whole
+from support.hostile.folders import edited, tensors, together, whole
 from support.tiny import tiny_model
 from torch import nn
 

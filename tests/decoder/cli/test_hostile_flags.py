@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.refused_lines import refused
+from support.hostile.lines import refused
 
 from decoder.cli import setup
 

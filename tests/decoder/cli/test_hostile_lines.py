@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from support.refused_lines import contents, refused
+from support.hostile.lines import contents, refused
 
 from decoder.cli import setup
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.refused_lines import refused
+from support.hostile.lines import refused
 from support.tiny import save_tokenizer, tiny_moe
 
 from decoder.__main__ import main

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from support.eagle_reference import LAYER, H, norm, random_layer, save
-from support.hostile import (
+from support.hostile.folders import (
     WEIGHTS,
     copied,
     edited,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hostile import (
+from support.hostile.folders import (
     WEIGHTS,
     copied,
     edited,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.hostile import (
+from support.hostile.folders import (
     copied,
     edited,
     planted,

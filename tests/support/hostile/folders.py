@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.tiny import FAMILIES, save_tokenizer, tiny_model
 from torch import Tensor
 
 from decoder.errors import UserError
-
-from .tiny import FAMILIES, save_tokenizer, tiny_model
 
 Change = Callable[[Path], Any]
 WEIGHTS = "model.safetensors"

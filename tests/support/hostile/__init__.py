@@ -1,0 +1,1 @@
+"""What must be refused in one line, and what every refusal has in common."""
