@@ -99,7 +99,7 @@ class LeanForward:
                     layer, stop, not modules, columns,
                 )  # fmt: skip
                 if layer < stop:  # this layer's MLP is not the stack's
-                    delta = self._mlps[layer](states.view(B, -1, H)).view(-1, H)
+                    delta = self._mlps[layer](states.view(B, -1, H)).reshape(-1, H)
                     layer += 1
                     weight, eps = self._norms[layer]
                     x, states = kernels.add_rms_norm(x, delta, weight, eps)

@@ -99,7 +99,8 @@ def check_runs_whole(model: torch.nn.Module) -> None:
     """Refuse a model that would not run, or not as the decoder reads it.
 
     Raises:
-        UserError: the first module that is compiled, elsewhere, or in training without a cache.
+        UserError: the first module that is compiled, or in training without a cache or at random,
+            or that the weights are in more than one place.
     """
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
@@ -118,13 +119,18 @@ def check_runs_whole(model: torch.nn.Module) -> None:
                 f"{name or type(model).__name__} is in training with gradient checkpointing, which "
                 "keeps no cache; call eval() on the model first"
             )
+        if module.training and isinstance(module, _DropoutNd) and module.p > 0:
+            raise UserError(
+                f"{name} ({type(module).__name__}) is in training and drops at random; call eval() "
+                "on the model first"
+            )
 
 
 def warn_of_row_dependence(model: torch.nn.Module) -> None:
     """Name, in one warning, modules known to compute a token from the whole batch.
 
     Such are bitsandbytes' 8-bit layers, whose outliers are the batch's, activations quantised with
-    one scale for all, routers with a capacity, and, in training, dropout and batch norms.
+    one scale for all, routers with a capacity, and batch norms in training.
     """
     found = [
         f"{name} ({type(module).__name__})"
@@ -134,7 +140,6 @@ def warn_of_row_dependence(model: torch.nn.Module) -> None:
         or type(module._parameters.get("weight")).__name__ in _ROW_DEPENDENT
         or isinstance(vars(module).get("expert_capacity"), int)
         or (module.training and isinstance(module, _BatchNorm))
-        or (module.training and isinstance(module, _DropoutNd) and module.p > 0)
     ]
     if found:
         logger.warning(

@@ -187,29 +187,49 @@ def test_what_depends_on_the_batch_is_named_in_one_warning(caplog):
     assert warnings(caplog) == ["model.layers.0.self_attn.o_proj (Linear8bitLt) and 1 more modules"]
 
 
-class Dropped(nn.Module):
-    def __init__(self, inner):
+class Wrapped(nn.Module):
+    """An MLP followed by something that is different in training."""
+
+    def __init__(self, inner, last):
         super().__init__()
-        self.inner, self.dropout = inner, nn.Dropout(0.5)
+        self.inner, self.last = inner, last
 
     def forward(self, x):
-        return self.dropout(self.inner(x))
+        return self.last(self.inner(x).transpose(1, 2)).transpose(1, 2)
 
 
-def test_training_is_noticed_where_it_matters(caplog):
+@pytest.mark.parametrize("built", [False, True], ids=["before", "after"])
+def test_dropout_in_training_is_refused(built):
     model = build("qwen3")
-    model.model.layers[1].mlp = Dropped(model.model.layers[1].mlp).eval()
+    model.model.layers[1].mlp = Wrapped(model.model.layers[1].mlp, nn.Dropout(0.5)).eval()
+    decoder = SpeculativeDecoder(model, **OPTIONS)
+    decoder.generate(PROMPTS)
+    model.train()
+    with pytest.raises(
+        UserError, match=r"mlp\.last \(Dropout\) is in training and drops at random"
+    ):
+        if built:
+            zero = torch.zeros(1, 1, dtype=torch.long)
+            decoder.runner.forward(zero, zero[0], zero)
+        else:
+            SpeculativeDecoder(model, **OPTIONS)
+    model.eval()
+    decoder.generate(PROMPTS)
+
+
+def test_batch_norms_are_named_when_training_begins(caplog):
+    model = build("qwen3")
+    norm = nn.BatchNorm1d(model.config.hidden_size)
+    model.model.layers[1].mlp = Wrapped(model.model.layers[1].mlp, norm).eval()
     decoder = SpeculativeDecoder(model, **OPTIONS)
     decoder.generate(PROMPTS)
     assert warnings(caplog) == []
     model.train()
-    decoder.generate(PROMPTS)
-    assert warnings(caplog) == ["model.layers.1.mlp.dropout (Dropout)"]
-    SpeculativeDecoder(model, **OPTIONS)
-    assert len(warnings(caplog)) == 2
-    build("qwen3").train()
+    places = torch.arange(3)[None]
+    decoder.runner.forward(places + 5, torch.zeros(1, dtype=torch.long), places)
+    assert warnings(caplog) == ["model.layers.1.mlp.last (BatchNorm1d)"]
     SpeculativeDecoder(build("qwen3").train(), **OPTIONS)
-    assert len(warnings(caplog)) == 2
+    assert len(warnings(caplog)) == 1
 
 
 def test_a_compiled_wrapper_is_taken_off_in_one_line(caplog):
