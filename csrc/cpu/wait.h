@@ -1,5 +1,5 @@
-// Waiting for the other threads of a team: a short spin, which is mostly all it takes, then yielding
-// to whoever else has work on this core, which may be the thread waited for.
+// Waiting for the other threads of a team: a short spin, which is mostly all it takes, then
+// yielding to whoever else has work on this core, which may be the thread waited for.
 #pragma once
 
 #include <sched.h>

@@ -77,7 +77,7 @@ def test_from_paths_brings_the_tokenizer_and_chooses_by_the_draft(paths):
     [
         ({"dtype": "int3"}, "dtype must be one of auto, bf16, .*got 'int3'"),
         ({"drafter": "eagle"}, "drafter 'eagle' needs a draft"),
-        ({"draft": "/no/draft"}, "draft must be a directory, got '/no/draft'"),
+        ({"draft": "/no/draft"}, "draft path '/no/draft' does not exist"),
     ],
 )
 def test_from_paths_refuses(paths, options, message):

@@ -48,7 +48,7 @@ def test_a_context_without_limit(tmp_path):
     assert read_config(folder, 99).max_position_embeddings == -1
     model = tiny_model("llama")
     model.config.max_position_embeddings = -1
-    assert context_length(model)[0] == 2**15
+    assert context_length(model) == 2**15
 
 
 def test_what_older_checkpoints_and_tied_heads_have_or_lack(tmp_path):

@@ -75,7 +75,7 @@ def test_heads_and_self_drafts_end_there_too(tmp_path: Path, gamma: int, own: in
     plain = [o.token_ids for o in decoder(target).generate(prompts, PARAMS)]
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
     config = {**LAYER, "max_position_embeddings": own}
-    for drafter in (EagleDrafter(save(tmp_path, config, weights, False)), "self"):
+    for drafter in (EagleDrafter(save(tmp_path, config, weights)), "self"):
         engine = decoder(target, drafter, gamma)
         outputs = engine.generate(prompts, PARAMS)
         assert [o.token_ids for o in outputs] == plain

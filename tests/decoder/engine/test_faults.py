@@ -60,7 +60,7 @@ def test_what_fails_once_is_tried_again(drafter: str, sampled: bool) -> None:
 def test_a_head_drafts_again_from_where_it_was(tmp_path: Path, point: str) -> None:
     """Its features wait in a ring: what had been read on the way is read again."""
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
-    case = Case(TARGET, EagleDrafter(save(tmp_path, LAYER, weights, False)), True)
+    case = Case(TARGET, EagleDrafter(save(tmp_path, LAYER, weights)), True)
     for at in range(6):
         with trap(case.engine, point, nth(at), 1) as fired:
             outputs = case.outputs()

@@ -31,7 +31,7 @@ PARTS += ("_graphs", "_batch", "_table", "_adjustments", "ragged_layers")
 
 def eagle(folder: Path) -> EagleDrafter:
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
-    return EagleDrafter(save(folder, LAYER, weights, False))
+    return EagleDrafter(save(folder, LAYER, weights))
 
 
 def independent() -> IndependentDrafter:
