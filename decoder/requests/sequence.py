@@ -127,14 +127,28 @@ class ActiveSequence:
         # A character takes at most four bytes and a token at least one, so a stop string that ends
         # in the new tokens begins within this many tokens before them.
         start = max(0, first - 4 * max(map(len, stops)) - 4)
-        if not any(stop in self._decode(token_ids[start:]) for stop in stops):
+        if not any(stop in self._spelled(token_ids[start:]) for stop in stops):
             return None
         for end in range(first + 1, len(token_ids) + 1):
-            if any(stop in self._decode(token_ids[start:end]) for stop in stops):
-                text = self._decode(token_ids[:end])
+            if any(stop in self._spelled(token_ids[start:end]) for stop in stops):
+                text = self._spelled(token_ids[:end])
                 found = [at for at in map(text.find, stops) if at >= 0]
-                return (end, min(found)) if found else None
+                return (end, self._text_before(token_ids[:end], min(found))) if found else None
         return None
+
+    def _text_before(self, token_ids: Sequence[int], place: int) -> int:
+        """The length of the output's text before a place in its spelling."""
+        if self._decode(token_ids) == self._spelled(token_ids):
+            return place
+        whole = len(token_ids)  # tokens that lie before the place, which is near the end
+        while len(self._spelled(token_ids[:whole])) > place:
+            whole -= 1
+        rest = place - len(self._spelled(token_ids[:whole]))
+        return len(self._decode(token_ids[:whole])) + rest
+
+    def _spelled(self, token_ids: Sequence[int]) -> str:
+        """The text with special tokens, where stop strings are looked for, as transformers does."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)

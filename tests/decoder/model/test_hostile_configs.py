@@ -256,7 +256,11 @@ COMMANDS = {
     ),
     "code": (*CONFIGS["code of its own"][:1], ["--target"], "which is never run"),
     "a draft's code": (*CONFIGS["code of its own"][:1], ["--draft"], "which is never run"),
-    "a draft nobody asks": (removed(CONFIG), ["--drafter", "ngram", "--draft"], "not read by ngram"),
+    "a draft nobody asks": (
+        removed(CONFIG),
+        ["--drafter", "ngram", "--draft"],
+        "not read by ngram",
+    ),
 }
 
 

@@ -1,0 +1,46 @@
+"""Stop strings are found in the text with special tokens, which the output's text leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from decoder.requests.params import SamplingParams
+from decoder.requests.reader import Request
+from decoder.requests.sequence import ActiveSequence
+
+SPELLING = ["a", "b", "cd", "<|end|>", "\n"]
+SPECIAL = 3
+
+
+class Words:
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        return "".join(SPELLING[i] for i in ids if i != SPECIAL or not skip_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("stop", "emitted", "taken", "text"),
+    [
+        ("<|end|>", [0, SPECIAL, 1], 2, "a"),
+        ("<|end|>\n", [0, SPECIAL, 1, SPECIAL, 4, 0], 5, "ab"),
+        ("d<|end|>", [2, SPECIAL, 0], 2, "c"),
+        ("end", [0, 0, SPECIAL], 3, "aa"),
+        ("b", [SPECIAL, 0, 2, 1, 0], 4, "acd"),
+        ("bc", [SPECIAL, 1, 2, 1], 3, ""),
+        ("cd", [0, 2, 1], 2, "a"),
+        ("ab", [0, SPECIAL, 1], None, "ab"),  # transformers sees what stands between them too
+        ("<|other|>", [0, SPECIAL, 1], None, "ab"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 2, 9])
+def test_stop_strings(stop, emitted, taken, text, chunk):
+    params = SamplingParams(max_new_tokens=20, stop=stop)
+    request = Request(0, None, None, [0], params, frozenset(), 20)
+    sequence = ActiveSequence(request, 0, Words())
+    for start in range(0, len(emitted), chunk):
+        if sequence.finish_reason is None:
+            sequence.extend(emitted[start : start + chunk], 0)
+    assert sequence.finish_reason == (None if taken is None else "stop")
+    assert sequence.token_ids == emitted[:taken]
+    assert sequence.output().text == text
