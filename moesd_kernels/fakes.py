@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
+@functools.cache  # once per process: some versions of torch refuse a second time
 def register_fakes() -> None:
     """Tell ``torch.compile``; the operators must be loaded."""
     fake = torch.library.register_fake
