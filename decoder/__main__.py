@@ -7,14 +7,9 @@ and an exit code.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-# Before torch brings OpenMP in: by default its threads spin for milliseconds where they wait, which
-# a busy neighbour turns into milliseconds per operator. This is about a tenth of one.
-os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 from decoder.cli.files.results import RunStopped
 from decoder.cli.streams import exit_code, say, silence_stdout, standard_streams, unwinding_signals

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,20 +64,3 @@ def test_light_modules_need_neither_transformers_nor_kernels() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--drafter" in done.stdout
-
-
-def test_the_command_line_bounds_openmps_spin_before_torch_is_loaded():
-    code = (
-        "import os, sys\n"
-        "class Watch:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name == 'torch': print(os.environ.get('GOMP_SPINCOUNT')); os._exit(0)\n"
-        "sys.meta_path.insert(0, Watch())\n"
-        "import decoder.__main__\n"
-    )
-    for given, expected in ((None, "4000"), ("7", "7")):
-        env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-        env |= {} if given is None else {"GOMP_SPINCOUNT": given}
-        command = [sys.executable, "-u", "-c", code]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.stdout == f"{expected}\n", done.stderr
