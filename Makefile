@@ -17,12 +17,15 @@ test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python $(PYTEST)
 
 # The C++ operators built with AddressSanitizer and UBSan, in a cache of their own, under random
-# calls on every instruction set of this machine. Both libraries have to be there before
-# Python's; -s, since a finding ends the process and what pytest had captured.
-SANITIZED := CXX=$(CXX) MOESD_SANITIZE=address,undefined MOESD_FUZZ_CALLS=3000 ASAN_OPTIONS=detect_leaks=0
+# calls on every instruction set of this machine. They are built first, since both libraries have to
+# be there before Python's in what runs them; -s, since a finding ends the process and what pytest
+# had captured.
+FUZZ_CALLS ?= 500
+SANITIZED := CXX=$(CXX) MOESD_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0
 test-sanitized: .venv/.ready
+	$(SANITIZED) .venv/bin/python -c "from moesd_kernels import library; library.compiled_library('cpu')"
 	set -e; for isa in portable avx2 avx512 avx512_bf16 amx; do \
-		$(SANITIZED) MOESD_CPU_ISA=$$isa \
+		$(SANITIZED) MOESD_FUZZ_CALLS=$(FUZZ_CALLS) MOESD_CPU_ISA=$$isa \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		.venv/bin/python -m pytest -n 0 -s tests/moesd_kernels/test_fuzz.py; \
 	done

@@ -224,7 +224,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compiled_library(device: str) -> Path:
+def compiled_library(device: str) -> Path:
     """The cached library for these sources, this torch and this compiler; built when missing."""
     reason = missing(device)
     if reason is not None:
@@ -253,7 +253,7 @@ def load(device: str, /) -> str | None:
         None when they can be called, otherwise why not; the reason is logged once.
     """
     try:
-        torch.ops.load_library(str(built_module(device) or _compiled_library(device)))
+        torch.ops.load_library(str(built_module(device) or compiled_library(device)))
     except (RuntimeError, OSError) as error:
         reason = f"C++ {device.upper()} kernels unavailable: {error}"
         logger.warning("%s", reason)
