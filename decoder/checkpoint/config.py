@@ -14,7 +14,7 @@ import torch
 
 from decoder.errors import UserError, explained
 
-from .counts import MOST_OBJECTS, require_countable
+from .counts import MOST_OBJECTS, is_positive, require_countable
 from .folder import CONFIG, read_json
 from .weights import TensorHeader
 
@@ -124,7 +124,7 @@ def _check_numbers(config: Any, file: Path) -> None:
         value = getattr(config, name, None)
         if value is None or isinstance(value, list) or value == _NO_LIMIT.get(name):
             continue
-        if not _is_positive(value):
+        if not is_positive(value):
             raise UserError(f"{file}: {name} must be a positive integer, got {value!r}")
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None)
@@ -136,12 +136,8 @@ def _check_numbers(config: Any, file: Path) -> None:
     experts, top_k = (_first(config, names) for names in (_EXPERTS, _TOP_K))
     if not isinstance(experts, int) or experts == 0 or top_k is None:
         return  # a dense model, or one whose layers differ
-    if not _is_positive(top_k) or top_k > experts:
+    if not is_positive(top_k) or top_k > experts:
         raise UserError(f"{file}: experts per token must be in [1, {experts}], got {top_k!r}")
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

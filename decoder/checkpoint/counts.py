@@ -14,6 +14,11 @@ _COUNT = re.compile(r"layers?$|^(num|n)_.*(experts|labels|codebooks|stages|block
 _LARGEST = 2**53  # the largest integer that every reader of JSON agrees on
 
 
+def is_positive(value: Any) -> bool:
+    """Whether it is a positive integer; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def require_countable(fields: Mapping[str, Any], file: Path | str, most: int) -> None:
     """Refuse a configuration that would make its reader count to a billion.
 

@@ -51,7 +51,7 @@ def model_folder(name: str | Path, what: str = "model") -> Path:
             raise UserError(
                 f"{what} must be a directory, got the file {str(name)!r}{_hint([path])}"
             )
-        elif _could_be_hub_name(str(name)):
+        elif could_be_hub_name(str(name)):
             folder = _from_hub(str(name), what)
         else:
             raise UserError(f"{what} path {str(name)!r} does not exist")
@@ -111,7 +111,8 @@ def foreign_format(entries: list[Path]) -> str | None:
     return formats[0] if formats else None
 
 
-def _could_be_hub_name(text: str) -> bool:
+def could_be_hub_name(text: str) -> bool:
+    """Whether it may be "owner/name"; anything else that does not exist is a mistyped path."""
     return text.count("/") == 1 and not text.startswith((".", "/", "~"))
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from decoder import embedded
-from decoder.checkpoint.folder import model_folder
-from decoder.cli.files.strict_json import kind, parse_object, shown
+from decoder.checkpoint.folder import could_be_hub_name, model_folder
+from decoder.cli.files.strict_json import kind, parse_object, unknown_key
 from decoder.drafters.table import AUTO, DrafterKind, canonical_name, drafter_kind
 from decoder.errors import UserError
 from decoder.gamma.base import AUTO as GAMMA_AUTO
+from decoder.requests.params import shown
 
 from .options import OneLineParser, add_model_arguments, draft_flag, given_draft_options
 
@@ -59,11 +59,8 @@ def _speculative_config(text: str) -> dict[str, Any]:
         raise UserError(f"{name}: {error}") from None
     for key, value in config.items():
         if key not in _SPECULATIVE_KEYS:
-            near = difflib.get_close_matches(key, _SPECULATIVE_KEYS, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_SPECULATIVE_KEYS)}"
-            )
-            raise UserError(f"{name}: unknown key {shown(key)}; {hint}")
+            known = ", ".join(_SPECULATIVE_KEYS)
+            raise UserError(f"{name}: {unknown_key(key, _SPECULATIVE_KEYS, known)}")
         expected = _SPECULATIVE_KEYS[key][1]
         if type(value) is not expected:
             what = "text" if expected is str else "an integer"
@@ -92,9 +89,7 @@ def _apply(args: argparse.Namespace, config: dict[str, Any], prog: str) -> None:
 def _check_paths(args: argparse.Namespace) -> None:
     """Both models exist, also one that will not be used."""
     for flag, path in (("--target", args.target), ("--draft", args.draft)):
-        # "owner/name" may be a hub name; anything else that does not exist is a mistyped path.
-        is_hub_name = path and path.count("/") == 1 and not path.startswith((".", "/", "~"))
-        if path and not is_hub_name and not Path(path).exists():
+        if path and not could_be_hub_name(path) and not Path(path).exists():
             raise UserError(f"{flag} {shown(path)} does not exist")
 
 

@@ -9,8 +9,9 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
-from decoder.cli.files.strict_json import parse_object, shown
+from decoder.cli.files.strict_json import parse_object
 from decoder.gamma.base import AUTO as GAMMA_AUTO
+from decoder.requests.params import shown
 
 # Bounds far above what helps anyone, and far below what brings a machine down.
 MAX_BATCH, MAX_GAMMA, MAX_NGRAM, MAX_COUNT = 4096, 4096, 1024, 10**6

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from decoder.checkpoint.counts import is_positive
 from decoder.checkpoint.weights import few
 from decoder.errors import UserError
 
@@ -48,7 +49,7 @@ class EagleConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_layers"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_positive(value):
                 raise UserError(f"EAGLE config: {name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(

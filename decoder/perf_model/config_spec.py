@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from decoder.checkpoint.counts import MOST_OBJECTS, require_countable
+from decoder.checkpoint.counts import MOST_OBJECTS, is_positive, require_countable
 from decoder.errors import explained
 
 from .model_spec import LayerSpec, ModelSpec
@@ -89,8 +89,8 @@ def _fields(config: Any) -> Mapping[str, Any]:
 def _need(fields: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if fields.get(name) is not None:
-            value = fields[name]
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            value: int = fields[name]
+            if not is_positive(value):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
             return value
     raise ValueError(f"config must have {' or '.join(names)}, got fields {sorted(fields)[:40]}")

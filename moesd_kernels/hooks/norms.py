@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .shadow import DTYPES
+
 _VALUES = 4096  # that a rule is tried on, at least
 _APART = 0.01  # share of values that sums in another order may round to the neighbouring number
 
@@ -40,7 +41,7 @@ def recognise_norm(module: nn.Module) -> NormRule | None:
     weight = getattr(module, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
-    probes = [_Probe(module, eps, dtype) for dtype in _DTYPES]
+    probes = [_Probe(module, eps, dtype) for dtype in DTYPES]
     if any(probe.expected is None for probe in probes):
         return None
     for rule in (NormRule(eps), NormRule(eps, cast_first=False), NormRule(eps, 1.0, False)):

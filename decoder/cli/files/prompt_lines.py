@@ -5,7 +5,6 @@ Values of sampling parameters are checked by ``SamplingParams``, for lines and f
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,9 +12,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from decoder.errors import UserError
-from decoder.requests.params import SamplingParams
+from decoder.requests.params import SamplingParams, shown
 
-from .strict_json import kind, parse_object, shown
+from .strict_json import kind, parse_object, unknown_key
 
 _PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 _OWN = ("prompt", "token_ids", "id", "task_id", "metadata")
@@ -124,10 +123,8 @@ def _prompt(values: dict[str, Any], index: int) -> dict[str, Any]:
 def _check_keys(values: dict[str, Any]) -> None:
     for key in values:
         if key not in _KNOWN:
-            near = difflib.get_close_matches(key, sorted(_KNOWN), n=1)
-            known = f"{', '.join(_OWN)} and sampling parameters"
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {known}"
-            raise ValueError(f"unknown key {shown(key)}; {hint}")
+            summary = f"{', '.join(_OWN)} and sampling parameters"
+            raise ValueError(unknown_key(key, _KNOWN, summary))
 
 
 def _check_ids(ids: Any) -> None:

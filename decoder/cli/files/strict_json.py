@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+from collections.abc import Collection
 from typing import Any, NoReturn
 
-_SHOWN = 60  # characters of what came, in a message
+from decoder.requests.params import shown
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -40,10 +42,11 @@ def kind(value: Any) -> str:
     return names[type(value)]
 
 
-def shown(value: Any) -> str:
-    """A value in a message: printable, and no longer than a message should be."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def unknown_key(key: str, known: Collection[str], summary: str) -> str:
+    """What is wrong with a key, and which was probably meant, else the ``summary`` of all."""
+    near = difflib.get_close_matches(key, sorted(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {summary}"
+    return f"unknown key {shown(key)}; {hint}"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
