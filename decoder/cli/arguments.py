@@ -24,6 +24,10 @@ _SPECULATIVE_KEYS: dict[str, tuple[str, type]] = {
     "num_speculative_tokens": ("--gamma", int),
     "prompt_lookup_max": ("--prompt-lookup-max", int),
     "prompt_lookup_min": ("--prompt-lookup-min", int),
+    "suffix_decoding_max_tree_depth": ("--suffix-decoding-max-tree-depth", int),
+    "suffix_decoding_max_cached_requests": ("--suffix-decoding-max-cached-requests", int),
+    "suffix_decoding_max_spec_factor": ("--suffix-decoding-max-spec-factor", float),
+    "suffix_decoding_min_token_prob": ("--suffix-decoding-min-token-prob", float),
     "rejection_sample_method": ("--verifier", str),
 }
 
@@ -62,8 +66,8 @@ def _speculative_config(text: str) -> dict[str, Any]:
             known = ", ".join(_SPECULATIVE_KEYS)
             raise UserError(f"{name}: {unknown_key(key, _SPECULATIVE_KEYS, known)}")
         expected = _SPECULATIVE_KEYS[key][1]
-        if type(value) is not expected:
-            what = "text" if expected is str else "an integer"
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            what = {str: "text", int: "an integer", float: "a number"}[expected]
             raise UserError(f"{name}: {key!r} must be {what}, got {kind(value)}")
     return config
 

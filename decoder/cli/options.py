@@ -27,6 +27,22 @@ _DRAFT_FLAGS = {
         "--prompt-lookup-max", types.whole(1, types.MAX_NGRAM), "N", "most tokens looked up",
     ),
     "min_ngram": ("--prompt-lookup-min", types.whole(1, types.MAX_NGRAM), "N", "fewest"),
+    "max_tree_depth": (
+        "--suffix-decoding-max-tree-depth", types.whole(1, types.MAX_NGRAM), "N",
+        "most tokens looked up",
+    ),
+    "max_cached_requests": (
+        "--suffix-decoding-max-cached-requests", types.whole(0, types.MAX_COUNT), "N",
+        "finished sequences looked in",
+    ),
+    "max_spec_factor": (
+        "--suffix-decoding-max-spec-factor", types.number(0, types.MAX_NGRAM), "X",
+        "most tokens proposed per token found",
+    ),
+    "min_token_prob": (
+        "--suffix-decoding-min-token-prob", types.number(0, 1), "P",
+        "least share of what followed before that is proposed",
+    ),
     "ngram_threshold": (
         "--ngram-threshold", types.positive, "N",
         "repeated tokens from which n-gram lookup overrides the drafter",

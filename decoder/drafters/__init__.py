@@ -7,6 +7,7 @@ from .ngram import HybridDrafter, NgramDrafter
 from .none import NoDrafter
 from .replay import ReplayDrafter
 from .self_draft import SelfDrafter
+from .suffix import SuffixDrafter
 from .table import DRAFTERS, DrafterKind, DraftOptions, build_drafter
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "NoDrafter",
     "ReplayDrafter",
     "SelfDrafter",
+    "SuffixDrafter",
     "build_drafter",
 ]

@@ -20,6 +20,7 @@ from .ngram import HybridDrafter, NgramDrafter
 from .none import NoDrafter
 from .replay import ReplayDrafter
 from .self_draft import SelfDrafter
+from .suffix import SuffixDrafter
 
 AUTO = "auto"  # what the draft is, or n-gram lookup without one
 
@@ -32,6 +33,10 @@ class DraftOptions:
         self_top_k: experts per token while the target drafts for itself; ``None`` takes half.
         max_ngram: longest suffix for the n-gram lookup.
         min_ngram: shortest.
+        max_tree_depth: longest suffix for the suffix lookup.
+        max_cached_requests: finished sequences that it looks in.
+        max_spec_factor: its longest proposal, as a multiple of the suffix found.
+        min_token_prob: share of what followed before from which it proposes.
         ngram_threshold: let the n-gram lookup override a model where this many tokens repeat.
         replay_alpha: acceptance rate that replay imposes.
         kernels: let ``moesd_kernels`` run the draft model or head.
@@ -41,6 +46,10 @@ class DraftOptions:
     self_top_k: int | None = None
     max_ngram: int = 4
     min_ngram: int = 2
+    max_tree_depth: int = 24
+    max_cached_requests: int = 10_000
+    max_spec_factor: float = 1.0
+    min_token_prob: float = 0.1
     ngram_threshold: int | None = None
     replay_alpha: float = 0.9
     kernels: bool = True
@@ -100,6 +109,15 @@ def _make_eagle(draft: Any, target: Any, options: DraftOptions) -> Drafter:
     return _with_lookup(EagleDrafter(draft, kernels=options.kernels), options)
 
 
+def _make_suffix(draft: Any, target: Any, options: DraftOptions) -> Drafter:
+    return SuffixDrafter(
+        options.max_tree_depth,
+        options.max_cached_requests,
+        options.max_spec_factor,
+        options.min_token_prob,
+    )
+
+
 def _make_self(draft: Any, target: Any, options: DraftOptions) -> Drafter:
     return _with_lookup(SelfDrafter(options.self_top_k), options)
 
@@ -123,6 +141,18 @@ DRAFTERS = {
             "what followed these tokens before",
             lambda draft, target, options: NgramDrafter(options.max_ngram, options.min_ngram),
             options=("max_ngram", "min_ngram"),
+        ),
+        DrafterKind(
+            "suffix",
+            "what followed these tokens before, in any sequence",
+            _make_suffix,
+            aliases=("suffix_decoding",),
+            options=(
+                "max_tree_depth",
+                "max_cached_requests",
+                "max_spec_factor",
+                "min_token_prob",
+            ),
         ),
         DrafterKind(
             "self",

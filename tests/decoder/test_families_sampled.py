@@ -24,7 +24,7 @@ from support.eagle_reference import LAYER, H, norm, random_layer, save
 from support.scripted import GammaSchedule
 
 from decoder import SamplingParams
-from decoder.drafters import HybridDrafter, NgramDrafter, ReplayDrafter, SelfDrafter
+from decoder.drafters import HybridDrafter, NgramDrafter, ReplayDrafter, SelfDrafter, SuffixDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
 
@@ -69,6 +69,8 @@ def make(name: str, path: Path) -> Any:
             return HybridDrafter(IndependentDrafter(draft_of(FAMILY)), threshold=2)
         case "ngram":
             return NgramDrafter(3, 1)
+        case "suffix":
+            return SuffixDrafter()
         case "self":
             return SelfDrafter(2)
         case "replay+cost":
@@ -77,7 +79,7 @@ def make(name: str, path: Path) -> Any:
     return eagle(path, name)
 
 
-DRAFTERS = ["independent", "hybrid", "ngram", "self", "replay+cost", "eagle1", "eagle3"]
+DRAFTERS = ["independent", "hybrid", "ngram", "suffix", "self", "replay+cost", "eagle1", "eagle3"]
 
 
 def sampled(drafter: Any, gamma: Any, verifier: str) -> tuple[list[list[int]], Any]:

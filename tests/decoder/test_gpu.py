@@ -44,6 +44,7 @@ def eagle(folder: Path) -> EagleDrafter:
 DRAFTERS: dict[str, Callable[[str, torch.dtype, Path], Any]] = {
     "none": lambda *_: None,
     "ngram": lambda *_: "ngram",
+    "suffix": lambda *_: "suffix",
     "self": lambda *_: "self",
     "independent": lambda device, dtype, _: tiny_moe(seed=1, layers=1, dtype=dtype).to(device),
     "eagle": lambda _, __, folder: eagle(folder),

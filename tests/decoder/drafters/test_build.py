@@ -19,6 +19,7 @@ from decoder.drafters import (
     NoDrafter,
     ReplayDrafter,
     SelfDrafter,
+    SuffixDrafter,
     build_drafter,
 )
 from decoder.drafters.eagle import EagleDrafter
@@ -47,6 +48,7 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 CLASSES = {
     "none": NoDrafter,
     "ngram": NgramDrafter,
+    "suffix": SuffixDrafter,
     "self": SelfDrafter,
     "independent": IndependentDrafter,
     "eagle": EagleDrafter,
@@ -89,6 +91,13 @@ def test_replay_runs_a_draft_for_its_cost(target: Any, drafts: dict[str, Path]) 
 def test_options(target: Any) -> None:
     ngram = build_drafter("ngram", target, options=DraftOptions(max_ngram=6, min_ngram=3))
     assert isinstance(ngram, NgramDrafter) and (ngram.max_ngram, ngram.min_ngram) == (6, 3)
+    options = DraftOptions(
+        max_tree_depth=9, max_cached_requests=8, max_spec_factor=3.0, min_token_prob=0.5
+    )
+    suffix = build_drafter("suffix", target, options=options)
+    assert isinstance(suffix, SuffixDrafter)
+    assert (suffix.max_tree_depth, suffix.max_cached_requests) == (9, 8)
+    assert (suffix.max_spec_factor, suffix.min_token_prob) == (3.0, 0.5)
     drafter = build_drafter("self", target, options=DraftOptions(self_top_k=2))
     assert isinstance(drafter, SelfDrafter) and drafter.top_k == 2
     hybrid = build_drafter("self", target, options=DraftOptions(ngram_threshold=3))

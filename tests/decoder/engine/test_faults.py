@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 
 TARGET = tiny_moe()
 DRAFTERS: dict[str, Any] = {
-    "none": None, "ngram": NgramDrafter(3, 1), "self": "self", "model": perturbed(TARGET, 3, 0.05),
+    "none": None, "ngram": NgramDrafter(3, 1), "suffix": "suffix", "self": "self",
+    "model": perturbed(TARGET, 3, 0.05),
 }  # fmt: skip
 
 
@@ -36,7 +37,8 @@ def case_of(drafter: str, sampled: bool, verifier: str = "standard") -> Case:
 
 @pytest.mark.parametrize(
     ("drafter", "sampled"),
-    [("none", False), ("ngram", True), ("self", False), ("model", False), ("model", True)],
+    [("none", False), ("ngram", True), ("suffix", True), ("self", False), ("model", False),
+     ("model", True)],
 )
 def test_what_fails_once_is_tried_again(drafter: str, sampled: bool) -> None:
     case = case_of(drafter, sampled)

@@ -18,7 +18,7 @@ from support.eagle_reference import LAYER, H, random_layer, save
 from support.tiny import ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.drafters import NgramDrafter, ReplayDrafter, SelfDrafter
+from decoder.drafters import NgramDrafter, ReplayDrafter, SelfDrafter, SuffixDrafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
 from decoder.model import capture
@@ -41,6 +41,7 @@ def independent() -> IndependentDrafter:
 DRAFTERS: dict[str, Callable[[Path], Any]] = {
     "none": lambda _: None,
     "ngram": lambda _: NgramDrafter(),
+    "suffix": lambda _: SuffixDrafter(),
     "self": lambda _: SelfDrafter(),
     "independent": lambda _: independent(),
     "eagle": eagle,

@@ -28,7 +28,7 @@ def params(seed: int | None = None, **changes: Any) -> SamplingParams:
     return SamplingParams(temperature=0.6, max_new_tokens=NEW, seed=seed, **changes)
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "self", "model"])
+@pytest.mark.parametrize("drafter", ["ngram", "suffix", "self", "model"])
 @pytest.mark.parametrize("verifier", ["standard", "block", "coupled"])
 def test_draws_depend_on_the_request_alone(verifier: str, drafter: str) -> None:
     """Alone, with neighbours of every kind, after others in the same row."""
