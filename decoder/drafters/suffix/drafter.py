@@ -99,15 +99,19 @@ class SuffixDrafter:
             self._start(row, tokens[:length])
 
     def propose(self, state: StepState, gamma: int) -> Draft:
-        paths, lengths = [], []
-        live = zip(state.rows_and_lengths(), state.current.tolist(), strict=True)
-        for (row, length), current in live:
-            self._extend(row, length, [current])
-            if row not in self._rows or len(self._rows[row].tokens) != length + 1:
-                self._start(row, state.tokens[row, : length + 1].tolist())  # a call had failed
-            path = self._path(row, gamma)
-            paths.append(path + [current] * (gamma - len(path)))
-            lengths.append(len(path))
+        current = state.current.tolist()
+        for (row, length), token in zip(state.rows_and_lengths(), current, strict=True):
+            self._extend(row, length, [token])
+            if row not in self._rows or len(self._rows[row].tokens) > length + 1:
+                self._start(row, [])
+            known = len(self._rows[row].tokens)
+            if known <= length:  # an earlier call has failed
+                self._extend(row, known, state.tokens[row, known : length + 1].tolist())
+        found = [self._path(row, gamma) for row in state.host_rows]
+        lengths = [len(path) for path in found]
+        paths = [
+            path + [token] * (gamma - len(path)) for path, token in zip(found, current, strict=True)
+        ]
         device = state.rows.device
         return Draft(torch.tensor(paths, device=device), None, torch.tensor(lengths, device=device))
 

@@ -104,9 +104,11 @@ def test_speculative_config_sets_flags(tmp_path):
     text = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
     args = parse(parser, ["--speculative-config", text])
     assert (args.drafter, args.gamma, args.max_ngram) == ("ngram", 4, 3)
-    text = """{"method": "suffix", "num_speculative_tokens": 8, "suffix_decoding_max_tree_depth": 32,
-               "suffix_decoding_max_cached_requests": 100, "suffix_decoding_max_spec_factor": 2,
-               "suffix_decoding_min_token_prob": 0.2}"""
+    text = """{
+        "method": "suffix", "num_speculative_tokens": 8, "suffix_decoding_max_tree_depth": 32,
+        "suffix_decoding_max_cached_requests": 100, "suffix_decoding_max_spec_factor": 2,
+        "suffix_decoding_min_token_prob": 0.2
+    }"""
     args = parse(parser, ["--speculative-config", text])
     assert (args.drafter, args.gamma, args.max_tree_depth) == ("suffix", 8, 32)
     told = (args.max_cached_requests, args.max_spec_factor, args.min_token_prob)

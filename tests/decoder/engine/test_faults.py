@@ -37,8 +37,14 @@ def case_of(drafter: str, sampled: bool, verifier: str = "standard") -> Case:
 
 @pytest.mark.parametrize(
     ("drafter", "sampled"),
-    [("none", False), ("ngram", True), ("suffix", True), ("self", False), ("model", False),
-     ("model", True)],
+    [
+        ("none", False),
+        ("ngram", True),
+        ("suffix", True),
+        ("self", False),
+        ("model", False),
+        ("model", True),
+    ],
 )
 def test_what_fails_once_is_tried_again(drafter: str, sampled: bool) -> None:
     case = case_of(drafter, sampled)
