@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from decoder.sampling import Sampler
 
 MAX_CACHED_TOKENS = 1 << 20  # of finished sequences; 20 bytes each
-_SHARED_TABLE, _OWN_TABLE = 1 << 18, 1 << 12
+_SHARED_TABLE, _OWN_TABLE = 1 << 18, 1 << 13
 
 
 class _Row:

@@ -14,9 +14,10 @@ from collections import deque
 from typing import NamedTuple
 
 RUNS = (4, 1)  # tokens per run, longest first
-MOST_PLACES = 16  # of a run that a lookup takes into account, the latest
-_MOST_STEPS = 64  # of a chain, those to other texts and to other runs of the same hash included
+MOST_PLACES = 8  # of a run that a lookup takes into account, the latest
+_MOST_STEPS = 32  # of a chain, those to other texts and to other runs of the same hash included
 _OFFSET_BITS = 32  # a place in a chain is a text's number and an offset in it
+_OFFSET = (1 << _OFFSET_BITS) - 1
 
 
 class Place(NamedTuple):
@@ -101,7 +102,7 @@ class SuffixIndex:
         found: list[Place] = []
         place = self._latest[level][hash(tuple(run)) & self._mask]
         for _ in range(_MOST_STEPS):
-            number, end = place >> _OFFSET_BITS, place & (1 << _OFFSET_BITS) - 1
+            number, end = place >> _OFFSET_BITS, place & _OFFSET
             text = self._texts.get(number)
             if text is None:
                 break
