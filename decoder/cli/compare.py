@@ -12,6 +12,7 @@ from typing import Any
 
 from decoder.cli.files.prompt_lines import checked
 from decoder.cli.files.prompts import check_prompts, is_stream, read_prompts
+from decoder.drafters.base import forget_finished
 from decoder.engine.metrics import DecoderStats
 from decoder.errors import UserError
 from decoder.requests.outputs import Output
@@ -84,6 +85,7 @@ def compare(
     outputs: list[list[Output]] = [[], []]
     for _ in range(repetitions):
         for side, decoder in enumerate((plain, speculative)):
+            forget_finished(decoder.drafter)
             outputs[side] = decoder.generate(requests)
             runs[side].append((decoder.stats.tokens_per_second, decoder.stats))
     ratios = [fast[0] / slow[0] for slow, fast in zip(*runs, strict=True)]

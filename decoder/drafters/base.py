@@ -98,6 +98,16 @@ def empty_draft(state: StepState, gamma: int) -> Draft:
     return Draft(tokens, None, torch.zeros_like(state.lengths))
 
 
+def forget_finished(drafter: Drafter) -> None:
+    """Let a drafter forget the sequences that have finished, if it keeps any.
+
+    Or a measurement that repeats its requests would have them answered by heart.
+    """
+    forget = getattr(drafter, "forget_finished", None)
+    if forget is not None:
+        forget()
+
+
 def usable_length(what: str, limit: int, max_length: int) -> int:
     """Tokens of a row that a drafting model can see; longer rows are decoded without drafts.
 

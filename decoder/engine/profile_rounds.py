@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
+from decoder.drafters.base import forget_finished
 from decoder.errors import RequestFailed
 from decoder.gamma.auto import AutoGamma
 from decoder.gamma.base import FixedGamma
@@ -113,6 +114,7 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
         return False
     finally:
         decoder.controller, decoder.stats = controller, stats
+        forget_finished(decoder.drafter)
     controller.use_costs(costs)
     return True
 

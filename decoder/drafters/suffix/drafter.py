@@ -126,6 +126,10 @@ class SuffixDrafter:
             if live is not None:
                 self._shared.close(live.number)
 
+    def forget_finished(self) -> None:
+        """Look in live sequences only, from now on."""
+        self._shared.forget_closed()
+
     def _start(self, row: int, tokens: list[int]) -> None:
         self.release([row])
         self._rows[row] = _Row(self._shared)

@@ -82,7 +82,14 @@ class SuffixIndex:
         """End a text. It stays until those closed after it need its room."""
         self._closed.append(number)
         self._closed_tokens += len(self._texts[number][0])
-        while self._closed_tokens > self._max_tokens or len(self._closed) > self._max_texts:
+        self._keep(self._max_tokens, self._max_texts)
+
+    def forget_closed(self) -> None:
+        """Forget every text that has been closed."""
+        self._keep(0, 0)
+
+    def _keep(self, max_tokens: int, max_texts: int) -> None:
+        while self._closed_tokens > max_tokens or len(self._closed) > max_texts:
             tokens, _ = self._texts.pop(self._closed.popleft())
             self._closed_tokens -= len(tokens)
 

@@ -13,7 +13,9 @@ from support.faults import Case, trap
 from support.tiny import tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder, embedded
+from decoder.cli.compare import compare
 from decoder.drafters import SuffixDrafter
+from decoder.drafters.base import forget_finished
 from decoder.drafters.suffix import index
 from decoder.embedded.prompts import CODE_PROMPTS
 from decoder.model.loading import load_model, load_tokenizer
@@ -170,6 +172,32 @@ def test_what_finished_is_kept_to_its_limit() -> None:
     script.admit(0, [1], 13)
     script.admit(1, [1], 17)
     assert script.propose() == [[], [27]]
+
+
+def test_finished_sequences_are_forgotten_when_told() -> None:
+    script = Script(SuffixDrafter())
+    for row, first in ((0, 10), (1, 20)):
+        script.admit(row, [first, first + 1, first + 2], first + 3)
+    script.propose()  # reads what the rows have so far
+    script.release(0)
+    forget_finished(script.drafter)
+    script.admit(0, [9], 11)
+    script.admit(2, [9], 21)
+    assert script.propose() == [[], [], [22]]
+
+
+def test_a_comparison_that_repeats_itself_is_not_answered_by_heart() -> None:
+    target, prompts = tiny_moe(), [[3, 5, 7, 9], [8, 6, 4, 2]]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    once, repeated, plain = (
+        SpeculativeDecoder(target, drafter, 3, max_batch_size=2, kernels=False)
+        for drafter in (SuffixDrafter(), SuffixDrafter(), None)
+    )
+    once.generate(prompts, params)
+    found = compare(plain, repeated, prompts, params, repetitions=3).speculative_stats
+    assert (found.drafted, found.accepted) == (once.stats.drafted, once.stats.accepted)
+    once.generate(prompts, params)
+    assert once.stats.accepted > found.accepted
 
 
 @pytest.mark.parametrize(
