@@ -1,0 +1,227 @@
+"""``python -m training.upcycle.card``: every number of the model card, then the card.
+
+Cells go to ``evaluation.jsonl`` in the run directory one by one; a second start measures only what
+is not there yet. Then they are put into the record beside the model's assets, from which the card
+is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoder import SpeculativeDecoder
+from decoder.model.loading import load_model, load_tokenizer
+from decoder.sampling.sampler import VerifierName
+from training import experts
+
+from .acceptance import (
+    GAMMA,
+    PROMPTS,
+    ROWS,
+    Cell,
+    acceptance,
+    cells,
+    drafters,
+    make_decoder,
+    read_prompts,
+)
+from .evaluate import score, windows
+from .journal import Journal, digest, fingerprint
+from .render import render
+
+HOME = Path("decoder/smol")
+TOP_KS = (1, 2, 3)
+SEPARATOR = "<|endoftext|>"
+TEXT_FIELDS = ("prompt", "canonical_solution", "text", "turns")  # of a line of JSON
+
+
+def outside_texts(named: Sequence[str]) -> dict[str, list[str]]:
+    """Documents by name that no training text was taken from.
+
+    Args:
+        named: ``NAME=PATH`` each: a text, or JSON lines as those of HumanEval and MT-bench.
+
+    Returns:
+        These, and two that every installation has: Python's language reference, of which training
+        takes nothing (it reads docstrings), and C++, of which it never sees any.
+    """
+    from pydoc_data.topics import topics
+
+    headers = sorted((Path(torch.__file__).parent / "include" / "c10").rglob("*.h"))
+    texts = {
+        "language reference": [text for _, text in sorted(topics.items())],
+        "C++": [path.read_text(encoding="utf-8") for path in headers],
+    }
+    for name, _, path in (each.partition("=") for each in named):
+        texts[name] = list(_documents(Path(path)))
+    return texts
+
+
+def _documents(path: Path) -> Iterator[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        if ".jsonl" not in path.suffixes:
+            yield file.read()
+            return
+        for line in map(json.loads, file):
+            found = [line[key] for key in TEXT_FIELDS if key in line]
+            yield "".join(t if isinstance(t, str) else "\n\n".join(t) for t in found)
+
+
+def measure_losses(
+    journal: Journal,
+    path: Path,
+    texts: Mapping[tuple[str, str], torch.Tensor],
+    top_ks: Sequence[int | None],
+    device: str,
+) -> None:
+    """Loss cells of one model, with the load of its experts; it is loaded if one is missing.
+
+    Args:
+        texts: windows ``[N, WINDOW + 1]`` by part and domain.
+        top_ks: experts per token to try; ``None`` for a dense model.
+    """
+    name = experts.register()
+    load = functools.cache(
+        lambda: load_model(path, dtype=torch.float32, device=device, experts=name)
+    )
+    weights = fingerprint(path)
+    for (part, domain), rows in texts.items():
+        for top_k in top_ks:
+            what = {
+                "kind": "loss",
+                "weights": weights,
+                "part": part,
+                "domain": domain,
+                "text": digest(rows.tolist()),
+                "tokens": rows[:, 1:].numel(),
+                "top_k": top_k,
+            }
+            journal.cell(what, lambda rows, top_k: score(load(), rows, top_k), rows, top_k)
+
+
+def measure_acceptance(
+    journal: Journal,
+    path: Path,
+    drafts: Mapping[str, Path],
+    prompts: Path,
+    new_tokens: int,
+    device: str,
+) -> None:
+    """Acceptance cells of every drafter on the target, which is loaded if one is missing.
+
+    Args:
+        drafts: folders of drafts by the drafter's name.
+        prompts: their file; see ``acceptance``.
+        new_tokens: at most this many per prompt.
+    """
+    tokenizer = load_tokenizer(path)
+    texts = read_prompts(prompts, tokenizer)
+    target = functools.cache(lambda: load_model(path, device=device))
+    weights = {name: fingerprint(folder) for name, folder in {"target": path, **drafts}.items()}
+
+    @functools.lru_cache(maxsize=1)  # cells of one decoder come together
+    def decoder(drafter: str, verifier: VerifierName) -> SpeculativeDecoder:
+        longest = max(len(prompt) for domain in texts.values() for prompt in domain)
+        return make_decoder(
+            target(), drafter, drafts.get(drafter), verifier, tokenizer, longest + new_tokens
+        )
+
+    def measure(cell: Cell) -> dict[str, Any]:
+        made = decoder(cell.drafter, cell.verifier)
+        return acceptance(made, texts[cell.domain], cell.temperature, new_tokens)
+
+    for cell in cells(drafters(drafts), list(texts)):
+        what = {
+            "kind": "acceptance",
+            "weights": [weights["target"], weights.get(cell.drafter)],
+            **cell._asdict(),
+            "prompts": digest(texts[cell.domain]),
+            "gamma": GAMMA,
+            "rows": ROWS,
+            "new_tokens": new_tokens,
+        }
+        journal.cell(what, measure, cell)
+
+
+def training_facts(run_dir: Path) -> dict[str, Any]:
+    """What the stages of training wrote down about themselves, by the names of their files."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(run_dir.glob("*.json"))}
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write JSON with one key to a line: most of it is thousands of counts."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def evaluation(args: argparse.Namespace) -> dict[str, Any]:
+    """All cells, of which those that the journal does not have are measured, and the versions."""
+    tokenizer = load_tokenizer(args.target)
+    separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
+    held_out = torch.load(args.run_dir / "texts.pt", weights_only=True)["held_out"]
+    outside = {
+        name: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+        for name, documents in outside_texts(args.outside).items()
+    }
+    texts = {
+        (part, domain): windows(documents, separator, args.windows)
+        for part, domains in (("held_out", held_out), ("outside", outside))
+        for domain, documents in domains.items()
+    }
+    journal = Journal(args.run_dir / "evaluation.jsonl")
+    measure_losses(journal, args.dense, texts, (None,), args.device)
+    measure_losses(journal, args.target, texts, TOP_KS, args.device)
+    drafts = {"independent": args.dense, "eagle": args.eagle}
+    measure_acceptance(journal, args.target, drafts, args.prompts, args.new_tokens, args.device)
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {"device": args.device, "versions": versions, "cells": journal.cells}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write record and card; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.upcycle.card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("outputs/upcycle"))
+    parser.add_argument("--target", type=Path, help="default: the built model")
+    parser.add_argument("--dense", type=Path, help="default: the model it was made from")
+    parser.add_argument("--eagle", type=Path, help="default: the built head")
+    parser.add_argument(
+        "--outside", action="append", default=[], metavar="NAME=PATH", help="another text, unseen"
+    )
+    parser.add_argument("--windows", type=int, default=8, help="per text (default: %(default)s)")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="default: the built-in ones")
+    parser.add_argument("--new-tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--record", type=Path, default=HOME / "assets" / "upcycle.json")
+    parser.add_argument("--card", type=Path, default=HOME / "MODEL_CARD.md")
+    args = parser.parse_args(argv)
+    from decoder import smol
+
+    args.target = args.target or smol.target_path()
+    args.dense = args.dense or smol.draft_path()
+    args.eagle = args.eagle or smol.eagle_path()
+    torch.set_num_threads(args.threads)
+    record = json.loads(args.record.read_text()) if args.record.exists() else {}
+    record |= {"training": training_facts(args.run_dir), "evaluation": evaluation(args)}
+    write_record(args.record, record)
+    args.card.write_text(render(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
