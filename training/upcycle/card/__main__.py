@@ -12,16 +12,14 @@ import functools
 import gzip
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from decoder import SpeculativeDecoder
 from decoder.model.loading import load_model, load_tokenizer
-from decoder.sampling.sampler import VerifierName
 from training import experts
 
 from .acceptance import (
@@ -37,7 +35,7 @@ from .acceptance import (
 )
 from .evaluate import score, windows
 from .journal import Journal, digest, fingerprint
-from .render import render
+from .render import K, render
 
 HOME = Path("decoder/smol")
 TOP_KS = (1, 2, 3)
@@ -82,32 +80,32 @@ def measure_losses(
     journal: Journal,
     path: Path,
     texts: Mapping[tuple[str, str], torch.Tensor],
-    top_ks: Sequence[int | None],
+    asked: Iterable[tuple[tuple[str, str], int | None]],
     device: str,
 ) -> None:
     """Loss cells of one model, with the load of its experts; it is loaded if one is missing.
 
     Args:
         texts: windows ``[N, WINDOW + 1]`` by part and domain.
-        top_ks: experts per token to try; ``None`` for a dense model.
+        asked: which of them at how many experts per token; ``None`` for a dense model.
     """
     name = experts.register()
     load = functools.cache(
         lambda: load_model(path, dtype=torch.float32, device=device, experts=name)
     )
     weights = fingerprint(path)
-    for (part, domain), rows in texts.items():
-        for top_k in top_ks:
-            what = {
-                "kind": "loss",
-                "weights": weights,
-                "part": part,
-                "domain": domain,
-                "text": digest(rows.tolist()),
-                "tokens": rows[:, 1:].numel(),
-                "top_k": top_k,
-            }
-            journal.cell(what, lambda rows, top_k: score(load(), rows, top_k), rows, top_k)
+    for (part, domain), top_k in asked:
+        rows = texts[part, domain]
+        what = {
+            "kind": "loss",
+            "weights": weights,
+            "part": part,
+            "domain": domain,
+            "text": digest(rows.tolist()),
+            "tokens": rows[:, 1:].numel(),
+            "top_k": top_k,
+        }
+        journal.cell(what, lambda rows, top_k: score(load(), rows, top_k), rows, top_k)
 
 
 def measure_acceptance(
@@ -130,16 +128,14 @@ def measure_acceptance(
     target = functools.cache(lambda: load_model(path, device=device))
     weights = {name: fingerprint(folder) for name, folder in {"target": path, **drafts}.items()}
 
-    @functools.lru_cache(maxsize=1)  # cells of one decoder come together
-    def decoder(drafter: str, verifier: VerifierName) -> SpeculativeDecoder:
-        longest = max(len(prompt) for domain in texts.values() for prompt in domain)
-        return make_decoder(
-            target(), drafter, drafts.get(drafter), verifier, tokenizer, longest + new_tokens
-        )
-
     def measure(cell: Cell) -> dict[str, Any]:
-        made = decoder(cell.drafter, cell.verifier)
-        return acceptance(made, texts[cell.domain], cell.temperature, new_tokens)
+        longest = max(map(len, texts[cell.domain]))
+        # One for each cell: a drafter may learn from what was decoded before.
+        decoder = make_decoder(
+            *(target(), cell.drafter, drafts.get(cell.drafter), cell.verifier, tokenizer),
+            max_length=longest + new_tokens,
+        )
+        return acceptance(decoder, texts[cell.domain], cell.temperature, new_tokens)
 
     for cell in cells(drafters(drafts), list(texts)):
         what = {
@@ -180,8 +176,9 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
         for domain, documents in domains.items()
     }
     journal = Journal(args.run_dir / "evaluation.jsonl")
-    measure_losses(journal, args.dense, texts, (None,), args.device)
-    measure_losses(journal, args.target, texts, TOP_KS, args.device)
+    measure_losses(journal, args.dense, texts, [(text, None) for text in texts], args.device)
+    asked = [(text, k) for text in texts for k in (TOP_KS if text[0] == "held_out" else (K,))]
+    measure_losses(journal, args.target, texts, asked, args.device)
     drafts = {"independent": args.dense, "eagle": args.eagle}
     measure_acceptance(journal, args.target, drafts, args.prompts, args.new_tokens, args.device)
     versions = {name: version(name) for name in ("torch", "transformers")}

@@ -52,7 +52,7 @@ def read_prompts(path: Path, tokenizer: Any) -> dict[str, list[list[int]]]:
 
 
 def cells(drafters: Sequence[str], domains: Sequence[str]) -> list[Cell]:
-    """Every cell of the table, those of one decoder together.
+    """Every cell of the table.
 
     Greedy output is the same under every verifier, and a lookup's proposal is a certainty, which
     ``coupled`` accepts as often as ``standard``: both are measured once.

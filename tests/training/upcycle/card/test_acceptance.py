@@ -49,12 +49,9 @@ def test_the_built_in_prompts_fill_the_rows() -> None:
     assert counts == {"code": 16, "chat": 16, "prose": 16}
 
 
-def test_cells_are_each_measured_once_and_decoders_made_once() -> None:
+def test_cells_are_each_measured_once() -> None:
     found = cells(drafters(["independent", "eagle"]), ["code", "chat"])
     assert len(set(found)) == len(found)
-    pairs = [(cell.drafter, cell.verifier) for cell in found]
-    changes = [pair for pair, before in zip(pairs, [None, *pairs], strict=False) if pair != before]
-    assert len(set(changes)) == len(changes)
     assert Cell("eagle", "chat", 1.0, "coupled") in found
     assert {cell.verifier for cell in found if cell.drafter == "ngram"} == {"standard"}
     assert {c.temperature for c in found if c.verifier == "coupled"} == {1.0}
