@@ -33,7 +33,7 @@ class Journal:
     def cell(
         self, what: Mapping[str, Any], measure: Callable[..., dict[str, Any]], *args: Any
     ) -> None:
-        """Take a cell's values from the file, or measure them with ``args`` and write them down."""
+        """Take a cell's values from the file, or measure them with ``args``, write and say so."""
         name = _name(what)
         if name not in self._known:
             start = time.perf_counter()
@@ -42,6 +42,7 @@ class Journal:
             with self._path.open("a") as file:
                 file.write(json.dumps({"what": what, "values": values}) + "\n")
             self._known[name] = values
+            print(f"{values['seconds']:.1f} s: {name}", flush=True)
         self.cells.append({**what, **self._known[name]})
 
 
