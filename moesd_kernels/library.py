@@ -13,8 +13,6 @@ reason and raises nothing.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -26,14 +24,15 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from .cache import cache_folder, locked
 from .fakes import register_fakes
-from .trust import distrust, own_folder, require_trust
+from .trust import distrust, require_trust
 
 logger = logging.getLogger(__name__)
 
@@ -217,25 +216,15 @@ def _cache_key(device: str, compiler: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def compiled_library(device: str) -> Path:
     """The cached library for these sources, this torch and this compiler; built when missing."""
     reason = missing(device)
     if reason is not None:
         raise RuntimeError(reason)
     compiler = find_compiler(device)
-    root = os.environ.get("MOESD_CACHE_DIR") or (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesd"
-    )
-    folder = own_folder(Path(root), _cache_key(device, compiler))
+    folder = cache_folder(_cache_key(device, compiler))
     library = folder / f"moesd_{device}.so"
-    with _locked(folder / "lock"):
+    with locked(folder):
         if not library.exists():
             started = time.perf_counter()
             compile_library(device, library, compiler)

@@ -6,12 +6,13 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from decoder.errors import UserError
+from decoder.errors import UserError, explained
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,25 @@ def accelerate(model: torch.nn.Module) -> bool:
         )
         return False
     return True
+
+
+def cache_folder(name: str) -> Path:
+    """This user's folder ``name`` of the cache, made where it is not there.
+
+    Raises:
+        UserError: it cannot be made, or others could have written to it.
+    """
+    with explained(f"there is no cache folder {name!r}"):
+        from moesd_kernels.cache import cache_folder
+
+        return cache_folder(name)
+
+
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """A block that holds a folder of the cache; whoever else wants it waits."""
+    from moesd_kernels.cache import locked
+
+    return locked(folder)
 
 
 def left_as_found(model: torch.nn.Module) -> AbstractContextManager[None]:

