@@ -80,13 +80,16 @@ def experts(dense: Tensor, low: LowRank, neurons: int) -> Tensor:
         low: how they differ from it.
         neurons: the dimension of ``dense`` that counts neurons, from ``MATRICES``.
     """
-    count = len(low.scale)
+    count, size = len(low.scale), dense.shape[neurons]
     made = torch.empty(count, *dense.shape, dtype=torch.bfloat16)
+    weight = torch.empty_like(dense)
     for e in range(count):  # one at a time, since an expert fits the processor's cache
-        weight = low.left[e].float() @ low.right[e].float()
+        torch.matmul(low.left[e].float(), low.right[e].float(), out=weight)
         weight.mul_(low.scale[e]).add_(dense)  # not fused: see above
-        turn = e * dense.shape[neurons] // count
-        made[e] = weight.bfloat16().roll(turn, dims=neurons)
+        turn = e * size // count
+        before, after = weight.split([size - turn, turn], dim=neurons)
+        made[e].narrow(neurons, turn, size - turn).copy_(before)
+        made[e].narrow(neurons, 0, turn).copy_(after)
     return made
 
 
