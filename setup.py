@@ -54,6 +54,9 @@ def build_options():
 
 setup(
     packages=find_packages(include=["moesd_kernels", "moesd_kernels.*", "decoder", "decoder.*"]),
-    package_data={"moesd_kernels": ["py.typed", "**/*.json"], "decoder": ["embedded/**/*"]},
+    package_data={
+        "moesd_kernels": ["py.typed", "**/*.json"],
+        "decoder": ["embedded/**/*", "smol/**/*"],
+    },
     **build_options(),
 )
