@@ -93,7 +93,7 @@ def _build(recipe: Recipe, expected: dict[str, str] | None) -> None:
     """Build the parts that are not there.
 
     Args:
-        recipe: whose ``missing`` is ``None``.
+        recipe: what they are made of.
         expected: part to what its weights must hash to; ``None`` takes what comes.
     """
     cache = cache_folder("smol")
@@ -123,7 +123,9 @@ def _fill(recipe: Recipe, folders: dict[Part, Path]) -> None:
         return
     from tqdm import tqdm
 
-    assert recipe.file is not None  # nothing is missing
+    if reason := recipe.unreadable():
+        raise UserError(reason)
+    assert recipe.file is not None  # it is readable
     file = DenseFile(recipe.file)
     config, dense, tokenizer = file.config(), file.weights(), file.tokenizer()
     for folder in folders.values():

