@@ -62,16 +62,20 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Llama attention; deeper draft steps see true keys up to where they branched off."""
+    """Llama attention; deeper draft steps see true keys up to where they branched off.
 
-    def __init__(self, config: dict):
+    ``inputs`` is the width of what it reads, where that is not the hidden size.
+    """
+
+    def __init__(self, config: dict, inputs: int | None = None):
         super().__init__()
         hidden, self.size = config["hidden_size"], config["head_dim"]
+        inputs = inputs or hidden
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.theta = config["rope_theta"]
-        self.q_proj = nn.Linear(hidden, self.heads * self.size, bias=False)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * self.size, bias=False)
+        self.q_proj = nn.Linear(inputs, self.heads * self.size, bias=False)
+        self.k_proj = nn.Linear(inputs, self.kv_heads * self.size, bias=False)
+        self.v_proj = nn.Linear(inputs, self.kv_heads * self.size, bias=False)
         self.o_proj = nn.Linear(self.heads * self.size, hidden, bias=False)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
