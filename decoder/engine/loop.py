@@ -140,8 +140,8 @@ class SpeculativeDecoder:
         """Queue a request; a later ``step`` starts it when enough rows are free.
 
         Args:
-            prompt: text, token ids, or a mapping with ``"prompt"`` or ``"token_ids"``, an optional
-                ``"id"``, and any sampling parameter of its own; or a request that ``reader`` made.
+            prompt: text, token ids, or a mapping with ``"prompt"``, ``"token_ids"`` or a chat's
+                ``"messages"``, perhaps ``"id"`` and sampling parameters; or one ``reader`` made.
             params: greedy by default; what a mapping says comes first, and a request has its own.
 
         Returns:

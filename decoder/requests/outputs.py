@@ -64,10 +64,11 @@ class Output:
     Attributes:
         index: of its prompt, counted from 0 in the order of the prompts.
         id: the caller's name for it (``"id"`` of a prompt file's line), or ``None``.
-        prompt: the prompt's text, when it was given as text.
+        prompt: the prompt's text, when it was given as text; of a chat, as its template renders it.
         token_ids: new tokens. End-of-sequence is included when it ended the output; with a stop
             string they go on to the token that completed it.
-        text: decoded without special tokens, cut before a stop string; ``""`` without a tokenizer.
+        text: decoded without special tokens and the end-of-sequence that ended it, cut before a
+            stop string; ``""`` without a tokenizer.
         finish_reason: ``"eos"``, ``"stop"`` (string or id), ``"length"``, ``"cancelled"`` or
             ``"error"``.
         drafted: per token, whether a drafter proposed it.

@@ -11,6 +11,7 @@ import torch
 
 from decoder.errors import UserError, explained, reason
 
+from .chat import CHAT_KEYS, FORMS, Chat, prompt_form
 from .params import SamplingParams, shown, whole
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -23,7 +24,7 @@ class Request:
     Attributes:
         index: of its prompt, counted from 0 in the order of the prompts.
         id: the caller's name for it, or ``None``.
-        prompt: its text, when it was given as text.
+        prompt: its text, when it was given as text; of a chat, as its template renders it.
         prompt_ids: its tokens, at least one.
         params: how its tokens are chosen; with a seed where they are sampled.
         stop_ids: tokens that end it: the model's own and ``stop_token_ids``, of the vocabulary.
@@ -65,10 +66,11 @@ class RequestReader:
     """Turns prompts of any accepted form into requests.
 
     Args:
-        tokenizer: needed for text prompts, stop strings and text output; may be ``None``.
+        tokenizer: needed for text prompts, chats, stop strings and text output; may be ``None``.
         vocab_size: ids must be below it.
         max_length: prompt and output together.
-        eos_ids: end-of-sequence ids of the model.
+        eos_ids: end-of-sequence ids of the model; the tokenizer's own counts as well, because chat
+            models come with one that their configuration forgot.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class RequestReader:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_length = max_length
-        self.eos_ids = eos_ids
+        own = getattr(tokenizer, "eos_token_id", None)
+        self.eos_ids = eos_ids if own is None else eos_ids | {own}
 
     def read_all(
         self, prompts: Iterable[Prompt | Request], params: SamplingParams | Sequence[SamplingParams]
@@ -107,8 +110,9 @@ class RequestReader:
         """Check one prompt.
 
         Args:
-            prompt: text, token ids, or a mapping with ``"prompt"`` or ``"token_ids"``, an optional
-                ``"id"`` and any field of ``SamplingParams``.
+            prompt: text, token ids, or a mapping with ``"prompt"``, ``"token_ids"`` or
+                ``"messages"`` (and what else ``decoder.requests.chat`` reads beside it), an
+                optional ``"id"`` and any field of ``SamplingParams``.
 
         Raises:
             UserError: what is wrong with it, naming it by ``id`` or index.
@@ -116,17 +120,17 @@ class RequestReader:
         request_id, text = _identity(prompt)
         name = prompt_name(index, request_id)
         if isinstance(prompt, Mapping):
-            fields = {key: value for key, value in prompt.items() if key != "id"}
-            text, ids = fields.pop("prompt", None), fields.pop("token_ids", None)
-            if (text is None) == (ids is None):
-                raise UserError(f'{name}: expected exactly one of "prompt" and "token_ids"')
             try:
-                params = params.updated(fields)
+                prompt, changes = _opened(prompt)
+                params = params.updated(changes)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
-            prompt = ids if text is None else text
+        templated = isinstance(prompt, Chat)
+        if isinstance(prompt, Chat):
+            prompt = self._rendered(prompt, name)
         text = prompt if isinstance(prompt, str) else None
-        ids = self._ids(prompt, name)
+        # A template writes special tokens, begin-of-text among them, by itself.
+        ids = self._ids(prompt, name, add_special_tokens=not templated)
         stop_ids = self._stop_ids(params)
         self._check(params, stop_ids, name)
         if params.seed is None and not params.greedy:
@@ -166,12 +170,19 @@ class RequestReader:
                 "logit_bias and min_new_tokens"
             )
 
-    def _ids(self, prompt: Any, name: str) -> list[int]:
+    def _rendered(self, chat: Chat, name: str) -> str:
+        if self.tokenizer is None:
+            raise UserError(f"{name}: messages need a tokenizer, got none")
+        with explained(f"{name}: the chat template cannot be applied"):
+            return chat.rendered(self.tokenizer)
+
+    def _ids(self, prompt: Any, name: str, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError(f"{name}: a text prompt needs a tokenizer, got none")
+            options = {} if add_special_tokens else {"add_special_tokens": False}
             with explained(f"{name}: cannot be tokenized"):
-                ids = list(self.tokenizer(prompt)["input_ids"])
+                ids = list(self.tokenizer(prompt, **options)["input_ids"])
         else:
             ids = _token_ids(prompt, name)
         if not ids:
@@ -200,6 +211,13 @@ def _own(params: SamplingParams | Sequence[SamplingParams], index: int) -> Sampl
     if index >= len(params):
         raise UserError(f"expected one SamplingParams per prompt, got {len(params)}")
     return params[index]
+
+
+def _opened(prompt: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The text, the token ids or the chat of a mapping, and its sampling parameters."""
+    form = prompt_form(prompt)
+    changes = {k: v for k, v in prompt.items() if k not in ("id", *FORMS, *CHAT_KEYS)}
+    return Chat.read(prompt) if form == "messages" else prompt[form], changes
 
 
 def _identity(prompt: Any) -> tuple[Any, str | None]:

@@ -110,8 +110,10 @@ class ActiveSequence:
     def _text(self) -> str:
         if self._tokenizer is None:
             return ""
+        # Some chat models end with a token that their tokenizer does not call special.
+        ids = self.token_ids[:-1] if self.finish_reason == "eos" else self.token_ids
         try:
-            return self._decode(self.token_ids)[: self.text_end]
+            return self._decode(ids)[: self.text_end]
         except Exception:
             if self.error is None:
                 raise

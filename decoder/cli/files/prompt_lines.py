@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from decoder.errors import UserError
+from decoder.requests.chat import CHAT_KEYS, FORMS, Chat, prompt_form
 from decoder.requests.params import SamplingParams, shown
 
 from .strict_json import kind, parse_object, unknown_key
 
 _PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
-_OWN = ("prompt", "token_ids", "id", "task_id", "metadata")
+_PROMPT = dict.fromkeys([*FORMS, *CHAT_KEYS])  # in order, each once
+_OWN = (*_PROMPT, "id", "task_id", "metadata")
 # What well-known data sets have beside their prompts. Of no use here, and no mistake either.
 _IGNORED = {
     "HumanEval": ("canonical_solution", "entry_point", "test"),
@@ -29,7 +31,8 @@ _IGNORED = {
     "MT-bench": ("category", "question_id", "reference", "turns"),
 }  # fmt: skip
 _KNOWN = _PARAMETERS.union(_OWN, *_IGNORED.values())
-_DEEPEST = 32  # levels of metadata: a result holds them too, and both are written by recursion
+_NESTED = ("metadata", *CHAT_KEYS)
+_DEEPEST = 32  # levels of these: digests, results and templates write them by recursion
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +103,21 @@ def _prompt(values: dict[str, Any], index: int) -> dict[str, Any]:
     _check_keys(values)
     # Null says nothing, as if the key were not there.
     given = {key: value for key, value in values.items() if value is not None}
-    text, ids = given.get("prompt"), given.get("token_ids")
-    if (text is None) == (ids is None):
-        raise ValueError(
-            'expected exactly one of "prompt" and "token_ids", got '
-            + ("neither" if text is None else "both")
-        )
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f'"prompt" must be text, got {kind(text)}')
-    if ids is not None:
-        _check_ids(ids)
-    metadata = given.get("metadata")
-    if _is_deeper(metadata, _DEEPEST):
-        raise ValueError(f'"metadata" must not be nested more than {_DEEPEST} levels')
+    for key in _NESTED:
+        if _is_deeper(given.get(key), _DEEPEST):
+            raise ValueError(f'"{key}" must not be nested more than {_DEEPEST} levels')
+    form = prompt_form(given)
+    if form == "messages":
+        Chat.read(given)
+    elif form == "token_ids":
+        _check_ids(given[form])
+    elif not isinstance(given[form], str):
+        raise ValueError(f'"prompt" must be text, got {kind(given[form])}')
     parameters = {key: value for key, value in given.items() if key in _PARAMETERS}
     SamplingParams().updated(parameters)
-    prompt = {key: value for key, value in given.items() if key in ("prompt", "token_ids")}
-    prompt |= parameters
-    return {**prompt, "id": LineId(index, _name(values), digest(prompt), metadata)}
+    prompt = {key: value for key, value in given.items() if key in _PROMPT} | parameters
+    line_id = LineId(index, _name(values), digest(prompt), given.get("metadata"))
+    return {**prompt, "id": line_id}
 
 
 def _check_keys(values: dict[str, Any]) -> None:

@@ -34,10 +34,10 @@ LINES = [
     (b"[" * DEEP, "nested too deeply"),
     (b'{"prompt": "", "metadata": ' + b"[" * 40 + b"]" * 40 + b"}", "must not be nested more than"),
     (b'{"a": ' * DEEP, "nested too deeply"),
-    (b"{}", 'expected exactly one of "prompt" and "token_ids", got neither'),
-    (b'{"id": "x"}', "got neither"),
-    (b'{"prompt": null}', "got neither"),
-    (b'{"prompt": "a", "token_ids": [1]}', "got both"),
+    (b"{}", 'expected exactly one of "prompt", "token_ids", "messages", got none'),
+    (b'{"id": "x"}', "got none"),
+    (b'{"prompt": null}', "got none"),
+    (b'{"prompt": "a", "token_ids": [1]}', "got prompt and token_ids"),
     (b'{"prompt": 3}', '"prompt" must be text, got an integer'),
     (b'{"prompt": ["a"]}', '"prompt" must be text, got a list'),
     (b'{"prompt": {"a": 1}}', '"prompt" must be text, got an object'),
@@ -75,10 +75,29 @@ LINES = [
     (b'{"prompt": "a", "temprature": 1}', "did you mean 'temperature'"),
     (b'{"prompt": "a", "Temperature": 1}', "did you mean 'temperature'"),
     (b'{"prompt": "a", "stop_tokens": [1]}', "did you mean 'stop_token_ids'"),
-    (b'{"prompt": "a", "zzz": 1}', "unknown key 'zzz'; known: prompt, token_ids, id"),
+    (b'{"prompt": "a", "zzz": 1}', "unknown key 'zzz'; known: prompt, token_ids, messages"),
     (b'{"prompt": "a", "": 1}', "unknown key ''"),
     (b'{"prompt": "a", "' + b"k" * 3000 + b'": 1}', "unknown key 'kkk"),
-    (b'{"messages": [{"role": "user", "content": "hi"}]}', "unknown key 'messages'"),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "prompt": "a"}', "prompt and messages"),
+    (b'{"messages": "hi"}', "messages must be a list of messages, got 'hi'"),
+    (b'{"messages": {"role": "user", "content": "hi"}}', "must be a list of messages, got {"),
+    (b'{"messages": []}', "messages must have at least one message, got none"),
+    (b'{"messages": [null]}', "messages[0] must be an object"),
+    (b'{"messages": [{}]}', "messages[0] must have a \"role\" that is text, got None"),
+    (b'{"messages": [{"content": "hi"}]}', "messages[0] must have a \"role\""),
+    (b'{"messages": [{"role": ["user"], "content": "hi"}]}', "is text, got ['user']"),
+    (b'{"messages": [{"role": "user"}]}', 'messages[0] must have "content", got none'),
+    (b'{"messages": [{"role": "user", "content": 7}]}', '"content" of text, got 7'),
+    (b'{"messages": [{"role": "user", "content": [7]}]}', '"text" in its "content", got 7'),
+    (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "got 'image_url'"),
+    (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', '"text" in each part'),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
+    (b'{"messages": [{"role": "user", "role": "user", "content": "hi"}]}', "got 'role' twice"),
+    (b'{"messages": ' + b"[" * 40 + b"]" * 40 + b"}", '"messages" must not be nested more than'),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "tools": 3}', "tools must be a list of"),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "tols": 3}', "did you mean 'tools'"),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "continue_final_message": 1}', "got 1"),
+    (b'{"prompt": "hi", "tools": []}', "tools is read with messages only, got prompt"),
     (b'{"index": 0, "text": "", "token_ids": [1], "finish_reason": "eos"}', "unknown key 'index'"),
     (b'{"prompt": "a", "top_p": 7}', "top_p must be in (0, 1], got 7"),
     (b'{"prompt": "a", "top_p": true}', "top_p must be"),
@@ -114,7 +133,7 @@ def generate(*arguments):
 
 
 def test_there_are_as_many_as_the_docstrings_say():
-    assert len(LINES) >= 80
+    assert len(LINES) >= 95
 
 
 @pytest.mark.parametrize(("line", "message"), LINES)

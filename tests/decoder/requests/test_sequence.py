@@ -44,3 +44,11 @@ def test_stop_strings(stop, emitted, taken, text, chunk):
     assert sequence.finish_reason == (None if taken is None else "stop")
     assert sequence.token_ids == emitted[:taken]
     assert sequence.output().text == text
+
+
+def test_the_text_ends_before_an_end_of_sequence_that_is_not_called_special():
+    request = Request(0, None, None, [0], SamplingParams(), frozenset({2}), 20)
+    sequence = ActiveSequence(request, 0, Words())
+    sequence.extend([0, 1, 2, 1], 0)
+    assert (sequence.finish_reason, sequence.token_ids) == ("eos", [0, 1, 2])
+    assert sequence.output().text == "ab"

@@ -34,6 +34,15 @@ def test_reads_text_tokens_parameters_and_ignores_fields_of_data_sets(tmp_path):
     assert check_prompts(path) == 3
 
 
+def test_a_chat_is_read_whole_and_known_by_what_its_template_is_given(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "é", "name": "n"}], "tools": [{"type": "f"}]}
+    lines = [{**chat, "id": "x"}, {**chat, "chat_template_kwargs": {"thinking": False}}, chat]
+    path = write(tmp_path / "p.jsonl", *map(json.dumps, lines))
+    first, other, same = read_prompts(path)
+    assert first == {**chat, "id": LineId(0, "x")}
+    assert first["id"].digest == same["id"].digest != other["id"].digest
+
+
 def test_a_line_carries_metadata_and_what_identifies_its_prompt(tmp_path):
     path = write(
         tmp_path / "p.jsonl",
