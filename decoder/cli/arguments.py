@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decoder import embedded
+from decoder.builtin import BUILTIN, default_target
 from decoder.checkpoint.folder import could_be_hub_name, model_folder
 from decoder.cli.files.strict_json import kind, parse_object, unknown_key
 from decoder.drafters.table import AUTO, DrafterKind, canonical_name, drafter_kind
@@ -48,11 +48,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return args
 
 
-def draft_path(args: argparse.Namespace) -> str | Path | None:
-    """What drafts: what ``--draft`` names, or the embedded target's own."""
-    if args.draft is not None or args.target is not None:
+def target_name(args: argparse.Namespace) -> str:
+    """What decodes: a path or a built-in model's name, the default one's unless one is given."""
+    return args.target or default_target()
+
+
+def draft_path(args: argparse.Namespace, target: str) -> str | Path | None:
+    """What drafts: what ``--draft`` names, or the own draft of a built-in ``target``."""
+    if args.draft is not None or target not in BUILTIN:
         return args.draft
-    return embedded.draft_of(canonical_name(args.drafter))
+    return BUILTIN[target].draft_of(canonical_name(args.drafter))
 
 
 def _speculative_config(text: str) -> dict[str, Any]:
@@ -92,7 +97,8 @@ def _apply(args: argparse.Namespace, config: dict[str, Any], prog: str) -> None:
 
 def _check_paths(args: argparse.Namespace) -> None:
     """Both models exist, also one that will not be used."""
-    for flag, path in (("--target", args.target), ("--draft", args.draft)):
+    target = None if args.target in BUILTIN else args.target
+    for flag, path in (("--target", target), ("--draft", args.draft)):
         if path and not could_be_hub_name(path) and not Path(path).exists():
             raise UserError(f"{flag} {shown(path)} does not exist")
 
@@ -108,9 +114,10 @@ def _check_drafting(args: argparse.Namespace) -> None:
     if args.max_gamma is not None and args.gamma != GAMMA_AUTO:
         raise UserError(f"--max-gamma is read by --gamma {GAMMA_AUTO} only, got {args.gamma}")
     if options:
-        draft = draft_path(args)
-        folder = None if chosen or draft is None else model_folder(draft, "draft")
-        _check_options(options, chosen or drafter_kind(AUTO, folder))
+        if chosen is None:
+            draft = draft_path(args, target_name(args))
+            chosen = drafter_kind(AUTO, None if draft is None else model_folder(draft, "draft"))
+        _check_options(options, chosen)
 
 
 def _check_options(options: dict[str, Any], reader: DrafterKind) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from decoder.builtin import builtin_prompts
 from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt
 
@@ -57,8 +58,11 @@ def run(args: argparse.Namespace) -> int:
     from .view import Console
 
     params = sampling_params(args)
-    prompts = repeated(_prompts(args), params, args.samples)
+    prompts = load_prompts(args.prompts, args.limit) if args.prompts else []
     setup = Setup(args)
+    if not prompts:
+        prompts = [entry.prompt for entry in builtin_prompts(setup.tokenizer)][: args.limit]
+    prompts = repeated(prompts, params, args.samples)
     plain, speculative = setup.decoder(plain=True), setup.decoder()
     result = audit(plain, speculative, prompts, params, setup.reference)
     if args.json:
@@ -128,11 +132,3 @@ def divergence_table(result: Audit) -> Table:
     if len(ordered) > _SHOWN:
         table.caption = f"{len(ordered) - _SHOWN} more"
     return table
-
-
-def _prompts(args: argparse.Namespace) -> list[Prompt]:
-    if args.prompts is not None:
-        return load_prompts(args.prompts, args.limit)
-    from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
-
-    return list((CODE_PROMPTS + PROSE_PROMPTS)[: args.limit])

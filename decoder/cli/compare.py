@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from decoder.builtin import builtin_prompts
 from decoder.cli.files.prompt_lines import checked
 from decoder.cli.files.prompts import check_prompts, is_stream, read_prompts
 from decoder.drafters.base import forget_finished
 from decoder.engine.metrics import DecoderStats
+from decoder.engine.profile_pair import profile_pair
 from decoder.errors import UserError
+from decoder.gamma.base import FixedGamma
+from decoder.gamma.forecast import RunCosts, forecast_ratio
 from decoder.requests.outputs import Output
 from decoder.requests.params import SamplingParams
+from decoder.requests.reader import Request
 
 from .flag_types import path, positive
 from .options import add_model_arguments, add_sampling_arguments, sampling_params
@@ -63,36 +70,61 @@ class Comparison:
 def compare(
     plain: Any,
     speculative: Any,
-    prompts: Sequence[Any],
-    params: SamplingParams,
+    requests: Sequence[Request],
     repetitions: int,
-    warm_up: bool = True,
+    budget_s: float = math.inf,
 ) -> Comparison:
-    """Decode ``prompts`` with both decoders in turn, ``repetitions`` times.
+    """Decode ``requests`` with both decoders in turn, ``repetitions`` times.
 
     Args:
-        warm_up: run a few tokens with each before measuring.
+        plain, speculative: warmed up.
+        requests: rather than prompts: one without a seed drew it once for all repetitions.
+        budget_s: no repetition is begun that would probably end later than this.
     """
-    if warm_up:
-        short = params.updated(
-            {"max_new_tokens": min(8, params.max_new_tokens), "min_new_tokens": 0}
-        )
-        for decoder in (plain, speculative):
-            decoder.generate(prompts[: decoder.max_batch_size], short)
-    # Requests rather than prompts: one without a seed draws it once for all repetitions.
-    requests = [speculative.reader.read(i, prompt, params) for i, prompt in enumerate(prompts)]
     runs: list[list[tuple[float, DecoderStats]]] = [[], []]
     outputs: list[list[Output]] = [[], []]
-    for _ in range(repetitions):
+    start = time.perf_counter()
+    for done in range(1, repetitions + 1):
         for side, decoder in enumerate((plain, speculative)):
             forget_finished(decoder.drafter)
             outputs[side] = decoder.generate(requests)
             runs[side].append((decoder.stats.tokens_per_second, decoder.stats))
+        if (time.perf_counter() - start) * (done + 1) / done > budget_s:
+            break
     ratios = [fast[0] / slow[0] for slow, fast in zip(*runs, strict=True)]
     (plain_rate, plain_stats), (rate, stats) = (_median_run(side) for side in runs)
     return Comparison(
         outputs[0], outputs[1], plain_stats, stats, plain_rate, rate, statistics.median(ratios)
     )
+
+
+def warmed_up(
+    plain: Any, speculative: Any, prompts: Sequence[Any], params: SamplingParams
+) -> tuple[list[Request], RunCosts | None]:
+    """Run a few tokens with each decoder; the prompts as requests, and what rounds will cost."""
+    short = params.updated({"max_new_tokens": min(8, params.max_new_tokens), "min_new_tokens": 0})
+    for decoder in (plain, speculative):
+        decoder.generate(prompts[: decoder.max_batch_size], short)
+    requests = [speculative.reader.read(i, prompt, params) for i, prompt in enumerate(prompts)]
+    ids = [request.prompt_ids for request in requests]
+    return requests, profile_pair(plain, speculative, ids, params)
+
+
+def forecast(
+    costs: RunCosts | None, decoder: Any, alphas: Sequence[float | None], lengths: Sequence[int]
+) -> float | None:
+    """The ratio to expect of a decoder, ``None`` where costs or an acceptance are not known.
+
+    Args:
+        alphas, lengths: acceptance rate and output tokens of each sequence.
+    """
+    known = [alpha for alpha in alphas if alpha is not None]
+    if costs is None or len(known) < len(alphas):
+        return None
+    controller = decoder.controller
+    fixed = isinstance(controller, FixedGamma)
+    gammas = [controller.gamma] if fixed else range(controller.max_gamma + 1)
+    return forecast_ratio(costs, known, lengths, gammas, decoder.max_batch_size)
 
 
 def _median_run(runs: list[tuple[float, DecoderStats]]) -> tuple[float, DecoderStats]:
@@ -122,18 +154,27 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 also when outputs differ, which sampling without coupling does."""
     from .setup import Setup
+    from .verdict import verdict
     from .view import Console, comparison_table
 
     params = sampling_params(args)
-    prompts = load_prompts(args.prompts, args.limit)
+    prompts = load_prompts(args.prompts, args.limit) if args.prompts else []
     setup = Setup(args)
-    plain, speculative = setup.decoder(plain=True), setup.decoder()
-    result = compare(plain, speculative, prompts, params, args.repetitions)
+    if not prompts:
+        code = (p.prompt for p in builtin_prompts(setup.tokenizer) if p.kind == "code")
+        prompts = list(islice(code, args.limit))
+    plain, speculative = setup.pair()
+    requests, costs = warmed_up(plain, speculative, prompts, params)
+    result = compare(plain, speculative, requests, args.repetitions)
+    alphas = [result.speculative_stats.alpha] * len(requests)
+    lengths = [len(output.token_ids) for output in result.plain]
+    planned = forecast(costs, speculative, alphas, lengths)
     if args.json:
-        print(json.dumps(result.as_dict()))
+        print(json.dumps({**result.as_dict(), "ratio_planned_at_alpha": planned}))
         return 0
     title = f"{len(prompts)} prompts, batch {args.batch_size}, {speculative.drafter.name} drafter"
-    Console().print(
+    console = Console()
+    console.print(
         comparison_table(
             result.plain_stats,
             result.speculative_stats,
@@ -142,21 +183,19 @@ def run(args: argparse.Namespace) -> int:
             speculative_rate=result.speculative_rate,
             ratio=result.ratio,
             identical=result.identical,
+            forecasts=[("ratio, planner at this alpha", planned)],
         )
     )
+    console.print(verdict(result.plain_stats, result.speculative_stats, result.ratio))
     return 0
 
 
-def load_prompts(path: str | None, limit: int | None) -> list[Any]:
-    """The prompts of a file, or the built-in code prompts.
+def load_prompts(path: str, limit: int | None) -> list[Any]:
+    """The prompts of a file.
 
     Raises:
         UserError: a line that holds none, also after the limit; or there are none.
     """
-    if path is None:
-        from decoder.embedded.prompts import CODE_PROMPTS
-
-        return list(CODE_PROMPTS[:limit])
     if not is_stream(path):
         check_prompts(path)
     prompts = [checked(prompt) for prompt in islice(read_prompts(path), limit)]

@@ -1,95 +1,135 @@
-"""``python -m decoder`` alone: the embedded pair at its real job, then the numbers."""
+"""``python -m decoder`` alone: a built-in model answers, then the numbers and what they come to."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
+from decoder.builtin import BuiltinPrompt, builtin_prompts, stated_alpha
 from decoder.requests.outputs import Output
+from decoder.sampling import VERIFIERS
 
-from .compare import Comparison, compare
+from .compare import Comparison, compare, forecast, warmed_up
 from .flag_types import positive
 from .options import add_model_arguments, add_sampling_arguments, sampling_params
 
-_CODE, _PROSE = 8, 4
+_COUNTS = {"code": 8, "chat": 4, "prose": 4}  # prompts of each kind; a model has two of them
+_BUDGET_S = 35.0  # for repetitions: with all before them, a minute
 
 
 def add_parser(subparsers: Any) -> None:
     """Register the sub-command."""
     parser = subparsers.add_parser(
         "demo",
-        help="built-in prompts on the embedded pair (what no sub-command does)",
-        description="Complete built-in code and prose prompts as one batch, then compare.",
+        help="built-in prompts on a built-in model (what no sub-command does)",
+        description="Decode built-in prompts as one batch, plainly and speculatively, and compare.",
     )
-    parser.add_argument("--repetitions", type=positive, default=3, metavar="N")
+    parser.add_argument(
+        "--repetitions", type=positive, default=3, metavar="N",
+        help=f"as many of them as fit into about {_BUDGET_S:.0f} s (default: 3)",
+    )  # fmt: skip
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    parser.set_defaults(run=run, max_new_tokens=96, batch_size=_CODE + _PROSE)
+    parser.set_defaults(run=run, max_new_tokens=96, batch_size=12)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print completions and a table; 1 when speculative output differs from the target's own."""
-    from decoder.embedded.prompts import CODE_PROMPTS, PROSE_PROMPTS
-
+    """Print answers, a table and a verdict; 1 when speculative output is not the target's own."""
     from .setup import Setup
+    from .verdict import verdict
     from .view import Console, legend
 
     params = sampling_params(args)
     console = Console(highlight=False)
     setup = Setup(args)
-    plain, speculative = setup.decoder(plain=True), setup.decoder()
-    prompts = [*CODE_PROMPTS[:_CODE], *PROSE_PROMPTS[:_PROSE]]
-    result = compare(plain, speculative, prompts, params, args.repetitions)
-    for output in result.speculative:
-        _print_completion(console, output, setup.tokenizer)
+    plain, speculative = setup.pair()
+    asked = _chosen(builtin_prompts(setup.tokenizer))
+    requests, costs = warmed_up(plain, speculative, [entry.prompt for entry in asked], params)
+    stated = [_stated(args, setup.name, speculative.drafter.name, entry.kind) for entry in asked]
+    predicted = forecast(costs, speculative, stated, [r.max_new_tokens for r in requests])
+    if predicted is not None:
+        console.print(f"predicted: {predicted:.2f} times the speed of plain decoding", style="dim")
+    result = compare(plain, speculative, requests, args.repetitions, _BUDGET_S)
+    for entry, output in zip(asked, result.speculative, strict=True):
+        _print_answer(console, entry, output, setup.tokenizer)
     if console.is_terminal:
         console.print(legend())
-    console.print(_table(result, speculative.drafter.name, args.gamma))
+    alphas = [result.speculative_stats.alpha] * len(asked)
+    lengths = [len(output.token_ids) for output in result.plain]
+    forecasts = [
+        ("ratio, predicted before the run", predicted),
+        ("ratio, planner at this alpha", forecast(costs, speculative, alphas, lengths)),
+    ]
+    title = f"{setup.name}, {speculative.drafter.name} drafter, gamma {args.gamma}"
+    console.print(_table(result, asked, title, forecasts))
+    console.print(verdict(result.plain_stats, result.speculative_stats, result.ratio, predicted))
     same, total = result.identical
     lossless = params.greedy or args.verifier == "coupled"
     return 0 if same == total or not lossless else 1
 
 
-def _print_completion(console: Any, output: Output, tokenizer: Any) -> None:
+def _stated(args: argparse.Namespace, target: str, drafter: str, kind: str) -> float | None:
+    """The acceptance rate to expect; cards have that of their own drafts, verified as usual."""
+    if args.draft is not None or (args.temperature > 0 and args.verifier != VERIFIERS[0]):
+        return None
+    name = "eagle" if drafter.startswith("eagle") else drafter
+    return stated_alpha(target, name, kind, args.temperature)
+
+
+def _chosen(prompts: Sequence[BuiltinPrompt]) -> list[BuiltinPrompt]:
+    return [
+        entry
+        for kind, count in _COUNTS.items()
+        for entry in islice((entry for entry in prompts if entry.kind == kind), count)
+    ]
+
+
+def _print_answer(console: Any, entry: BuiltinPrompt, output: Output, tokenizer: Any) -> None:
     from rich.rule import Rule
     from rich.text import Text
 
     from .view import colored
 
-    kind = "code" if output.index < _CODE else "prose"
-    stats = output.stats
-    console.print(
-        Rule(
-            f"{kind} {output.index + 1}: {stats.acceptance_length:.2f} tokens per round",
-            style="dim",
-        )
-    )
-    completion = colored(output, tokenizer) if console.is_terminal else Text(output.text)
-    console.print(Text.assemble((output.prompt or "", "dim"), completion))
+    title = f"{entry.kind} {output.index + 1}: {output.stats.acceptance_length:.2f} tokens a round"
+    console.print(Rule(title, style="dim"))
+    answer = colored(output, tokenizer) if console.is_terminal else Text(output.text)
+    # An answer begins below its question; a text is completed where it ends.
+    between = "" if entry.text == entry.prompt else "\n"
+    console.print(Text.assemble((entry.text + between, "dim"), answer))
 
 
-def _table(result: Comparison, drafter: str, gamma: Any) -> Any:
+def _table(
+    result: Comparison,
+    asked: Sequence[BuiltinPrompt],
+    title: str,
+    forecasts: Sequence[tuple[str, float | None]],
+) -> Any:
     from .view import comparison_table, number
 
-    rows = [
-        (f"  mean accepted per round, {kind}", "-", number(_mean_accepted(part)))
-        for kind, part in (
-            ("code", result.speculative[:_CODE]),
-            ("prose", result.speculative[_CODE:]),
-        )
-    ]
+    kinds = list(dict.fromkeys(entry.kind for entry in asked))
+    counts = ", ".join(f"{sum(e.kind == kind for e in asked)} {kind}" for kind in kinds)
+    outputs = {
+        kind: [o for e, o in zip(asked, result.speculative, strict=True) if e.kind == kind]
+        for kind in kinds
+    }
     return comparison_table(
         result.plain_stats,
         result.speculative_stats,
-        title=f"embedded pair, {_CODE} code + {_PROSE} prose prompts, {drafter}, gamma {gamma}",
+        title=f"{title}, {counts} prompts",
         plain_rate=result.plain_rate,
         speculative_rate=result.speculative_rate,
         ratio=result.ratio,
         identical=result.identical,
-        extra=rows,
+        forecasts=forecasts,
+        extra=[
+            (f"  mean accepted per round, {kind}", "-", number(_mean_accepted(outputs[kind])))
+            for kind in kinds
+        ],
     )
 
 
-def _mean_accepted(outputs: list[Output]) -> float | None:
+def _mean_accepted(outputs: Sequence[Output]) -> float | None:
     rounds = sum(output.stats.rounds for output in outputs)
     return sum(output.stats.accepted for output in outputs) / rounds if rounds else None

@@ -69,12 +69,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--target", "--model", type=types.path, metavar="PATH",
-        help="target model (default: the embedded one)",
+        help="target model, or a built-in one: smol, embedded (default: smol if it can be had)",
     )  # fmt: skip
     group.add_argument(
         "--draft", "--draft-model", "--assistant-model", "--spec-model",
         "--speculative-draft-model-path", type=types.path, metavar="PATH", dest="draft",
-        help="draft model or EAGLE head (default with the embedded target: its draft)",
+        help="draft model or EAGLE head (default with a built-in target: its own)",
     )  # fmt: skip
     kinds = ", ".join(
         f"{' or '.join([kind.name, *kind.aliases])} ({kind.summary})" for kind in DRAFTERS.values()

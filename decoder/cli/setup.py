@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from decoder import embedded
+from decoder import smol
+from decoder.builtin import BUILTIN, EMBEDDED
 from decoder.drafters import Drafter, build_drafter
 from decoder.engine.loop import SpeculativeDecoder
 from decoder.engine.profile_rounds import profile_rounds
 from decoder.gamma.base import DEFAULT_MAX_GAMMA
 from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
-from .arguments import draft_path
+from .arguments import draft_path, target_name
 from .options import OURS, draft_options
+from .streams import say
 
 
 class Setup:
@@ -28,7 +30,8 @@ class Setup:
     Attributes:
         target: the loaded target model.
         tokenizer: its tokenizer.
-        path: directory of both; the embedded target's unless the flags name one.
+        name: of the target: a path, or a built-in model's name.
+        path: directory or hub name of both; a built-in model is made when first asked for.
 
     Raises:
         UserError: something that cannot be loaded.
@@ -40,7 +43,11 @@ class Setup:
             torch.set_num_threads(args.threads)
         self._args = args
         self._kernels = args.experts_implementation == OURS
-        self.path = args.target or str(embedded.target_path())
+        self.name = target_name(args)
+        if args.target is None and self.name == EMBEDDED:
+            say(f"moesd: the small embedded pair, for want of the real model: {smol.unavailable()}")
+        builtin = BUILTIN.get(self.name)
+        self.path = str(builtin.target_path()) if builtin else self.name
         self.tokenizer = load_tokenizer(self.path)
         self.target = load_model(
             self.path,
@@ -50,8 +57,13 @@ class Setup:
         )
         require_fitting_tokenizer(self.tokenizer, self.target)
 
-    def decoder(self, *, plain: bool = False) -> SpeculativeDecoder:
-        """A decoder as the flags describe, or one that only decodes autoregressively."""
+    def decoder(self, *, plain: bool = False, profile: bool = True) -> SpeculativeDecoder:
+        """A decoder as the flags describe.
+
+        Args:
+            plain: one that only decodes autoregressively.
+            profile: measure its rounds, for a controller that asks what they cost.
+        """
         args = self._args
         decoder = SpeculativeDecoder(
             self.target,
@@ -66,8 +78,13 @@ class Setup:
             attention=args.attention,
             static=False if args.enforce_eager else "auto",
         )
-        profile_rounds(decoder)
+        if profile:
+            profile_rounds(decoder)
         return decoder
+
+    def pair(self) -> tuple[SpeculativeDecoder, SpeculativeDecoder]:
+        """A plain decoder and one as the flags describe, for a comparison, which profiles both."""
+        return self.decoder(plain=True), self.decoder(profile=False)
 
     def reference(self) -> Any:
         """The target in fp32 with transformers' own experts and attention: none of our kernels."""
@@ -78,4 +95,4 @@ class Setup:
     def _drafter(self) -> Drafter:
         args = self._args
         options = draft_options(args, kernels=self._kernels, tokenizer=self.tokenizer)
-        return build_drafter(args.drafter, self.target, draft_path(args), options)
+        return build_drafter(args.drafter, self.target, draft_path(args, self.name), options)

@@ -57,15 +57,23 @@ def comparison_table(
     speculative_rate: float,
     ratio: float,
     identical: tuple[int, int],
+    forecasts: Sequence[tuple[str, float | None]] = (),
     extra: Sequence[tuple[str, str, str]] = (),
 ) -> Table:
-    """Autoregressive against speculative decoding, one quantity per line."""
+    """Autoregressive against speculative decoding, one quantity per line.
+
+    Args:
+        forecasts: of the ratio, by name.
+        extra: further lines, below alpha.
+    """
     table = Table(title=title)
     table.add_column("")
     table.add_column("autoregressive", justify="right")
     table.add_column("speculative", justify="right")
     table.add_row("tokens/s", number(plain_rate, 1), number(speculative_rate, 1))
     table.add_row("ratio", "1.00x", number(ratio, 2, "x"))
+    for name, value in forecasts:
+        table.add_row(name, "", number(value, 2, "x"))
     table.add_row("alpha (acceptance rate)", "-", number(speculative.alpha, 3))
     for row in extra:
         table.add_row(*row)

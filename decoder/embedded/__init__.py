@@ -15,6 +15,11 @@ import torch
 from decoder.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
+# Acceptance by drafter, kind of prompt and temperature, as MODEL_CARD.md has it.
+ALPHA = {
+    "independent": {"code": {"0": 0.968, "1": 0.667}, "prose": {"0": 0.916, "1": 0.625}},
+    "eagle": {"code": {"0": 0.95, "1": 0.68}, "prose": {"0": 0.90, "1": 0.63}},
+}
 
 
 def target_path() -> Path:

@@ -61,8 +61,18 @@ class RoundLog(FixedGamma):
         return [(emitted, t) for _, live, emitted, t in self.rounds if live == batch][1:]
 
 
-class _NoProfile(Exception):
+class NoProfile(Exception):
     """Why none could be taken."""
+
+
+def profiled_batches(largest: int) -> list[int]:
+    """Batch sizes to measure at, ascending; costs between them are interpolated."""
+    return [size for size in _BATCHES if size < largest] + [largest]
+
+
+def profiled_gammas(longest: int) -> list[int]:
+    """Draft lengths to measure at, ascending."""
+    return [gamma for gamma in _GAMMAS if gamma < longest] + [longest]
 
 
 def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
@@ -86,9 +96,9 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
 
     def measure(batch: int, gamma: int) -> float:
         if _PROMPT + recorded + 1 > decoder.max_length:
-            raise _NoProfile(f"its prompts do not fit into {decoder.max_length} tokens")
+            raise NoProfile(f"its prompts do not fit into {decoder.max_length} tokens")
         if batch not in seen and time.perf_counter() > deadline:
-            raise _NoProfile(f"it would take longer than {budget_s:g} s")
+            raise NoProfile(f"it would take longer than {budget_s:g} s")
         # The first plain run goes on for as long as drafts will: a replay drafter records it.
         plain = _PLAIN_ROUNDS if batch in seen else recorded
         seen.add(batch)
@@ -100,16 +110,14 @@ def profile_rounds(decoder: SpeculativeDecoder, budget_s: float = 5.0) -> bool:
         )
         seconds = [sum(t.values()) for g, live, _, t in log.rounds if (g, live) == (gamma, batch)]
         if not seconds:
-            raise _NoProfile(f"the drafter proposed nothing at gamma {gamma}")
+            raise NoProfile(f"the drafter proposed nothing at gamma {gamma}")
         return statistics.median_low(seconds)
 
-    sizes = [size for size in _BATCHES if size < decoder.max_batch_size]
-    gammas = {gamma for gamma in _GAMMAS if gamma < longest} | {longest}
+    batches, gammas = profiled_batches(decoder.max_batch_size), profiled_gammas(longest)
     stats = decoder.stats
     try:
-        batches = [*sizes, decoder.max_batch_size]
         costs = measure_costs(measure, batches, gammas, _REPEATS, deadline)
-    except (_NoProfile, RequestFailed) as reason:
+    except (NoProfile, RequestFailed) as reason:
         logger.info("no start-up profile: %s", reason)
         return False
     finally:

@@ -8,7 +8,9 @@ positions accepted less) are both represented. Costs are not this file's concern
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from itertools import accumulate
 
 _PRIOR_MEAN = 0.6
 _PRIOR_TRIALS = 4.0
@@ -18,6 +20,16 @@ _HORIZON_ROUNDS = 16.0  # a wide batch still remembers this many rounds
 _FAST_TRIALS = 60.0
 _IDLE_DECAY = 0.99  # per round without drafts; evidence ages, so that probes can change a mind
 _IDLE_FLOOR = 16.0
+
+
+def expected_tokens(rates: Sequence[float]) -> list[float]:
+    """Expected tokens of a round of gamma = 0..len(rates), bonus included.
+
+    Args:
+        rates: acceptance at positions 1, 2, … given that all earlier ones were accepted.
+    """
+    survivals = accumulate(rates, operator.mul, initial=1.0)
+    return list(accumulate(survivals))
 
 
 class AcceptanceEstimator:
@@ -86,12 +98,7 @@ class AcceptanceEstimator:
 
     def expected_tokens(self) -> list[float]:
         """Expected tokens a row emits in a round of gamma = 0..max_gamma, bonus included."""
-        total, survival, totals = 1.0, 1.0, [1.0]
-        for rate in self.conditional():
-            survival *= rate
-            total += survival
-            totals.append(total)
-        return totals
+        return expected_tokens(self.conditional())
 
     def idle(self, rounds: int) -> None:
         """Age the evidence by ``rounds`` without drafts."""

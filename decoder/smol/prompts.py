@@ -1,0 +1,20 @@
+"""Questions for the real model, as a user would type them; its chat template goes around them."""
+
+CODE_PROMPTS: tuple[str, ...] = (
+    "Write a Python function that checks whether a number is prime.",
+    "Write a Python class for a stack with push, pop and peek.",
+    "Write a Python function that merges two sorted lists into one sorted list.",
+    "How do I read a CSV file in Python and print every row?",
+    "Write a Python decorator that prints how long a function took.",
+    "Complete this function:\n\n"
+    "def binary_search(values, target):\n    low, high = 0, len(values) - 1\n",
+    "Write a Python function that converts a temperature from Celsius to Fahrenheit.",
+    "Write a SQL query that lists the ten customers with the highest total of orders.",
+)
+
+CHAT_PROMPTS: tuple[str, ...] = (
+    "Why is the sky blue?",
+    "What is the difference between a virus and a bacterium?",
+    "Write a short and friendly e-mail that invites a colleague to lunch.",
+    "How does a bicycle stay upright?",
+)
