@@ -12,7 +12,13 @@ from decoder.requests.reader import Prompt
 
 from .compare import load_prompts
 from .flag_types import path, positive, whole
-from .options import add_model_arguments, add_sampling_arguments, sampling_params
+from .options import (
+    add_chat_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    chats,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "--prompts", type=path, metavar="FILE", help="JSONL (default: built-in prompts)"
     )
     group.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
+    add_chat_argument(group)
     group.add_argument(
         "--samples", type=whole(1, _MAX_SAMPLES), default=1, metavar="N",
         help="decode every prompt N times with successive seeds",
@@ -57,12 +64,13 @@ def run(args: argparse.Namespace) -> int:
     from .setup import Setup
     from .view import Console
 
-    params = sampling_params(args)
+    sampling_params(args)  # what is wrong with a flag is said before anything is loaded
     prompts = load_prompts(args.prompts, args.limit) if args.prompts else []
     setup = Setup(args)
+    params = sampling_params(args, setup.target)
     if not prompts:
         prompts = [entry.prompt for entry in builtin_prompts(setup.tokenizer)][: args.limit]
-    prompts = repeated(prompts, params, args.samples)
+    prompts = repeated(list(chats(args, prompts)), params, args.samples)
     plain, speculative = setup.decoder(plain=True), setup.decoder()
     result = audit(plain, speculative, prompts, params, setup.reference)
     if args.json:

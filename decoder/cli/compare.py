@@ -26,7 +26,13 @@ from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Request
 
 from .flag_types import path, positive
-from .options import add_model_arguments, add_sampling_arguments, sampling_params
+from .options import (
+    add_chat_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    chats,
+    sampling_params,
+)
 
 
 @dataclass(slots=True)
@@ -144,6 +150,7 @@ def add_parser(subparsers: Any) -> None:
         "--prompts", type=path, metavar="FILE", help="JSONL (default: built-in code prompts)"
     )
     group.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
+    add_chat_argument(group)
     group.add_argument("--repetitions", type=positive, default=3, metavar="N")
     group.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
@@ -157,12 +164,14 @@ def run(args: argparse.Namespace) -> int:
     from .verdict import verdict
     from .view import Console, comparison_table
 
-    params = sampling_params(args)
+    sampling_params(args)  # what is wrong with a flag is said before anything is loaded
     prompts = load_prompts(args.prompts, args.limit) if args.prompts else []
     setup = Setup(args)
+    params = sampling_params(args, setup.target)
     if not prompts:
         code = (p.prompt for p in builtin_prompts(setup.tokenizer) if p.kind == "code")
         prompts = list(islice(code, args.limit))
+    prompts = list(chats(args, prompts))
     plain, speculative = setup.pair()
     requests, costs = warmed_up(plain, speculative, prompts, params)
     result = compare(plain, speculative, requests, args.repetitions)

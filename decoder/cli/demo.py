@@ -9,6 +9,7 @@ from typing import Any
 
 from decoder.builtin import BuiltinPrompt, builtin_prompts, stated_alpha
 from decoder.requests.outputs import Output
+from decoder.requests.params import SamplingParams
 from decoder.sampling import VERIFIERS
 
 from .compare import Comparison, compare, forecast, warmed_up
@@ -41,13 +42,15 @@ def run(args: argparse.Namespace) -> int:
     from .verdict import verdict
     from .view import Console, legend
 
-    params = sampling_params(args)
+    sampling_params(args)  # what is wrong with a flag is said before anything is loaded
     console = Console(highlight=False)
     setup = Setup(args)
+    params = sampling_params(args, setup.target)
     plain, speculative = setup.pair()
     asked = _chosen(builtin_prompts(setup.tokenizer))
     requests, costs = warmed_up(plain, speculative, [entry.prompt for entry in asked], params)
-    stated = [_stated(args, setup.name, speculative.drafter.name, entry.kind) for entry in asked]
+    drafter = speculative.drafter.name
+    stated = [_stated(args, params, setup.name, drafter, entry.kind) for entry in asked]
     predicted = forecast(costs, speculative, stated, [r.max_new_tokens for r in requests])
     if predicted is not None:
         console.print(f"predicted: {predicted:.2f} times the speed of plain decoding", style="dim")
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         ("ratio, predicted before the run", predicted),
         ("ratio, planner at this alpha", forecast(costs, speculative, alphas, lengths)),
     ]
-    title = f"{setup.name}, {speculative.drafter.name} drafter, gamma {args.gamma}"
+    title = f"{setup.name}, {drafter} drafter, gamma {args.gamma}"
     console.print(_table(result, asked, title, forecasts))
     console.print(verdict(result.plain_stats, result.speculative_stats, result.ratio, predicted))
     same, total = result.identical
@@ -70,12 +73,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if same == total or not lossless else 1
 
 
-def _stated(args: argparse.Namespace, target: str, drafter: str, kind: str) -> float | None:
+def _stated(
+    args: argparse.Namespace, params: SamplingParams, target: str, drafter: str, kind: str
+) -> float | None:
     """The acceptance rate to expect; cards have that of their own drafts, verified as usual."""
-    if args.draft is not None or (args.temperature > 0 and args.verifier != VERIFIERS[0]):
+    if args.draft is not None or (not params.greedy and args.verifier != VERIFIERS[0]):
         return None
     name = "eagle" if drafter.startswith("eagle") else drafter
-    return stated_alpha(target, name, kind, args.temperature)
+    return stated_alpha(target, name, kind, params.temperature)
 
 
 def _chosen(prompts: Sequence[BuiltinPrompt]) -> list[BuiltinPrompt]:

@@ -7,9 +7,11 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from decoder.cli.files.strict_json import parse_object
+from decoder.errors import reason
 from decoder.gamma.base import AUTO as GAMMA_AUTO
 from decoder.requests.params import shown
 
@@ -71,6 +73,19 @@ def path(value: str) -> str:
     if not value or "\0" in value:
         raise ArgumentTypeError(f"expected a path, got {shown(value)}")
     return value
+
+
+def chat_template(value: str) -> str:
+    """A Jinja template: itself, or the text of the file with this name."""
+    if any(character in value for character in "{}\n"):
+        return text(value)
+    file = Path(path(value))
+    if not file.is_file():
+        raise ArgumentTypeError(f"expected a file or a Jinja template, got {shown(value)}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentTypeError(f"cannot read {shown(value)}: {reason(error)}") from None
 
 
 def gamma(text: str) -> int | str:

@@ -16,7 +16,13 @@ from decoder.requests.outputs import Output, SequenceStats
 from decoder.requests.params import SamplingParams
 
 from . import flag_types as types
-from .options import add_model_arguments, add_sampling_arguments, sampling_params
+from .options import (
+    add_chat_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    chats,
+    sampling_params,
+)
 from .streams import exit_code, say
 
 _QUIET_BELOW = 64  # prompts: shorter runs without a terminal show no progress bar
@@ -40,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--prompts", type=types.path, metavar="FILE", help="JSONL (or .gz); - is standard input"
     )
+    add_chat_argument(group)
     group.add_argument(
         "--output", "-o", type=types.path, metavar="FILE", help="JSONL of results, flushed per line"
     )
@@ -68,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("expected prompts from exactly one of --prompt and --prompts")
     if args.output == STDIN:
         raise UserError("--output must name a file, got -; --json prints results")
-    params = sampling_params(args)
+    sampling_params(args)  # what is wrong with a flag is said before anything is opened
     total = len(args.prompt) if args.prompt else None
     if args.prompts and not is_stream(args.prompts):
         total = check_prompts(args.prompts)
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
         setup = Setup(args)
         decoder = setup.decoder()
+        params = sampling_params(args, setup.target)
         if params.seed is None:
             torch.seed()  # or a resumed run would draw the seeds that its first part has used
         _check_params(decoder, params)
@@ -163,9 +171,10 @@ def _source(args: argparse.Namespace) -> str | int | None:
 
 def _prompts(args: argparse.Namespace) -> Prompts:
     if args.prompts:
-        return read_prompts(args.prompts)
-    prompts = [{"prompt": text} for text in args.prompt]
-    return ({**item, "id": LineId(i, None, digest(item))} for i, item in enumerate(prompts))
+        return chats(args, read_prompts(args.prompts))
+    items = [{"prompt": text} for text in args.prompt]
+    prompts = ({**item, "id": LineId(i, None, digest(item))} for i, item in enumerate(items))
+    return chats(args, prompts)
 
 
 def _check_params(decoder: Any, params: SamplingParams) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
+from decoder.checkpoint.folder import GENERATION_CONFIG, read_json
 from decoder.drafters import DRAFTERS, DraftOptions
 from decoder.drafters.table import AUTO as DRAFTER_AUTO
 from decoder.drafters.table import drafter_names
-from decoder.errors import UserError
+from decoder.errors import UserError, one_line
 from decoder.gamma.base import AUTO as GAMMA_AUTO
 from decoder.gamma.base import DEFAULT_MAX_GAMMA
 from decoder.model.kernels import ATTENTION
 from decoder.model.loading import DTYPES
-from decoder.requests.params import SamplingParams
+from decoder.requests.chat import as_chat
+from decoder.requests.defaults import generation_fields, model_defaults
+from decoder.requests.params import SamplingParams, shown
 from decoder.sampling import VERIFIERS
 
 from . import flag_types as types
+from .streams import say
 
 OURS = "moesd"  # the experts implementation that comes with our other kernels
+CONFIG_AUTO, CONFIG_NONE = "auto", "none"  # generation configs besides a path
 
 # Field of ``DraftOptions``: its flag, type, metavar and meaning.
 _DRAFT_FLAGS = {
@@ -70,6 +77,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target", "--model", type=types.path, metavar="PATH",
         help="target model, or a built-in one: smol, embedded (default: smol if it can be had)",
+    )  # fmt: skip
+    group.add_argument(
+        "--chat-template", type=types.chat_template, metavar="FILE|TEXT",
+        help="instead of the target's own; Jinja",
     )  # fmt: skip
     group.add_argument(
         "--draft", "--draft-model", "--assistant-model", "--spec-model",
@@ -132,6 +143,19 @@ def draft_options(args: argparse.Namespace, **given: Any) -> DraftOptions:
     return replace(options, min_ngram=min(options.min_ngram, options.max_ngram))
 
 
+def add_chat_argument(group: argparse._ArgumentGroup) -> None:
+    """For commands that read prompts; ``chats`` does it."""
+    group.add_argument(
+        "--apply-chat-template", action="store_true",
+        help="make each text prompt a message of the user's",
+    )  # fmt: skip
+
+
+def chats(args: argparse.Namespace, prompts: Iterable[Any]) -> Iterable[Any]:
+    """The prompts, texts as chats if ``--apply-chat-template`` says so."""
+    return map(as_chat, prompts) if args.apply_chat_template else prompts
+
+
 def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -161,45 +185,85 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of ``SamplingParams``, with its default."""
-    default = SamplingParams()
+    """One flag per field of ``SamplingParams``; ``None`` where not given."""
     group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--generation-config", type=types.path, default=CONFIG_AUTO,
+        metavar=f"{CONFIG_AUTO}|{CONFIG_NONE}|PATH",
+        help="where flags that are not given come from: the target's generation_config.json "
+        f"({CONFIG_AUTO}), nowhere, or another file or folder",
+    )  # fmt: skip
     for name in ("temperature", "top-p", "min-p"):
-        group.add_argument(
-            f"--{name}", type=float, default=getattr(default, name.replace("-", "_"))
-        )
-    group.add_argument("--top-k", type=types.integer, default=default.top_k)
-    for name in ("repetition", "presence", "frequency"):
-        flag = f"--{name}-penalty"
-        group.add_argument(flag, type=float, default=getattr(default, f"{name}_penalty"))
+        group.add_argument(f"--{name}", type=float, metavar="X", help=_default(name))
+    group.add_argument("--top-k", type=types.integer, metavar="K", help=_default("top-k"))
+    for name in ("repetition-penalty", "presence-penalty", "frequency-penalty"):
+        group.add_argument(f"--{name}", type=float, metavar="X", help=_default(name))
     group.add_argument(
         "--logit-bias", type=types.logit_bias, metavar="JSON", help='{"token id": bias}'
     )
     group.add_argument(
-        "--max-new-tokens", "--max-tokens", type=types.integer, default=default.max_new_tokens,
-        metavar="N",
+        "--max-new-tokens", "--max-tokens", type=types.integer, metavar="N",
+        help=_default("max-new-tokens"),
     )  # fmt: skip
-    group.add_argument(
-        "--min-new-tokens", "--min-tokens", type=types.integer, default=0, metavar="N"
-    )
-    group.add_argument("--seed", type=types.integer, default=default.seed)
-    group.add_argument("--stop", action="append", type=types.text, default=[], metavar="TEXT")
-    group.add_argument("--stop-token-ids", type=types.integer, nargs="+", default=[], metavar="ID")
-    group.add_argument("--ignore-eos", action="store_true")
+    group.add_argument("--min-new-tokens", "--min-tokens", type=types.integer, metavar="N")
+    group.add_argument("--seed", type=types.integer, metavar="N")
+    group.add_argument("--stop", action="append", type=types.text, metavar="TEXT")
+    group.add_argument("--stop-token-ids", type=types.integer, nargs="+", metavar="ID")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
     group.add_argument("--logprobs", type=types.integer, metavar="N")
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """The parameters that the flags describe.
+def _default(name: str) -> str:
+    return f"default: {getattr(SamplingParams(), name.replace('-', '_'))}"
+
+
+def sampling_params(args: argparse.Namespace, model: Any = None) -> SamplingParams:
+    """The parameters that the flags describe, over the defaults of the model.
+
+    What comes from a generation config, and what in it is not done, is said on standard error.
+
+    Args:
+        model: the loaded target; ``None``, before there is one, looks at the flags alone.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value out of range, or a generation config that cannot be read.
     """
     names = SamplingParams.__dataclass_fields__
-    values = {name: getattr(args, name) for name in names}
-    values["stop"] = tuple(values["stop"])
-    values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    config = _generation_config(args.generation_config, model)
+    taken, left_out = model_defaults(config)
+    taken = {name: value for name, value in taken.items() if name not in given}
     try:
-        return SamplingParams(**values)
+        SamplingParams(**given)
     except ValueError as error:
         raise UserError(str(error)) from None
+    try:
+        params = SamplingParams(**taken, **given)
+    except ValueError as error:
+        raise UserError(
+            f"generation config: {error}; --generation-config {CONFIG_NONE} leaves it out"
+        ) from None
+    if model is not None:
+        _tell(taken, left_out)
+    return params
+
+
+def _generation_config(source: str, model: Any) -> dict[str, Any]:
+    if source == CONFIG_AUTO:
+        return generation_fields(model)
+    if source == CONFIG_NONE:
+        return {}
+    path = Path(source)
+    return read_json(path / GENERATION_CONFIG if path.is_dir() else path)
+
+
+def _tell(taken: dict[str, Any], left_out: dict[str, Any]) -> None:
+    default = SamplingParams()
+    taken = {name: value for name, value in taken.items() if value != getattr(default, name)}
+    parts = [
+        f"{what}: " + ", ".join(f"{name} {shown(value)}" for name, value in fields.items())
+        for what, fields in (("takes", taken), ("leaves out", left_out))
+        if fields
+    ]
+    if parts:
+        say(one_line(f"from the generation config, {'; '.join(parts)}"))

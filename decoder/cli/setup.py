@@ -49,6 +49,8 @@ class Setup:
         builtin = BUILTIN.get(self.name)
         self.path = str(builtin.target_path()) if builtin else self.name
         self.tokenizer = load_tokenizer(self.path)
+        if args.chat_template is not None:
+            self.tokenizer.chat_template = args.chat_template
         self.target = load_model(
             self.path,
             dtype=args.dtype,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from decoder.errors import UserError
+from decoder.requests.defaults import WITHOUT_EFFECT
 
 # Fields of the generation config that reach the decoder: as lengths, as the logits processors and
 # stopping criteria that `generate` makes of them, or as rows that it has repeated.
@@ -29,28 +30,6 @@ HONOURED = frozenset({
     "watermarking_config", "num_return_sequences", "return_dict_in_generate", "token_healing",
     "pad_token_id", "bos_token_id", "eos_token_id",
 })  # fmt: skip
-
-# Fields that change nothing in what is returned, and why.
-WITHOUT_EFFECT = {
-    "early_stopping": "read by beam search alone",
-    "length_penalty": "read by beam search alone",
-    "decoder_start_token_id": "read for encoder-decoder models alone",
-    "use_cache": "speed only; speculation keeps a cache of its own",
-    "cache_config": "read with cache_implementation alone",
-    "max_cache_len": "read with cache_implementation alone",
-    "prefill_chunk_size": "memory only",
-    "compile_config": "speed only",
-    "disable_compile": "speed only",
-    "low_memory": "read by contrastive search alone",
-    "num_assistant_tokens": "read with an assistant alone",
-    "num_assistant_tokens_schedule": "read with an assistant alone",
-    "assistant_confidence_threshold": "read with an assistant alone",
-    "max_matching_ngram_size": "read with an assistant alone",
-    "assistant_lookbehind": "read with an assistant alone",
-    "target_lookbehind": "read with an assistant alone",
-    "continuous_batching_config": "read by generate_batch alone",
-    "transformers_version": "a note",
-}
 
 # Fields that ask for another way of decoding or for what speculation does not compute, with the
 # values besides None and False that do not.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from .defaults import generation_fields, model_defaults
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,24 @@ class SamplingParams:
             ("stop_token_ids", "ids >= 0", all(token >= 0 for token in self.stop_token_ids)),
             ("logprobs", "None or an integer >= 0", self.logprobs is None or self.logprobs >= 0),
         ]  # fmt: skip
+
+    @classmethod
+    def from_model(cls, model: Any, **changes: Any) -> SamplingParams:
+        """What a model's generation config asks for, and ``changes`` to it.
+
+        What it asks for and is not done is logged as a warning.
+
+        Args:
+            model: a loaded transformers model.
+            changes: fields, instead of the config's.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        taken, left_out = model_defaults(generation_fields(model))
+        if left_out:
+            logger.warning("left out of the model's generation config: %s", shown(left_out))
+        return cls(**{**taken, **changes})
 
     @property
     def greedy(self) -> bool:

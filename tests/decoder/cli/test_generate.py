@@ -46,7 +46,7 @@ class ScriptedDecoder:
 @pytest.fixture
 def decoder(monkeypatch):
     made = ScriptedDecoder()
-    scripted = SimpleNamespace(decoder=lambda: made, tokenizer=None)
+    scripted = SimpleNamespace(decoder=lambda: made, tokenizer=None, target=None)
     monkeypatch.setattr(setup, "Setup", lambda args: scripted)
     return made
 
@@ -163,7 +163,7 @@ def test_unseeded_runs_do_not_share_their_seeds(decoder, monkeypatch):
     drawn = []
     decoder.stream = lambda prompts, params: drawn.append(int(torch.randint(2**62, ()))) or ()
     unseeded = SimpleNamespace(seed=None)
-    monkeypatch.setattr("decoder.cli.generate.sampling_params", lambda args: unseeded)
+    monkeypatch.setattr("decoder.cli.generate.sampling_params", lambda *args: unseeded)
     state = torch.get_rng_state()
     try:
         for _ in range(2):
