@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         params = sampling_params(args, setup.target)
         if params.seed is None:
             torch.seed()  # or a resumed run would draw the seeds that its first part has used
-        _check_params(decoder, params)
+        _check_params(decoder, params, templated=args.apply_chat_template)
         writer.begin()
         results = _Results(_shower(args, writer, setup.tokenizer), writer)
         try:
@@ -177,8 +177,13 @@ def _prompts(args: argparse.Namespace) -> Prompts:
     return chats(args, prompts)
 
 
-def _check_params(decoder: Any, params: SamplingParams) -> None:
+def _check_params(decoder: Any, params: SamplingParams, templated: bool) -> None:
     """Flags that go with no prompt on this model stop a run before it starts."""
+    if templated and getattr(decoder.tokenizer, "chat_template", None) is None:
+        raise UserError(
+            "--apply-chat-template needs a tokenizer with a chat template, got none; "
+            "--chat-template sets one"
+        )
     try:
         decoder.reader.read(0, [0], params)
     except UserError as error:

@@ -261,9 +261,10 @@ def _tell(taken: dict[str, Any], left_out: dict[str, Any]) -> None:
     default = SamplingParams()
     taken = {name: value for name, value in taken.items() if value != getattr(default, name)}
     parts = [
-        f"{what}: " + ", ".join(f"{name} {shown(value)}" for name, value in fields.items())
-        for what, fields in (("takes", taken), ("leaves out", left_out))
+        f"{what} the generation config: "
+        + ", ".join(f"{name} {shown(value)}" for name, value in fields.items())
+        for what, fields in (("from", taken), ("left out of", left_out))
         if fields
     ]
     if parts:
-        say(one_line(f"from the generation config, {'; '.join(parts)}"))
+        say(one_line("; ".join(parts)))

@@ -63,11 +63,11 @@ def model_defaults(config: Mapping[str, Any]) -> ModelDefaults:
         config: the fields of ``generation_config.json``.
     """
     said = {name: value for name, value in config.items() if value is not None}
-    taken = {_TAKEN[name]: value for name, value in said.items() if name in _TAKEN}
     if said.get("do_sample") is True:
-        taken.setdefault("temperature", 1.0)
+        said.setdefault("temperature", 1.0)
     else:
-        taken.pop("temperature", None)
+        said.pop("temperature", None)
+    taken = {field: said[name] for name, field in _TAKEN.items() if name in said}
     known = {*_TAKEN, *_ELSEWHERE, *WITHOUT_EFFECT}
     rest = {k: v for k, v in said.items() if k not in known and k[:1] != "_" and v is not False}
     return ModelDefaults(taken, _without_neutral(rest) if rest else rest)
