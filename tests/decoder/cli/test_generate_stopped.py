@@ -14,8 +14,8 @@ from decoder.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNT = 24
-FLAGS = ["--threads", "1", "--batch-size", "4", "--max-new-tokens", "48", "--drafter", "ngram",
-         "--gamma", "2", "--ignore-eos"]  # fmt: skip
+FLAGS = ["--target", "embedded", "--threads", "1", "--batch-size", "4", "--max-new-tokens", "48",
+         "--drafter", "ngram", "--gamma", "2", "--ignore-eos"]  # fmt: skip
 
 # How a shell starts a run, and the exit code it has then: of the first three, after the signal
 # that they are called by and are sent when they have some results.
