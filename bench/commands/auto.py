@@ -1,6 +1,7 @@
 """``bench auto``: automatic gamma against autoregressive decoding and every fixed gamma.
 
-One engine, the replay drafter at each alpha with a real draft's cost. The controller takes its
+One engine; the replay drafter at each alpha with a real draft's cost, or, of a trained pair, its
+draft's own proposals on each data set. The controller takes its
 start-up profile before the first run, as the command line does. The first run is not timed, so a
 timed one starts with the acceptance seen before; ``--cold`` forgets it before every run. A second
 autoregressive decoder runs along: its ratio to the first is the noise of the machine.
@@ -15,17 +16,21 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.commands.arguments import numbers
 from bench.measure.record import Recorder
 from bench.runs.automatic import Settings, measure_automatic
-from bench.runs.decode import Subject
+from bench.runs.subject import Subject
+from bench.workloads.arguments import add_pair, numbers, words
 from bench.workloads.models import load_subject
+from bench.workloads.prompts import DATA_FILES, prompt_tokens
+from bench.workloads.trained import TrainedPair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench auto``."""
+    add_pair(parser)
+    parser.add_argument("--datasets", default=",".join(DATA_FILES), help="of a trained pair")
     parser.add_argument("--target", default="moe-310m", help="moe-310m, dense-310m, or a path")
-    parser.add_argument("--alphas", default="0.3,0.6,0.9")
+    parser.add_argument("--alphas", default="0.3,0.6,0.9", help="imposed without a preset")
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64")
     parser.add_argument("--gammas", default="1,2,4,6", help="fixed gammas to compare with")
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -43,9 +48,10 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     recorder = Recorder(args.out, args.device)
-    target, draft = load_subject(args.target, None, getattr(torch, args.dtype), args.device)
-    table = Table(title=f"{args.target} {args.dtype}: automatic gamma")
-    heads = ("alpha", "B", "AR / AR", "auto / AR", "best fixed", "auto / best of all", "why")
+    name = args.preset or args.target
+    subjects = _trained(args) if args.preset else _replayed(args)
+    table = Table(title=f"{name} {args.dtype}: automatic gamma")
+    heads = ("text", "B", "AR / AR", "auto / AR", "best fixed", "auto / best of all", "why")
     for head in heads:
         table.add_column(head, justify="right")
     settings = Settings(
@@ -56,11 +62,12 @@ def run(args: argparse.Namespace) -> None:
         cold=args.cold,
     )
     for batch in tqdm(numbers(args.batch_sizes), desc="B", disable=None):
-        for alpha in map(float, args.alphas.split(",")):
-            line = measure_automatic(Subject(target, draft, alpha), batch, settings)
-            recorder.write("auto", target=args.target, alpha=alpha, batch=batch, **line)
+        for of, subject in subjects.items():
+            line = measure_automatic(subject, batch, settings)
+            place = {"data": of} if args.preset else {}
+            recorder.write("auto", target=name, alpha=subject.alpha, **place, batch=batch, **line)
             table.add_row(
-                f"{alpha:g}",
+                of,
                 str(batch),
                 f"{line['noise']:.2f}",
                 f"{line['against_ar']:.2f}",
@@ -69,3 +76,19 @@ def run(args: argparse.Namespace) -> None:
                 line["why"],
             )
     Console(width=150).print(table)
+
+
+def _trained(args: argparse.Namespace) -> dict[str, Subject]:
+    """The pair on each data set."""
+    pair = TrainedPair.of_preset(args.preset, args.drafter)
+    target = pair.load_target(getattr(torch, args.dtype), args.device)
+    draft, tokenizer = pair.load_draft(target), pair.load_tokenizer()
+    prompts = {x: prompt_tokens(tokenizer, x, args.prompts_dir) for x in words(args.datasets)}
+    return {x: Subject(target, draft, None, prompts=prompts[x]) for x in prompts}
+
+
+def _replayed(args: argparse.Namespace) -> dict[str, Subject]:
+    """Random weights under each acceptance."""
+    target, draft = load_subject(args.target, None, getattr(torch, args.dtype), args.device)
+    alphas = map(float, args.alphas.split(","))
+    return {f"α = {alpha:g}": Subject(target, draft, alpha) for alpha in alphas}

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.commands.arguments import numbers
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.record import Recorder
-from bench.runs.decode import Subject, measure_batch
+from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
+from bench.runs.subject import Subject
+from bench.workloads.arguments import numbers
 from bench.workloads.models import load_subject
 
 

@@ -11,11 +11,13 @@ from rich.table import Table
 from bench.measure.record import Recorder
 from bench.runs.cells import Cells, load_cells
 from bench.runs.fitting import DESIGNS, Fits, fit_cells, record_errors
+from bench.workloads.trained import PAIRS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench fit``."""
-    parser.add_argument("lines", nargs="+", type=Path, help="JSONL of bench decode")
+    parser.add_argument("lines", nargs="+", type=Path, help="JSONL of bench decode or paper")
+    parser.add_argument("--preset", choices=PAIRS, help="only the lines of this trained pair")
     parser.add_argument("--points", type=int, default=21)
     parser.add_argument("--design", choices=DESIGNS, default="d-optimal", help="which cells to fit")
     parser.add_argument("--profile", type=Path, help="write the improved fit for the controller")
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Fit each target of the lines; print errors, warnings and the worst held-out cells."""
-    groups = load_cells(args.lines)
+    groups = load_cells(args.lines, args.preset)
     if args.profile and len(groups) > 1:
         names = ", ".join(group.model.target.name for group in groups)
         raise ValueError(f"a profile is of one target, the lines hold {names}")

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.commands.arguments import numbers
 from bench.measure.ceilings import measure_ceilings
 from bench.measure.record import Recorder
 from bench.peers.vllm_experts import VllmExperts
 from bench.runs.layer import LayerBenchmark
 from bench.runs.layer_record import Settings, efficiency
+from bench.workloads.arguments import numbers
 from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
 

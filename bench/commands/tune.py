@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from bench.commands.arguments import numbers
 from bench.runs.tiles_file import has_entry
 from bench.runs.tuning import BUDGET_S, CANDIDATES, ROUNDS, search_steps, tune_each
+from bench.workloads.arguments import numbers
 from bench.workloads.shapes import Shape, parse_shape
 from moesd_kernels.experts.triton.config import model_choice
 from moesd_kernels.experts.triton.tuned import FOLDER, config_path

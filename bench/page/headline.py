@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.page.runs import largest_run
+from bench.pictures.style import of_acceptance
 
 Line = dict[str, Any]
 COUNT = 4
@@ -142,7 +143,7 @@ def _automatic(lines: list[Line]) -> Number | None:
     worst = min(cells, key=lambda line: line["against_best"])
     words = (
         f"automatic γ over the best fixed one, the lowest of {len(cells)} cells: "
-        f"α = {worst['alpha']:g}, B = {worst['batch']}"
+        f"{of_acceptance(worst)}, B = {worst['batch']}"
     )
     return _number(f"{worst['against_best']:.2f}×", words, cells)
 

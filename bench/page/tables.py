@@ -18,7 +18,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("gb_per_s", "of_roof", "ratio"),
     ),
     "generate": (
-        *("target", "B", "variant", "alpha", "gamma", "new_tokens", "tokens_per_s"),
+        *("target", "prompts", "B", "variant", "alpha", "gamma", "new_tokens", "tokens_per_s"),
         *("times_faster_than", "identical_to_ours"),
     ),
     "decode": (
@@ -26,7 +26,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("speedup", "speedup_p20_p80", "identical"),
     ),
     "auto": (
-        *("target", "alpha", "batch", "noise", "against_ar", "best_fixed", "against_best", "why"),
+        *("target", "alpha", "data", "batch", "noise", "against_ar"),
+        *("best_fixed", "against_best", "why"),
     ),
     "fit": ("target", "model", "design", "points", "error"),
     "predict": ("top_k", "batch", "gamma", "sigma", "speedup", "predicted"),

@@ -16,6 +16,8 @@ class TransformersGenerate:
         self.model: Any = model
         if hasattr(model.config, "num_experts") or hasattr(model.config, "num_local_experts"):
             model.set_experts_implementation(experts)
+        # An end of sequence is a token like others, as it is for us: none is held back.
+        self.model.generation_config.eos_token_id = None
 
     def run(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[float, list[list[int]]]:
         """Seconds of one call, and the new tokens of each prompt."""
@@ -33,7 +35,6 @@ class TransformersGenerate:
                 ids,
                 attention_mask=mask,
                 do_sample=False,
-                min_new_tokens=max_new_tokens,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=0,
             )

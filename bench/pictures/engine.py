@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from bench.pictures.style import Lines, axes, ink, legend, log_y, of_device, save
+from bench.pictures.style import Lines, axes, ink, legend, log_y, of_acceptance, of_device, save
 
 
 def draw_tokens_per_second(lines: Lines, out: Path) -> list[Path]:
@@ -38,12 +38,12 @@ def draw_automatic(lines: Lines, out: Path) -> list[Path]:
         figure, ax = axes(
             of_device(target, lines[0]), "batch B", "automatic γ / best fixed γ", log_x=True
         )
-        alphas: dict[float, dict[int, float]] = defaultdict(dict)
-        for line in sorted(lines, key=lambda line: (line["alpha"], line["batch"])):
+        curves: dict[str, dict[int, float]] = defaultdict(dict)
+        for line in sorted(lines, key=lambda line: (of_acceptance(line), line["batch"])):
             if line["target"] == target:
-                alphas[line["alpha"]][line["batch"]] = line["against_best"]
-        for alpha, ratios in alphas.items():
-            ax.plot(list(ratios), list(ratios.values()), "o-", label=f"α = {alpha:g}")
+                curves[of_acceptance(line)][line["batch"]] = line["against_best"]
+        for label, ratios in curves.items():
+            ax.plot(list(ratios), list(ratios.values()), "o-", label=label)
         ax.axhline(1.0, color=ink(), lw=0.8)
         legend(ax)
         drawn.append(save(figure, out, f"automatic-{target.rsplit('/', 1)[-1]}"))

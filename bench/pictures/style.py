@@ -70,6 +70,11 @@ def of_device(words: str, line: dict[str, Any]) -> str:
     return f"{words} · {line['env']['device']}"
 
 
+def of_acceptance(line: dict[str, Any]) -> str:
+    """What decided acceptance in a line: the alpha imposed, or the text of a data set."""
+    return line["data"] if line["alpha"] is None else f"α = {line['alpha']:g}"
+
+
 def axes(title: str, xlabel: str, ylabel: str, *, log_x: bool = False) -> tuple[Any, Any]:
     """One figure with one pair of labelled, gridded axes."""
     figure, ax = plt.subplots()

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.measure.timer import interleaved, summarize
-from bench.runs.decode import Subject, drafter_for
+from bench.runs.subject import Subject, drafter_for
 from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import ReplayDrafter
 from decoder.engine.profile_rounds import profile_rounds
 from decoder.gamma.acceptance import AcceptanceEstimator
 from decoder.gamma.auto import AutoGamma
+from decoder.gamma.base import AUTO, FixedGamma
 
 PROMPT_TOKENS = 32
-PLAIN, TWIN, AUTO = "0", "0 again", "auto"
+PLAIN, TWIN = "0", "0 again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,24 @@ def measure_automatic(subject: Subject, batch: int, settings: Settings) -> dict[
     Raises:
         RuntimeError: a gamma changed the output.
     """
-    prompts = random_prompts(batch, PROMPT_TOKENS, subject.target.config.vocab_size)
+    prompts = [list(prompt) for prompt in (subject.prompts or ())[:batch]]
+    prompts = prompts or random_prompts(batch, PROMPT_TOKENS, subject.target.config.vocab_size)
     params = SamplingParams(max_new_tokens=settings.new_tokens, ignore_eos=True)
-    plain = _plain(subject, batch, settings)
+    length = max(map(len, prompts)) + settings.new_tokens
+    plain = _plain(subject, batch, length)
     answers = [list(o.token_ids) for o in plain.generate(prompts, params)]
-    decoders = {PLAIN: plain, TWIN: _plain(subject, batch, settings)}
-    for gamma in [*map(str, settings.gammas), AUTO]:
-        decoders[gamma] = _speculative(subject, gamma, prompts, answers, settings)
+    decoders = {PLAIN: plain, TWIN: _plain(subject, batch, length)}
+    # Fixed draft lengths take turns in one decoder: a cache of each would be many.
+    fixed = {str(gamma): FixedGamma(gamma) for gamma in settings.gammas}
+    longest = FixedGamma(max(settings.gammas))
+    decoders |= dict.fromkeys(fixed, _speculative(subject, longest, prompts, answers, length))
+    decoders[AUTO] = _speculative(subject, AUTO, prompts, answers, length)
     profiled = profile_rounds(decoders[AUTO])
 
     def timed(name: str) -> Callable[[int], float]:
         def one(_round: int) -> float:
-            controller = decoders[name].controller
+            controller = fixed.get(name, decoders[name].controller)
+            decoders[name].controller = controller
             if settings.cold and isinstance(controller, AutoGamma):
                 controller.acceptance = AcceptanceEstimator(controller.max_gamma)
             begin = time.perf_counter()
@@ -78,24 +86,22 @@ def measure_automatic(subject: Subject, batch: int, settings: Settings) -> dict[
     }
 
 
-def _plain(subject: Subject, batch: int, settings: Settings) -> SpeculativeDecoder:
-    length = PROMPT_TOKENS + settings.new_tokens
+def _plain(subject: Subject, batch: int, length: int) -> SpeculativeDecoder:
     return SpeculativeDecoder(subject.target, None, 0, max_batch_size=batch, max_length=length)
 
 
 def _speculative(
     subject: Subject,
-    gamma: str,
+    gamma: Any,
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
-    settings: Settings,
+    length: int,
 ) -> SpeculativeDecoder:
     drafter = drafter_for(subject)
-    drafter.recordings.update({tuple(p): a for p, a in zip(prompts, answers, strict=True)})
-    wanted: Any = gamma if gamma == AUTO else int(gamma)
-    length = PROMPT_TOKENS + settings.new_tokens
+    if isinstance(drafter, ReplayDrafter):
+        drafter.recordings.update({tuple(p): a for p, a in zip(prompts, answers, strict=True)})
     return SpeculativeDecoder(
-        subject.target, drafter, wanted, max_batch_size=len(prompts), max_length=length
+        subject.target, drafter, gamma, max_batch_size=len(prompts), max_length=length
     )
 
 

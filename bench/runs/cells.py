@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from decoder.perf_model.hardware.machine import Machine
 from decoder.perf_model.model_spec import ModelSpec
 from decoder.perf_model.observations import Observation
 
+# Kinds of line that hold a cell: of imposed acceptance, and of a trained pair on a data set.
+DECODE, TRAINED = "decode", "trained"
+
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """All cells of one target on one machine.
+    """All cells of one target and drafter on one machine.
 
     Attributes:
         model: the machine's own prediction for that target and draft (nothing fitted).
@@ -27,6 +31,16 @@ class Cells:
     model: ForwardModel
     observations: list[Observation]
     lines: list[dict[str, Any]]
+
+    def by_text(self) -> list[Cells]:
+        """Apart by data set and temperature, where the acceptance is a trained pair's own."""
+        texts: dict[Any, list[int]] = defaultdict(list)
+        for index, line in enumerate(self.lines):
+            texts[line.get("data"), line.get("temperature")].append(index)
+        return [
+            Cells(self.model, [self.observations[i] for i in group], [self.lines[i] for i in group])
+            for group in texts.values()
+        ]
 
 
 def setup_fields(
@@ -41,23 +55,32 @@ def setup_fields(
     }
 
 
-def load_cells(paths: Sequence[str | Path]) -> list[Cells]:
-    """Group ``decode`` lines by target; lines of one target share the first line's machine.
+def load_cells(paths: Sequence[str | Path], target: str | None = None) -> list[Cells]:
+    """Group lines by target and drafter; lines of one group share the first line's machine.
+
+    Args:
+        paths: files of ``decode`` and ``trained`` lines.
+        target: only its lines.
 
     Raises:
-        ValueError: no decode lines, or a line without its setup.
+        ValueError: no such lines, or a line without its setup.
     """
-    lines = list(read_lines(paths, "decode"))
+    lines = [
+        line
+        for line in read_lines(paths)
+        if line.get("kind") in (DECODE, TRAINED) and target in (None, line["target"])
+    ]
     if not lines:
-        raise ValueError(f"no decode lines in {', '.join(map(str, paths))}")
+        of = f" of {target}" if target else ""
+        raise ValueError(f"no decode lines{of} in {', '.join(map(str, paths))}")
     return group_cells(lines)
 
 
 def group_cells(lines: Iterable[dict[str, Any]]) -> list[Cells]:
-    """``decode`` lines as cells, one group per target."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """Lines as cells, one group per target and drafter."""
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        groups.setdefault(line["target"], []).append(line)
+        groups[line["target"], line.get("drafter")].append(line)
     return [_cells(group) for group in groups.values()]
 
 

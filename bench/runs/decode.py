@@ -4,57 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
 
 from bench.measure.telemetry import count_experts
 from bench.measure.timer import summarize
 from bench.runs.forced import ForcedSampler, force
+from bench.runs.subject import Subject, drafter_for, logged_decoder
 from bench.workloads.prompts import random_prompts
-from decoder import SamplingParams, SpeculativeDecoder
+from decoder import SamplingParams
 from decoder.drafters import ReplayDrafter
-from decoder.drafters.eagle import EagleDrafter
-from decoder.drafters.eagle_config import EagleCheckpoint
-from decoder.drafters.independent import IndependentDrafter
 from decoder.engine.profile_rounds import RoundLog
-from moesd_kernels import accelerate
 
+Prompts = list[list[int]]
 Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase
 # Experts are counted outside the graphs, where a step of a large model costs host time.
 COUNTED_TOKENS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is measured: a target, a draft, and the acceptance imposed on it.
-
-    Attributes:
-        draft: a draft model, an ``EagleCheckpoint``, or None: proposals cost nothing.
-        alpha: acceptance per token imposed by the replay drafter; None uses the draft's own.
-        prompts: token ids to draw a batch from, first ones first; None makes random ones.
-    """
-
-    target: Any
-    draft: Any | None
-    alpha: float | None
-    temperature: float = 0.0
-    prompts: Sequence[list[int]] | None = None
-
-    @property
-    def verifier(self) -> Literal["standard", "coupled"]:
-        """``coupled`` where replay meets sampling: its output is the target's own for the seed, so
-        that a recorded continuation stays the right answer."""
-        return "coupled" if self.temperature and self.alpha is not None else "standard"
-
-    @property
-    def forced(self) -> bool:
-        """Whether replay decides instead of the target: where rounding depends on shapes."""
-        return self.alpha is not None and self.target.device.type == "cuda"
-
-    @property
-    def top_k(self) -> int | None:
-        """Experts per token, None for a dense target."""
-        return getattr(self.target.config, "num_experts_per_tok", None)
+# Of a prompt where its content matters little: to warm up, and to count experts.
+TAIL = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +43,10 @@ class Pair:
     """One (B, gamma): both modes, measured in the same repetitions.
 
     Attributes:
+        alpha: drafts accepted, of those decided on.
+        decided: how many those were.
         identical: whether speculative outputs were the autoregressive ones; None where verdicts
-            were forced, which makes them so by construction.
+            were forced, which makes them so by construction, or where sampling draws others.
         agreement: with forced verdicts, how often the target's own choice was the recorded token.
     """
 
@@ -88,6 +56,8 @@ class Pair:
     ar: RoundTimes
     spec: RoundTimes
     sigma: float
+    alpha: float | None
+    decided: int
     speedup: float
     speedup_range: tuple[float, float]
     identical: bool | None
@@ -114,6 +84,16 @@ class Seen:
     agreement: float | None
 
 
+@dataclass(slots=True)
+class Arm:
+    """The timed runs of one draft length: full rounds of each, drafts decided on and accepted."""
+
+    rounds: list[list[Round]] = field(default_factory=list)
+    identical: bool = True
+    decided: int = 0
+    accepted: int = 0
+
+
 def measure_batch(
     subject: Subject,
     batch: int,
@@ -127,109 +107,119 @@ def measure_batch(
     """Measure ``batch`` sequences autoregressively and with each gamma.
 
     Args:
-        read: bytes/s that memory gives now; taken between runs.
+        prompt_tokens: length of random prompts.
         new_tokens: length of the autoregressive run; speculative runs emit as many.
-        repetitions: of the whole cycle after one warm-up cycle, which also records the target's
-            continuations for the replay drafter.
+        repetitions: of the whole cycle after one warm-up cycle. Each has prompts of its own where
+            the subject brings enough of them.
+        read: bytes/s that memory gives now; taken between runs.
     """
-    prompts = [list(p) for p in (subject.prompts or ())[:batch]]
-    prompts = prompts or random_prompts(batch, prompt_tokens, subject.target.config.vocab_size)
-    prompt_tokens = max(map(len, prompts))
-    params = SamplingParams(
-        max_new_tokens=new_tokens,
-        ignore_eos=True,
-        temperature=subject.temperature,
-        seed=0,  # the same draws in every run: outputs are compared, and replayed
-    )
-    plain = _decoder(subject, None, batch, prompt_tokens + new_tokens, 0)
-    replay = drafter_for(subject)
-    fast = _decoder(subject, replay, batch, prompt_tokens + new_tokens, max(gammas))
-    wanted = [list(o.token_ids) for o in plain.generate(prompts, params)]
-    forced: ForcedSampler | None = None
-    if isinstance(replay, ReplayDrafter):
-        replay.recordings.update({tuple(p): t for p, t in zip(prompts, wanted, strict=True)})
-        forced = force(fast, replay) if subject.forced else None
-    runs: dict[int, list[list[Round]]] = {gamma: [] for gamma in (0, *gammas)}
-    identical = dict.fromkeys(gammas, True)
-    reads: list[float] = []
-    for repetition in range(-1, repetitions):
-        for gamma in runs:
-            decoder = fast if gamma else plain
-            log = decoder.controller = RoundLog(gamma, max(gammas))
-            outputs = decoder.generate(prompts, params)
-            if gamma:
-                identical[gamma] &= [list(o.token_ids) for o in outputs] == wanted
-            if repetition >= 0:
-                runs[gamma].append(log.full(batch))
-                if read:
-                    reads.append(read())
+    waves = [_prompts(subject, batch, turn, prompt_tokens) for turn in range(repetitions)]
+    longest = max(len(prompt) for wave in waves for prompt in wave)
+    runs = _Runs(subject, batch, gammas, longest + new_tokens)
+    short, few = _excerpt(subject, waves[0], new_tokens)
+    # Graphs are captured by length, so there the warm-up is as long as what follows.
+    on_cpu = subject.target.device.type == "cpu"
+    runs.cycle(*((short, few) if on_cpu else (waves[0], new_tokens)))
+    runs.forget()
+    for wave in waves:
+        runs.cycle(wave, new_tokens, read)
     seen = Seen(
-        context=prompt_tokens + new_tokens // 2,
-        experts=_experts(subject, plain, fast, gammas, prompts, params),
-        read_bandwidth=statistics.median(reads) if reads else None,
-        agreement=forced.agreement() if forced else None,
+        context=round(statistics.fmean(len(p) for wave in waves for p in wave)) + new_tokens // 2,
+        experts=runs.experts(short, few),
+        read_bandwidth=statistics.median(runs.reads) if runs.reads else None,
+        agreement=runs.forced.agreement() if runs.forced else None,
     )
     return [
-        _pair(batch, gamma, runs[0], runs[gamma], None if forced else identical[gamma], seen)
+        _pair(batch, gamma, runs.arms, seen, comparable=subject.comparable)
         for gamma in gammas
-        if runs[gamma]
+        if any(runs.arms[gamma].rounds)
     ]
 
 
-def _decoder(
-    subject: Subject, drafter: Any, batch: int, length: int, max_gamma: int
-) -> SpeculativeDecoder:
-    return SpeculativeDecoder(
-        subject.target,
-        drafter=drafter,
-        gamma=RoundLog(max_gamma=max_gamma),
-        verifier=subject.verifier,
-        max_batch_size=batch,
-        max_length=length,
-    )
+def _prompts(subject: Subject, batch: int, turn: int, length: int) -> Prompts:
+    """The prompts of one repetition: the next ``batch``, from the first again after the last."""
+    if subject.prompts is None:
+        return random_prompts(batch, length, subject.target.config.vocab_size)
+    places = range(turn * batch, (turn + 1) * batch)
+    return [list(subject.prompts[place % len(subject.prompts)]) for place in places]
 
 
-def drafter_for(subject: Subject) -> Any:
-    """The drafter that imposes the subject's acceptance at its draft's cost."""
-    draft: Any = None
-    if isinstance(subject.draft, EagleCheckpoint):
-        draft = EagleDrafter(subject.draft, kernels=True)
-    elif subject.draft is not None:
-        draft = IndependentDrafter(accelerate(subject.draft))
-    return draft if subject.alpha is None else ReplayDrafter(subject.alpha, cost=draft)
+def _excerpt(subject: Subject, prompts: Prompts, new_tokens: int) -> tuple[Prompts, int]:
+    """A short run like the real one; replay knows whole prompts and draws its coins by position."""
+    tails = prompts if subject.alpha is not None else [prompt[-TAIL:] for prompt in prompts]
+    return tails, min(COUNTED_TOKENS, new_tokens)
 
 
-def _experts(
-    subject: Subject,
-    plain: SpeculativeDecoder,
-    fast: SpeculativeDecoder,
-    gammas: Sequence[int],
-    prompts: list[list[int]],
-    params: SamplingParams,
-) -> dict[int, float]:
-    """Tokens entering a layer -> mean distinct experts, from untimed runs."""
-    if subject.top_k is None:
-        return {}
-    means: dict[int, float] = {}
-    params = replace(params, max_new_tokens=min(COUNTED_TOKENS, params.max_new_tokens))
-    for gamma in (0, *gammas):
-        decoder = fast if gamma else plain
-        decoder.controller = RoundLog(gamma, max(gammas))
-        # Modules must really be called: neither a graph's replay nor a walk in C++ runs hooks.
-        with count_experts(subject.target) as counter, decoder.runner.eager():
-            decoder.generate(prompts, params)
-        means |= counter.mean_by_tokens()
-    return means
+class _Runs:
+    """Both decoders of one batch, and what their runs came to."""
+
+    def __init__(self, subject: Subject, batch: int, gammas: Sequence[int], length: int) -> None:
+        self.subject = subject
+        self.batch = batch
+        self.longest = max(gammas)
+        drafter = drafter_for(subject)
+        self.plain = logged_decoder(subject, None, batch, length, 0)
+        self.fast = logged_decoder(subject, drafter, batch, length, self.longest)
+        self.replay = drafter if isinstance(drafter, ReplayDrafter) else None
+        self.forced: ForcedSampler | None = None
+        if self.replay and subject.forced:
+            self.forced = force(self.fast, self.replay)
+        self.gammas = (0, *gammas)
+        self.forget()
+
+    def forget(self) -> None:
+        """Count from here."""
+        self.arms = {gamma: Arm() for gamma in self.gammas}
+        self.reads: list[float] = []
+
+    def cycle(
+        self, prompts: Prompts, new_tokens: int, read: Callable[[], float] | None = None
+    ) -> None:
+        """Decode once with every gamma, none first: its outputs are what others are held to."""
+        wanted: Prompts = []
+        for gamma, arm in self.arms.items():
+            log, outputs = self._run(gamma, prompts, new_tokens)
+            if gamma == 0:
+                wanted = outputs
+                if self.replay:
+                    recorded = zip(map(tuple, prompts), outputs, strict=True)
+                    self.replay.recordings.update(recorded)
+            arm.identical &= outputs == wanted
+            arm.rounds.append(log.full(self.batch))
+            stats = (self.fast if gamma else self.plain).stats
+            arm.decided += stats.decided
+            arm.accepted += stats.accepted
+            if read:
+                self.reads.append(read())
+
+    def experts(self, prompts: Prompts, new_tokens: int) -> dict[int, float]:
+        """Tokens entering a layer -> mean distinct experts, from untimed runs."""
+        if self.subject.top_k is None:
+            return {}
+        means: dict[int, float] = {}
+        for gamma in self.gammas:
+            runner = (self.fast if gamma else self.plain).runner
+            # Modules must really be called: neither a graph's replay nor a walk in C++ runs hooks.
+            with count_experts(self.subject.target) as counter, runner.eager():
+                self._run(gamma, prompts, new_tokens)
+            means |= counter.mean_by_tokens()
+        return means
+
+    def _run(self, gamma: int, prompts: Prompts, new_tokens: int) -> tuple[RoundLog, Prompts]:
+        decoder = self.fast if gamma else self.plain
+        log = decoder.controller = RoundLog(gamma, self.longest)
+        params = SamplingParams(
+            max_new_tokens=new_tokens, ignore_eos=True, temperature=self.subject.temperature
+        )
+        # The same draws in every run: outputs are compared, and replayed.
+        seeded = [replace(params, seed=row) for row in range(len(prompts))]
+        outputs = decoder.generate(prompts, seeded)
+        return log, [list(output.token_ids) for output in outputs]
 
 
-def _pair(
-    batch: int,
-    gamma: int,
-    plain: list[list[Round]],
-    fast: list[list[Round]],
-    identical: bool | None,
-    seen: Seen,
-) -> Pair:
+def _pair(batch: int, gamma: int, arms: dict[int, Arm], seen: Seen, *, comparable: bool) -> Pair:
+    plain, arm = arms[0].rounds, arms[gamma]
+    fast = arm.rounds
     rate = lambda run: sum(e for e, _ in run) / sum(sum(t.values()) for _, t in run)
     ratios = [rate(f) / rate(p) for p, f in zip(plain, fast, strict=True) if p and f]
     emitted = sum(e for run in fast for e, _ in run)
@@ -242,9 +232,11 @@ def _pair(
         ar=_times(plain),
         spec=_times(fast),
         sigma=emitted / (rounds * batch * (gamma + 1)),
+        alpha=arm.accepted / arm.decided if arm.decided else None,
+        decided=arm.decided,
         speedup=spread.median,
         speedup_range=(spread.p20, spread.p80),
-        identical=identical,
+        identical=arm.identical if comparable else None,
         agreement=seen.agreement,
         experts_ar=seen.experts.get(batch),
         experts_verify=seen.experts.get(batch * (gamma + 1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ import torch
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.machine import machine_with_kernels
 from bench.runs.cells import setup_fields
-from bench.runs.decode import Pair, Subject
+from bench.runs.decode import Pair
+from bench.runs.subject import Subject
 from decoder.drafters.eagle_config import EagleCheckpoint
 from decoder.perf_model.config_spec import spec_from_config
-from decoder.perf_model.model_spec import eagle_spec
+from decoder.perf_model.model_spec import ModelSpec, eagle_spec
 
 PROBES = 3
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -30,14 +32,31 @@ def describe_subject(
     machine = machine_with_kernels(device, dtype)
     reads += [probe.read() for _ in range(PROBES)] if probe else []
     target = spec_from_config(subject.target.config)
-    draft = None
-    if isinstance(subject.draft, EagleCheckpoint):
-        draft = eagle_spec(target)
-    elif subject.draft is not None:
-        draft = spec_from_config(subject.draft.config)
     # The machine's curves are the fastest seen, so the reference is, too.
     reference = {"machine_read_bandwidth": max(reads)} if reads else {}
+    draft = draft_spec(subject.draft, target)
     return setup_fields(target, draft, machine, DTYPES[dtype]) | reference
+
+
+def draft_spec(draft: Any, target: ModelSpec) -> ModelSpec | None:
+    """What a step of a draft costs; None where it reads no weights of its own."""
+    if draft is None or isinstance(draft, str):
+        return None
+    if not isinstance(draft, EagleCheckpoint):
+        return spec_from_config(draft.config)
+    # A head of the target's class, as wide as this one is and with the vocabulary it speaks.
+    spec = eagle_spec(target)
+    (layer,) = spec.layers
+    sizes = {name: w.numel() for name, w in draft.weights.items() if w.dim() == 2}
+    head, own = sizes.pop("lm_head.weight", spec.head), sizes.pop("embed_tokens.weight", 0)
+    read = replace(layer, dense=sum(sizes.values()) - layer.attention)
+    return replace(
+        spec,
+        vocab=head // target.hidden,
+        head=head,
+        layers=(read,),
+        embedding=own or spec.embedding,
+    )
 
 
 def memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
@@ -49,13 +68,17 @@ def memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
 
 
 def cell_fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
-    """One cell in the words of ``Observation``, and what else was seen."""
+    """One cell in the words of ``Observation``, and what else was seen.
+
+    Its ``alpha`` is the one imposed, or what the draft's own proposals came to.
+    """
     return {
         "target": name,
         "top_k": subject.top_k,
         "batch": pair.batch,
         "gamma": pair.gamma,
-        "alpha": subject.alpha,
+        "alpha": pair.alpha if subject.alpha is None else subject.alpha,
+        "decided": pair.decided,
         "context": pair.context,
         "sigma": pair.sigma,
         "ar_time": pair.ar.verify,

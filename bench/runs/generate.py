@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,16 @@ import torch
 from bench.measure.timer import interleaved, summarize
 from bench.peers.generate_transformers import TransformersGenerate
 from bench.peers.vllm_generate import VllmGenerate
-from bench.workloads.models import draft_like, load_model, moe_310m, random_model
-from bench.workloads.prompts import load_prompts, random_prompts
+from bench.workloads.models import draft_like, moe_310m, random_model
+from bench.workloads.prompts import prompt_tokens, random_prompts
+from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.independent import IndependentDrafter
-from decoder.embedded import draft_path, target_path
-from decoder.model.loading import load_tokenizer
 from moesd_kernels import accelerate
 
 VOCAB_SIZE = 4096  # of random prompts
+RANDOM = "moe-310m"
 PEERS = ("ours", "transformers", "vLLM")
 
 Run = Callable[[list[list[int]], int], tuple[float, list[list[int]]]]
@@ -33,20 +34,20 @@ class Settings:
     """What stays the same over all batches of a run.
 
     Attributes:
-        target: ``moe-310m``, ``embedded``, or a path.
-        draft: path of a draft model, or None; the embedded pair has its own.
+        pair: what is decoded; None is the random 310M model.
         alpha: acceptance imposed by the replay drafter, or None.
         gamma: draft length as text, or ``auto``.
         prompts: a data set's name or a JSONL file; None makes random ones of ``prompt_tokens``.
+        prompts_dir: folder of the data sets.
         transformers: whether transformers' ``generate`` is a peer.
         vllm_python: python of an environment with vLLM, which is then a peer, or None.
     """
 
-    target: str
-    draft: str | None
+    pair: TrainedPair | None
     alpha: float | None
     gamma: str
     prompts: str | None
+    prompts_dir: Path
     prompt_tokens: int
     new_tokens: int
     rounds: int
@@ -58,15 +59,16 @@ class Settings:
     @property
     def speculative(self) -> bool:
         """Whether there is anything to draft with."""
-        return self.alpha is not None or bool(self.draft) or self.target == "embedded"
+        return self.alpha is not None or (self.pair is not None and self.pair.drafter != "none")
 
 
 def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     """Tokens per second of every variant: the fields of its ``generate`` lines."""
     prompts = _prompts(settings, batch)
-    variants: dict[str, Run] = {"ours": _ours(settings, prompts, None)}
+    target = _target(settings)
+    variants: dict[str, Run] = {"ours": _ours(settings, target, prompts, None)}
     if settings.speculative:
-        variants["ours speculative"] = _ours(settings, prompts, settings.gamma)
+        variants["ours speculative"] = _ours(settings, target, prompts, settings.gamma)
     if settings.transformers:
         variants["transformers"] = TransformersGenerate(_target(settings)).run
     vllm = _vllm(settings, batch)
@@ -98,7 +100,9 @@ def _fields(
 ) -> dict[str, Any]:
     seconds = samples[name]
     return {
-        "target": settings.target,
+        "target": settings.pair.name if settings.pair else RANDOM,
+        "drafter": settings.pair.drafter if settings.pair else None,
+        "prompts": settings.prompts,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "B": batch,
         "variant": name,
@@ -118,34 +122,32 @@ def _fields(
 
 
 def _target(settings: Settings) -> Any:
-    """A fresh target: each variant gets its own, so that no hook of ours speeds up a peer."""
-    if settings.target == "moe-310m":
+    """A fresh target: a peer gets its own, so that no hook of ours speeds it up."""
+    if settings.pair is None:
         return random_model(moe_310m(), settings.dtype, settings.device)
-    return load_model(_path(settings), settings.dtype, settings.device)
-
-
-def _path(settings: Settings) -> str:
-    return str(target_path()) if settings.target == "embedded" else settings.target
+    return settings.pair.load_target(settings.dtype, settings.device)
 
 
 def _prompts(settings: Settings, batch: int) -> list[list[int]]:
-    if settings.prompts is None:
+    if settings.pair is None or settings.prompts is None:
         return random_prompts(batch, settings.prompt_tokens, VOCAB_SIZE)
-    tokenizer = load_tokenizer(_path(settings))
-    return [tokenizer(text)["input_ids"] for text in load_prompts(settings.prompts, batch)]
+    tokenizer = settings.pair.load_tokenizer()
+    prompts = prompt_tokens(tokenizer, settings.prompts, settings.prompts_dir)
+    if len(prompts) < batch:
+        raise ValueError(f"{settings.prompts} has {len(prompts)} prompts, expected {batch}")
+    return prompts[:batch]
 
 
 def _drafter(settings: Settings, target: Any) -> Any:
     if settings.alpha is not None:
         cost = random_model(draft_like(target.config), target.dtype, target.device, seed=1)
         return ReplayDrafter(settings.alpha, cost=IndependentDrafter(accelerate(cost)))
-    draft = draft_path() if settings.target == "embedded" else settings.draft
-    return build_drafter("auto", target, draft)
+    assert settings.pair is not None  # there is something to draft with
+    return build_drafter(settings.pair.drafter, target, settings.pair.draft)
 
 
-def _ours(settings: Settings, prompts: list[list[int]], gamma: str | None) -> Run:
+def _ours(settings: Settings, target: Any, prompts: list[list[int]], gamma: str | None) -> Run:
     """Our decoder as a variant; without a gamma it decodes autoregressively."""
-    target = _target(settings)
     decoder = SpeculativeDecoder(
         target,
         drafter=_drafter(settings, target) if gamma else None,

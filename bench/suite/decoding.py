@@ -10,9 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.runs.cells import load_cells, setup_fields
-from bench.runs.decode import Subject, measure_batch
+from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields
 from bench.runs.fitting import fit_cells, record_errors
+from bench.runs.subject import Subject
 from bench.suite.progress import FILE
 from bench.suite.session import OutOfTimeError, Session
 from bench.suite.sizes import DRAFT, fitting_preset

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-DATA_FILES = {"humaneval": "HumanEval.jsonl.gz", "mt-bench": "mt_bench.jsonl"}
+# By the paper's names; files are taken as they are published.
+DATA_FILES = {"humaneval": "HumanEval.jsonl.gz", "mt_bench": "mt_bench.jsonl"}
+# What a chat model is asked where a data set's prompt is not itself a question.
+QUESTIONS = {"humaneval": "Complete this function:\n\n```python\n{}\n```"}
 
 
-def load_prompts(source: str, limit: int | None = None, data: Path = DATA) -> list[str]:
+def load_prompts(source: str, limit: int | None = None, folder: Path = Path()) -> list[str]:
     """Prompt texts of a named data set or of a JSONL file.
 
     Args:
-        source: ``humaneval``, ``mt-bench`` or a path; a line holds ``prompt`` or ``turns``.
+        source: ``humaneval``, ``mt_bench`` or a path; a line holds ``prompt`` or ``turns``.
         limit: first prompts only.
-        data: folder of the named sets.
+        folder: where the files of the named sets are.
 
     Raises:
         FileNotFoundError: the file is not there; says where it was looked for.
         ValueError: a line without prompt.
     """
-    path = data / DATA_FILES[source] if source in DATA_FILES else Path(source)
+    path = folder / DATA_FILES[source] if source in DATA_FILES else Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"no prompts at {path} (--data names the folder of the data sets)")
+        raise FileNotFoundError(f"no prompts at {path} (--prompts-dir names the data sets' folder)")
     opener = gzip.open if path.suffix == ".gz" else open
     prompts = []
     with opener(path, "rt") as file:
@@ -37,6 +41,23 @@ def load_prompts(source: str, limit: int | None = None, data: Path = DATA) -> li
                 raise ValueError(f"{path}:{number} needs prompt or turns, got {sorted(line)}")
             prompts.append(prompt)
     return prompts[:limit]
+
+
+def prompt_tokens(tokenizer: Any, source: str, folder: Path = Path()) -> list[list[int]]:
+    """A data set's prompts as its model is given them, in an order that mixes their categories.
+
+    Through the chat template where the tokenizer has one: HumanEval's functions inside a question
+    (``QUESTIONS``), MT-bench's first turns as they are. Other models continue the raw text.
+    """
+    texts = load_prompts(source, folder=folder)
+    random.Random(0).shuffle(texts)
+    if not tokenizer.chat_template:
+        return [tokenizer(text)["input_ids"] for text in texts]
+    question = QUESTIONS.get(source, "{}")
+    asked = [[{"role": "user", "content": question.format(text.rstrip())}] for text in texts]
+    chats = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    # The template writes the begin-of-text itself.
+    return [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats]
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:

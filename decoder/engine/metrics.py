@@ -73,10 +73,14 @@ class DecoderStats:
                 self._passed[position] += position < kept
 
     @property
+    def decided(self) -> int:
+        """Drafts accepted or rejected; what stands behind a rejected one is neither."""
+        return sum(self._reached.values())
+
+    @property
     def alpha(self) -> float | None:
         """Acceptance rate: accepted drafts over drafts that were decided on."""
-        reached = sum(self._reached.values())
-        return sum(self._passed.values()) / reached if reached else None
+        return sum(self._passed.values()) / self.decided if self.decided else None
 
     @property
     def alpha_by_position(self) -> list[float]:

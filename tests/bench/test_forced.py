@@ -6,8 +6,9 @@ import pytest
 import torch
 from support.tiny import ragged_prompts, tiny_moe
 
-from bench.runs.decode import Subject, measure_batch
+from bench.runs.decode import measure_batch
 from bench.runs.forced import force
+from bench.runs.subject import Subject
 from bench.workloads.models import draft_like, moe_310m, random_model
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter

@@ -7,8 +7,9 @@ from typing import Any
 
 from bench.measure.record import Recorder
 from bench.runs.cells import group_cells
-from bench.runs.decode import Subject, measure_batch
+from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields
+from bench.runs.subject import Subject
 from decoder.perf_model.forward_fit import predict_speedup
 from decoder.perf_model.observations import Observation
 

@@ -1,0 +1,41 @@
+"""Flags and spellings that several sub-commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench.workloads.trained import PAIRS
+from decoder.drafters.table import AUTO, drafter_names
+
+
+def numbers(text: str) -> list[int]:
+    """``"1,2,8"`` -> ``[1, 2, 8]``."""
+    return [int(part) for part in text.split(",")]
+
+
+def words(text: str) -> list[str]:
+    """``"a,b"`` -> ``["a", "b"]``."""
+    return text.split(",")
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """``--preset``: a trained pair by its name, and ``add_drafting`` for it."""
+    parser.add_argument("--preset", choices=PAIRS, help="a trained pair, on its data sets' prompts")
+    add_drafting(parser)
+
+
+def add_drafting(parser: argparse.ArgumentParser) -> None:
+    """What drafts for a trained pair, and where the prompts lie."""
+    parser.add_argument(
+        "--drafter",
+        choices=drafter_names(),
+        default=AUTO,
+        help="who drafts for a trained pair (default: its draft model)",
+    )
+    parser.add_argument(
+        "--prompts-dir",
+        type=Path,
+        default=Path(),
+        help="folder of HumanEval.jsonl.gz and mt_bench.jsonl (default: this one)",
+    )

@@ -1,0 +1,122 @@
+"""A trained pair on the paper's grid: what is measured, what is left alone, what is said of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from bench.__main__ import main
+from bench.measure.record import read_lines
+from bench.paper import grid
+from bench.paper.beside import rows_of, runs_of
+from bench.runs.cells import load_cells, setup_fields
+from bench.workloads.trained import TrainedPair
+from decoder.perf_model.config_spec import spec_from_config
+from decoder.perf_model.hardware.machine import named_machine
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    functions = [f"def f{i}(x):\n" for i in range(3)]
+    with gzip.open(folder / "HumanEval.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"prompt": text}) + "\n" for text in functions)
+    turns = [json.dumps({"turns": [f"What is {i}?", "Why?"]}) for i in range(3)]
+    (folder / "mt_bench.jsonl").write_text("\n".join(turns))
+    return folder
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine described without being measured."""
+
+    def described(subject: Any, *_: Any) -> dict[str, Any]:
+        specs = spec_from_config(subject.target.config), spec_from_config(subject.draft.config)
+        return setup_fields(*specs, named_machine("h200"), "fp32")
+
+    monkeypatch.setattr(grid, "describe_subject", described)
+    probe = Mock(read=Mock(return_value=1e10))
+    monkeypatch.setattr(grid, "CeilingProbe", Mock(return_value=probe))
+
+
+def paper(out: Path, prompts: Path, **changes: str) -> int:
+    flags = {
+        "preset": "embedded", "prompts-dir": str(prompts), "batch-sizes": "2", "gammas": "2,3",
+        "new-tokens": "12", "rounds": "2", "dtype": "float32", "device": "cpu", "out": str(out),
+    }  # fmt: skip
+    flags |= {name.replace("_", "-"): value for name, value in changes.items()}
+    return main(
+        ["paper", *(word for name, value in flags.items() for word in (f"--{name}", value))]
+    )
+
+
+def cells(out: Path) -> list[tuple[Any, ...]]:
+    names = ("data", "temperature", "batch", "gamma")
+    return [tuple(line[name] for name in names) for line in read_lines([out], "trained")]
+
+
+def test_a_run_that_was_cut_off_measures_what_is_missing(
+    tmp_path, prompts, machine, monkeypatch, capsys
+):
+    out = tmp_path / "lines.jsonl"
+    assert paper(out, prompts) == 0
+    measured = cells(out)
+    everything = {(d, t, 2, g) for d in ("humaneval", "mt_bench") for t in (0, 1) for g in (2, 3)}
+    assert len(measured) == 8 and set(measured) == everything
+    for line in read_lines([out]):
+        assert line["identical"] is (True if line["temperature"] == 0 else None)
+        assert 0 < line["alpha"] < 1 and line["decided"] > 0 and line["predicted_speedup"] > 0
+    # Cut off in the middle of the last batch's lines, then whole.
+    text = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(text[:-1]))
+    assert paper(out, prompts) == 0
+    assert cells(out) == measured
+    monkeypatch.setattr(TrainedPair, "load_target", lambda *_: pytest.fail("nothing is missing"))
+    capsys.readouterr()
+    assert paper(out, prompts) == 0
+    table = capsys.readouterr().out
+    assert "0.93" in table and "1.96" in table, "the paper's row of HumanEval, T = 0, gamma = 3"
+    (group,) = load_cells([out])
+    assert len(group.observations) == 8 and len(group.by_text()) == 4
+
+
+def test_coupled_outputs_are_the_targets_own(tmp_path, prompts, machine):
+    out = tmp_path / "lines.jsonl"
+    wanted = {"temperatures": "1", "datasets": "mt_bench", "gammas": "2", "verifier": "coupled"}
+    assert paper(out, prompts, **wanted) == 0
+    (line,) = read_lines([out])
+    assert line["identical"] is True and line["verifier"] == "coupled"
+
+
+def test_an_unknown_data_set_is_one_clear_line(tmp_path, prompts, capsys):
+    assert paper(tmp_path / "none.jsonl", prompts, datasets="humaneval,gsm8k") == 2
+    assert "gsm8k" in capsys.readouterr().err
+
+
+def line(batch: int, gamma: int, speedup: float, **fields: Any) -> dict[str, Any]:
+    values = {"target": "smol", "drafter": "independent", "data": "humaneval", "temperature": 0}
+    values |= {"sigma": 0.9, "alpha": 0.8, "decided": 10, "target_efficiency": 0.7}
+    values |= {"predicted_speedup": speedup + 0.1, "env": {"device": "A CPU"}}
+    return values | fields | {"batch": batch, "gamma": gamma, "speedup": speedup}
+
+
+def test_a_row_is_the_best_batch_beside_the_papers():
+    lines = [
+        line(1, 4, 1.2, alpha=0.5, decided=30, sigma=0.6),
+        line(32, 4, 2.4, alpha=0.9, decided=10),
+        line(8, 4, 2.0, drafter="eagle"),
+        line(32, 7, 9.9),
+    ]
+    runs = runs_of([line(1, 4, 7.0), *lines])  # measured again: the last counts
+    assert [run.drafter for run in runs] == ["independent", "eagle"]
+    best, beyond = rows_of(next(iter(runs.values())))
+    assert (best.batch, best.speedup, best.predicted) == (32, 2.4, 2.5)
+    assert best.alpha == pytest.approx((0.5 * 30 + 0.9 * 10) / 40)
+    assert best.sigma == pytest.approx((0.6 + 32 * 0.9) / 33)
+    assert (best.paper_sigma, best.paper_speedup) == (0.91, 2.18)
+    assert (beyond.gamma, beyond.paper_sigma) == (7, None), "the paper has no such row"
