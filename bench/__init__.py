@@ -11,7 +11,7 @@ The folders, each importing only from those below it:
 - ``suite``: the pieces of ``bench suite``, for a GPU lent for minutes.
 - ``page``: the HTML page of a folder of results: numbers, questions, tables.
 - ``pictures``: pictures from lines alone.
-- ``paper``: the paper's tables in kind: its rows, ours beside them.
+- ``paper``: the paper's tables in kind: its rows with ours beside them, and its data sets whole.
 - ``runs``: what is measured: one point of the layer, one batch of the decoder, tiles, fits.
 - ``peers``: transformers, vLLM on a CPU, vLLM's Triton kernel.
 - ``measure``: clocks, CUDA graphs, ceilings, the machine's description, lines.

@@ -1,1 +1,1 @@
-"""The HTML page of a folder of results: four numbers, a picture per question, every table."""
+"""The HTML page of a folder of results: numbers, a real model's table, pictures, every table."""

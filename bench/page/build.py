@@ -12,6 +12,7 @@ from bench.measure.record import read_lines
 from bench.page.headline import Number, headline, processor
 from bench.page.questions import Answer, answers
 from bench.page.tables import tables
+from bench.page.trained import section
 
 FOLDER = Path(__file__).parent
 
@@ -32,6 +33,7 @@ def render(folder: Path) -> str:
         processors=escape("; ".join(dict.fromkeys(map(processor, measured)))),
         commits=escape(", ".join(dict.fromkeys(line["env"]["commit"] for line in measured))),
         numbers="".join(map(_number, headline(lines))),
+        trained=section(lines),
         questions="".join(map(_figure, answers(lines))),
         tables=tables(lines),
         commands=_commands(measured),

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.page.runs import largest_run
 from bench.pictures.style import of_acceptance
+from bench.runs.cells import DECODE, TRAINED
 
 Line = dict[str, Any]
 COUNT = 4
@@ -59,13 +60,15 @@ def _of_kind(lines: list[Line], kind: str) -> list[Line]:
 
 
 def _speedup(lines: list[Line]) -> Number | None:
-    """The best cell of the decode measurement."""
-    cells = _of_kind(lines, "decode")
+    """The best cell: of a trained pair where there is one, else of imposed acceptance."""
+    cells = _of_kind(lines, TRAINED) or _of_kind(lines, DECODE)
     if not cells:
         return None
     best = max(cells, key=lambda line: line["speedup"])
     sparsity = f", K = {best['top_k']}" if best.get("top_k") else ""
     where = f"{best['target']}{sparsity}, B = {best['batch']}, γ = {best['gamma']}"
+    if "data" in best:
+        where += f", {best['data']}, T = {best['temperature']:g}, {best['drafter']} drafter"
     words = (
         f"speculative over autoregressive decoding at its best: {where}, σ = {best['sigma']:.2f}"
     )
@@ -126,12 +129,18 @@ def _with_grouped(lines: list[Line]) -> list[Line]:
 
 
 def _identical(lines: list[Line]) -> Number | None:
-    """Outputs that equal the target's own."""
-    runs = _of_kind(lines, "humaneval")
+    """Outputs that equal the target's own, where the verifier says they do."""
+    whole = [
+        line
+        for line in _of_kind(lines, "compare")
+        if line["temperature"] == 0 or line["verifier"] == "coupled"
+    ]
+    runs = _of_kind(lines, "humaneval") + whole
     if not runs:
         return None
     same, all_of_them = (sum(line[key] for line in runs) for key in ("identical", "sequences"))
-    words = f"speculative outputs that equal the target's own, HumanEval, {len(runs)} settings"
+    texts = ", ".join(dict.fromkeys(line.get("data", "humaneval") for line in runs))
+    words = f"speculative outputs that equal the target's own, {texts}, {len(runs)} settings"
     return _number(f"{same} / {all_of_them}", words, runs)
 
 

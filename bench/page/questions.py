@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.page.runs import largest_run, runs_of
-from bench.pictures import decode, engine, kernels
+from bench.pictures import decode, engine, kernels, trained
 from bench.pictures.gallery import Draw
 from bench.pictures.style import Lines, inline_svg
+from bench.runs.cells import TRAINED
 
 Choose = Callable[[Lines], Lines]
 
@@ -108,6 +109,21 @@ def _compared(lines: Lines) -> Lines:
 
 
 QUESTIONS = (
+    Question(
+        "When does speculation pay, with a real draft?",
+        "Speculative over autoregressive tokens per second over the batch, a panel per data set "
+        "and temperature; dashed: predicted at the σ measured, nothing fitted; dotted: the paper's "
+        "best.",
+        TRAINED,
+        trained.draw_speedups,
+    ),
+    Question(
+        "What is that speedup made of?",
+        "How many of the tokens possible are emitted, beside the paper's (hollow), and how nearly "
+        "free their verification is; dashed: predicted.",
+        TRAINED,
+        trained.draw_acceptance,
+    ),
     Question(
         "When does speculation pay?",
         "Speculative over autoregressive tokens per second over the batch; above 1 it pays. "

@@ -25,6 +25,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("target", "top_k", "batch", "gamma", "alpha", "sigma", "target_efficiency"),
         *("speedup", "speedup_p20_p80", "identical"),
     ),
+    "trained": (
+        *("target", "drafter", "data", "temperature", "batch", "gamma", "alpha", "sigma"),
+        *("target_efficiency", "predicted_target_efficiency", "speedup", "predicted_speedup"),
+        *("speedup_p20_p80", "identical"),
+    ),
+    "compare": (
+        *("target", "drafter", "data", "temperature", "verifier", "B", "gamma", "new_tokens"),
+        *("identical", "sequences", "ratio", "alpha", "sigma", "target_efficiency"),
+    ),
     "auto": (
         *("target", "alpha", "data", "batch", "noise", "against_ar"),
         *("best_fixed", "against_best", "why"),

@@ -1,1 +1,1 @@
-"""The paper's tables in kind: random weights under its sigma, and a trained pair on its prompts."""
+"""The paper's tables in kind: random weights under its sigma, a trained pair on its data sets."""

@@ -143,7 +143,9 @@ def _fitted(cells: Cells) -> Callable[[Observation], float] | None:
 
 
 def _name(cells: Cells) -> str:
-    return cells.lines[0]["target"].rstrip("/").rsplit("/", 1)[-1]
+    line = cells.lines[0]
+    name = line["target"].rstrip("/").rsplit("/", 1)[-1]
+    return f"{name} {line['drafter']}" if line.get("drafter") else name
 
 
 def _order(line: dict) -> tuple[int, int]:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.measure.record import read_lines
-from bench.pictures import decode, engine, kernels
+from bench.pictures import decode, engine, kernels, trained
 from bench.pictures.style import Lines
+from bench.runs.cells import TRAINED
 
 Draw = Callable[[Lines, Path], list[Path]]
 PICTURES: dict[str, tuple[str, Draw]] = {
@@ -15,6 +16,9 @@ PICTURES: dict[str, tuple[str, Draw]] = {
     "roofline-share": ("kernel", kernels.draw_roofline_share),
     "peer-ratios": ("kernel", kernels.draw_peer_ratios),
     "layer-efficiency": ("kernel", kernels.draw_efficiency_map),
+    "trained-speedup": (TRAINED, trained.draw_speedups),
+    "trained-acceptance": (TRAINED, trained.draw_acceptance),
+    "trained-predicted": (TRAINED, decode.draw_predicted),
     "speedup": ("decode", decode.draw_speedup),
     "target-efficiency": ("decode", decode.draw_target_efficiency),
     "predicted": ("decode", decode.draw_predicted),

@@ -29,6 +29,13 @@ def cell(speedup: float, batch: int = 16, gamma: int = 4, **fields: Any) -> dict
     return line("decode", **values | fields, batch=batch, gamma=gamma, speedup=speedup)
 
 
+def trained(speedup: float, batch: int, gamma: int, **fields: Any) -> dict[str, Any]:
+    values = {"target": "smol", "drafter": "eagle", "data": "humaneval", "temperature": 0}
+    values |= {"alpha": 0.8, "decided": 9, "sigma": 0.9, "target_efficiency": 0.77}
+    values |= {"predicted_speedup": 2.34, "predicted_target_efficiency": 0.8}
+    return line("trained", **values | fields, batch=batch, gamma=gamma, speedup=speedup)
+
+
 def layer(tokens: int, of_roof: float, **fields: Any) -> dict[str, Any]:
     values = {"shape": [8, 2, 64, 64], "dtype": "bfloat16", "routing": "uniform"}
     values |= {"backend": "auto", "not_captured": {}, "B": tokens, "gamma": 0, "floor_s": 1e-3}
@@ -96,6 +103,40 @@ def test_other_numbers_stand_in_where_kinds_are_missing():
     assert [number.value for number in headline(lines)] == ["60 %", "327 / 328", "0.94×", "3.0 %"]
     assert headline(lines)[2].words.endswith("2 cells: α = 0.9, B = 8")
     assert headline([line("roofline", ceilings={})]) == []
+
+
+def test_a_real_model_comes_first(tmp_path):
+    lines = [trained(s, b, g) for s, b, g in ((1.1, 1, 4), (2.61, 32, 4), (1.9, 32, 3))]
+    lines += [trained(1.4, 32, 4, data="mt_bench", temperature=1)]
+    page = written(tmp_path, lines)
+    section = page[page.index("<h2>A real model</h2>") : page.index('<section class="figures">')]
+    rows = [re.findall("<td>(.*?)</td>", row) for row in section.split("<tr>")[2:]]
+    assert [row[:3] for row in rows] == [
+        ["humaneval", "0", "3"],
+        ["humaneval", "0", "4"],
+        ["mt_bench", "1", "4"],
+    ]
+    best = ["0.80", "0.90", "0.91", "2.61×", "32", "2.34×", "0.77", "2.18×"]
+    assert rows[1][3:] == best, "the batch where it is highest, beside the paper's row"
+    asked = re.findall("<figure><h3>(.*?)</h3>", page)
+    assert asked[:2] == [
+        "When does speculation pay, with a real draft?",
+        "What is that speedup made of?",
+    ]
+    (speedup,) = headline([cell(9.0), *lines])
+    assert speedup.value == "2.6×" and "eagle drafter" in speedup.words
+    assert "A real model" not in written(tmp_path, [generated("ours", 8)])
+
+
+def test_outputs_are_claimed_equal_where_the_verifier_says_so():
+    whole = lambda **fields: line("compare", **{"identical": 80, "sequences": 80} | fields)
+    lines = [
+        whole(data="mt_bench", temperature=1, verifier="coupled"),
+        whole(data="humaneval", temperature=0, verifier="standard"),
+        whole(data="mt_bench", temperature=1, verifier="standard", identical=3),
+    ]
+    (number,) = headline(lines)
+    assert number.value == "160 / 160" and "mt_bench, humaneval, 2 settings" in number.words
 
 
 def test_every_kind_has_its_table_with_every_column():

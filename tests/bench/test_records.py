@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
 
 import pytest
 import torch
+from support.tiny import save_tokenizer
+from transformers import AutoTokenizer
 
 from bench.measure.record import Recorder, git_commit, read_lines, sources_digest
 from bench.measure.timer import interleaved, summarize
-from bench.workloads.prompts import load_prompts, random_prompts
+from bench.workloads.prompts import load_prompts, prompt_tokens, random_prompts
 from bench.workloads.routing import ROUTINGS, distinct_experts, route
 from bench.workloads.shapes import Shape, parse_shape
 
@@ -106,3 +109,19 @@ def test_prompts_of_both_kinds_of_line(tmp_path):
 def test_random_prompts_are_seeded():
     assert random_prompts(3, 5, 100) == random_prompts(3, 5, 100)
     assert random_prompts(3, 5, 100) != random_prompts(3, 5, 100, seed=1)
+
+
+def test_a_chat_model_is_asked_and_begins_once(tmp_path):
+    save_tokenizer(tmp_path, ["?", "<bos>", "user", "answer", "Complete", "this", "function:", "f"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"prompt": "f"}))
+    assert prompt_tokens(tokenizer, "humaneval", tmp_path) == [[7]], "continued where none answers"
+    tokenizer.chat_template = (
+        "<bos> {% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+        "{% if add_generation_prompt %}answer{% endif %}"
+    )
+    (asked,) = prompt_tokens(tokenizer, "humaneval", tmp_path)
+    assert asked == [1, 2, 4, 5, 6, 0, 7, 0, 3]
+    (tmp_path / "mt_bench.jsonl").write_text(json.dumps({"turns": ["f", "this"]}))
+    assert prompt_tokens(tokenizer, "mt_bench", tmp_path) == [[1, 2, 7, 3]]

@@ -120,3 +120,35 @@ def test_a_row_is_the_best_batch_beside_the_papers():
     assert best.sigma == pytest.approx((0.6 + 32 * 0.9) / 33)
     assert (best.paper_sigma, best.paper_speedup) == (0.91, 2.18)
     assert (beyond.gamma, beyond.paper_sigma) == (7, None), "the paper has no such row"
+
+
+def test_a_whole_data_set_keeps_the_targets_own_outputs(tmp_path, prompts):
+    out = tmp_path / "lines.jsonl"
+    flags = [f"--prompts-dir={prompts}", "--new-tokens=10", "--batch-size=2", f"--out={out}"]
+    flags += ["--gamma=2", "--temperature=1", "--dtype=float32", "--device=cpu"]
+    assert main(["compare", "--preset=embedded", "--datasets=mt_bench", *flags]) == 0
+    (line,) = read_lines([out], "compare")
+    assert (line["identical"], line["sequences"], line["verifier"]) == (3, 3, "coupled")
+    assert 0 <= line["alpha"] < 1 and line["ratio"] > 0 and line["data"] == "mt_bench"
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "ngram"])
+def test_our_loop_and_transformers_write_the_same(tmp_path, prompts, drafter):
+    out = tmp_path / "lines.jsonl"
+    flags = ["--batch-sizes=2", "--new-tokens=10", "--gamma=2", "--rounds=1", f"--out={out}"]
+    flags += [f"--prompts-dir={prompts}", "--dtype=float32", "--device=cpu"]
+    assert main(["generate", "--preset=embedded", f"--drafter={drafter}", *flags]) == 0
+    lines = list(read_lines([out], "generate"))
+    assert [line["variant"] for line in lines] == ["ours", "ours speculative", "transformers"]
+    assert all(line["identical_to_ours"] == 2 for line in lines)
+    assert {line["drafter"] for line in lines} == {drafter}
+
+
+def test_automatic_gamma_on_real_prompts(tmp_path, prompts):
+    out = tmp_path / "lines.jsonl"
+    flags = ["--batch-sizes=2", "--new-tokens=6", "--gammas=1,2", "--rounds=1", f"--out={out}"]
+    flags += [f"--prompts-dir={prompts}", "--dtype=float32", "--device=cpu", "--drafter=ngram"]
+    assert main(["auto", "--preset=embedded", "--datasets=humaneval", *flags]) == 0
+    (line,) = read_lines([out], "auto")
+    assert (line["data"], line["alpha"], line["target"]) == ("humaneval", None, "embedded")
+    assert set(line["seconds"]) == {"0", "0 again", "1", "2", "auto"}
