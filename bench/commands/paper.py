@@ -46,7 +46,8 @@ from decoder.sampling import VERIFIERS
 RANDOM_BATCHES, TRAINED_BATCHES = "1,4,8,16,32,64,100", "1,2,4,8,16,32,64"
 # The whole grid of a trained pair in 40 minutes on two cores, where a step takes 0.1 s.
 RANDOM_TOKENS, TRAINED_TOKENS = 32, 48
-HEADS = ("data", "T", "γ", "sigma", "paper's x", "our x", "at B", "predicted x", "eff.")
+TEXT = ("data", "T", "γ")
+HEADS = ("sigma", "paper's x", "our x", "at B", "predicted x", "eff.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +118,7 @@ def _run_trained(args: argparse.Namespace, pair: TrainedPair, recorder: Recorder
         prompts=args.prompts_dir,
     )
     lines = measure_grid(pair, grid, recorder, getattr(torch, args.dtype), args.device)
-    table = _table(f"{pair.name}, {pair.drafter} drafter", args.hardware, ("α", *HEADS))
+    table = _table(f"{pair.name}, {pair.drafter} drafter", args.hardware, (*TEXT, "α", *HEADS))
     for row in rows_of(lines, args.hardware):
         table.add_row(*_trained_row(row))
     Console(width=110).print(table)
@@ -132,7 +133,7 @@ def _run_random(args: argparse.Namespace, recorder: Recorder) -> None:
         top_k=args.num_experts_per_token,
     )
     label = f"random weights, scale {args.scale:g}"
-    table = _table(f"{args.preset} ({label})", args.hardware, HEADS)
+    table = _table(f"{args.preset} ({label})", args.hardware, (*TEXT, *HEADS))
     setup: dict[str, Any] = {}
     rows = cells_beside(args.preset, args.hardware)
     chosen = (words(args.datasets), numbers(args.temperatures), numbers(args.gammas))
@@ -195,10 +196,10 @@ def _random_row(cell: PaperCell, best: dict[str, Any]) -> list[str]:
 def _trained_row(row: Row) -> list[str]:
     number = lambda value: "-" if value is None else f"{value:.2f}"
     return [
-        number(row.alpha),
         row.data,
         f"{row.temperature:g}",
         str(row.gamma),
+        number(row.alpha),
         f"{number(row.sigma)} / {number(row.paper_sigma)}",
         number(row.paper_speedup),
         number(row.speedup),
