@@ -12,6 +12,7 @@ from training.upcycle.experts import UpcycledFFN, balance_loss, upcycle
 from training.upcycle.texts import Stream
 
 SEED = 22
+SEPARATOR = 0  # <|endoftext|>, between two documents
 SHARES = {"code": 0.45, "docs": 0.2, "chat": 0.35}
 ROWS, LENGTH = 4, 256
 LEARNING_RATE, ROUTER_RATE = 1.5e-3, 1e-3
@@ -62,16 +63,15 @@ class Trainer:
     Args:
         dense: a Llama model in bf16, changed in place.
         documents: training ids by kind.
-        end: id between two documents.
         run_dir: where the checkpoint and the log lie.
         budget: how long to train.
     """
 
-    def __init__(self, dense: nn.Module, documents: dict, end: int, run_dir: Path, budget: Budget):
+    def __init__(self, dense: nn.Module, documents: dict, run_dir: Path, budget: Budget):
         self.model, self.budget = dense, budget
         self.layers: list[UpcycledFFN] = upcycle(dense, SEED)
         self.checkpoint, self.log = run_dir / "target.pt", run_dir / "target.log"
-        self.stream = Stream(documents, SHARES, end, SEED)
+        self.stream = Stream(documents, SHARES, SEPARATOR, SEED)
         routers = [layer.router for layer in self.layers]
         differences = [p for layer in self.layers for p in layer.differences.parameters()]
         self.parameters = differences + routers

@@ -1,0 +1,43 @@
+"""What was trained becomes the package's assets: small files, from which the model is built."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from decoder.smol.build import record
+from decoder.smol.difference import write_difference
+from decoder.smol.head import write_head
+from decoder.smol.recipe import ASSETS, shipped
+from training.upcycle.experts import MATRICES
+
+
+def install_target(checkpoint: Path) -> None:
+    """Write the difference of a run's ``target.pt`` and record what the model built of it hashes to.
+
+    Args:
+        checkpoint: from ``training.upcycle.target``.
+    """
+    layers = torch.load(checkpoint, weights_only=True)["layers"]
+    factors = {}
+    for index, layer in enumerate(layers):
+        factors[f"layers.{index}.router"] = layer["router"]
+        for matrix in MATRICES:
+            for side in ("left", "right"):
+                name = f"layers.{index}.{matrix}.{side}"
+                factors[name] = layer[f"differences.{matrix}.{side}"]
+    ASSETS.mkdir(exist_ok=True)
+    write_difference(ASSETS / "difference.safetensors", factors)
+    record(shipped())
+
+
+def install_eagle(head: Path) -> None:
+    """Write the asset of an EAGLE-3 head in its published layout, and record its hash.
+
+    Args:
+        head: a folder of ``config.json`` and ``model.safetensors``.
+    """
+    config = json.loads((head / "config.json").read_text())
+    write_head(ASSETS / "eagle.safetensors", load_file(head / "model.safetensors"), config)
+    record(shipped())
