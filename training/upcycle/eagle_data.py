@@ -12,21 +12,23 @@ from torch.nn.utils.rnn import pad_sequence
 ROW = 512
 SHORTEST = 16
 SHARES = {"chat": 0.65, "code": 0.25, "docs": 0.10}  # of tokens; drafts follow chat's answers
-Texts = dict[str, list[torch.Tensor]]
+Texts = dict[str, list[list[int]]]
 
 
 def draft_vocabulary(texts: Texts, vocab_size: int, size: int) -> torch.Tensor:
     """The ``size`` most frequent tokens, domains by SHARES: int64 ``[size]``, ascending."""
     total = torch.zeros(vocab_size, dtype=torch.float64)
     for domain, documents in texts.items():
-        counts = torch.cat(documents).bincount(minlength=vocab_size).double()
-        total += SHARES[domain] * counts / counts.sum()
+        ids = torch.tensor([token for text in documents for token in text], dtype=torch.int64)
+        counts = ids.bincount(minlength=vocab_size).double()
+        total += SHARES[domain] * counts / counts.sum().clamp(min=1)
     return total.topk(size).indices.sort().values
 
 
-def cut(documents: list[torch.Tensor]) -> list[torch.Tensor]:
+def cut(documents: list[list[int]]) -> list[torch.Tensor]:
     """Rows of at most ROW tokens; what would be shorter than SHORTEST is left out."""
-    return [row for text in documents for row in text.split(ROW) if len(row) >= SHORTEST]
+    rows = (row for text in documents for row in torch.tensor(text).split(ROW))
+    return [row for row in rows if len(row) >= SHORTEST]
 
 
 class RowStream:

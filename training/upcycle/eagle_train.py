@@ -22,7 +22,7 @@ from .eagle_head import Eagle3, head_config, save_head, start_from_dense
 VOCABULARY = 8192
 DEPTHS = 4
 DEPTH_WEIGHT = 0.8  # of a depth, over the one before it
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 CHUNK_ROWS = 64  # between two places where a run can stop and go on
 HELD_OUT_ROWS = 24  # of each domain
 MINUTES_BETWEEN_CHECKPOINTS = 3.0
@@ -42,7 +42,7 @@ class Settings:
     minutes: float
     device: str = "cpu"
     passes: int = 1
-    muon_lr: float = 0.01
+    muon_lr: float = 0.02
     adam_lr: float = 2e-3
 
 

@@ -12,7 +12,7 @@ from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
 from training.upcycle import eagle_train
 from training.upcycle.eagle_accept import TURN, acceptance, answered
-from training.upcycle.eagle_data import Batch, annotated
+from training.upcycle.eagle_data import Batch, annotated, cut
 from training.upcycle.eagle_train import DEPTHS, Run, Settings
 
 V = 64
@@ -38,13 +38,13 @@ def dense() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def own_text(dense: LlamaForCausalLM) -> list[torch.Tensor]:
+def own_text(dense: LlamaForCausalLM) -> list[list[int]]:
     """The target's own greedy continuations of 24 random prompts."""
     prompts = torch.randint(2, V, (24, 4)).tolist()
     writer = SpeculativeDecoder(dense, gamma=0, max_batch_size=24, max_length=64)
     outputs = writer.generate(prompts, SamplingParams(max_new_tokens=28))
     pairs = zip(prompts, outputs, strict=True)
-    return [torch.tensor(prompt + out.token_ids) for prompt, out in pairs]
+    return [prompt + out.token_ids for prompt, out in pairs]
 
 
 @pytest.fixture
@@ -83,9 +83,9 @@ def test_measured_acceptance_is_that_of_drafting(run: Run, dense, own_text) -> N
     drafted = SpeculativeDecoder(
         dense, drafter=EagleDrafter(run.folder / "head"), gamma=1, max_batch_size=24, max_length=64
     )
-    drafted.generate([row[:4].tolist() for row in own_text], SamplingParams(max_new_tokens=28))
+    drafted.generate([row[:4] for row in own_text], SamplingParams(max_new_tokens=28))
     batches = [
-        annotated(dense, own_text, run.head.config["eagle_aux_hidden_state_layer_ids"], "cpu")
+        annotated(dense, cut(own_text), run.head.config["eagle_aux_hidden_state_layer_ids"], "cpu")
     ]
     measured = acceptance(run.head, dense, run.vocabulary, batches, DEPTHS)
     assert 0.2 < measured.by_depth[0] < 1.0
