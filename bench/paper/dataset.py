@@ -13,7 +13,7 @@ import torch
 
 from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
-from decoder.cli.compare import compare
+from decoder.cli.compare import compare, forecast, warmed_up
 from decoder.drafters import build_drafter
 from decoder.engine.profile_rounds import profile_rounds
 from decoder.gamma.base import AUTO
@@ -47,7 +47,8 @@ def measure_dataset(
     """Both ways over all prompts: the fields of a ``compare`` line.
 
     Returns:
-        What was decoded and how, ``Comparison.as_dict()``, and the drafts' ``alpha`` and ``sigma``.
+        What was decoded and how, ``Comparison.as_dict()``, the drafts' ``alpha`` and ``sigma``, and
+        ``predicted``: the ratio that rounds timed before the run forecast at this alpha.
     """
     target = pair.load_target(settings.dtype, settings.device)
     length = max(map(len, prompts)) + settings.new_tokens
@@ -59,7 +60,10 @@ def measure_dataset(
     profile_rounds(speculative)
     params = SamplingParams(temperature=settings.temperature, max_new_tokens=settings.new_tokens)
     seeded = [{"token_ids": prompt, "seed": number} for number, prompt in enumerate(prompts)]
-    result = compare(plain, speculative, seeded, params, settings.repetitions)
+    requests, costs = warmed_up(plain, speculative, seeded, params)
+    result = compare(plain, speculative, requests, settings.repetitions)
+    alphas = [result.speculative_stats.alpha] * len(requests)
+    lengths = [len(output.token_ids) for output in result.plain]
     return {
         "target": pair.name,
         "drafter": pair.drafter,
@@ -72,5 +76,6 @@ def measure_dataset(
         "dtype": str(settings.dtype).removeprefix("torch."),
         "alpha": result.speculative_stats.alpha,
         "sigma": result.speculative_stats.sigma,
+        "predicted": forecast(costs, speculative, alphas, lengths),
         **result.as_dict(),
     }

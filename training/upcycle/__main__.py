@@ -65,13 +65,15 @@ def target(run_dir: Path, budget: Budget, device: str) -> None:
 
 
 def eagle(run_dir: Path, budget: Budget, device: str) -> None:
-    """An EAGLE-3 head for the built target, into the package's assets."""
-    from decoder.smol import target_path
-    from training.upcycle.eagle_train import Run
+    """An EAGLE-3 head for the trained target, into the package's assets."""
+    from training.upcycle.eagle_train import Run, Settings
     from training.upcycle.install import install_eagle
+    from training.upcycle.target import load_upcycled
 
     ids = torch.load(run_dir / "texts.pt", weights_only=True)
-    run = Run(_model(target_path(), device), _model(_dense(), device), ids, run_dir, budget, device)
+    dense = _model(_dense(), device)
+    upcycled = load_upcycled(_model(_dense(), device), run_dir / "target.pt").to(device)
+    run = Run(upcycled, dense, ids, run_dir, budget, Settings(device))
     run.train()
     run.export(run_dir / "head")
     install_eagle(run_dir / "head")

@@ -59,7 +59,7 @@ class Writer:
             for i, kind in zip(chunk, kinds, strict=True)
             if kind != "completion"
         }
-        prompts = {i: [] for i in chunk}
+        prompts: dict[int, list[int]] = {i: [] for i in chunk}
         for i, question in self._questions(openings).items():
             turn = [{"role": "user", "content": question}]
             prompts[i] = self.tokenizer.apply_chat_template(

@@ -33,13 +33,11 @@ class Settings:
     """What a run may choose.
 
     Attributes:
-        minutes: wall-clock budget, over all resumed parts.
         device: ``cpu`` or ``cuda``.
         passes: over each chunk of rows, once the target has annotated it.
         muon_lr, adam_lr: peak learning rates of matrices and norms.
     """
 
-    minutes: float
     device: str = "cpu"
     passes: int = 1
     muon_lr: float = 0.02
@@ -85,10 +83,19 @@ class Run:
         dense: the Llama that the head's weights begin as.
         texts: token ids by part (``train``, ``held_out``) and domain.
         folder: of checkpoint and log, made if need be.
+        budget: how long to train, over all resumed parts.
         settings: see there.
     """
 
-    def __init__(self, target, dense, texts: dict[str, Texts], folder: Path, settings: Settings):
+    def __init__(
+        self,
+        target,
+        dense,
+        texts: dict[str, Texts],
+        folder: Path,
+        budget: Budget,
+        settings: Settings,
+    ):
         torch.manual_seed(SEED)
         self.target, self.folder, self.settings = target, folder, settings
         vocab, device = target.config.vocab_size, settings.device
@@ -98,7 +105,7 @@ class Run:
         self.head.to(device).train()
         self.optimizers = Optimizers(self.head, settings.muon_lr, settings.adam_lr)
         self.stream = RowStream(texts["train"], SEED)
-        self.budget = Budget(settings.minutes, None)
+        self.budget = budget
         self.rows = target.get_output_embeddings().weight[self.vocabulary]
         self.held_out = {
             domain: self.annotated(cut(documents)[:HELD_OUT_ROWS])

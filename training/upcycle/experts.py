@@ -6,6 +6,8 @@ token's experts, so that a training step costs little more than the dense model'
 start random and not at zero: experts that start equal get equal gradients.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,16 +51,18 @@ class UpcycledFFN(nn.Module):
         chosen: experts int64 ``[T, top_k]`` of the last forward.
     """
 
+    probs: torch.Tensor
+    chosen: torch.Tensor
+
     def __init__(self, mlp: nn.Module, norm: torch.Tensor):
         super().__init__()
-        self.dense = mlp
+        self.dense: Any = mlp
         router = torch.randn(NUM_EXPERTS, len(norm)) * (START_LOGITS / norm.float().norm())
         self.router = nn.Parameter(router)
-        self.differences = nn.ModuleDict(
+        self.differences: Any = nn.ModuleDict(
             {m: LowRank(getattr(mlp, f"{m}_proj").weight) for m in MATRICES}
         )
         self.top_k = TOP_K
-        self.probs = self.chosen = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` -> ``[..., H]``."""
@@ -69,7 +73,7 @@ class UpcycledFFN(nn.Module):
         gate, up, down = (self.differences[m] for m in MATRICES)
         gate_x, up_x = gate.narrow(x), up.narrow(x)
         dense_gate, dense_up = self.dense.gate_proj(x), self.dense.up_proj(x)
-        activations, narrowed = 0, 0
+        activations, narrowed = torch.zeros_like(dense_gate), torch.zeros_like(gate_x)
         for k in range(self.top_k):
             mask = F.one_hot(self.chosen[:, k], NUM_EXPERTS).repeat_interleave(RANK, dim=1)
             mask = mask.to(gate_x.dtype)
@@ -94,7 +98,7 @@ def balance_loss(layers: list[UpcycledFFN]) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def upcycle(dense: nn.Module, seed: int) -> list[UpcycledFFN]:
+def upcycle(dense: Any, seed: int) -> list[UpcycledFFN]:
     """Replace every layer's FFN of a Llama model in place and freeze everything else."""
     torch.manual_seed(seed)
     dense.requires_grad_(False)

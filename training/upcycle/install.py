@@ -14,7 +14,7 @@ from training.upcycle.experts import MATRICES
 
 
 def install_target(checkpoint: Path) -> None:
-    """Write the difference of a run's ``target.pt`` and record what the model built of it hashes to.
+    """Write the difference of a run's ``target.pt``, and record what the built model hashes to.
 
     Args:
         checkpoint: from ``training.upcycle.target``.

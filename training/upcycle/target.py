@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ class NextTokenLoss(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None
 
 
-def losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross entropy (nats) over ids int64 ``[rows, length]``."""
     with torch.autocast(ids.device.type, torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -67,7 +68,7 @@ class Trainer:
         budget: how long to train.
     """
 
-    def __init__(self, dense: nn.Module, documents: dict, run_dir: Path, budget: Budget):
+    def __init__(self, dense: Any, documents: dict, run_dir: Path, budget: Budget):
         self.model, self.budget = dense, budget
         self.layers: list[UpcycledFFN] = upcycle(dense, SEED)
         self.checkpoint, self.log = run_dir / "target.pt", run_dir / "target.log"
@@ -131,11 +132,24 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def _load(self, state: dict) -> None:
-        for layer, trained in zip(self.layers, state["layers"], strict=True):
-            layer.load_state_dict(trained, strict=False)
+        _fill(self.layers, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.stream.load_state_dict(state["stream"])
         self.budget.tokens_done, self.budget.seconds_before = state["tokens"], state["seconds"]
+
+
+def load_upcycled(dense: Any, checkpoint: Path) -> Any:
+    """The dense model with the experts of a run's ``target.pt`` in place of its FFNs, frozen.
+
+    Its hidden states cost a third more than the dense model's, the built model's twice as much.
+    """
+    _fill(upcycle(dense, SEED), torch.load(checkpoint, weights_only=True))
+    return dense.requires_grad_(False)
+
+
+def _fill(layers: list[UpcycledFFN], state: dict) -> None:
+    for layer, trained in zip(layers, state["layers"], strict=True):
+        layer.load_state_dict(trained, strict=False)
 
 
 def _trained(layer: UpcycledFFN) -> dict[str, torch.Tensor]:

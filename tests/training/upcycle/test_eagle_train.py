@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
+from training.optim import Budget
 from training.upcycle import eagle_train
 from training.upcycle.eagle_accept import TURN, acceptance, answered
 from training.upcycle.eagle_data import Batch, annotated, cut
@@ -51,7 +52,7 @@ def own_text(dense: LlamaForCausalLM) -> list[list[int]]:
 def run(dense, own_text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(eagle_train, "CHUNK_ROWS", 16)
     texts = {"train": {"chat": own_text}, "held_out": {"chat": own_text[:8]}}
-    return Run(dense, dense, texts, tmp_path, Settings(minutes=1.0))
+    return Run(dense, dense, texts, tmp_path, Budget(1.0, None), Settings())
 
 
 def test_it_learns_and_goes_on_from_its_checkpoint(run: Run, dense, own_text) -> None:
@@ -59,7 +60,7 @@ def test_it_learns_and_goes_on_from_its_checkpoint(run: Run, dense, own_text) ->
     assert losses[-1] < 0.8 * losses[0]
     run.save()
     texts = {"train": {"chat": own_text}, "held_out": {"chat": own_text[:8]}}
-    again = Run(dense, dense, texts, run.folder, run.settings)
+    again = Run(dense, dense, texts, run.folder, Budget(1.0, None), run.settings)
     assert again.budget.tokens_done == run.budget.tokens_done > 0
     assert again.budget.seconds_before > 0
     for ours, theirs in zip(run.head.parameters(), again.head.parameters(), strict=True):
