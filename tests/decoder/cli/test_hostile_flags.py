@@ -241,12 +241,22 @@ def test_there_are_as_many_as_the_docstrings_say():
 
 @pytest.mark.parametrize(("arguments", "named"), FLAGS)
 def test_a_flag(arguments, named, tmp_path, capsys):
-    refused(["generate", "--prompt", "a", *arguments], named, tmp_path, capsys)
+    refused(
+        ["generate", "--target", "embedded", "--prompt", "a", *arguments], named, tmp_path, capsys
+    )
 
 
 @pytest.mark.parametrize(("config", "named"), CONFIGS)
 def test_a_speculative_config(config, named, tmp_path, capsys):
-    arguments = ["generate", "--prompt", "a", "--speculative-config", config]
+    arguments = [
+        "generate",
+        "--target",
+        "embedded",
+        "--prompt",
+        "a",
+        "--speculative-config",
+        config,
+    ]
     refused(arguments, named, tmp_path, capsys)
 
 
@@ -257,5 +267,15 @@ def test_a_command(arguments, named, tmp_path, capsys):
 
 def test_a_flag_and_the_config_that_contradicts_it(tmp_path, capsys):
     config = json.dumps({"num_speculative_tokens": 4})
-    arguments = ["generate", "--prompt", "a", "--gamma", "3", "--speculative-config", config]
+    arguments = [
+        "generate",
+        "--target",
+        "embedded",
+        "--prompt",
+        "a",
+        "--gamma",
+        "3",
+        "--speculative-config",
+        config,
+    ]
     refused(arguments, "3 from a flag and 4 from --speculative-config", tmp_path, capsys)
