@@ -34,32 +34,34 @@ def answers(run_dir: Path, budget: Budget, device: str) -> None:
     """The dense model's conversations, into ``answers.jsonl``."""
     from decoder.model.loading import load_model, load_tokenizer
     from training.upcycle.answers import Writer, write_answers
+    from training.upcycle.install import dense_path
     from training.upcycle.sources import build_sources
 
-    dense = load_model(_dense(), dtype=torch.bfloat16, device=device)
-    writer = Writer(dense, load_tokenizer(_dense()), build_sources().train["code"])
+    dense = load_model(dense_path(), dtype=torch.bfloat16, device=device)
+    writer = Writer(dense, load_tokenizer(dense_path()), build_sources().train["code"])
     write_answers(writer, run_dir / "answers.jsonl", budget)
 
 
 def texts(run_dir: Path, budget: Budget, device: str) -> None:
     """All token ids, into ``texts.pt``, and what they were read from, into ``sources.json``."""
     from decoder.model.loading import load_tokenizer
+    from training.upcycle.install import dense_path
     from training.upcycle.sources import build_sources
     from training.upcycle.texts import build_texts
 
     sources = build_sources()
-    ids = build_texts(sources, run_dir / "answers.jsonl", load_tokenizer(_dense()))
+    ids = build_texts(sources, run_dir / "answers.jsonl", load_tokenizer(dense_path()))
     torch.save(ids, run_dir / "texts.pt")
     (run_dir / "sources.json").write_text(json.dumps(sources.summary(), indent=1))
 
 
 def target(run_dir: Path, budget: Budget, device: str) -> None:
     """Differences and routers, into the package's assets."""
-    from training.upcycle.install import install_target
+    from training.upcycle.install import dense_path, install_target
     from training.upcycle.target import Trainer
 
     ids = torch.load(run_dir / "texts.pt", weights_only=True)
-    trainer = Trainer(_model(_dense(), device), ids["train"], run_dir, budget)
+    trainer = Trainer(_model(dense_path(), device), ids["train"], run_dir, budget)
     trainer.train()
     install_target(trainer.checkpoint)
 
@@ -67,22 +69,16 @@ def target(run_dir: Path, budget: Budget, device: str) -> None:
 def eagle(run_dir: Path, budget: Budget, device: str) -> None:
     """An EAGLE-3 head for the trained target, into the package's assets."""
     from training.upcycle.eagle_train import Run, Settings
-    from training.upcycle.install import install_eagle
+    from training.upcycle.install import dense_path, install_eagle
     from training.upcycle.target import load_upcycled
 
     ids = torch.load(run_dir / "texts.pt", weights_only=True)
-    dense = _model(_dense(), device)
-    upcycled = load_upcycled(_model(_dense(), device), run_dir / "target.pt").to(device)
+    dense = _model(dense_path(), device)
+    upcycled = load_upcycled(_model(dense_path(), device), run_dir / "target.pt").to(device)
     run = Run(upcycled, dense, ids, run_dir, budget, Settings(device))
     run.train()
     run.export(run_dir / "head")
     install_eagle(run_dir / "head")
-
-
-def _dense() -> Path:
-    from decoder.smol import draft_path
-
-    return draft_path()
 
 
 def _model(path: Path, device: str):

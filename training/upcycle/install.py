@@ -6,11 +6,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from decoder.smol import draft_path
 from decoder.smol.build import record
 from decoder.smol.difference import write_difference
 from decoder.smol.head import write_head
 from decoder.smol.recipe import ASSETS, shipped
 from training.upcycle.experts import MATRICES
+
+
+def dense_path() -> Path:
+    """Folder of the dense model, built like the package's other parts; needs no assets yet."""
+    ASSETS.mkdir(exist_ok=True)
+    record(shipped())
+    return draft_path()
 
 
 def install_target(checkpoint: Path) -> None:
@@ -27,7 +35,6 @@ def install_target(checkpoint: Path) -> None:
             for side in ("left", "right"):
                 name = f"layers.{index}.{matrix}.{side}"
                 factors[name] = layer[f"differences.{matrix}.{side}"]
-    ASSETS.mkdir(exist_ok=True)
     write_difference(ASSETS / "difference.safetensors", factors)
     record(shipped())
 
