@@ -17,7 +17,6 @@ from decoder.cli.files.prompt_lines import checked
 from decoder.cli.files.prompts import check_prompts, is_stream, read_prompts
 from decoder.drafters.base import forget_finished
 from decoder.engine.metrics import DecoderStats
-from decoder.engine.profile_pair import profile_pair
 from decoder.errors import UserError
 from decoder.gamma.base import FixedGamma
 from decoder.gamma.forecast import RunCosts, forecast_ratio
@@ -108,6 +107,8 @@ def warmed_up(
     plain: Any, speculative: Any, prompts: Sequence[Any], params: SamplingParams
 ) -> tuple[list[Request], RunCosts | None]:
     """Run a few tokens with each decoder; the prompts as requests, and what rounds will cost."""
+    from decoder.engine.profile_pair import profile_pair
+
     short = params.updated({"max_new_tokens": min(8, params.max_new_tokens), "min_new_tokens": 0})
     for decoder in (plain, speculative):
         decoder.generate(prompts[: decoder.max_batch_size], short)

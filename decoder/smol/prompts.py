@@ -8,13 +8,13 @@ CODE_PROMPTS: tuple[str, ...] = (
     "Write a Python decorator that prints how long a function took.",
     "Complete this function:\n\n"
     "def binary_search(values, target):\n    low, high = 0, len(values) - 1\n",
-    "Write a Python function that converts a temperature from Celsius to Fahrenheit.",
-    "Write a SQL query that lists the ten customers with the highest total of orders.",
+    "Write a Python function that reverses a string.",
+    "Write a Python function that finds the largest number in a list.",
 )
 
 CHAT_PROMPTS: tuple[str, ...] = (
     "Why is the sky blue?",
     "What is the difference between a virus and a bacterium?",
-    "Write a short and friendly e-mail that invites a colleague to lunch.",
-    "How does a bicycle stay upright?",
+    "Give me three tips for learning a new language.",
+    "Why is sleep important?",
 )

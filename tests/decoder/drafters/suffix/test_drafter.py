@@ -194,7 +194,8 @@ def test_a_comparison_that_repeats_itself_is_not_answered_by_heart() -> None:
         for drafter in (SuffixDrafter(), SuffixDrafter(), None)
     )
     once.generate(prompts, params)
-    found = compare(plain, repeated, prompts, params, repetitions=3).speculative_stats
+    requests = [repeated.reader.read(i, prompt, params) for i, prompt in enumerate(prompts)]
+    found = compare(plain, repeated, requests, repetitions=3).speculative_stats
     assert (found.drafted, found.accepted) == (once.stats.drafted, once.stats.accepted)
     once.generate(prompts, params)
     assert once.stats.accepted > found.accepted
