@@ -37,6 +37,12 @@ def eagle_path() -> Path:
     return _built("eagle")
 
 
+def has_eagle() -> bool:
+    """Whether the repository holds an EAGLE-3 head."""
+    asset = shipped().asset("eagle")
+    return asset is not None and asset.is_file()
+
+
 def draft_of(drafter: str) -> Path | None:
     """What a drafter of this name reads, of those in ``decoder.drafters.DRAFTERS`` that need one.
 

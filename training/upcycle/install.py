@@ -28,15 +28,20 @@ def install_target(checkpoint: Path) -> None:
         checkpoint: from ``training.upcycle.target``.
     """
     layers = torch.load(checkpoint, weights_only=True)["layers"]
-    factors = {}
+    write_difference(ASSETS / "difference.safetensors", factors(layers))
+    record(shipped())
+
+
+def factors(layers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A checkpoint's layers under the names of the difference file."""
+    named = {}
     for index, layer in enumerate(layers):
-        factors[f"layers.{index}.router"] = layer["router"]
+        named[f"layers.{index}.router"] = layer["router"]
         for matrix in MATRICES:
             for side in ("left", "right"):
                 name = f"layers.{index}.{matrix}.{side}"
-                factors[name] = layer[f"differences.{matrix}.{side}"]
-    write_difference(ASSETS / "difference.safetensors", factors)
-    record(shipped())
+                named[name] = layer[f"differences.{matrix}.{side}"]
+    return named
 
 
 def install_eagle(head: Path) -> None:

@@ -51,7 +51,7 @@ class Stream:
     def load_state_dict(self, state: dict) -> None:
         """Restore what ``state_dict`` returned, over the same documents."""
         self.random.set_state(state["random"])
-        self.windows = state["windows"]
+        self.windows = {kind: list(windows) for kind, windows in state["windows"].items()}
 
     def batch(self, rows: int, length: int) -> torch.Tensor:
         """Token ids int64 ``[rows, length]``."""

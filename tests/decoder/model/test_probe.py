@@ -122,6 +122,18 @@ def test_wrong_positions_show_in_half_precision(name: str, dtype: torch.dtype) -
         ModelRunner(build(name, dtype), 2, 32)
 
 
+def test_a_model_that_amplifies_its_rounding_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SmolLM2 does in bf16: by a tenth of its logits' spread, here far beyond what is allowed."""
+    monkeypatch.setattr("decoder.model.probe._tolerance", lambda dtype: 0.0)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 12})
+        model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+        ModelRunner(model, 2, 32)
+    with pytest.raises(UserError, match="differ from its own"):
+        ModelRunner(patched(off_by_the_cache).bfloat16(), 2, 32)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), KeyboardInterrupt()])
 def test_what_is_no_fault_of_the_model_passes(error: BaseException) -> None:
     with pytest.raises(type(error)):

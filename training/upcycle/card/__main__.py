@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from decoder.model.loading import load_model, load_tokenizer
+from decoder.sampling import VERIFIERS
 from training import experts
 
 from .acceptance import (
@@ -155,6 +156,19 @@ def training_facts(run_dir: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(run_dir.glob("*.json"))}
 
 
+def stated_alphas(measured: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Acceptance as the demonstration reads it: by drafter, domain and temperature (``"0"``).
+
+    That of the usual verifier, to forecast what a run will bring.
+    """
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for cell in measured:
+        if cell["kind"] == "acceptance" and cell["verifier"] == VERIFIERS[0]:
+            of_domain = table.setdefault(cell["drafter"], {}).setdefault(cell["domain"], {})
+            of_domain[f"{cell['temperature']:g}"] = cell["alpha"]
+    return table
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write JSON with one key to a line: most of it is thousands of counts."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
@@ -179,7 +193,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     measure_losses(journal, args.dense, texts, [(text, None) for text in texts], args.device)
     asked = [(text, k) for text in texts for k in (TOP_KS if text[0] == "held_out" else (K,))]
     measure_losses(journal, args.target, texts, asked, args.device)
-    drafts = {"independent": args.dense, "eagle": args.eagle}
+    drafts = {"independent": args.dense} | ({"eagle": args.eagle} if args.eagle else {})
     measure_acceptance(journal, args.target, drafts, args.prompts, args.new_tokens, args.device)
     versions = {name: version(name) for name in ("torch", "transformers")}
     return {"device": args.device, "versions": versions, "cells": journal.cells}
@@ -195,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, default=Path("outputs/upcycle"))
     parser.add_argument("--target", type=Path, help="default: the built model")
     parser.add_argument("--dense", type=Path, help="default: the model it was made from")
-    parser.add_argument("--eagle", type=Path, help="default: the built head")
+    parser.add_argument("--eagle", type=Path, help="default: the built head, if there is one")
     parser.add_argument(
         "--outside", action="append", default=[], metavar="NAME=PATH", help="another text, unseen"
     )
@@ -211,10 +225,13 @@ def main(argv: list[str] | None = None) -> int:
 
     args.target = args.target or smol.target_path()
     args.dense = args.dense or smol.draft_path()
-    args.eagle = args.eagle or smol.eagle_path()
+    if args.eagle is None and smol.has_eagle():
+        args.eagle = smol.eagle_path()
     torch.set_num_threads(args.threads)
     record = json.loads(args.record.read_text()) if args.record.exists() else {}
-    record |= {"training": training_facts(args.run_dir), "evaluation": evaluation(args)}
+    measured = evaluation(args)
+    record |= {"training": training_facts(args.run_dir), "evaluation": measured}
+    record["alpha"] = stated_alphas(measured["cells"])
     write_record(args.record, record)
     args.card.write_text(render(record))
     return 0
