@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decoder.builtin import BUILTIN
 from decoder.errors import explained
 
 from . import flag_types as types
@@ -67,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
         "--target",
         "--model",
         type=types.path,
-        help="architecture name, config.json or model folder",
+        help="architecture name, config.json, model folder or built-in model",
     )
     parser.add_argument(
         "--draft", "--assistant-model", type=types.path,
@@ -176,7 +177,7 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
     from decoder.perf_model.config_spec import spec_from_config
     from decoder.perf_model.presets import is_preset, preset_spec
 
-    path = Path(name)
+    path = BUILTIN[name].target_path() if name in BUILTIN else Path(name)
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
@@ -184,7 +185,8 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
             config = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
-        label = path.parent.name if path.name == "config.json" else path.stem
+        folder = name if name in BUILTIN else path.parent.name
+        label = folder if path.name == "config.json" else path.stem
         spec = spec_from_config(config, label)
     elif is_preset(name) or not path.suffix:
         spec = preset_spec(name)
@@ -201,6 +203,8 @@ def _draft(
 
     if name == "none":
         return None
+    if name is None and target_name in BUILTIN:
+        name = str(BUILTIN[target_name].draft_of("auto"))
     if name is None and is_preset(target_name):
         spec = paper_draft_spec(target_name)
         return spec.with_weight_bytes(_WEIGHT_BYTES[dtype]) if dtype else spec
