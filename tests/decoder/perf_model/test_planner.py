@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from decoder import embedded
 from decoder.__main__ import main
 from decoder.cli import plan as cli
 from decoder.perf_model.fit_report import ErrorSummary
@@ -110,6 +111,15 @@ def test_cli_reads_config_json_and_folder(
         data = run_json(capsys, "--target", str(path), *common)
         assert data["target"] == "my-mixtral"
         assert data["batches"][0]["cells"] == by_name["batches"][0]["cells"]
+
+
+def test_cli_knows_the_built_in_models(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--machine", "h200", "--batch-sizes", "8")
+    by_name = run_json(capsys, "--target", "embedded", *common)
+    target, draft = str(embedded.target_path()), str(embedded.draft_path())
+    by_path = run_json(capsys, "--target", target, "--draft", draft, *common)
+    assert by_name["target"] == "embedded"
+    assert by_name["batches"] == by_path["batches"]
 
 
 def test_cli_options_change_the_prediction(capsys: pytest.CaptureFixture[str]) -> None:
