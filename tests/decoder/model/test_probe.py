@@ -123,7 +123,7 @@ def test_wrong_positions_show_in_half_precision(name: str, dtype: torch.dtype) -
 
 
 def test_a_model_that_amplifies_its_rounding_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As SmolLM2 does in bf16: by a tenth of its logits' spread, here far beyond what is allowed."""
+    """As SmolLM2 does in bf16: by a tenth of its logits' spread, here beyond what is allowed."""
     monkeypatch.setattr("decoder.model.probe._tolerance", lambda dtype: 0.0)
     for seed in range(4):
         torch.manual_seed(seed)
