@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +12,6 @@ from .requests.reader import Prompt
 from .smol import prompts as questions
 
 SMOL, EMBEDDED = "smol", "embedded"
-_CARD = Path(smol.__file__).parent / "assets" / "upcycle.json"
 
 
 class Builtin(Protocol):
@@ -22,6 +20,8 @@ class Builtin(Protocol):
     def target_path(self) -> Path: ...
 
     def draft_of(self, drafter: str) -> Path | None: ...
+
+    def stated_alphas(self) -> dict[str, Any]: ...
 
 
 BUILTIN: dict[str, Builtin] = {SMOL: smol, EMBEDDED: embedded}
@@ -63,12 +63,6 @@ def stated_alpha(target: str, drafter: str, kind: str, temperature: float) -> fl
         drafter: its name in ``DRAFTERS``.
         kind: of prompt.
     """
-    tables = {SMOL: _smol_alpha, EMBEDDED: lambda: embedded.ALPHA}
-    table: dict[str, Any] = tables[target]() if target in tables else {}
+    table = BUILTIN[target].stated_alphas() if target in BUILTIN else {}
     alpha: float | None = table.get(drafter, {}).get(kind, {}).get(f"{temperature:g}")
     return alpha
-
-
-def _smol_alpha() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_CARD.read_text()).get("alpha", {}) if _CARD.exists() else {}
-    return found

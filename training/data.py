@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,26 +129,37 @@ def build_corpus(stdlib: Path | None = None) -> Corpus:
 
 
 class TokenStream:
-    """Endless training rows: windows of shuffled code or prose, windows shuffled too.
+    """Endless training rows: windows of one kind's shuffled and joined documents, shuffled too.
 
     A batch therefore mixes many files. Its content depends only on the seed and on how many rows
     were drawn before it, so that a resumed run continues exactly where it stopped.
+
+    Args:
+        documents: token ids by kind.
+        shares: how often a row is of each kind, summing to one.
+        eos: id between two documents.
+        seed: of the order.
     """
 
     def __init__(
-        self, documents: dict[str, list[list[int]]], eos: int, code_share: float, seed: int = SEED
+        self,
+        documents: Mapping[str, list[list[int]]],
+        shares: Mapping[str, float],
+        eos: int,
+        seed: int = SEED,
     ):
-        self.documents, self.eos, self.code_share = documents, eos, code_share
+        self.documents, self.eos, self.kinds = documents, eos, list(shares)
+        self.bounds = torch.tensor(list(shares.values())).cumsum(0)[:-1]
         self.random = torch.Generator().manual_seed(seed)
-        self.windows: dict[str, list[torch.Tensor]] = {kind: [] for kind in documents}
-        self.epochs = dict.fromkeys(documents, 0)
+        self.windows: dict[str, list[torch.Tensor]] = {kind: [] for kind in shares}
+        self.epochs = dict.fromkeys(shares, 0)
 
     def state_dict(self) -> dict:
         """What ``load_state_dict`` needs to go on from here: tensors and numbers only."""
         return {
             "random": self.random.get_state(),
-            "windows": self.windows,
-            "epochs": self.epochs,
+            "windows": {kind: list(windows) for kind, windows in self.windows.items()},
+            "epochs": dict(self.epochs),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -165,10 +176,10 @@ class TokenStream:
 
     def batch(self, rows: int, length: int) -> torch.Tensor:
         """Return int64 [rows, length + 1]: inputs and, shifted by one, labels."""
-        picks = torch.rand(rows, generator=self.random) < self.code_share
+        drawn = torch.rand(rows, generator=self.random)
         out = []
-        for is_code in picks.tolist():
-            kind = "code" if is_code else "prose"
+        for pick in torch.bucketize(drawn, self.bounds, right=True).tolist():
+            kind = self.kinds[pick]
             if not self.windows[kind] or len(self.windows[kind][-1]) != length + 1:
                 self._refill(kind, length)
             out.append(self.windows[kind].pop())

@@ -7,10 +7,11 @@ import torch
 from tqdm import tqdm
 
 from training import experts
+from training.checkpoint import save_checkpoint
 from training.data import SEED, TokenStream
 from training.optim import Budget, Optimizers
 
-CODE_SHARE = 0.8
+SHARES = {"code": 0.8, "prose": 0.2}
 BATCH_TOKENS = 4096
 SHORT, LONG = 256, 512  # row lengths: short while most is learnt, then long
 LONG_FROM = 0.65  # progress at which rows become long
@@ -90,7 +91,7 @@ def train_target(
     """Train until the budget is spent, resuming from ``run_dir/target.pt``; return the model."""
     model = new_target(tokenizer).to(device).train()
     optimizers = Optimizers(model)
-    stream = TokenStream(tokens["train"], tokenizer.eos_token_id, CODE_SHARE)
+    stream = TokenStream(tokens["train"], SHARES, tokenizer.eos_token_id)
     checkpoint = run_dir / "target.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -124,7 +125,7 @@ def train_target(
                     "optimizers": optimizers.state_dict(),
                     "stream": stream.state_dict(),
                 }
-                torch.save(
+                save_checkpoint(
                     {**state, "tokens": budget.tokens_done, "seconds": budget.seconds}, checkpoint
                 )
                 if preview is not None:

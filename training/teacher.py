@@ -24,6 +24,7 @@ TOP = 32
 ARGMAX_WEIGHT = 0.3
 TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # in turn: half of the continuations are greedy
 CODE_SHARE = 0.75
+SHARES = {"code": CODE_SHARE, "prose": 1 - CODE_SHARE}
 OWN_TIME = 0.8
 BOUNDARY = re.compile(
     r'^[ \t]*(?:async )?def \w+\(.*\)(?: -> .*)?:\n(?:[ \t]+r?"""[^"]*"""\n)?', re.MULTILINE
@@ -157,7 +158,7 @@ def build_rows(
     }
     rows: dict[str, list[Rows]] = {"own": [], "corpus": []}
     writer = load_writer(run_dir / "target", device)
-    stream = TokenStream(train, tokenizer.eos_token_id, CODE_SHARE, seed=SEED + 1)
+    stream = TokenStream(train, SHARES, tokenizer.eos_token_id, seed=SEED + 1)
     with tqdm(
         total=100.0, desc="teacher", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
     ) as bar:

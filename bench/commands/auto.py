@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bench.measure.record import Recorder
 from bench.runs.automatic import Settings, measure_automatic
 from bench.runs.subject import Subject
-from bench.workloads.arguments import add_pair, numbers, words
+from bench.workloads.arguments import add_machine, add_pair, numbers, words
 from bench.workloads.models import load_subject
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
 from bench.workloads.trained import TrainedPair
@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of rounds per cell")
     parser.add_argument("--cold", action="store_true", help="acceptance unknown in every run")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--out", help="append JSON lines to this file")
+    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bench.measure.record import Recorder
 from bench.paper.dataset import Settings, measure_dataset
-from bench.workloads.arguments import add_pair, words
+from bench.workloads.arguments import add_machine, add_pair, words
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
 from bench.workloads.trained import PAIRS, TrainedPair
 from decoder.sampling import VERIFIERS
@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=1, help="repetitions of both ways, in turn")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--out", help="append JSON lines to this file")
+    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> None:

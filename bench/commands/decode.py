@@ -20,7 +20,7 @@ from bench.measure.record import Recorder
 from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
-from bench.workloads.arguments import numbers
+from bench.workloads.arguments import add_machine, numbers
 from bench.workloads.models import load_subject
 
 
@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--out", help="append JSON lines to this file")
+    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> None:

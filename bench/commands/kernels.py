@@ -22,7 +22,7 @@ from bench.measure.record import Recorder
 from bench.peers.vllm_experts import VllmExperts
 from bench.runs.layer import LayerBenchmark
 from bench.runs.layer_record import Settings, efficiency
-from bench.workloads.arguments import numbers
+from bench.workloads.arguments import add_machine, numbers
 from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
 
@@ -44,14 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a GPU: folder with vLLM's fused_moe.py and configs/ (bench/peers/README.md)",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    add_machine(parser)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds per point")
-    parser.add_argument("--out", help="append JSON lines to this file")
 
 
 def run(args: argparse.Namespace) -> None:

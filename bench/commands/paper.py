@@ -28,7 +28,7 @@ from bench.paper.grid import Grid, measure_grid
 from bench.paper.peak import measure_peak
 from bench.runs.decode_lines import describe_subject
 from bench.runs.subject import Subject
-from bench.workloads.arguments import add_drafting, numbers, words
+from bench.workloads.arguments import add_drafting, add_machine, numbers, words
 from bench.workloads.paper import (
     ARCHITECTURES,
     BORROWED,
@@ -77,9 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
     add_drafting(parser)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
-    parser.add_argument("--out", help="append JSON lines to this file")
+    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.cli.compare import compare, forecast, warmed_up
 from decoder.drafters import build_drafter
-from decoder.engine.profile_rounds import profile_rounds
 from decoder.gamma.base import AUTO
 from decoder.sampling.sampler import VerifierName
 
@@ -57,7 +56,6 @@ def measure_dataset(
     gamma: Any = settings.gamma if settings.gamma == AUTO else int(settings.gamma)
     drafter = build_drafter(pair.drafter, target, pair.draft)
     speculative = SpeculativeDecoder(target, drafter, gamma, settings.verifier, **options)
-    profile_rounds(speculative)
     params = SamplingParams(temperature=settings.temperature, max_new_tokens=settings.new_tokens)
     seeded = [{"token_ids": prompt, "seed": number} for number, prompt in enumerate(prompts)]
     requests, costs = warmed_up(plain, speculative, seeded, params)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from bench.workloads.trained import PAIRS
 from decoder.drafters.table import AUTO, drafter_names
 
@@ -39,3 +41,10 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
         default=Path(),
         help="folder of HumanEval.jsonl.gz and mt_bench.jsonl (default: this one)",
     )
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Where to measure, with how many threads, and where the lines go."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument("--out", help="append JSON lines to this file")

@@ -15,7 +15,7 @@ import torch
 from decoder.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
-# Acceptance by drafter, kind of prompt and temperature, as MODEL_CARD.md has it.
+# See ``stated_alphas``.
 ALPHA = {
     "independent": {"code": {"0": 0.968, "1": 0.667}, "prose": {"0": 0.916, "1": 0.625}},
     "eagle": {"code": {"0": 0.95, "1": 0.68}, "prose": {"0": 0.90, "1": 0.63}},
@@ -44,6 +44,11 @@ def draft_of(drafter: str) -> Path | None:
     """
     find = {"auto": draft_path, "independent": draft_path, "eagle": eagle_path}.get(drafter)
     return None if find is None else find()
+
+
+def stated_alphas() -> dict[str, Any]:
+    """Acceptance by drafter, kind of prompt and temperature, as MODEL_CARD.md has it."""
+    return ALPHA
 
 
 def load_pair(

@@ -8,6 +8,9 @@ into the cache when they are first asked for. Importing this package loads and b
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from decoder.checkpoint.folder import read_json
 
 from .build import folder_of
 from .recipe import Part, shipped
@@ -50,6 +53,12 @@ def draft_of(drafter: str) -> Path | None:
     """
     find = {"auto": draft_path, "independent": draft_path, "eagle": eagle_path}.get(drafter)
     return None if find is None else find()
+
+
+def stated_alphas() -> dict[str, Any]:
+    """Acceptance by drafter, kind of prompt and temperature, as measured for the card."""
+    record = shipped().record
+    return dict(read_json(record).get("alpha", {})) if record.exists() else {}
 
 
 def _built(part: Part) -> Path:

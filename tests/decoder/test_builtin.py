@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from decoder import builtin, embedded, smol
+from decoder import embedded, smol
 from decoder.builtin import BUILTIN, builtin_prompts, default_target, stated_alpha
 from decoder.drafters import DRAFTERS
+from decoder.smol.recipe import Recipe
 
 
 @pytest.mark.parametrize(("why", "name"), [(None, "smol"), ("not installed", "embedded")])
@@ -31,10 +32,10 @@ def test_alphas_are_those_of_the_cards(monkeypatch, tmp_path):
     card = (embedded.ASSETS.parent / "MODEL_CARD.md").read_text()
     assert "0.968" in card
     assert {*embedded.ALPHA} <= {*DRAFTERS}
-    monkeypatch.setattr(builtin, "_CARD", tmp_path / "card.json")
+    monkeypatch.setattr(smol, "shipped", lambda: Recipe(None, assets=tmp_path))
     assert stated_alpha("smol", "eagle", "chat", 1.0) is None
     alpha = {"eagle": {"chat": {"0": 0.7, "1": 0.5}}}
-    (tmp_path / "card.json").write_text(json.dumps({"alpha": alpha}))
+    (tmp_path / "upcycle.json").write_text(json.dumps({"alpha": alpha}))
     assert stated_alpha("smol", "eagle", "chat", 1.0) == 0.5
     for known in (
         ("smol", "eagle", "code", 1.0),

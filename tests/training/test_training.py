@@ -58,7 +58,7 @@ def test_docstrings_are_cleaned_and_long():
 
 def test_stream_repeats_and_shifts_labels():
     documents = {"code": [list(range(10, 500))], "prose": [list(range(600, 900))]}
-    first, second = (TokenStream(documents, eos=0, code_share=0.5) for _ in range(2))
+    first, second = (TokenStream(documents, {"code": 0.5, "prose": 0.5}, eos=0) for _ in range(2))
     for _ in range(5):
         a, b = first.batch(4, 16), second.batch(4, 16)
         assert a.shape == (4, 17)
@@ -68,7 +68,7 @@ def test_stream_repeats_and_shifts_labels():
 
 def test_stream_goes_on_from_a_file_of_tensors(tmp_path):
     documents = {"code": [list(range(10, 500))], "prose": [list(range(600, 900))]}
-    first, second = (TokenStream(documents, eos=0, code_share=0.5) for _ in range(2))
+    first, second = (TokenStream(documents, {"code": 0.5, "prose": 0.5}, eos=0) for _ in range(2))
     first.batch(4, 16)
     torch.save(first.state_dict(), tmp_path / "stream.pt")
     second.load_state_dict(torch.load(tmp_path / "stream.pt", weights_only=True))
@@ -145,3 +145,15 @@ def test_importing_the_pair_loads_no_transformers():
     code = "import sys, decoder.embedded; print('transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def test_rows_depend_on_the_seed_and_on_what_was_drawn() -> None:
+    documents = {"code": [list(range(9)), list(range(20, 33))], "chat": [list(range(50, 70))]}
+    shares = {"code": 0.5, "chat": 0.5}
+    one, two = (TokenStream(documents, shares, 99, seed=3) for _ in range(2))
+    first = one.batch(6, 3)
+    torch.testing.assert_close(two.batch(6, 3), first)
+    two.load_state_dict(one.state_dict())
+    torch.testing.assert_close(two.batch(6, 3), one.batch(6, 3))
+    known = {t for kind in documents.values() for text in kind for t in text} | {99}
+    assert first.shape == (6, 4) and set(first.flatten().tolist()) <= known

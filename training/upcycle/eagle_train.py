@@ -4,13 +4,13 @@ A run lives in a folder and goes on from what is there, also over another target
 the dense model at first, whose features are cheap, then the sparse one that came of it.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from training.checkpoint import save_checkpoint
 from training.data import SEED
 from training.optim import Budget, Optimizers
 from training.teacher import ARGMAX_WEIGHT
@@ -185,9 +185,7 @@ class Run:
             "tokens": self.budget.tokens_done,
             "seconds": self.budget.seconds,
         }
-        unfinished = self.checkpoint.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.checkpoint)
+        save_checkpoint(state, self.checkpoint)
 
     def restore(self) -> None:
         """Go on from the checkpoint."""

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from training.checkpoint import save_checkpoint
+from training.data import TokenStream
 from training.optim import Budget
 from training.upcycle.experts import UpcycledFFN, balance_loss, upcycle
-from training.upcycle.texts import Stream
 
 SEED = 22
 SEPARATOR = 0  # <|endoftext|>, between two documents
@@ -72,7 +73,7 @@ class Trainer:
         self.model, self.budget = dense, budget
         self.layers: list[UpcycledFFN] = upcycle(dense, SEED)
         self.checkpoint, self.log = run_dir / "target.pt", run_dir / "target.log"
-        self.stream = Stream(documents, SHARES, SEPARATOR, SEED)
+        self.stream = TokenStream(documents, SHARES, SEPARATOR, SEED)
         routers = [layer.router for layer in self.layers]
         differences = [p for layer in self.layers for p in layer.differences.parameters()]
         self.parameters = differences + routers
@@ -107,7 +108,7 @@ class Trainer:
         self._save()
 
     def _step(self) -> tuple[float, float]:
-        ids = self.stream.batch(ROWS, LENGTH).to(self.model.device)
+        ids = self.stream.batch(ROWS, LENGTH - 1).to(self.model.device)
         loss = losses(self.model, ids)
         balance = balance_loss(self.layers)
         (loss + BALANCE * balance).backward()
@@ -127,9 +128,7 @@ class Trainer:
             "tokens": self.budget.tokens_done,
             "seconds": self.budget.seconds,
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        save_checkpoint(state, self.checkpoint)
 
     def _load(self, state: dict) -> None:
         _fill(self.layers, state)
