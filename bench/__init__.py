@@ -12,7 +12,8 @@ The folders, each importing only from those below it:
 - ``page``: the HTML page of a folder of results: numbers, questions, tables.
 - ``pictures``: pictures from lines alone.
 - ``paper``: the paper's tables in kind: its rows with ours beside them, and its data sets whole.
-- ``runs``: what is measured: one point of the layer, one batch of the decoder, tiles, fits.
+- ``tuning``: tiles of the expert kernels: candidates, search, the table.
+- ``runs``: what is measured: one point of the layer, one batch of the decoder, fits.
 - ``peers``: transformers, vLLM on a CPU, vLLM's Triton kernel.
 - ``measure``: clocks, CUDA graphs, ceilings, the machine's description, lines.
 - ``workloads``: shapes, routings, random models, prompts, the paper's rows.

@@ -5,7 +5,7 @@ in time, and none can stop the next: they run in one worker process, which is re
 hangs or crashes it. Every finding is a line of ``DIR/suite.jsonl``, written when it is found; a
 second start with that file goes on where the first stopped. Tuned tiles go to
 ``DIR/<device>.json``, what pieces print to ``DIR/suite.log``, the table of bars to
-``DIR/summary.txt``. ``--dry-run`` does all of it on a CPU with small sizes. Not run on a GPU yet.
+``DIR/summary.txt``. ``--dry-run`` does all of it on a CPU with small sizes.
 """
 
 from __future__ import annotations

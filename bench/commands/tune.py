@@ -1,6 +1,6 @@
 """``bench tune``: measure tiles on this GPU and write the file the selector reads.
 
-``bench.runs.tuning`` says what is tried, and in which order. Not run on a GPU yet.
+``bench.tuning.search`` says what is tried, and in which order.
 """
 
 from __future__ import annotations
@@ -11,21 +11,32 @@ from pathlib import Path
 
 import torch
 
-from bench.runs.tiles_file import has_entry
-from bench.runs.tuning import BUDGET_S, CANDIDATES, ROUNDS, search_steps, tune_each
+from bench.tuning.compiling import compile_jobs
+from bench.tuning.search import (
+    BUDGET_S,
+    CANDIDATES,
+    ROUNDS,
+    candidate_jobs,
+    search_steps,
+    tune_shape,
+)
+from bench.tuning.table import has_entry
 from bench.workloads.arguments import numbers
 from bench.workloads.shapes import Shape, parse_shape
 from moesd_kernels.experts.triton.config import model_choice
+from moesd_kernels.experts.triton.device import device_of
 from moesd_kernels.experts.triton.tuned import FOLDER, config_path
 from moesd_kernels.experts.triton.types import H200, LayerShape
 
 TOKENS = "1,2,4,8,16,32,64,128,256,512"
+# Share of a shape's seconds that compiling may take.
+COMPILING = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench tune``."""
     parser.add_argument("--shape", action="append", required=True, help="name or E,K,H,I")
-    parser.add_argument("--tokens", default=TOKENS, help="the largest T of each bucket to tune")
+    parser.add_argument("--tokens", default=TOKENS, help="values of T to tune")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--candidates", type=int, default=CANDIDATES, help="per step, the first n")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -48,9 +59,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("tune needs a CUDA device, found none; --dry-run lists the candidates")
     for shape in shapes:
         todo = [T for T in tokens if args.force or not _is_tuned(shape, T, dtype, args.folder)]
-        limits = (args.candidates, args.rounds, args.budget, args.folder)
+        limits = {
+            "candidates": args.candidates,
+            "rounds": args.rounds,
+            "budget_s": args.budget,
+            "folder": args.folder,
+        }
+        _compile(shape, todo, dtype, args)
         done = 0
-        for result in tune_each(shape, todo, dtype, *limits):
+        for result in tune_shape(shape, todo, dtype, **limits):
             done += 1
             times = f"{result['micros']:.1f} us, the model's {result['model_micros']:.1f} us"
             print(f"{shape} T={result['T']}: {times}, {result['config']}", flush=True)
@@ -59,6 +76,12 @@ def run(args: argparse.Namespace) -> int:
         if done < len(todo):
             print(f"{shape}: out of time before T = {todo[done]}; run again to go on")
     return 0
+
+
+def _compile(shape: Shape, todo: list[int], dtype: torch.dtype, args: argparse.Namespace) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    jobs = candidate_jobs(shape, todo, dtype, device_of(device), args.candidates)
+    compile_jobs(list(jobs.values()), dtype, device, COMPILING * args.budget)
 
 
 def _print_candidates(shape: LayerShape, dtype: torch.dtype, limit: int) -> None:

@@ -1,9 +1,9 @@
 """CUDA-graph timing of a stack of layers: what a decode step pays, without host gaps.
 
-Not run on a GPU yet. A graph holds one call on each of several layers with weights of their own, so
-that no weight is still in L2 from the call before; routing and inputs are copied into static
-buffers before every replay, so that no replay repeats another's experts. The first replay uploads
-the graph: it belongs to the warm-up round.
+A graph holds one call on each of several layers with weights of their own, so that no weight is
+still in L2 from the call before; routing and inputs are copied into static buffers before every
+replay, so that no replay repeats another's experts. The first replay uploads the graph: it belongs
+to the warm-up round.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def expert_curve(shape: Shape, dtype: torch.dtype, device: torch.device) -> RowC
 def seconds_in_graphs(
     shape: Shape, dtype: torch.dtype, device: torch.device, batches: Sequence[Batch]
 ) -> list[float]:
-    """Fastest seconds of a layer on each batch, captured; not run on a GPU yet."""
+    """Fastest seconds of a layer on each batch, captured."""
     layers = [make_layer(shape, dtype, device, seed) for seed in range(MIN_STACK)]
     seconds = []
     for batch in batches:

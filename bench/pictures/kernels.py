@@ -65,7 +65,9 @@ def draw_roofline_share(lines: Lines, out: Path) -> list[Path]:
     for layer, points in _by_layer(lines).items():
         shares = {p["T"]: p["of_roof"] for p in points if p["routing"] == "uniform"}
         if shares:
-            ax.plot(list(shares), list(shares.values()), "o-", label=layer.split()[0])
+            shape, _, _, *more = layer.split()
+            label = " ".join((shape, *more))
+            ax.plot(list(shares), list(shares.values()), "o-", label=label)
     ax.axhline(1.0, color=ink(), lw=0.8)
     ax.set_ylim(bottom=0.0)
     legend(ax, "E,K,H,I")

@@ -17,11 +17,14 @@ from bench.runs.subject import Subject
 from bench.suite.progress import FILE
 from bench.suite.session import OutOfTimeError, Session
 from bench.suite.sizes import DRAFT, fitting_preset
+from bench.tuning.compiling import Job
 from bench.workloads.models import random_model
 from bench.workloads.scaling import scaled_config
+from bench.workloads.shapes import Shape
 from decoder.model.runner import ModelRunner
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.hardware.machine import Machine
+from decoder.perf_model.presets import preset_spec
 from decoder.perf_model.theory import alpha_from_sigma
 from moesd_kernels import accelerate
 
@@ -54,6 +57,21 @@ def subject(session: Session) -> tuple[str, Subject, dict[str, Any]]:
             _setup(session, target, draft),
         )
     return session.kept["subject"]
+
+
+def layer_jobs(session: Session) -> list[Job]:
+    """Calls of the target's MoE layers at every number of tokens a decode cell will have."""
+    sizes = session.sizes
+    if not session.cuda:
+        return []
+    spec = preset_spec(sizes.preset or fitting_preset(session.free_bytes()))
+    rows = {B * (gamma + 1) for B, gammas in sizes.cells for gamma in (0, *gammas)}
+    shapes = {
+        Shape(x.num_experts, x.top_k, spec.hidden, x.expert // (3 * spec.hidden))
+        for x in spec.layers
+        if x.num_experts
+    }
+    return [Job(shape, T) for shape in shapes for T in sorted(rows)]
 
 
 def _setup(session: Session, target: Any, draft: Any) -> dict[str, Any]:

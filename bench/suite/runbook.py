@@ -50,12 +50,12 @@ def run_book(sizes: Sizes) -> list[Piece]:
             Piece(f"cuda-{name}", 15, partial(layers.measure, name, "cuda"), cuda_backend)
             for name in sizes.shapes
         ),
-        Piece("decoder-tests", 20, partial(testing.run_tests, testing.DECODER)),
         Piece("step", 40, decoding.profile_steps),
-        Piece("decode", 110, decoding.measure),
+        Piece("decode", 200, decoding.measure),
         Piece("fit", 10, decoding.fit),
+        Piece("decoder-tests", 30, partial(testing.run_tests, testing.DECODER)),
         Piece("kernel-tests", 40, partial(testing.run_tests, testing.KERNELS)),
-        Piece("tune", 60, tuning.tune),
+        Piece("tune", 150, tuning.tune),
         *(
             Piece(f"tuned-{name}", 15, partial(layers.measure, name, "auto"), tiles_for(name))
             for name in sizes.shapes

@@ -20,7 +20,7 @@ class Sizes:
     shapes: layers by name, as ``--shape`` takes them.
     points: (sequences, tokens of each) entering a layer, most telling first.
     rounds: replays per point.
-    tuned: (shape, T) to tune, most telling first.
+    tuned: shape -> values of T to tune, most telling first.
     candidates: tilings tried in each step of a search.
     preset: target's name, or None to choose by free memory.
     scale, draft_scale: share of the parameters to build.
@@ -33,7 +33,7 @@ class Sizes:
     shapes: dict[str, Shape]
     points: tuple[tuple[int, int], ...]
     rounds: int
-    tuned: tuple[tuple[str, int], ...]
+    tuned: dict[str, tuple[int, ...]]
     candidates: int
     preset: str | None
     scale: float
@@ -54,19 +54,18 @@ FULL = Sizes(
         *((4, 1), (64, 1), (16, 1), (2, 1), (256, 1)),
     ),
     rounds=11,
-    tuned=(
-        *(("qwen2-57b", 32), ("qwen3-30b", 32), ("qwen3-30b", 8), ("qwen2-57b", 8)),
-        *(("qwen3-30b", 1), ("mixtral", 8), ("qwen2-57b", 128), ("qwen3-30b", 128)),
-        *(("mixtral", 32), ("qwen2-57b", 1), ("qwen2-57b", 320), ("qwen3-30b", 320)),
-    ),
-    candidates=8,
+    tuned={
+        "qwen3-30b": (32, 160, 8, 1, 320, 64, 16, 128, 4, 2, 512),
+        "mixtral": (8, 32, 1, 160, 320, 64, 16, 2, 4, 128, 512),
+        "qwen2-57b": (32, 160, 8, 1, 320, 64, 16, 128, 4, 2, 512),
+    },
+    candidates=16,
     preset=None,
     scale=1.0,
     draft_scale=1.0,
     cells=(
-        *((32, (4, 2)), (1, (4, 2)), (64, (4, 2)), (8, (4, 2)), (100, (4, 2)), (16, (4, 2))),
-        *((32, (1, 3, 6, 8)), (8, (1, 3, 6, 8)), (1, (1, 3, 6, 8)), (64, (1, 3, 6, 8))),
-        *((2, (1, 2, 3, 4, 6, 8)), (4, (1, 2, 3, 4, 6, 8)), (100, (1, 3, 6, 8))),
+        *((B, (4, 2, 1, 6)) for B in (32, 64, 16, 8, 100, 1, 4, 2)),
+        *((B, (3, 8)) for B in (32, 64, 16, 8, 100, 1, 4, 2)),
     ),
     prompt_tokens=128,
     new_tokens=32,
@@ -78,7 +77,7 @@ DRY = Sizes(
     shapes={"dry": Shape(16, 4, 128, 64)},
     points=((4, 1), (4, 3), (1, 1)),
     rounds=3,
-    tuned=(("dry", 4),),
+    tuned={"dry": (4,)},
     candidates=1,
     preset="qwen3-30b-a3b",
     scale=0.0003,

@@ -64,15 +64,15 @@ def _tests(lines: Lines) -> Figure:
 
 
 def _over_floor(smallest: int, largest: int, bar: float) -> Callable[[Lines], Figure]:
-    """Layer time over bytes / copy rate, the worst of a range of tokens."""
+    """Layer time over bytes / (read or copy rate, the higher), the worst of a range of tokens."""
 
     def find(lines: Lines) -> Figure:
         ceilings = lines.find("roofline")
         chosen = [x for x in layers(lines) if smallest <= x["T"] <= largest]
         if not ceilings or not chosen:
             return None
-        copy = ceilings[-1]["ceilings"]["copy"]
-        over = {_ours(x) * copy / x["bytes"]: x for x in chosen}
+        rate = max(ceilings[-1]["ceilings"][name] for name in ("read", "copy"))
+        over = {_ours(x) * rate / x["bytes"]: x for x in chosen}
         return f"worst {max(over):.2f}x, {_point(over[max(over)])}", max(over) <= bar
 
     return find
@@ -154,8 +154,8 @@ def _point(line: Line) -> str:
 
 BARS: tuple[tuple[str, str, Callable[[Lines], Figure]], ...] = (
     ("correctness, invariance, changed routing in a graph", "all pass", _tests),
-    ("layer time / (bytes / copy rate), T >= 16", "<= 1.10x", _over_floor(16, 10**9, 1.10)),
-    ("layer time / (bytes / copy rate), T <= 8", "<= 1.20x", _over_floor(1, FEW, 1.20)),
+    ("layer time / (bytes / measured rate), T >= 16", "<= 1.10x", _over_floor(16, 10**9, 1.10)),
+    ("layer time / (bytes / measured rate), T <= 8", "<= 1.20x", _over_floor(1, FEW, 1.20)),
     ("grouped_mm / ours, T <= 64", ">= 1.5x", _against(GROUPED, GROUPED_TOKENS, 1.5)),
     ("vLLM's Triton kernel / ours, T <= 320", ">= 1x", _against(SOURCE_PEERS, PEER_TOKENS, 1.0)),
     ("vLLM's Triton kernel / ours, T <= 8", ">= 1.3x", _against(SOURCE_PEERS, FEW, 1.3)),

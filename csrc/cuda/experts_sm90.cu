@@ -1,7 +1,6 @@
 // Both products of the expert layer for Hopper: persistent CTAs stream weights through a TMA ring
 // that does not drain between tiles or experts. Weights are the 64-row operand of wgmma, tokens its
-// 8..64 columns, so that the instruction is full however few tokens an expert has. NOT RUN ON A GPU
-// YET.
+// 8..64 columns, so that the instruction is full however few tokens an expert has.
 #include <cuda_bf16.h>
 
 #include "hopper.cuh"

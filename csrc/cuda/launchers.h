@@ -1,6 +1,6 @@
 // Plain launchers of the CUDA kernels: raw pointers and a stream, no torch, so that nvcc compiles
-// them anywhere. None of this has run on a GPU; it is compiled and its index arithmetic tested on
-// every change.
+// them anywhere. It has run on an H200; here it is compiled and its index arithmetic tested on every
+// change.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -13,7 +13,6 @@ class PhaseClock:
 
     On CUDA it records events and reads them in ``stop``, by when the round's device-to-host copy
     has waited for the device anyway; host work that overlaps the device is then not counted twice.
-    The CUDA form has not run on a GPU yet.
     """
 
     def __init__(self, device: torch.device) -> None:

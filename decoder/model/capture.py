@@ -1,7 +1,4 @@
-"""Capturing work as a CUDA graph, so that a failure leaves the process as it was.
-
-Not run on a GPU yet.
-"""
+"""Capturing work as a CUDA graph, so that a failure leaves the process as it was."""
 
 from __future__ import annotations
 

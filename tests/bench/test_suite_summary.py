@@ -24,7 +24,7 @@ def lines(tmp_path) -> Lines:
 
 
 def layer(lines: Lines, B: int, over: float, gamma: int = 0, **fields: Any) -> None:
-    """A point that takes ``over`` times its bytes at the copy rate; its floor is that rate's."""
+    """A point that takes ``over`` times its bytes at the measured rate, which is its floor."""
     floor = 1e-4 * (gamma + 1)
     ratio = fields.pop("ratio", {"grouped_mm": 2.0, "batch_invariant": 1.01})
     values = {"backend": "auto", "not_captured": {}, "tuned": False, "floor_s": floor}
@@ -48,11 +48,11 @@ def test_the_worst_point_of_a_range_is_held_against_its_bar(lines):
     layer(lines, 16, 1.05)
     layer(lines, 320, 1.09)
     found = judged(lines)
-    assert found["layer time / (bytes / copy rate), T >= 16"] == (
+    assert found["layer time / (bytes / measured rate), T >= 16"] == (
         "worst 1.09x, 64,8,3584,2560 T = 320",
         True,
     )
-    assert found["layer time / (bytes / copy rate), T <= 8"] == (
+    assert found["layer time / (bytes / measured rate), T <= 8"] == (
         "worst 1.25x, 64,8,3584,2560 T = 8",
         False,
     )
@@ -62,7 +62,9 @@ def test_the_faster_of_two_measurements_of_a_point_counts_and_other_backends_do_
     layer(lines, 32, 1.30)
     layer(lines, 32, 1.06, tuned=True)
     layer(lines, 32, 0.90, backend="cuda")
-    assert judged(lines)["layer time / (bytes / copy rate), T >= 16"][0].startswith("worst 1.06x")
+    assert judged(lines)["layer time / (bytes / measured rate), T >= 16"][0].startswith(
+        "worst 1.06x"
+    )
 
 
 def test_peers_are_judged_at_their_slowest_advantage_and_eager_timing_is_said(lines):

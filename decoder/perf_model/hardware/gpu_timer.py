@@ -1,7 +1,6 @@
 """Seconds of work on a GPU without the host's share: captured in a CUDA graph, timed by events.
 
 A layer takes the host longer to issue than the device to run, so eager calls would time Python.
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

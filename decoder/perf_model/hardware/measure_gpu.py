@@ -1,7 +1,7 @@
 """Measures a GPU's rooflines in CUDA graphs, in well under a second of its time.
 
 What is timed is what a captured decode step pays. Every weight is colder than the cache: as many
-are multiplied in one graph as fill it several times. Not run on a GPU yet.
+are multiplied in one graph as fill it several times.
 """
 
 from __future__ import annotations

@@ -84,9 +84,18 @@ def dot(x, w, acc, SWAP_AB: tl.constexpr):
     ``[M, N]``.
 
     Swapped, the weights are the matrix instruction's M operand: Hopper's 64-row instruction is
-    then full however few tokens there are. "ieee" keeps fp32 from being rounded to tf32.
+    then full however few tokens there are. "ieee" keeps fp32 from being rounded to tf32, and adds
+    one column after the other: a step's sum is taken by itself, or the error would grow with all
+    columns. (A fused multiply-add by one: the compiler would put a plain sum back into the dot.)
     """
-    if SWAP_AB:
+    if w.dtype == tl.float32:
+        zero = tl.zeros_like(acc)
+        if SWAP_AB:
+            step = tl.dot(w, tl.trans(x), zero, input_precision="ieee")
+        else:
+            step = tl.dot(x, tl.trans(w), zero, input_precision="ieee")
+        acc = tl.fma(step, tl.full(acc.shape, 1.0, tl.float32), acc)
+    elif SWAP_AB:
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     else:
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .tuned import tuned_configs
+from .tuned import tuned_tiles
 from .types import Device, LayerShape, LayerTiles, TileConfig
 
 # Up to here a block holds every token, so that no expert is read twice however tokens are routed.
@@ -41,6 +41,10 @@ DRAW = 1.25
 CACHE_RATIO = 2.0
 # Fraction of the matrix peak that small tiles reach.
 MATRIX_EFFICIENCY = 0.55
+# Stages at most of gate_up and of down, which leaves room for a second program.
+HOPPER_STAGES = 5, 4
+# The table that a program scans for its rows costs it more than a launch from here on.
+HOPPER_INLINE_PAIRS = 64
 # Bytes of a weight row in one step of the one-token kernels: 16 for each thread of a warp.
 SINGLE_ROW_BYTES = 512
 
@@ -64,8 +68,10 @@ def select_config(
 ) -> LayerTiles:
     """Tiles of both products for a layer.
 
-    With ``batch_invariant`` the tiles do not depend on T at all: a row then goes through the same
-    instructions in the same order whatever else is in the batch.
+    With ``batch_invariant`` a row goes through the same instructions in the same order whatever
+    else is in the batch: the tiles do not depend on T, but for the order of programs and, on
+    Hopper, the height of a block, which is there the width of an instruction that sums every
+    column alike (``hopper_tiles``).
 
     Args:
         shape: the layer and the number of tokens entering it.
@@ -74,22 +80,65 @@ def select_config(
         batch_invariant: give up choosing by T.
 
     Returns:
-        The tuned file's choice for this device, shape and bucket if it has one, else the model's.
+        The tuned file's choice for this device and layer at the nearest number of tokens, else the
+        model's.
         The model's blocks are ``block_rows`` high; a file's may be lower.
     """
     if batch_invariant:
-        shape = replace(shape, T=READ_ONCE_TOKENS)
-    elif entries := tuned_configs(device.name):
-        tuned = entries.get((shape.layer, str(dtype), bucket(shape)))
-        if tuned is not None:
-            return tuned.with_block_m(min(tuned.block_m, block_rows(shape)))
+        if _has_wgmma(device, dtype):
+            return hopper_tiles(shape, dtype, device)
+        fixed = model_choice(replace(shape, T=READ_ONCE_TOKENS), dtype, device)
+        return fixed.with_group_m(group_rows(shape, fixed.block_m))
+    tuned = tuned_tiles(device.name, shape.layer, str(dtype), shape.T)
+    if tuned is not None:
+        return tuned.with_block_m(min(tuned.block_m, block_rows(shape)))
     return model_choice(shape, dtype, device)
 
 
 @functools.lru_cache(maxsize=1024)
 def model_choice(shape: LayerShape, dtype: torch.dtype, device: Device) -> LayerTiles:
-    """The model's configuration, whatever a tuned file says."""
+    """The configuration for a layer nobody tuned: on Hopper by rule, else by the model."""
+    if _has_wgmma(device, dtype):
+        return hopper_tiles(shape, dtype, device)
     return _model_config(_representative(shape), block_rows(shape), dtype, device)
+
+
+def _has_wgmma(device: Device, dtype: torch.dtype) -> bool:
+    return device.capability == 90 and dtype.itemsize == 2
+
+
+@functools.lru_cache(maxsize=4096)
+def hopper_tiles(shape: LayerShape, dtype: torch.dtype, device: Device) -> LayerTiles:
+    """What tuning three layers on an H200 found at nearly every T: weights as the 64 rows of wgmma,
+    long steps, and one program a multiprocessor that has most of its shared memory under way.
+
+    Only the height of a block and the number of stages follow T. Low blocks were best also where a
+    few experts overflow them and are read again, through the cache. The height is the instruction's
+    width (64 x height x 16); each of its columns is summed in the same order whatever the width is,
+    which ``tests/moesd_kernels/experts/triton/test_gpu.py`` holds bit by bit.
+    """
+    block_m = likely_rows(shape)
+    group_m = group_rows(shape, block_m)
+    gate_up, down = (
+        Gemm(1.0, 1.0, N, K, streams, dtype.itemsize, False)
+        for N, K, streams in ((shape.I, shape.H, 1 + shape.gated), (shape.H, shape.I, 1))
+    )
+
+    def tile(gemm: Gemm, most: int) -> TileConfig:
+        if block_m == 128:  # many tokens: arithmetic counts, and two groups of warps share them
+            return TileConfig(block_m, 128, 64, 1, 8, 4, True, group_m)
+        stages = range(most, 1, -1)
+        tiles = (TileConfig(block_m, 64, 128, 1, 4, n, True, group_m) for n in stages)
+        return next(t for t in tiles if shared_bytes(gemm, t) <= device.shared_bytes - 2048)
+
+    itemsize = dtype.itemsize
+    return LayerTiles(
+        tile(gate_up, HOPPER_STAGES[0]),
+        tile(down, HOPPER_STAGES[1]),
+        _single_gate_up(shape, itemsize, device),
+        _single_down(shape, itemsize, device),
+        inline_pairs=HOPPER_INLINE_PAIRS,
+    )
 
 
 def bucket(shape: LayerShape) -> float:
@@ -101,10 +150,20 @@ def block_rows(shape: LayerShape) -> int:
     """BLOCK_M: holds any expert's tokens up to READ_ONCE_TOKENS, then nearly any expert's."""
     if shape.T <= READ_ONCE_TOKENS:
         return max(16, _next_power_of_2(shape.T))
+    return likely_rows(shape)
+
+
+def likely_rows(shape: LayerShape) -> int:
+    """Rows of a block that holds nearly any expert's tokens."""
     share = shape.K / shape.E
     mean = shape.T * share
     most = mean + DEVIATIONS * math.sqrt(mean * max(0.0, 1.0 - share))
     return min(128, max(16, _next_power_of_2(math.ceil(most))))
+
+
+def group_rows(shape: LayerShape, block_m: int) -> int:
+    """GROUP_M: where an expert may have several blocks, those that read one tile run together."""
+    return 1 if block_m >= shape.T else GROUP_M
 
 
 def _next_power_of_2(n: int) -> int:
@@ -125,7 +184,7 @@ def _model_config(
     itemsize = dtype.itemsize
     gate_up = Gemm(active, rows, shape.I, shape.H, 1 + shape.gated, itemsize, False)
     down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True)
-    group_m = 1 if shape.T <= READ_ONCE_TOKENS else GROUP_M
+    group_m = group_rows(shape, READ_ONCE_TOKENS)
 
     def best(gemm: Gemm) -> TileConfig:
         choices = [c for c in _candidates(gemm, block_m, group_m, device) if fits(gemm, c, device)]
@@ -169,10 +228,10 @@ def shared_bytes(gemm: Gemm, config: TileConfig) -> int:
     return config.num_stages * columns * config.block_k * gemm.itemsize
 
 
-def fits(gemm: Gemm, config: TileConfig, device: Device) -> bool:
+def fits(gemm: Gemm, config: TileConfig, device: Device, most: int = 64) -> bool:
     """Whether a program fits the device's shared memory and its accumulators their registers."""
     accumulators = config.block_m * config.block_n * gemm.streams / (32 * config.num_warps)
-    return shared_bytes(gemm, config) <= device.shared_bytes - 2048 and accumulators <= 64
+    return shared_bytes(gemm, config) <= device.shared_bytes - 2048 and accumulators <= most
 
 
 def predicted_seconds(gemm: Gemm, config: TileConfig, device: Device) -> float:

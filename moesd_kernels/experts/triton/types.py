@@ -131,8 +131,10 @@ class LayerTiles:
 
     def with_block_m(self, block_m: int) -> LayerTiles:
         """The same tiles on blocks of another height."""
-        return replace(
-            self,
-            gate_up=replace(self.gate_up, block_m=block_m),
-            down=replace(self.down, block_m=block_m),
-        )
+        gate_up, down = (replace(tile, block_m=block_m) for tile in (self.gate_up, self.down))
+        return replace(self, gate_up=gate_up, down=down)
+
+    def with_group_m(self, group_m: int) -> LayerTiles:
+        """The same tiles in another order of programs."""
+        gate_up, down = (replace(tile, group_m=group_m) for tile in (self.gate_up, self.down))
+        return replace(self, gate_up=gate_up, down=down)

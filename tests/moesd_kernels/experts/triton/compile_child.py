@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.runs.tuning import CANDIDATES, search_steps
+from bench.tuning.search import CANDIDATES, search_steps
 from moesd_kernels.experts.triton.combine_kernel import _combine_kernel
 from moesd_kernels.experts.triton.config import model_choice, select_config
 from moesd_kernels.experts.triton.down_kernel import _down_kernel

@@ -1,4 +1,4 @@
-"""The choice of tiles: limits, purity, buckets, invariance, tuned files."""
+"""The choice of tiles: limits, purity, invariance, tuned files."""
 
 import dataclasses
 import json
@@ -10,11 +10,12 @@ import torch
 from bench.workloads.routing import DEFAULT_UNION_RATIO, route
 from moesd_kernels.experts.triton import tuned
 from moesd_kernels.experts.triton.config import (
+    GROUP_M,
     READ_ONCE_TOKENS,
     Gemm,
     block_rows,
-    bucket,
     fits,
+    hopper_tiles,
     predicted_seconds,
     select_config,
 )
@@ -41,8 +42,9 @@ def test_choices_fit_the_device(name, device):
             chosen = select_config(shape, dtype, device)
             gate_up = Gemm(1, 1, shape.I, shape.H, 2, dtype.itemsize, False)
             down = Gemm(1, 1, shape.H, shape.I, 1, dtype.itemsize, True)
-            assert fits(gate_up, chosen.gate_up, device)
-            assert fits(down, chosen.down, device)
+            most = 128 if chosen.block_m == 128 and device.capability == 90 else 64
+            assert fits(gate_up, chosen.gate_up, device, most)
+            assert fits(down, chosen.down, device, most)
             assert min(chosen.gate_up.block_n, chosen.down.block_n, chosen.block_m) >= 16
 
 
@@ -84,36 +86,55 @@ def test_depends_on_tokens_per_expert_and_height_only():
     layer = LAYERS["qwen3-30b"]
     for low, high in ((33, 64), (65, 96), (129, 256)):
         first, last = (LayerShape(*layer, T) for T in (low, high))
-        assert bucket(first) == bucket(last)
         assert block_rows(first) == block_rows(last)
-        assert select_config(first, torch.bfloat16, H200) == select_config(
-            last, torch.bfloat16, H200
+        assert select_config(first, torch.bfloat16, A100) == select_config(
+            last, torch.bfloat16, A100
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_invariant_choice_does_not_depend_on_tokens(dtype):
-    chosen = {
-        select_config(LayerShape(*LAYERS["olmoe"], T), dtype, H200, batch_invariant=True)
+@pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
+def test_invariant_choice_sums_in_one_order(device, dtype):
+    """Of T depend: the order of programs and, on Hopper, the height of a block."""
+    chosen = [
+        select_config(LayerShape(*LAYERS["olmoe"], T), dtype, device, batch_invariant=True)
         for T in TOKENS
-    }
-    assert len(chosen) == 1
+    ]
+    tiles = [tile for config in chosen for tile in (config.gate_up, config.down)]
+    assert {tile.group_m for tile in tiles} == {1, GROUP_M}
+    assert {tile.split_k for tile in tiles} == {1}
+    assert len({tile.swap_ab for tile in tiles}) == 1
+    heights = {config.block_m for config in chosen}
+    if device.capability == 90 and dtype != torch.float32:
+        assert heights == {16, 32, 64, 128}
+        assert all(tile.swap_ab and tile.block_n // 64 == tile.num_warps // 4 for tile in tiles)
+    else:
+        assert len(heights) == 1
+        assert len({config.with_group_m(1) for config in chosen}) == 1
+
+
+def test_hopper_runs_by_rule_where_nobody_tuned():
+    shape = LayerShape(32, 4, 4096, 1024, 8)
+    chosen = select_config(shape, torch.bfloat16, H200)
+    assert chosen == hopper_tiles(shape, torch.bfloat16, H200)
+    assert (chosen.gate_up.num_stages, chosen.down.num_stages) == (5, 4)
+    assert select_config(shape, torch.float32, H200) != chosen
 
 
 def test_too_few_tiles_are_split():
-    """Two experts of 2 x 32 tiles of 1.8 MB do not balance on 132 processors."""
+    """Two experts of 2 x 32 tiles of 1.8 MB do not balance on 108 processors."""
     mixtral = LayerShape(*LAYERS["mixtral"], 2)
-    assert select_config(mixtral, torch.bfloat16, H200).down.split_k > 1
+    assert select_config(mixtral, torch.bfloat16, A100).down.split_k > 1
     many = LayerShape(*LAYERS["qwen3-30b"], 64)
-    assert select_config(many, torch.bfloat16, H200).down.split_k == 1
+    assert select_config(many, torch.bfloat16, A100).down.split_k == 1
 
 
 def test_model_is_near_the_floor_where_it_should_be():
     """All of Qwen3-30B's experts: the model's own time is within 15 % of bytes / bandwidth."""
     gemm = Gemm(128, 4, 768, 2048, 2, 2, False)
-    chosen = select_config(LayerShape(*LAYERS["qwen3-30b"], 64), torch.bfloat16, H200).gate_up
-    floor = 128 * 2 * 768 * 2048 * 2 / H200.bandwidth
-    assert floor <= predicted_seconds(gemm, chosen, H200) <= 1.15 * floor
+    chosen = select_config(LayerShape(*LAYERS["qwen3-30b"], 64), torch.bfloat16, A100).gate_up
+    floor = 128 * 2 * 768 * 2048 * 2 / A100.bandwidth
+    assert floor <= predicted_seconds(gemm, chosen, A100) <= 1.15 * floor
 
 
 def test_starts_no_triton():
@@ -149,7 +170,9 @@ def tuned_file(tmp_path):
 
     def write(entries):
         path = tuned.config_path(H200.name, tmp_path)
-        path.write_text(json.dumps({"device": H200.name, "triton": "3.6.0", "entries": entries}))
+        path.write_text(
+            json.dumps({"device": H200.name, "triton": "3.6.0", "entries": list(entries)})
+        )
         tuned.use_folder(tmp_path)
         return path
 
@@ -163,12 +186,33 @@ def test_tuned_file_overrides_the_model(tuned_file, block_m, used):
     shape = LayerShape(*LAYERS["olmoe"], 40)
     tile = TileConfig(block_m, 32, 256, num_stages=2)
     mine = LayerTiles(tile, tile, None, tile, inline_pairs=128)
-    tuned_file([tuned.entry_of(shape, "torch.bfloat16", bucket(shape), mine)])
+    tuned_file([tuned.entry_of(shape, "torch.bfloat16", mine)])
     chosen = select_config(shape, torch.bfloat16, H200)
     assert chosen == mine.with_block_m(used)
     assert select_config(shape, torch.float16, H200) != chosen
     invariant = select_config(shape, torch.bfloat16, H200, batch_invariant=True)
     assert invariant.gate_up != chosen.gate_up
+
+
+def test_the_nearest_entry_in_proportion_serves_up_to_twice_as_many(tuned_file):
+    layer = LAYERS["olmoe"]
+    tiles = {T: TileConfig(16, 32, 64, num_stages=n) for n, T in enumerate((1, 16, 64), start=2)}
+    tuned_file(
+        tuned.entry_of(LayerShape(*layer, T), "torch.bfloat16", LayerTiles(tile, tile, None, tile))
+        for T, tile in tiles.items()
+    )
+    shapes = {T: LayerShape(*layer, T) for T in (1, 7, 8, 31, 33, 128, 129)}
+    found = {T: select_config(s, torch.bfloat16, H200).gate_up for T, s in shapes.items()}
+    entries = {T: next((t for t in tiles if tiles[t] == tile), None) for T, tile in found.items()}
+    assert entries == {1: 1, 7: None, 8: 16, 31: 16, 33: 64, 128: 64, 129: None}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-57b", "qwen3-30b"])
+def test_an_h200s_own_tiles_fit_it(name):
+    for T in range(1, 1025):
+        shape = LayerShape(*LAYERS[name], T)
+        assert tuned.tuned_tiles(H200.name, shape.layer, "torch.bfloat16", T)
+        select_config(shape, torch.bfloat16, H200)
 
 
 def test_tuned_file_that_cannot_be_used(tuned_file):

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moesd_kernels.experts.triton.config import bucket
 from moesd_kernels.experts.triton.types import LayerShape
 
 
@@ -15,12 +14,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry[name] for name in ("E", "K", "H", "I", "gated", "dtype", "bucket"))
+    return tuple(entry[name] for name in ("E", "K", "H", "I", "gated", "dtype", "T"))
 
 
 def has_entry(path: Path, shape: LayerShape, dtype: str) -> bool:
-    """Whether the file has tiles for this layer, dtype and bucket."""
-    key = (*shape.layer, dtype, bucket(shape))
+    """Whether the file has tiles for this layer, dtype and number of tokens."""
+    key = (*shape.layer, dtype, shape.T)
     return any(_key(entry) == key for entry in _read(path)["entries"])
 
 
@@ -33,7 +32,8 @@ def write_entry(path: Path, device_name: str, entry: dict[str, Any]) -> None:
     others = [old for old in _read(path)["entries"] if _key(old) != _key(entry)]
     entries = sorted([*others, entry], key=_key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"device": device_name, "triton": triton_version, "entries": entries}
+    head = json.dumps({"device": device_name, "triton": triton_version})[:-1]
+    lines = ",\n".join(f" {json.dumps(entry)}" for entry in entries)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(f'{head}, "entries": [\n{lines}\n]}}\n')
     partial.replace(path)

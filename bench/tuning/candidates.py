@@ -11,41 +11,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from moesd_kernels.experts.triton.config import GROUP_M, Gemm, block_rows, shared_bytes
+from moesd_kernels.experts.triton.config import Gemm, block_rows, fits, group_rows
 from moesd_kernels.experts.triton.types import Device, LayerShape, LayerTiles, TileConfig
 
 # block_n, block_k, num_stages, num_warps, split_k, swap_ab; the first is tried at every height.
 GATE_UP = (
     (64, 128, 3, 4, 1, False),
     (64, 128, 4, 4, 1, True),
-    (64, 128, 4, 8, 1, False),
+    (64, 128, 3, 4, 1, True),
     (32, 128, 5, 4, 1, False),
     (64, 64, 5, 4, 1, False),
-    (128, 64, 4, 8, 1, False),
-    (32, 256, 4, 4, 1, False),
     (64, 64, 5, 4, 1, True),
-    (64, 128, 4, 4, 1, False),
+    (128, 64, 4, 4, 1, True),
+    (128, 64, 4, 8, 1, False),
+    (32, 128, 4, 4, 1, False),
+    (64, 256, 2, 4, 1, True),
+    (64, 128, 5, 4, 1, True),
+    (32, 256, 4, 4, 1, False),
     (128, 64, 4, 8, 1, True),
-    (32, 128, 4, 8, 1, False),
-    (64, 256, 3, 8, 1, False),
+    (64, 128, 4, 8, 1, False),
     (64, 128, 3, 8, 1, True),
+    (128, 128, 3, 8, 1, True),
+    (64, 64, 5, 8, 1, False),
+    (64, 64, 4, 8, 1, True),
+    (32, 128, 4, 8, 1, False),
 )
 DOWN = (
     (64, 128, 4, 4, 1, False),
-    (128, 64, 4, 4, 1, True),
-    (128, 128, 4, 8, 1, False),
-    (64, 128, 5, 4, 2, False),
-    (64, 256, 4, 4, 1, False),
     (64, 128, 4, 4, 1, True),
+    (128, 64, 4, 4, 1, True),
+    (128, 128, 4, 4, 1, True),
+    (64, 128, 5, 4, 2, False),
+    (64, 256, 3, 4, 1, True),
+    (64, 128, 6, 4, 1, True),
+    (64, 128, 4, 4, 2, True),
+    (64, 256, 4, 4, 1, False),
+    (128, 128, 4, 8, 1, False),
     (32, 256, 5, 4, 1, False),
-    (128, 64, 5, 8, 2, False),
-    (64, 128, 4, 4, 4, False),
     (128, 64, 5, 4, 1, False),
+    (64, 128, 4, 4, 4, False),
     (128, 128, 4, 8, 2, True),
     (32, 128, 5, 4, 1, False),
-    (64, 256, 3, 8, 2, False),
-    (128, 64, 4, 8, 4, False),
-    (64, 128, 5, 8, 1, True),
+    (64, 128, 4, 4, 4, True),
 )
 # block_n, block_k, num_stages, num_warps of one token's kernels.
 SINGLE_GATE_UP = (
@@ -75,7 +82,8 @@ MAX_INLINE_PAIRS = 1024
 
 
 def heights(shape: LayerShape) -> list[int]:
-    """Rows of a block worth trying, the selector's first: lower ones that hold half of the mean.
+    """Rows of a block worth trying, from that which holds every token or nearly: lower ones hold
+    half of the mean.
 
     A lower block wastes fewer rows of the matrix instruction and leaves more shared memory to
     weights; experts that overflow it are read again, through the cache.
@@ -87,20 +95,22 @@ def heights(shape: LayerShape) -> list[int]:
 def gate_up_choices(
     shape: LayerShape, gemm: Gemm, start: LayerTiles, device: Device
 ) -> list[LayerTiles]:
-    """``start`` with other tiles of gate_up; and lower, with its own and the list's first tile."""
-    tallest, *lower = heights(shape)
-    tiles = _tiles(GATE_UP, tallest, start.gate_up.group_m, gemm, device)
-    choices = [replace(start, gate_up=tile) for tile in tiles]
-    for height in lower:
-        low = start.with_block_m(height)
-        # Blocks of one expert next to each other: what the second one reads is in the cache.
-        tiles = _tiles(GATE_UP[:1], height, GROUP_M, gemm, device)
-        low = replace(
-            low,
-            gate_up=replace(low.gate_up, group_m=GROUP_M),
-            down=replace(low.down, group_m=GROUP_M),
-        )
-        choices[2:2] = [low, *(replace(low, gate_up=tile) for tile in tiles)]
+    """``start`` with other tiles of gate_up; and of other heights, with its own and the list's
+    first three."""
+    choices = [
+        replace(start, gate_up=tile)
+        for tile in _tiles(GATE_UP, start.block_m, start.gate_up.group_m, gemm, device)
+    ]
+    for height in heights(shape):
+        if height != start.block_m:
+            group_m = group_rows(shape, height)
+            other = start.with_block_m(height).with_group_m(group_m)
+            found = [
+                replace(other, gate_up=t)
+                for t in _tiles(GATE_UP[:3], height, group_m, gemm, device)
+            ]
+            own = [other] if fits(gemm, other.gate_up, device) else []
+            choices[2:2] = [*own, *found]
     return choices
 
 
@@ -142,8 +152,15 @@ def _tiles(
         tile = TileConfig(block_m, n, k, split, warps, stages, swap, group_m)
         # Tall tiles keep operands out of registers, which leaves more to accumulators.
         most = 128 if block_m == 128 else 64
-        accumulators = block_m * n * gemm.streams // (32 * warps)
-        if shared_bytes(gemm, tile) > device.shared_bytes - 2048 or accumulators > most:
-            continue
-        if split == 1 or MIN_STEPS * k * split <= gemm.K:
+        if fits(gemm, tile, device, most) and (split == 1 or MIN_STEPS * k * split <= gemm.K):
             yield tile
+
+
+def gemms(shape: LayerShape, itemsize: int) -> tuple[Gemm, Gemm]:
+    """gate_up and down as the model sees them, with the expected number of active experts."""
+    active = shape.E * (1.0 - (1.0 - shape.K / shape.E) ** shape.T)
+    rows = shape.T * shape.K / active
+    return (
+        Gemm(active, rows, shape.I, shape.H, 2, itemsize, False),
+        Gemm(active, rows, shape.H, shape.I, 1, itemsize, True),
+    )

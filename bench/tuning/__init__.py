@@ -1,0 +1,1 @@
+"""Which tiles of the expert kernels are fastest on this GPU: candidates, search, table."""
