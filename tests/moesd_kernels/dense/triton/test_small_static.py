@@ -1,0 +1,52 @@
+"""Norms, rope, activation, router and argmax compiled without a GPU: no spills, wide loads."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[3]
+# Of 16 bytes: four of 32 bits.
+WIDE = {"norm", "rope", "act", "part"}
+
+
+def test_compiled_kernels(tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    experts = ROOT / "tests/moesd_kernels/experts/triton"
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(experts)])
+    child = [sys.executable, str(HERE / "small_child.py")]
+    done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    facts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {fact["arch"] for fact in facts} == {80, 90, 100} and len(facts) == 24
+    problems = [problem for fact in facts for problem in problems_of(fact)]
+    assert not problems, "\n".join(problems)
+
+
+def problems_of(fact):
+    """What is wrong with one compiled kernel, in words."""
+    name = f"sm_{fact['arch']} {fact['kernel']} {fact['case']}"
+    if fact["stack"] or fact["local"]:
+        yield f"{name}: spills {fact['stack']} + {fact['local']} bytes"
+    if fact["reg"] * fact["threads"] > 65536:
+        yield f"{name}: {fact['reg']} registers of {fact['threads']} threads fit no multiprocessor"
+    if fact["kernel"] in WIDE and fact["widest_load"] != 4:
+        yield f"{name}: widest load is of {fact['widest_load']} words, expected 4"
+    if fact["dependent_launch"] != (fact["arch"] >= 90):
+        yield f"{name}: programmatic dependent launch is {fact['dependent_launch']}"
+    # Weights of a norm, which no launch of a step writes.
+    early = ["prefetch"] if fact["kernel"] == "norm" else []
+    if fact["arch"] >= 90 and fact["early"] != early:
+        yield f"{name}: {fact['early']} before the dependency wait, expected {early}"
+    if fact["kernel"] == "rope" and fact["fused"]:
+        yield f"{name}: a product is added unrounded"
+    if fact["kernel"] == "topk" and not fact["warp_reductions"]:
+        yield f"{name}: the largest is found by shuffles"
