@@ -20,7 +20,7 @@ MAX_BLOCK = 16384
 
 
 @triton.jit
-def _block_of(x_ptr, delta_ptr, column, H: tl.constexpr, HAS_DELTA: tl.constexpr):
+def block_of(x_ptr, delta_ptr, column, H: tl.constexpr, HAS_DELTA: tl.constexpr):
     """Columns of a row in fp32; with a delta of their sum, rounded as a sum by itself would be."""
     x = tl.load(x_ptr + column, mask=column < H, other=0.0).to(tl.float32)
     if HAS_DELTA:
@@ -37,9 +37,10 @@ def inverse_rms(squares, eps, N: tl.constexpr):
 
 
 @triton.jit
-def _store_normed(
+def store_normed(
     out_ptr, x, scale, w_ptr, column, offset, H: tl.constexpr, CAST_FIRST: tl.constexpr
 ):
+    """Columns x of a row times scale, and times their weights."""
     normed = x * scale
     if CAST_FIRST:
         normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -76,21 +77,21 @@ def _norm_kernel(
     sum_ptr += row * H
     out_ptr += row * H
     column = tl.arange(0, BLOCK)
-    x = _block_of(x_ptr, delta_ptr, column, H, HAS_DELTA)
+    x = block_of(x_ptr, delta_ptr, column, H, HAS_DELTA)
     squares = x * x
     for start in range(BLOCK, H, BLOCK):
-        more = _block_of(x_ptr, delta_ptr, start + column, H, HAS_DELTA)
+        more = block_of(x_ptr, delta_ptr, start + column, H, HAS_DELTA)
         squares += more * more
     scale = inverse_rms(tl.sum(squares, 0), eps, H)
     if HAS_DELTA:
         tl.store(sum_ptr + column, x.to(sum_ptr.dtype.element_ty), mask=column < H)
-    _store_normed(out_ptr, x, scale, w_ptr, column, offset, H, CAST_FIRST)
+    store_normed(out_ptr, x, scale, w_ptr, column, offset, H, CAST_FIRST)
     for start in range(BLOCK, H, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x = _block_of(x_ptr, delta_ptr, column, H, HAS_DELTA)
+        x = block_of(x_ptr, delta_ptr, column, H, HAS_DELTA)
         if HAS_DELTA:
             tl.store(sum_ptr + column, x.to(sum_ptr.dtype.element_ty), mask=column < H)
-        _store_normed(out_ptr, x, scale, w_ptr, column, offset, H, CAST_FIRST)
+        store_normed(out_ptr, x, scale, w_ptr, column, offset, H, CAST_FIRST)
 
 
 def rms_norm(

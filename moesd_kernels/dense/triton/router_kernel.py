@@ -19,28 +19,20 @@ LOWEST = tl.constexpr(-87.3)
 
 
 @triton.jit
-def _topk_kernel(
-    logits_ptr,  # [T, E]
-    weights_ptr,  # [T, TOPK] fp32
-    ids_ptr,  # [T, TOPK] int64
-    stride_lt,
+def best_experts(
+    logits,  # [E_PAD] fp32, -inf from E on
     E: tl.constexpr,
     TOPK: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    E_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Grid: (T,); a program takes one token's largest probability TOPK times.
+    """(weights, ids) ``[K_PAD]`` of one token: its largest probability, TOPK times.
 
     Probabilities are not negative, so their bits order them; those taken become -1. A token without
     a softmax (a logit is NaN or infinite, or all are -inf) has a sum of NaN and weights of NaN.
     """
-    pdl_wait(PDL)
-    token = tl.program_id(0).to(tl.int64)
+    E_PAD: tl.constexpr = logits.shape[0]
     expert, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
-    logits_ptrs = logits_ptr + token * stride_lt + expert
-    logits = tl.load(logits_ptrs, mask=expert < E, other=float("-inf")).to(tl.float32)
     shifted = logits - tl.max(logits, 0)
     powers = tl.exp(tl.where(shifted < LOWEST, LOWEST, shifted))
     total = tl.sum(tl.where(expert < E, powers, 0.0), 0)
@@ -59,21 +51,47 @@ def _topk_kernel(
         kept += prob
     if RENORMALIZE:
         weights = tl.div_rn(weights, tl.zeros([K_PAD], tl.float32) + kept)
-    weights = tl.where(undefined, total, weights)
+    return tl.where(undefined, total, weights), ids.to(tl.int64)
+
+
+@triton.jit
+def _topk_kernel(
+    logits_ptr,  # [T, E]
+    weights_ptr,  # [T, TOPK]
+    ids_ptr,  # [T, TOPK] int64
+    stride_lt,
+    E: tl.constexpr,
+    TOPK: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    E_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (T,)."""
+    pdl_wait(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    expert, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
+    logits_ptrs = logits_ptr + token * stride_lt + expert
+    logits = tl.load(logits_ptrs, mask=expert < E, other=float("-inf")).to(tl.float32)
+    weights, ids = best_experts(logits, E, TOPK, RENORMALIZE, K_PAD)
+    weights = weights.to(weights_ptr.dtype.element_ty)
     tl.store(weights_ptr + token * TOPK + k, weights, mask=k < TOPK)
-    tl.store(ids_ptr + token * TOPK + k, ids.to(tl.int64), mask=k < TOPK)
+    tl.store(ids_ptr + token * TOPK + k, ids, mask=k < TOPK)
 
 
-def topk_of_logits(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def topk_of_logits(
+    logits: Tensor, top_k: int, renormalize: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """The largest ``top_k`` of each row's fp32 softmax, in descending order.
 
     Args:
         logits: ``[T, E]`` in float32, bfloat16 or float16; at most 1,024 experts.
         top_k: experts of a token, at most 32.
         renormalize: divide by the sum of those kept.
+        dtype: of the weights, to which they are rounded.
 
     Returns:
-        Weights ``[T, top_k]`` fp32 and ids ``[T, top_k]`` int64; among equal probabilities the
+        Weights ``[T, top_k]`` and ids ``[T, top_k]`` int64; among equal probabilities the
         lower id comes first. Of a row with NaN or inf, or of -inf alone, weights are NaN and ids
         0, 1, ….
 
@@ -82,11 +100,8 @@ def topk_of_logits(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tenso
     """
     check_floating(logits, "logits")
     T, E = logits.shape
-    if E > MAX_EXPERTS:
-        raise ValueError(f"there must be at most {MAX_EXPERTS} experts, got {E}")
-    if not 1 <= top_k <= min(E, MAX_TOPK):
-        raise ValueError(f"top_k must be in [1, {min(E, MAX_TOPK)}], got {top_k}")
-    weights = torch.empty(T, top_k, dtype=torch.float32, device=logits.device)
+    check_choice(E, top_k)
+    weights = torch.empty(T, top_k, dtype=dtype, device=logits.device)
     ids = torch.empty(T, top_k, dtype=torch.int64, device=logits.device)
     if T == 0:
         return weights, ids
@@ -105,6 +120,18 @@ def topk_of_logits(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tenso
         num_warps=1,  # a reduction is then one instruction on 32-bit numbers
     )
     return weights, ids
+
+
+def check_choice(E: int, top_k: int) -> None:
+    """What the kernel can choose from.
+
+    Raises:
+        ValueError: too many experts, or of a token.
+    """
+    if E > MAX_EXPERTS:
+        raise ValueError(f"there must be at most {MAX_EXPERTS} experts, got {E}")
+    if not 1 <= top_k <= min(E, MAX_TOPK):
+        raise ValueError(f"top_k must be in [1, {min(E, MAX_TOPK)}], got {top_k}")
 
 
 def softmax_topk_router(

@@ -15,6 +15,7 @@ from moesd_kernels.dense.triton import activation_kernel, argmax_kernel
 from moesd_kernels.dense.triton.activation_kernel import _act_kernel
 from moesd_kernels.dense.triton.argmax_kernel import _argmax_join_kernel, _argmax_part_kernel
 from moesd_kernels.dense.triton.norm_kernel import MAX_BLOCK, _norm_kernel
+from moesd_kernels.dense.triton.norm_route_kernel import _norm_route_kernel
 from moesd_kernels.dense.triton.rope_kernel import _rope_kernel
 from moesd_kernels.dense.triton.router_kernel import _topk_kernel
 
@@ -23,6 +24,7 @@ KERNELS = {
     "rope": _rope_kernel,
     "act": _act_kernel,
     "topk": _topk_kernel,
+    "norm_route": _norm_route_kernel,
     "part": _argmax_part_kernel,
     "join": _argmax_join_kernel,
 }
@@ -42,6 +44,7 @@ TYPES = {
 NORM = {"HAS_DELTA": True, "CAST_FIRST": True}
 ROPE = {"D": 128, "HALF_PAD": 64, "GROUP": 4, "HAS_Q_NORM": True, "HAS_K_NORM": True}
 ROUTER = {"RENORMALIZE": True, "E": 128, "TOPK": 8, "E_PAD": 128, "K_PAD": 8}
+ROUTE = ROUTER | {"H": 2048, "BLOCK": 2048, "BLOCK_K": 64}
 ACT = {"BLOCK": activation_kernel.BLOCK, "ACTIVATION": 0}
 ROPE_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 ACT_OPTIONS = {"num_warps": activation_kernel.NUM_WARPS}
@@ -53,6 +56,7 @@ def every_arch():
     yield "rope", "bf16", ROPE | {"Q_HEADS": 28, "KV_HEADS": 4}, ROPE_OPTIONS
     yield "act", "bf16", ACT, ACT_OPTIONS
     yield "topk", "bf16", ROUTER, {"num_warps": 1}
+    yield "norm_route", "bf16", ROUTE, {"num_warps": 8}
     yield "part", "bf16", {"BLOCK": argmax_kernel.BLOCK}, {"num_warps": argmax_kernel.NUM_WARPS}
     yield "join", "bf16", {"PARTS": 38, "PARTS_PAD": 64}, {"num_warps": 1}
 
@@ -66,6 +70,8 @@ def hopper_alone():
     yield "rope", "fp32", ROPE | one_head, ROPE_OPTIONS
     limits = {"E": 1024, "TOPK": 32, "E_PAD": 1024, "K_PAD": 32}
     yield "topk", "fp32", ROUTER | limits, {"num_warps": 1}
+    most = limits | {"H": MAX_BLOCK, "BLOCK": MAX_BLOCK, "BLOCK_K": 16}
+    yield "norm_route", "bf16", ROUTE | most, {"num_warps": 8}
     for activation in (1, 2):
         yield "act", "fp16", ACT | {"ACTIVATION": activation}, ACT_OPTIONS
 
