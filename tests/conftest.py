@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,3 +26,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _reproducible() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interpret() -> Callable[[Path], None]:
+    """Runs a file or folder of tests in a child where Triton is imported to be interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+
+    def run(tests: Path) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        # No device: the interpreter runs on the CPU, and nothing may depend on the machine.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0"]
+        done = subprocess.run(
+            [*command, str(tests)],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+    return run

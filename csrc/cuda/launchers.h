@@ -1,6 +1,5 @@
 // Plain launchers of the CUDA kernels: raw pointers and a stream, no torch, so that nvcc compiles
-// them anywhere. It has run on an H200; here it is compiled and its index arithmetic tested on every
-// change.
+// them anywhere. They have run on an H200; tests compile them and check their index arithmetic.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -22,7 +22,7 @@ AttentionName = Literal["auto", "portable"]
 # "auto" uses the attention kernel where there is one, "portable" never does.
 ATTENTION: tuple[str, ...] = get_args(AttentionName)
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def accelerate(model: torch.nn.Module) -> bool:
@@ -90,6 +90,10 @@ def ragged_attention_op(
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+    if attention == "auto" and on_gpu(device) and dtype in _DTYPES:
+        from moesd_kernels.dense.triton import attention as kernels
+
+        return kernels.ragged_attention
     ops = _cpu_ops(device, dtype) if attention == "auto" else None
     _check_instruction_set(ops)
     return None if ops is None else ops.ragged_attention.default
@@ -98,6 +102,10 @@ def ragged_attention_op(
 @functools.cache
 def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """``logits [..., V] -> (places [...], undefined [...])`` in one op, or ``None``."""
+    if on_gpu(device) and dtype in _DTYPES:
+        from moesd_kernels.dense.triton.argmax_kernel import argmax
+
+        return argmax
     ops = _cpu_ops(device, dtype)
     return None if ops is None else ops.argmax.default
 
@@ -105,22 +113,28 @@ def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | 
 @functools.cache
 def nucleus_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """``(probs [..., V], top_p [..., 1]) -> threshold [..., 1]`` in one launch, or ``None``."""
-    if device.type != "cuda" or dtype != torch.float32:
-        return None
-    try:
-        from moesd_kernels.experts import triton as kernels
-    except ImportError:
-        return None
-    if kernels.unavailable_reason() is not None:
+    if not on_gpu(device) or dtype != torch.float32:
         return None
     from moesd_kernels.dense.nucleus_kernel import nucleus_threshold
 
     return nucleus_threshold
 
 
+@functools.cache
+def on_gpu(device: torch.device) -> bool:
+    """Whether tensors of this device have Triton kernels."""
+    if device.type != "cuda":
+        return False
+    try:
+        from moesd_kernels.experts import triton as kernels
+    except ImportError:
+        return False
+    return kernels.unavailable_reason() is None
+
+
 def _cpu_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
     """``torch.ops.moesd`` where tensors of this kind have C++ operators, or ``None``."""
-    if device.type != "cpu" or dtype not in _CPU_DTYPES:
+    if device.type != "cpu" or dtype not in _DTYPES:
         return None
     try:
         from moesd_kernels.dense import ops
@@ -140,26 +154,76 @@ def _check_instruction_set(ops: Any | None) -> None:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of ``x [T, H]``; there is one wherever there is the attention kernel."""
+    if on_gpu(x.device):
+        from moesd_kernels.dense.triton import norm_kernel
+
+        return norm_kernel.rms_norm(x, weight, eps)
     return torch.ops.moesd.rms_norm.default(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x + delta`` and its ``rms_norm``, both ``[T, H]``."""
+    if on_gpu(x.device):
+        from moesd_kernels.dense.triton import norm_kernel
+
+        return norm_kernel.add_rms_norm(x, delta, weight, eps)
     return torch.ops.moesd.add_rms_norm.default(x, delta, weight, eps)
 
 
-def layer_stack() -> Any:
-    """An empty ``LayerStack``; likewise."""
+def layer_stack(device: torch.device) -> Any:
+    """An empty stack of layers on this device; likewise."""
+    if on_gpu(device):
+        from moesd_kernels.hooks.device_stack import DeviceStack
+
+        return DeviceStack()
     from moesd_kernels.hooks.layer_stack import layer_stack
 
     return layer_stack()
 
 
+def run_layers(stack: Any, length: int, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, int]:
+    """``stack.run``; a GPU's also wants to know that no position reaches ``length``."""
+    if on_gpu(x.device):
+        return stack.run(x, *arguments, length)
+    return stack.run(x, *arguments)
+
+
 def set_mlp(stack: Any, module: torch.nn.Module) -> bool:
     """Whether the stack runs this MLP as that of the layer added last."""
+    if not all(map(is_plain, module.modules())):
+        return False
+    if on_gpu(_device_of(module)):
+        from moesd_kernels.hooks.device_blocks import block_of
+
+        block = block_of(module)
+        stack.set_block(block)
+        return block is not None
     from moesd_kernels.hooks.layer_stack import set_mlp
 
-    return all(map(is_plain, module.modules())) and set_mlp(stack, module)
+    return set_mlp(stack, module)
+
+
+def same_states(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two forwards' states ``[T, H]`` are one: to the bit, or on a GPU to rounding."""
+    if not on_gpu(ours.device):
+        return torch.equal(ours, theirs)
+    from moesd_kernels.hooks.device_blocks import rows_alike
+
+    return rows_alike(ours, theirs)
+
+
+def joined(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """The parameters as one tensor along dimension 0, of which they become views."""
+    from moesd_kernels.hooks.joined import joined
+
+    return joined(parameters)
+
+
+def may_join(parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether ``joined`` takes nobody else's memory away."""
+    from moesd_kernels.hooks.joined import may_join
+
+    return may_join(parameters)
 
 
 def is_plain(module: torch.nn.Module) -> bool:
@@ -171,14 +235,26 @@ def is_plain(module: torch.nn.Module) -> bool:
 
 
 def runs_linear(module: torch.nn.Module) -> bool:
-    """Whether this is a plain linear layer on our kernel."""
+    """Whether this is a plain linear layer, on a CPU on our kernel."""
+    if on_gpu(_device_of(module)):
+        from moesd_kernels.hooks.device_blocks import takes_linear
+
+        return is_plain(module) and takes_linear(module)
     from moesd_kernels.hooks.dense import runs_linear
 
     return is_plain(module) and runs_linear(module)
 
 
 def runs_norm(module: torch.nn.Module) -> bool:
-    """Whether this is a plain norm on our kernel."""
+    """Whether this is a plain norm that our kernel computes."""
+    if on_gpu(_device_of(module)):
+        from moesd_kernels.hooks.device_blocks import takes_norm
+
+        return is_plain(module) and takes_norm(module)
     from moesd_kernels.hooks.shadow import shadow_of
 
     return is_plain(module) and shadow_of(module) is not None
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

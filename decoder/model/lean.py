@@ -1,11 +1,12 @@
 """The forward of Llama-shaped models with the interpreter's share taken out.
 
 On a CPU the decode step of a small model is mostly Python: module calls, wrappers, mask set-up,
-three projections where one does. Here ``LayerStack`` walks the same layers with the same kernels in
-C++, cosines are read from a table, and queries, keys and values projected at once. MLPs that the
-stack does not know run as the modules they are. It is used only where a probe finds its states
-bit-identical to the model's own forward (``ModelRunner``), so that forward remains the reference;
-everything else keeps transformers' code.
+three projections where one does; on a GPU it is dozens of small launches a layer. Here a stack
+walks the same layers, in C++ on a CPU and with few Triton kernels on a GPU; cosines are read from a
+table, and queries, keys and values projected at once. MLPs that the stack does not know run as the
+modules they are. It is used only where a probe finds its states those of the model's own forward
+(``ModelRunner``): on a CPU bit for bit, on a GPU but for the order of sums. So that forward remains
+the reference; everything else keeps transformers' code.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class LeanForward:
         # Of each layer's input, then the final one: each follows an addition, except the first.
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._mlps = [layer.mlp for layer in base.layers]
-        self._stack = kernels.layer_stack()
+        self._stack = kernels.layer_stack(self._embedding.device)
         # Whether the stack has every MLP, and the head is a matrix alone.
         self.whole = kernels.runs_linear(model.get_output_embeddings())
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
@@ -94,9 +95,9 @@ class LeanForward:
         for stop in stops:
             while layer < stop:
                 # By position: the stack's arguments have no names (csrc/cpu/ops/layers.cpp).
-                x, states, layer = self._stack.run(
-                    x, states, cos, sin, written, positions, rows, keys, values,
-                    layer, stop, not modules, columns,
+                x, states, layer = kernels.run_layers(
+                    self._stack, placement.view_length, x, states, cos, sin, written, positions,
+                    rows, keys, values, layer, stop, not modules, columns,
                 )  # fmt: skip
                 if layer < stop:  # this layer's MLP is not the stack's
                     delta = self._mlps[layer](states.view(B, -1, H)).reshape(-1, H)
@@ -108,9 +109,9 @@ class LeanForward:
         return last, [kept[index] for index in wanted]
 
     def equals(self, states: Tensor, step: Step, placement: Placement) -> bool:
-        """Whether this gives the very ``states`` ``[R, Q, H]`` of the model's base for a step."""
+        """Whether this gives the ``states`` ``[R, Q, H]`` of the model's base for a step."""
         ours = self(step.input_ids, step.positions.clamp(min=0), placement)[0]
-        return torch.equal(ours[step.checked], states[step.checked])
+        return kernels.same_states(ours[step.checked], states[step.checked])
 
     def continue_greedily(
         self, input_ids: Tensor, positions: Tensor, rows: Tensor, head: Tensor, count: int
@@ -211,7 +212,7 @@ def _obstacle(base: Any, family: str) -> str | None:
         )
     for layer in base.layers:
         for parameters in _projections(layer):
-            if not _adjacent(parameters) and not all(map(_is_alone, parameters)):
+            if not kernels.may_join(parameters):
                 return "weights share memory with other tensors, as of a state dict that is held"
     return None
 
@@ -229,8 +230,8 @@ def _add_attention(
     post_weight, post_eps = _norm(layer.post_attention_layernorm)
     next_weight, next_eps = following
     stack.add_layer(
-        _joined(weights),
-        _joined(biases) if biases else None,
+        kernels.joined(weights),
+        kernels.joined(biases) if biases else None,
         q_weight,
         k_weight,
         attention.o_proj.weight,
@@ -255,39 +256,6 @@ def _projections(layer: Any) -> list[list[nn.Parameter]]:
     linears = [attention.q_proj, attention.k_proj, attention.v_proj]
     biases = [linear.bias for linear in linears]
     return [[linear.weight for linear in linears], [] if None in biases else biases]
-
-
-def _is_alone(parameter: nn.Parameter) -> bool:
-    """Whether nothing else would lose the parameter's memory if that moved."""
-    storage = parameter.untyped_storage()
-    holders: int = torch._C._storage_Use_Count(storage._cdata)
-    owners = 2  # the parameter, and `storage` here
-    return holders <= owners and storage.nbytes() == parameter.nbytes and not storage.is_shared()
-
-
-def _adjacent(parameters: list[nn.Parameter]) -> bool:
-    """Whether the parameters follow each other in one memory, as ``_joined`` leaves them."""
-    starts = [p.data_ptr() - parameters[0].data_ptr() for p in parameters]
-    stored = [sum(p.nbytes for p in parameters[:i]) for i in range(len(parameters))]
-    return starts == stored and len({p.untyped_storage().data_ptr() for p in parameters}) == 1
-
-
-def _joined(parameters: list[nn.Parameter]) -> Tensor:
-    """The parameters as one tensor along dimension 0, without a second copy.
-
-    The first time, the parameters become views of the joined tensor; a second runner over the same
-    model finds them adjacent and takes them as they are. They stay parameters that can be trained:
-    nothing is made in inference mode.
-    """
-    sizes, first = [p.shape[0] for p in parameters], parameters[0]
-    with torch.inference_mode(False), torch.no_grad():
-        if _adjacent(parameters):
-            shape = (sum(sizes), *first.shape[1:])
-            return first.data.as_strided(shape, first.stride(), first.storage_offset())
-        joined = torch.cat([p.data for p in parameters])
-        for parameter, part in zip(parameters, joined.split(sizes), strict=True):
-            parameter.data = part
-    return joined
 
 
 def _resolved(layers: Sequence[int] | None, count: int) -> list[int]:

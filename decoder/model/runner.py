@@ -1,8 +1,4 @@
-"""Runs a transformers causal LM over ragged rows of its own KV cache.
-
-One ``ModelRunner`` per model (target, independent draft). It knows rows, positions and logits; it
-does not know requests, drafts or sampling.
-"""
+"""Runs a transformers causal LM over ragged rows of its own KV cache; one runner per model."""
 
 from __future__ import annotations
 
@@ -13,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from decoder.errors import UserError
 
 from . import attention as ragged
 from . import kernels, probe
@@ -74,7 +72,13 @@ class ModelRunner:
         self._configs = attention_configs(self.model)
         self._rope = row_rope(self.model, max_batch_size, max_length, self.device)
         self._lean: LeanForward | None = None
-        self._split_head = self._probe()
+        try:
+            self._split_head = self._probe()
+        except UserError:  # on a GPU maybe of heads that the kernel does not take
+            if self._op is None or not kernels.on_gpu(self.device):
+                raise
+            self._op = None
+            self._split_head = self._probe()
         self._graphs: ForwardGraphs | None = None
         self._eager = False
         if is_static:

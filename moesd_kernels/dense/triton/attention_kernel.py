@@ -83,31 +83,63 @@ def _attend_block(q, k, v, visible, scale):
     return top, total, tl.dot(weights, v, input_precision="ieee")
 
 
+@triton.jit
+def _rows_of_tile(
+    positions_ptr,
+    num_queries,
+    num_tiles,
+    kv_heads,
+    length,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """(sequence, key head) of a program, and (query, head, position) of each row of its tile.
+
+    Rows behind the last have position -1, as padding queries do, and head -1.
+    """
+    pair = tl.program_id(0) // num_tiles
+    b, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    place = tl.program_id(0) % num_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, live = place // GROUP, place < num_queries * GROUP
+    head = tl.where(live, kv_head * GROUP + place % GROUP, -1)
+    position = tl.load(positions_ptr + b * num_queries + query, mask=live, other=-1)
+    return b, kv_head, query, head, tl.minimum(position, length - 1).to(tl.int32)
+
+
+@triton.jit
+def _load_rows(base, rows, stride, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """``[R, BLOCK]``, zero where ``mask`` is not set and from column WIDTH on."""
+    column = tl.arange(0, BLOCK)
+    ptrs = base + rows[:, None] * stride + column[None, :]
+    return tl.load(ptrs, mask=mask[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(base, rows, tile, mask, WIDTH: tl.constexpr):
+    """A ``[R, BLOCK]`` tile to the ``rows`` of a contiguous ``[.., WIDTH]`` tensor."""
+    column = tl.arange(0, tile.shape[1])
+    ptrs = base + rows[:, None] * WIDTH + column[None, :]
+    mask = mask[:, None] & (column < WIDTH)[None, :]
+    tl.store(ptrs, tile.to(base.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_tiles", "num_programs", "num_slots", "length"])
 def _attend_kernel(
     q_ptr,  # [B, Q, Hkv * GROUP, D]
-    k_ptr,  # [rows, S, Hkv, D], likewise v [rows, S, Hkv, DV]
-    v_ptr,
+    k_ptr,  # [rows, S, Hkv, D]
+    v_ptr,  # [rows, S, Hkv, DV]
     positions_ptr,  # [B, Q]
     rows_ptr,  # [B] or unused
     sinks_ptr,  # [Hkv * GROUP] or unused
     out_ptr,  # [B, Q, Hkv * GROUP, DV]; SPLIT: partial sums [B, Q, Hkv * GROUP, num_slots, DV] fp32
     stats_ptr,  # SPLIT: [B, Q, Hkv * GROUP, num_slots, 2] fp32, maximum and sum of weights
     scale,  # times log2(e)
-    window,
-    length,
-    num_queries,
-    num_tiles,
-    num_programs,
-    num_slots,
-    kv_heads,
-    stride_qb, stride_qq, stride_qh,
-    stride_kr, stride_kp, stride_kh,
+    window, length, num_queries, num_tiles, num_programs, num_slots, kv_heads,
+    stride_qb, stride_qq, stride_qh, stride_kr, stride_kp, stride_kh,
     stride_vr, stride_vp, stride_vh,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (B * Hkv * num_tiles, num_programs); a tile is BLOCK_M rows that share a key head.
 
@@ -115,37 +147,27 @@ def _attend_kernel(
     otherwise it takes all blocks and stores the result.
     """
     pdl_wait(PDL)
-    tile = tl.program_id(0) % num_tiles
-    kv_head = tl.program_id(0) // num_tiles % kv_heads
-    b = (tl.program_id(0) // num_tiles // kv_heads).to(tl.int64)
-    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = place < num_queries * GROUP
-    query, head = place // GROUP, kv_head * GROUP + place % GROUP
-    position = tl.load(positions_ptr + b * num_queries + query, mask=live, other=-1).to(tl.int32)
-    position = tl.minimum(position, length - 1)
+    b, kv_head, query, head, position = _rows_of_tile(
+        positions_ptr, num_queries, num_tiles, kv_heads, length, GROUP, BLOCK_M
+    )
     first = _first_seen(position, window)
-    low = tl.min(tl.where(position >= 0, first, _FAR))
-    high = tl.max(position)
+    low, high = tl.min(tl.where(position >= 0, first, _FAR)), tl.max(position)
     begin, end = low // BLOCK_N, (high + BLOCK_N) // BLOCK_N
-
-    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK_N)
-    row_ptrs = q_ptr + b * stride_qb + query * stride_qq + head * stride_qh
-    q = tl.load(row_ptrs[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+    q_rows = query * stride_qq + head * stride_qh
+    q = _load_rows(q_ptr + b * stride_qb, q_rows, 1, head >= 0, D, BLOCK_D)
     cache_row = tl.load(rows_ptr + b) if HAS_ROWS else b
     k_ptr += cache_row * stride_kr + kv_head * stride_kh
     v_ptr += cache_row * stride_vr + kv_head * stride_vh
-    k_ptrs = k_ptr + n[:, None] * stride_kp + d[None, :]
-    v_ptrs = v_ptr + n[:, None] * stride_vp + dv[None, :]
     out_row = (b * num_queries + query) * (kv_heads * GROUP) + head
-    top, total = _start(sinks_ptr, tl.where(live, head, 0), HAS_SINKS)
+    top, total = _start(sinks_ptr, tl.maximum(head, 0), HAS_SINKS)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    n = tl.arange(0, BLOCK_N)
     for block in range(begin + tl.program_id(1), end, num_programs):
         start = block * BLOCK_N
-        key = start + n
-        read = ((key >= low) & (key <= high))[:, None]
-        offset = start.to(tl.int64)
-        k = tl.load(k_ptrs + offset * stride_kp, mask=read & (d < D)[None, :], other=0.0)
-        v = tl.load(v_ptrs + offset * stride_vp, mask=read & (dv < DV)[None, :], other=0.0)
+        key, offset = start + n, start.to(tl.int64)
+        read = (key >= low) & (key <= high)
+        k = _load_rows(k_ptr + offset * stride_kp, n, stride_kp, read, D, BLOCK_D)
+        v = _load_rows(v_ptr + offset * stride_vp, n, stride_vp, read, DV, BLOCK_DV)
         visible = (key[None, :] >= first[:, None]) & (key[None, :] <= position[:, None])
         block_top, block_total, block_acc = _attend_block(q, k, v, visible, scale)
         seen = (position >= start) & (first < start + BLOCK_N)
@@ -153,14 +175,11 @@ def _attend_kernel(
             slot = out_row * num_slots + block % num_slots
             tl.store(stats_ptr + 2 * slot, block_top, mask=seen)
             tl.store(stats_ptr + 2 * slot + 1, block_total, mask=seen)
-            acc_mask = seen[:, None] & (dv < DV)[None, :]
-            tl.store(out_ptr + slot[:, None] * DV + dv[None, :], block_acc, mask=acc_mask)
+            _store_rows(out_ptr, slot, block_acc, seen, DV)
         else:
             top, total, acc = _merge(top, total, acc, block_top, block_total, block_acc, seen)
     if not SPLIT:
-        out = _result(total, acc, position).to(out_ptr.dtype.element_ty)
-        out_mask = live[:, None] & (dv < DV)[None, :]
-        tl.store(out_ptr + out_row[:, None] * DV + dv[None, :], out, mask=out_mask)
+        _store_rows(out_ptr, out_row, _result(total, acc, position), head >= 0, DV)
 
 
 @triton.jit(do_not_specialize=["num_slots", "length"])
@@ -184,11 +203,10 @@ def _combine_blocks_kernel(
     """Grid: (B * Q * Hq,); a program combines the blocks of one row, in order."""
     pdl_wait(PDL)
     row = tl.program_id(0) + tl.zeros([1], tl.int64)
-    position = tl.load(positions_ptr + row // q_heads).to(tl.int32)
-    position = tl.minimum(position, length - 1)
+    position = tl.load(positions_ptr + row // q_heads)
+    position = tl.minimum(position, length - 1).to(tl.int32)
     first = _first_seen(position, window)
     begin, end = tl.min(first) // BLOCK_N, (tl.max(position) + BLOCK_N) // BLOCK_N
-    dv = tl.arange(0, BLOCK_DV)
     top, total = _start(sinks_ptr, (row % q_heads).to(tl.int32), HAS_SINKS)
     acc = tl.zeros([1, BLOCK_DV], tl.float32)
     for group in range(begin, end, UNROLL):
@@ -198,9 +216,6 @@ def _combine_blocks_kernel(
             slot = row * num_slots + block % num_slots
             block_top = tl.load(stats_ptr + 2 * slot, mask=seen, other=float("-inf"))
             block_total = tl.load(stats_ptr + 2 * slot + 1, mask=seen, other=0.0)
-            mask = seen[:, None] & (dv < DV)[None, :]
-            ptrs = partial_ptr + slot[:, None] * DV + dv[None, :]
-            block_acc = tl.load(ptrs, mask=mask, other=0.0)
+            block_acc = _load_rows(partial_ptr, slot, DV, seen, DV, BLOCK_DV)
             top, total, acc = _merge(top, total, acc, block_top, block_total, block_acc, seen)
-    out = _result(total, acc, position).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * DV + dv[None, :], out, mask=(dv < DV)[None, :])
+    _store_rows(out_ptr, row, _result(total, acc, position), row >= 0, DV)

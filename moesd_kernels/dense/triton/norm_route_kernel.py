@@ -109,15 +109,8 @@ def add_norm_route(
     Raises:
         TypeError, ValueError: dtypes or sizes differ from these.
     """
-    check_floating(x, "x")
-    T, H = x.shape
-    E = router.shape[0]
-    check_like(delta, "delta", [T, H], x.dtype)
-    check_like(w, "w", [H], x.dtype)
-    check_like(router, "router", [E, H], x.dtype)
-    check_choice(E, top_k)
-    if H > MAX_BLOCK:
-        raise ValueError(f"rows must have at most {MAX_BLOCK} columns, got {H}")
+    _check(x, delta, w, router, top_k)
+    T, (E, H) = x.shape[0], router.shape
     total, normed = torch.empty(2, T, H, dtype=x.dtype, device=x.device)
     weights = torch.empty(T, top_k, dtype=dtype, device=x.device)
     ids = torch.empty(T, top_k, dtype=torch.int64, device=x.device)
@@ -149,3 +142,14 @@ def add_norm_route(
         num_warps=NUM_WARPS,
     )
     return total, normed, weights, ids
+
+
+def _check(x: Tensor, delta: Tensor, w: Tensor, router: Tensor, top_k: int) -> None:
+    check_floating(x, "x")
+    T, H = x.shape
+    check_like(delta, "delta", [T, H], x.dtype)
+    check_like(w, "w", [H], x.dtype)
+    check_like(router, "router", [router.shape[0], H], x.dtype)
+    check_choice(router.shape[0], top_k)
+    if H > MAX_BLOCK:
+        raise ValueError(f"rows must have at most {MAX_BLOCK} columns, got {H}")

@@ -29,29 +29,29 @@ def best_experts(
     """(weights, ids) ``[K_PAD]`` of one token: its largest probability, TOPK times.
 
     Probabilities are not negative, so their bits order them; those taken become -1. A token without
-    a softmax (a logit is NaN or infinite, or all are -inf) has a sum of NaN and weights of NaN.
+    a softmax (a logit is NaN or infinite, or all are -inf) has a sum of NaN: its quotients are the
+    one NaN that division makes, so they are taken in the order of ids.
     """
     E_PAD: tl.constexpr = logits.shape[0]
     expert, k = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
     shifted = logits - tl.max(logits, 0)
     powers = tl.exp(tl.where(shifted < LOWEST, LOWEST, shifted))
     total = tl.sum(tl.where(expert < E, powers, 0.0), 0)
-    undefined = total != total
     probs = tl.div_rn(powers, tl.zeros([E_PAD], tl.float32) + total)
     left = tl.where(expert < E, probs.to(tl.int32, bitcast=True), -1)
-    weights, ids = tl.zeros([K_PAD], tl.float32), k
+    weights, ids = tl.zeros([K_PAD], tl.float32), tl.zeros([K_PAD], tl.int32)
     kept = 0.0
     for i in range(TOPK):
         best = tl.max(left, 0)
         chosen = tl.min(tl.where(left == best, expert, E_PAD), 0)
         prob = best.to(tl.float32, bitcast=True)
         weights = tl.where(k == i, prob, weights)
-        ids = tl.where((k == i) & (undefined == 0), chosen, ids)
+        ids = tl.where(k == i, chosen, ids)
         left = tl.where(expert == chosen, -1, left)
         kept += prob
     if RENORMALIZE:
         weights = tl.div_rn(weights, tl.zeros([K_PAD], tl.float32) + kept)
-    return tl.where(undefined, total, weights), ids.to(tl.int64)
+    return weights, ids.to(tl.int64)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
 
+from .combine_norm import After
 from .layer import MAX_PAIRS, Layer
 from .types import LayerTiles
 
@@ -50,6 +51,31 @@ def fused_experts_triton(
             ids, pair_weights = routing.ids[rows].contiguous(), routing.weights[rows].contiguous()
             layer.run(x[rows], ids, pair_weights, target[rows], batch_invariant, config)
     return out if target is out else out.copy_(target)
+
+
+def fused_experts_add_norm(
+    x: Tensor,
+    weights: ExpertsWeights,
+    routing: TopK,
+    spec: ExpertsSpec,
+    after: After,
+    *,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``fused_experts_triton``, and in its last launch what follows it in a decoder layer.
+
+    Args:
+        x: ``[T, H]``, rows contiguous, T > 0 and T * K <= ``MAX_PAIRS``.
+
+    Returns:
+        ``after.stream`` with the block's output, and its norm, both ``[T, H]``.
+    """
+    with _device_guard(x.device):
+        done = Layer(weights, spec).run(
+            x, routing.ids, routing.weights, torch.empty_like(x), batch_invariant, None, after
+        )
+    assert done is not None
+    return done
 
 
 def _device_guard(device: torch.device) -> torch.cuda.device:

@@ -9,6 +9,7 @@ from torch import Tensor
 from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights
 
 from .combine_kernel import _combine_kernel
+from .combine_norm import After, combine_norm
 from .common import ACTIVATIONS, HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTING_SINGLE
 from .config import select_config
 from .device import device_of
@@ -53,8 +54,12 @@ class Layer:
         out: Tensor,
         batch_invariant: bool,
         config: LayerTiles | None,
-    ) -> None:
-        """Launch the layer on tokens x ``[T, H]``, 1 <= T * K <= MAX_PAIRS."""
+        after: After | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Launch the layer on tokens x ``[T, H]``, 1 <= T * K <= MAX_PAIRS.
+
+        With ``after`` its result is returned, and ``out`` is a workspace of one token's calls.
+        """
         T, TOPK = ids.shape
         device = device_of(x.device)
         if config is None:
@@ -65,7 +70,9 @@ class Layer:
         act = torch.empty(pairs, self.I, dtype=x.dtype, device=x.device)
         if T == 1:
             self._run_single(x, act, ids, weights, out, batch_invariant, config, pdl)
-            return
+            if after is None:
+                return None
+            return combine_norm(out, ids, weights, x, self.E, after, _pdl(pdl))
         bound = max_blocks(pairs, self.E, config.block_m)
         if pairs <= config.inline_pairs:
             table = torch.empty(pairs + 3 * bound, dtype=torch.int32, device=x.device)
@@ -74,7 +81,10 @@ class Layer:
             tables, routing = plan(ids, self.E, config.block_m, pdl), ROUTING_PLANNED
         self._gate_up(x, act, ids, tables, bound, routing, config.gate_up, pdl)
         partial = self._down(act, ids, tables, bound, ROUTING_PLANNED, config.down, pdl)
+        if after is not None:
+            return combine_norm(partial, ids, weights, x, self.E, after, _pdl(pdl))
         self._combine(partial, ids, weights, out, pdl)
+        return None
 
     def _run_single(
         self,

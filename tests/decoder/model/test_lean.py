@@ -8,8 +8,8 @@ import torch
 from support.tiny import MOE_VOCAB, ragged_prompts
 
 from decoder.model import kernels
-from decoder.model.lean import _joined
 from decoder.model.runner import ModelRunner
+from moesd_kernels.hooks.joined import joined
 
 ops = pytest.importorskip("moesd_kernels.dense.ops")
 torch.set_num_threads(1)
@@ -189,7 +189,7 @@ def test_joined_weights_are_the_models_own_memory(tmp_path):
 def test_joined_does_not_mistake_neighbours_for_one_tensor():
     whole = torch.nn.Parameter(torch.arange(12.0).view(6, 2))
     parts = [torch.nn.Parameter(whole.data[4:6]), torch.nn.Parameter(whole.data[0:2])]
-    assert torch.equal(_joined(parts), torch.cat([whole.data[4:6], whole.data[0:2]]))
+    assert torch.equal(joined(parts), torch.cat([whole.data[4:6], whole.data[0:2]]))
 
 
 def test_what_shares_memory_with_other_tensors_is_not_moved():

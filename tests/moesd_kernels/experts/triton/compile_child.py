@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from bench.tuning.search import CANDIDATES, search_steps
 from moesd_kernels.experts.triton.combine_kernel import _combine_kernel
+from moesd_kernels.experts.triton.combine_norm import _combine_norm_kernel
 from moesd_kernels.experts.triton.config import model_choice, select_config
 from moesd_kernels.experts.triton.down_kernel import _down_kernel
 from moesd_kernels.experts.triton.gate_up_kernel import _gate_up_kernel
@@ -45,6 +46,7 @@ KERNELS = {
     "down_combine": _down_combine_kernel,
     "plan": _plan_kernel,
     "combine": _combine_kernel,
+    "combine_norm": _combine_norm_kernel,
 }
 # Everything not named here is a bf16 pointer or an int32; K is contiguous.
 TYPES = {
@@ -55,6 +57,7 @@ TYPES = {
     "weights_ptr": "*fp32",
     "limit": "fp32",
     "alpha": "fp32",
+    "eps": "fp32",
 }
 # Multiples of 16 in every real model, as the launcher finds out by itself.
 DIVISIBLE = ("H", "I", "stride_xt", "stride_we", "stride_wn", "stride_be", "stride_ot")
@@ -101,6 +104,9 @@ def jobs(arch):
         add("plan", plan_sizes(pairs, 300) | {"BLOCK_M": 64}, {"num_warps": warps})
     for split in (1, 8):
         add("combine", {"TOPK": 8, "SPLIT_K": split, "BLOCK_H": 512}, {"num_warps": 2})
+    for shared in (False, True):
+        sizes = {"TOPK": 8, "SPLIT_K": 1, "SUMMED": False, "SHARED": shared, "BLOCK_H": 4096}
+        add("combine_norm", sizes, {"num_warps": 8})
     return list(found.values())
 
 

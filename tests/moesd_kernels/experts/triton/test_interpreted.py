@@ -1,9 +1,5 @@
 """Runs ``interpreted/`` file by file in children where Triton is imported to be interpreted."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +10,5 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 @needs_loops_in_the_interpreter
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_interpreted(file):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    # No device: the interpreter runs on the CPU, and the tests must not depend on the machine.
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0"]
-    done = subprocess.run(
-        [*command, str(FOLDER / file)],
-        cwd=Path(__file__).parents[4],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+def test_interpreted(file, interpret):
+    interpret(FOLDER / file)

@@ -37,6 +37,7 @@ def test_compiled_kernels(what, tmp_path):
     facts = [json.loads(line) for line in done.stdout.splitlines()]
     kernels = {"gate_up", "down", "gate_up_single", "down_combine"}
     kernels |= set() if what == "candidates" else {"plan", "combine"}
+    kernels |= {"combine_norm"} if what in WIDE else set()
     assert {fact["kernel"] for fact in facts} == kernels
     problems = [problem for fact in facts for problem in problems_of(fact, what)]
     assert not problems, "\n".join(problems)

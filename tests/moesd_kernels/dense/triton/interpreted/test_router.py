@@ -43,20 +43,21 @@ def test_the_lower_of_equals_comes_first(dtype):
     logits = torch.tensor([[1.0, 2, 1, 2, 1, 0, 2, -9]]).to(dtype)
     assert topk_of_logits(logits, 6, True)[1].tolist() == [[1, 3, 6, 0, 2, 4]]
     # So far below the largest all are equal, as in the operator: a ban, too.
-    logits = torch.tensor([[-float("inf"), -200, 0, -150, 1]]).to(dtype)
-    expected = operator(logits.nan_to_num(neginf=-300), 4, False)[1]
-    assert topk_of_logits(logits, 4, False)[1].tolist() == expected.tolist() == [[4, 2, 0, 1]]
+    logits = torch.tensor([[-float("inf"), -95, 0, -90, 1]]).to(dtype)
+    expected = operator(logits.nan_to_num(neginf=-300), 5, False)[1]
+    assert topk_of_logits(logits, 5, False)[1].tolist() == expected.tolist() == [[4, 2, 0, 1, 3]]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_tokens_without_a_softmax(renormalize):
     nan, inf = float("nan"), float("inf")
-    logits = torch.tensor([[0.0, nan, 1], [inf, 0, 1], [-inf] * 3, [nan] * 3, [0, -inf, 1]])
+    rows = [[0.0, nan, 1], [inf, 0, 1], [-inf] * 3, [nan] * 3, [inf, nan, 0], [0, -inf, 1]]
+    logits = torch.tensor(rows)
     weights, ids = topk_of_logits(logits, 2, renormalize)
-    assert weights[:4].isnan().all() and ids[:4].tolist() == [[0, 1]] * 4
-    assert ids[4].tolist() == [2, 0]
-    torch.testing.assert_close(weights[4], eager(logits[4:].double(), 2, renormalize)[0].float())
+    assert weights[:5].isnan().all() and ids[:5].tolist() == [[0, 1]] * 5
+    assert ids[5].tolist() == [2, 0]
+    torch.testing.assert_close(weights[5], eager(logits[5:].double(), 2, renormalize)[0].float())
 
 
 def test_router_is_a_product_and_a_choice():

@@ -1,0 +1,64 @@
+"""Ragged attention compiled without a GPU: no spills, wide copies, one order of sums."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[3]
+
+
+def test_compiled_kernels(tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    experts = ROOT / "tests/moesd_kernels/experts/triton"
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(experts)])
+    child = [sys.executable, str(HERE / "attention_child.py")]
+    done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    facts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {fact["arch"] for fact in facts} == {80, 90, 100} and len(facts) == 11
+    problems = [problem for fact in facts for problem in problems_of(fact)]
+    assert not problems, "\n".join(problems)
+    for arch in (80, 90, 100):
+        split, whole = (
+            next(f["reductions"] for f in facts if (f["arch"], f["split"]) == (arch, split))
+            for split in (True, False)
+        )
+        assert len(split) == 3 and split == whole, f"sm_{arch}: {split}, {whole}"
+
+
+@pytest.mark.parametrize(("shared_bytes", "stages"), [(232448, 3), (166912, 2), (101376, 1)])
+def test_blocks_held_follow_from_shared_memory(shared_bytes, stages):
+    pytest.importorskip("triton")
+    from moesd_kernels.dense.triton.attention import num_stages
+
+    assert num_stages(32, 128, 256, shared_bytes) == stages
+
+
+def problems_of(fact):
+    """What is wrong with one compiled kernel, in words."""
+    name = f"sm_{fact['arch']} {fact['kernel']} {fact['case']}"
+    if fact["stack"] or fact["local"]:
+        yield f"{name}: spills {fact['stack']} + {fact['local']} bytes"
+    if fact["reg"] * fact["threads"] > 65536:
+        yield f"{name}: {fact['reg']} registers of {fact['threads']} threads fit no multiprocessor"
+    if fact["shared"] > fact["shared_limit"]:
+        yield f"{name}: {fact['shared']} bytes of shared memory, limit {fact['shared_limit']}"
+    if fact["dependent_launch"] != (fact["arch"] >= 90):
+        yield f"{name}: programmatic dependent launch is {fact['dependent_launch']}"
+    if fact["arch"] >= 90 and fact["early"]:
+        yield f"{name}: {fact['early']} before the dependency wait"
+    if fact["kernel"] == "attend":
+        # The instruction of 16 rows, whatever the tile: see Plan.
+        if fact["mma"] != ["mma.sync"]:
+            yield f"{name}: matrix instructions {fact['mma']}, expected mma.sync"
+        if fact["copy_bytes"] != [16]:
+            yield f"{name}: copies of {fact['copy_bytes']} bytes, expected only 16"
