@@ -21,6 +21,7 @@ from bench.tuning.compiling import Job
 from bench.workloads.models import random_model
 from bench.workloads.scaling import scaled_config
 from bench.workloads.shapes import Shape
+from decoder.model.kernels import AttentionName
 from decoder.model.runner import ModelRunner
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.hardware.machine import Machine
@@ -32,6 +33,7 @@ from moesd_kernels import accelerate
 SIGMA, SIGMA_GAMMA = 0.90, 4
 CELL_S = 8.0
 PROFILED_ROWS = (1, 5)
+FORMS: tuple[AttentionName, ...] = ("auto", "portable")
 PROFILED_BATCH = 8
 TOP_KERNELS = 25
 DESIGN = "d-optimal"
@@ -128,14 +130,30 @@ def _measure_batch(
 
 
 def profile_steps(session: Session) -> None:
-    """Kernels of one replayed forward of the target: how many, how long, which; of 1 and 5 rows."""
+    """Kernels of one replayed forward of the target: how many, how long, which; of 1 and 5 rows.
+
+    On the kernels of a decode step, and without them: module by module, as transformers has it.
+    """
     name, measured, _ = subject(session)
-    runner = ModelRunner(accelerate(measured.target), PROFILED_BATCH, 320)
+    model = accelerate(measured.target)
+    for attention in FORMS:
+        todo = [
+            queries
+            for queries in PROFILED_ROWS
+            if not session.lines.find("step", target=name, queries=queries, attention=attention)
+        ]
+        if todo:
+            session.need(CELL_S)
+            runner = ModelRunner(model, PROFILED_BATCH, 320, attention)
+            what = {"target": name, "B": PROFILED_BATCH, "attention": attention}
+            _profile_steps(session, runner, todo, what)
+
+
+def _profile_steps(
+    session: Session, runner: ModelRunner, todo: list[int], what: dict[str, Any]
+) -> None:
     rows = torch.arange(PROFILED_BATCH, device=session.device)
-    for queries in PROFILED_ROWS:
-        if session.lines.find("step", target=name, queries=queries):
-            continue
-        session.need(CELL_S)
+    for queries in todo:
         steps = torch.arange(queries, device=session.device)
         positions = (steps + 40).expand(PROFILED_BATCH, -1).contiguous()
         ids = torch.randint(3, runner.vocab_size, positions.shape, device=session.device)
@@ -143,9 +161,7 @@ def profile_steps(session: Session) -> None:
         def step(ids: Any = ids, positions: Any = positions) -> None:
             runner.forward(ids, rows, positions, max_position=60)
 
-        session.lines.write(
-            "step", target=name, B=PROFILED_BATCH, queries=queries, **_profiled(session, step)
-        )
+        session.lines.write("step", **what, queries=queries, **_profiled(session, step))
 
 
 def _profiled(session: Session, step: Any) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def run_book(sizes: Sizes) -> list[Piece]:
             Piece(f"cuda-{name}", 15, partial(layers.measure, name, "cuda"), cuda_backend)
             for name in sizes.shapes
         ),
+        Piece("dense-tests", 30, partial(testing.run_tests, testing.DENSE)),
         Piece("step", 40, decoding.profile_steps),
         Piece("decode", 200, decoding.measure),
         Piece("fit", 10, decoding.fit),

@@ -143,9 +143,14 @@ def _steps(lines: Lines) -> Figure:
 
 def _listed(steps: Iterable[Line]) -> str:
     return "; ".join(
-        f"{x['queries']} rows: {x['kernels']} kernels, {x['busy_ms']:.1f} of {x['wall_ms']:.1f} ms"
+        f"{x['queries']} rows{_by_modules(x)}: {x['kernels']} kernels, "
+        f"{x['busy_ms']:.1f} of {x['wall_ms']:.1f} ms"
         for x in steps
     )
+
+
+def _by_modules(line: Line) -> str:
+    return " by modules" if line.get("attention") == "portable" else ""
 
 
 def _point(line: Line) -> str:

@@ -34,6 +34,12 @@ class Selection:
 FIRST = Selection((LAYER_TESTS,), marked="gpu and first", named="not cuda_backend")
 KERNELS = Selection((LAYER_TESTS,), named="not cuda_backend")
 CUDA = Selection((LAYER_TESTS,), named="cuda_backend")
+DENSE = Selection(
+    tuple(
+        f"tests/moesd_kernels/dense/triton/test_{name}_gpu.py"
+        for name in ("small", "linear", "attention")
+    )
+)
 DECODER = Selection(("tests/decoder/test_gpu.py",))
 MEMORY = Selection((LAYER_TESTS,), named="skipped or variants")
 
