@@ -1,29 +1,8 @@
 """Products compiled without a GPU: no spills, wide loads, and one matrix instruction a device."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[3]
-
-
-def test_compiled_products(tmp_path):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    experts = ROOT / "tests/moesd_kernels/experts/triton"
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(experts)])
-    child = [sys.executable, str(HERE / "linear_child.py")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    facts = [json.loads(line) for line in done.stdout.splitlines()]
+def test_compiled_products(facts_of):
+    facts = facts_of("linear_child.py")
     assert {fact["arch"] for fact in facts} == {80, 90, 100}
     assert {fact["constexprs"]["PARTS"] for fact in facts} == {1, 8}
     problems = [problem for fact in facts for problem in problems_of(fact)]

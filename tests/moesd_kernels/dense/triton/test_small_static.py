@@ -1,31 +1,11 @@
 """Norms, rope, activation, routers and argmax compiled without a GPU: no spills, wide loads."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[3]
 # Of 16 bytes: four of 32 bits.
 WIDE = {"norm", "rope", "act", "part"}
 
 
-def test_compiled_kernels(tmp_path):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    experts = ROOT / "tests/moesd_kernels/experts/triton"
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(experts)])
-    child = [sys.executable, str(HERE / "small_child.py")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    facts = [json.loads(line) for line in done.stdout.splitlines()]
+def test_compiled_kernels(facts_of):
+    facts = facts_of("small_child.py")
     assert {fact["arch"] for fact in facts} == {80, 90, 100} and len(facts) == 28
     problems = [problem for fact in facts for problem in problems_of(fact)]
     assert not problems, "\n".join(problems)
