@@ -93,7 +93,7 @@ def ragged_attention_op(
     if attention == "auto" and on_gpu(device) and dtype in _DTYPES:
         from moesd_kernels.dense.triton import attention as kernels
 
-        return kernels.ragged_attention
+        return _guarded(kernels.ragged_attention)
     ops = _cpu_ops(device, dtype) if attention == "auto" else None
     _check_instruction_set(ops)
     return None if ops is None else ops.ragged_attention.default
@@ -105,7 +105,7 @@ def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | 
     if on_gpu(device) and dtype in _DTYPES:
         from moesd_kernels.dense.triton.argmax_kernel import argmax
 
-        return argmax
+        return _guarded(argmax)
     ops = _cpu_ops(device, dtype)
     return None if ops is None else ops.argmax.default
 
@@ -130,6 +130,17 @@ def on_gpu(device: torch.device) -> bool:
     except ImportError:
         return False
     return kernels.unavailable_reason() is None
+
+
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the device of its first tensor current: Triton launches on that one."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device(first.device if first.is_cuda else -1):
+            return function(first, *arguments, **options)
+
+    return run
 
 
 def _cpu_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
@@ -157,7 +168,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if on_gpu(x.device):
         from moesd_kernels.dense.triton import norm_kernel
 
-        return norm_kernel.rms_norm(x, weight, eps)
+        return _guarded(norm_kernel.rms_norm)(x, weight, eps)
     return torch.ops.moesd.rms_norm.default(x, weight, eps)
 
 
@@ -166,7 +177,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     if on_gpu(x.device):
         from moesd_kernels.dense.triton import norm_kernel
 
-        return norm_kernel.add_rms_norm(x, delta, weight, eps)
+        return _guarded(norm_kernel.add_rms_norm)(x, delta, weight, eps)
     return torch.ops.moesd.add_rms_norm.default(x, delta, weight, eps)
 
 
@@ -184,7 +195,7 @@ def layer_stack(device: torch.device) -> Any:
 def run_layers(stack: Any, length: int, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, int]:
     """``stack.run``; a GPU's also wants to know that no position reaches ``length``."""
     if on_gpu(x.device):
-        return stack.run(x, *arguments, length)
+        return _guarded(stack.run)(x, *arguments, length)
     return stack.run(x, *arguments)
 
 

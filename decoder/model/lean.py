@@ -56,6 +56,8 @@ class LeanForward:
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
             _add_attention(self._stack, layer, following, windows)
             self.whole &= kernels.set_mlp(self._stack, layer.mlp)
+        # Whether it can also walk from step to step; on a GPU graphs spare the interpreter.
+        self.walks_steps = self.whole and not kernels.on_gpu(self._embedding.device)
         self._cache = cache
         self._max_length = max_length
         self._rotary = base.rotary_emb
@@ -162,6 +164,8 @@ def lean_forward(
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     if family not in _FAMILIES or rope.get("rope_type", "default") not in _STATIC_ROPE:
+        return None
+    if len({parameter.device for parameter in model.parameters()}) > 1:
         return None
     try:
         obstacle = _obstacle(model.base_model, family)

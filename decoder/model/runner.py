@@ -153,7 +153,9 @@ class ModelRunner:
         """
         self._follow()
         lean, head = self._lean, self._head
-        if lean is None or not lean.whole or head.bias is not None or self._eager or self._graphs:
+        if lean is None or not lean.walks_steps or head.bias is not None:
+            return None
+        if self._eager or self._graphs:
             return None
         self.cache.reserve(max_position + count)
         return lean.continue_greedily(input_ids, positions, rows, head.weight, count)

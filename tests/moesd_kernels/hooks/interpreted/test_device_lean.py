@@ -111,6 +111,7 @@ def test_the_models_own_results_in_few_launches(family, monkeypatch):
     monkeypatch.setattr(runner, "_graphs", None)  # whose shortest view is two blocks of fp32 keys
     runner.forward(*step, max_position=8)
     assert launches.counted.total() == LAUNCHES[family][0], launches.counted
+    assert runner.continue_greedily(*step, 2, 8) is None  # a step by itself, on a GPU
 
 
 def test_a_head_that_the_kernel_does_not_take_runs_without_it(monkeypatch):
