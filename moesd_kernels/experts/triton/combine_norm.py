@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .combine_kernel import experts_sum
 from .common import pdl_wait
 
 
@@ -32,26 +33,6 @@ class After:
     eps: float
     shared: Tensor | None = None
     gate: Tensor | None = None
-
-
-@triton.jit
-def _experts_sum(
-    partial_ptr, ids_ptr, weights_ptr, token, column, num_pairs, E, H,
-    TOPK: tl.constexpr, SPLIT_K: tl.constexpr,
-):  # fmt: skip
-    """As ``_combine_kernel``: a token's expert outputs, weighted and summed in order."""
-    acc = tl.zeros(column.shape, tl.float32)
-    for k in tl.static_range(TOPK):
-        pair = token * TOPK + k
-        e = tl.load(ids_ptr + pair)
-        mask = column < tl.where((e >= 0) & (e < E), H, 0)
-        value = tl.zeros(column.shape, tl.float32)
-        for split in tl.static_range(SPLIT_K):
-            partial_ptrs = partial_ptr + (split * num_pairs.to(tl.int64) + pair) * H + column
-            value += tl.load(partial_ptrs, mask=mask, other=0.0)
-        weight = tl.load(weights_ptr + pair).to(tl.float32)
-        acc += tl.where(mask, value * weight, 0.0)
-    return acc
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -90,7 +71,7 @@ def _combine_norm_kernel(
     if SUMMED:
         out = tl.load(partial_ptr + row, mask=mask, other=0.0).to(tl.float32)
     else:
-        out = _experts_sum(
+        out = experts_sum(
             partial_ptr, ids_ptr, weights_ptr, token, column, num_pairs, E, H, TOPK, SPLIT_K
         )
     out = out.to(dtype).to(tl.float32)
