@@ -228,3 +228,37 @@ def check_rows(case: Case, actual: Tensor) -> None:
     """Hold every row of one ``fused_experts`` result to a bound of its own."""
     rows = torch.arange(len(actual))
     assert_as_accurate(actual, eager_experts(case), exact_experts(case), groups=rows)
+
+
+def attention_inputs(B, Q, heads, kv_heads, D, Dv, S, dtype, seed=0):
+    """q ``[B, Q, heads, D]``, a cache of S positions, and positions ``[B, Q]`` that end in it."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, Q, heads, D, generator=g).to(dtype)
+    # [rows, Hkv, S, D] in memory, handed over as [rows, S, Hkv, D].
+    k = torch.randn(B, kv_heads, S, D, generator=g).to(dtype).transpose(1, 2)
+    v = torch.randn(B, kv_heads, S, Dv, generator=g).to(dtype).transpose(1, 2)
+    start = torch.randint(0, S - Q + 1, (B, 1), generator=g)
+    return q, k, v, start + torch.arange(Q)
+
+
+def attention_in(q, k, v, positions, scale, dtype, window=0, sinks=None, rows=None):
+    """Ragged attention query by query in ``dtype``, as `moesd_kernels.dense.ops` defines it."""
+    B, Q, heads, _ = q.shape
+    out = torch.zeros(B, Q, heads, v.shape[3], dtype=dtype)
+    group = heads // k.shape[2]
+    for b in range(B):
+        row = b if rows is None else int(rows[b])
+        for j in range(Q):
+            p = int(positions[b, j])
+            if p < 0:
+                continue
+            lo = max(0, p - window + 1) if window > 0 else 0
+            keys = k[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
+            values = v[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
+            scores = torch.einsum("hd,shd->hs", q[b, j].to(dtype), keys) * scale
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            weights = scores.softmax(-1, dtype=wide).to(dtype)[:, : p + 1 - lo]
+            out[b, j] = torch.einsum("hs,shd->hd", weights, values)
+    return out

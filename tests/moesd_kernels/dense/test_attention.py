@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.oracle import assert_as_accurate
+from support.oracle import assert_as_accurate, attention_in, attention_inputs
 
 from moesd_kernels.dense import ops
 
@@ -17,38 +17,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def make(B, Q, heads, kv_heads, D, Dv, S, dtype, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(B, Q, heads, D, generator=g).to(dtype)
-    # [rows, Hkv, S, D] in memory, handed over as [rows, S, Hkv, D].
-    k = torch.randn(B, kv_heads, S, D, generator=g).to(dtype).transpose(1, 2)
-    v = torch.randn(B, kv_heads, S, Dv, generator=g).to(dtype).transpose(1, 2)
-    start = torch.randint(0, S - Q + 1, (B, 1), generator=g)
-    return q, k, v, start + torch.arange(Q)
-
-
-def reference(q, k, v, positions, scale, dtype, window=0, sinks=None, rows=None):
-    B, Q, heads, _ = q.shape
-    out = torch.zeros(B, Q, heads, v.shape[3], dtype=dtype)
-    group = heads // k.shape[2]
-    for b in range(B):
-        row = b if rows is None else int(rows[b])
-        for j in range(Q):
-            p = int(positions[b, j])
-            if p < 0:
-                continue
-            lo = max(0, p - window + 1) if window > 0 else 0
-            keys = k[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
-            values = v[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,shd->hs", q[b, j].to(dtype), keys) * scale
-            if sinks is not None:
-                scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            weights = scores.softmax(-1, dtype=wide).to(dtype)[:, : p + 1 - lo]
-            out[b, j] = torch.einsum("hs,shd->hd", weights, values)
-    return out
 
 
 # Multi-head, grouped, many heads per key, odd dimensions, different value dimension, long rows.
@@ -65,29 +33,29 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"sinks": True}], ids=str)
 def test_matches_fp64(shape, options, dtype):
-    q, k, v, positions = make(*shape, dtype)
+    q, k, v, positions = attention_inputs(*shape, dtype)
     if options.get("sinks"):
         options = {"sinks": torch.randn(shape[2], generator=torch.Generator().manual_seed(3))}
     scale = shape[4] ** -0.5
     actual = ops.ragged_attention(q, k, v, positions, scale, **options)
-    baseline = reference(q, k, v, positions, scale, dtype, **options)
-    exact = reference(q, k, v, positions, scale, torch.float64, **options)
+    baseline = attention_in(q, k, v, positions, scale, dtype, **options)
+    exact = attention_in(q, k, v, positions, scale, torch.float64, **options)
     assert_as_accurate(actual, baseline, exact, name="attention")
 
 
 def test_rows_pick_cache_rows_and_dead_queries_are_zero():
-    q, k, v, positions = make(4, 2, 4, 2, 32, 32, 20, torch.bfloat16)
+    q, k, v, positions = attention_inputs(4, 2, 4, 2, 32, 32, 20, torch.bfloat16)
     rows = torch.tensor([3, 0, 3, 1])
     positions[1, 1] = -1
     actual = ops.ragged_attention(q, k, v, positions, 0.2, rows=rows)
-    exact = reference(q, k, v, positions, 0.2, torch.float64, rows=rows)
-    baseline = reference(q, k, v, positions, 0.2, torch.bfloat16, rows=rows)
+    exact = attention_in(q, k, v, positions, 0.2, torch.float64, rows=rows)
+    baseline = attention_in(q, k, v, positions, 0.2, torch.bfloat16, rows=rows)
     assert_as_accurate(actual, baseline, exact, name="rows")
     assert bool((actual[1, 1] == 0).all())
 
 
 def test_slots_after_the_position_are_not_read():
-    q, k, v, positions = make(3, 2, 4, 2, 32, 32, 20, torch.bfloat16)
+    q, k, v, positions = attention_inputs(3, 2, 4, 2, 32, 32, 20, torch.bfloat16)
     clean = ops.ragged_attention(q, k, v, positions, 0.2, window=4)
     for b in range(3):
         for cache in (k, v):
@@ -99,7 +67,7 @@ def test_slots_after_the_position_are_not_read():
 @DTYPES
 @pytest.mark.parametrize("length", [1, 2, 7, 16, 17, 129, 130])
 def test_the_slot_after_an_odd_or_even_number_is_not_read(length, dtype):
-    q, k, v, _ = make(1, 1, 4, 2, 32, 40, 132, dtype)
+    q, k, v, _ = attention_inputs(1, 1, 4, 2, 32, 40, 132, dtype)
     positions = torch.tensor([[length - 1]])
     clean = ops.ragged_attention(q, k, v, positions, 0.2)
     k[:, length:], v[:, length:] = float("nan"), float("inf")
@@ -108,7 +76,7 @@ def test_the_slot_after_an_odd_or_even_number_is_not_read(length, dtype):
 
 @DTYPES
 def test_a_query_does_not_depend_on_the_batch(dtype, threads):
-    q, k, v, positions = make(5, 4, 6, 2, 48, 48, 200, dtype)
+    q, k, v, positions = attention_inputs(5, 4, 6, 2, 48, 48, 200, dtype)
     whole = ops.ragged_attention(q, k, v, positions, 0.1)
     for count in (1, 2):
         threads(count)
@@ -127,7 +95,7 @@ def test_a_query_does_not_depend_on_the_batch(dtype, threads):
 @pytest.mark.parametrize("window", [0, 150])
 def test_queries_that_share_a_pass_do_not_depend_on_each_other(window):
     """Positions apart, equal, descending, dead; non-finite values that only later queries see."""
-    q, k, v, _ = make(1, 6, 8, 2, 64, 64, 300, torch.bfloat16)
+    q, k, v, _ = attention_inputs(1, 6, 8, 2, 64, 64, 300, torch.bfloat16)
     positions = torch.tensor([[127, 128, 280, 3, -1, 280]])
     k[:, 200], v[:, 200] = float("inf"), float("nan")
     whole = ops.ragged_attention(q, k, v, positions, 0.1, window=window)
@@ -139,14 +107,14 @@ def test_queries_that_share_a_pass_do_not_depend_on_each_other(window):
 
 
 def test_schema_and_fake():
-    q, k, v, positions = make(2, 2, 4, 2, 16, 24, 10, torch.bfloat16)
+    q, k, v, positions = attention_inputs(2, 2, 4, 2, 16, 24, 10, torch.bfloat16)
     torch.library.opcheck(
         torch.ops.moesd.ragged_attention.default, (q, k, v, positions, 0.2, 0, None, None)
     )
 
 
 def test_errors():
-    q, k, v, positions = make(2, 2, 4, 2, 16, 16, 10, torch.float32)
+    q, k, v, positions = attention_inputs(2, 2, 4, 2, 16, 16, 10, torch.float32)
     call = ops.ragged_attention
     with pytest.raises(ValueError, match=r"q must be \[B, Q, Hq, D\], got \[2, 4, 16\]"):
         call(q[:, 0], k, v, positions, 1.0)

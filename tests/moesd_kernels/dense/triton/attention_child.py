@@ -7,10 +7,7 @@ import json
 import re
 
 import torch
-import triton
-from compile_child import ACCESS, COPY, DEVICES, resources
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compile_child import ACCESS, COPY, DEVICES, compiled, resources
 
 from moesd_kernels.dense.triton.attention import NUM_WARPS, UNROLL, num_stages, tile_of
 from moesd_kernels.dense.triton.attention_kernel import _attend_kernel, _combine_blocks_kernel
@@ -60,18 +57,14 @@ def compile_one(arch, name, dtype, constexprs, options):
     function = KERNELS[name]
     values = {"PDL": arch >= 90} | constexprs
     types = TYPES | ({"out_ptr": "*fp32"} if values.get("SPLIT") else {})
-    signature, constants, attributes = {}, {}, {}
-    for index, argument in enumerate(function.arg_names):
-        if argument in values:
-            signature[argument], constants[(index,)] = "constexpr", values[argument]
-            continue
-        default = f"*{dtype}" if argument.endswith("_ptr") else "i32"
-        signature[argument] = types.get(argument, default)
-        # Multiples of 16 in every real model, as the launcher finds out by itself.
-        if argument.endswith("_ptr") or argument.startswith("stride"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    def type_of(name):
+        return types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+
+    def is_divisible(name):  # in every real model, as the launcher finds out by itself
+        return name.endswith("_ptr") or name.startswith("stride")
+
+    done = compiled(function, arch, values, options, type_of, is_divisible)
     ptx = done.asm["ptx"]
     return {
         "arch": arch,

@@ -7,10 +7,7 @@ import json
 import re
 
 import torch
-import triton
-from compile_child import ACCESS, COPY, DEVICES, resources
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compile_child import ACCESS, COPY, DEVICES, compiled, resources
 
 from moesd_kernels.dense.triton.linear_config import Product, linear_tiles
 from moesd_kernels.dense.triton.linear_kernel import PLAIN, _linear_kernel
@@ -56,17 +53,14 @@ def jobs(arch):
 
 def compile_one(arch, constexprs, options, dtype):
     """Compile one kernel; what its code and resource usage say."""
-    signature, constants, attributes = {}, {}, {}
     number = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    for index, name in enumerate(_linear_kernel.arg_names):
-        if name in constexprs:
-            signature[name], constants[(index,)] = "constexpr", constexprs[name]
-            continue
-        signature[name] = TYPES.get(name, number if name.endswith("_ptr") else "i32")
-        if name not in ODD:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(_linear_kernel, signature, constants, attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    def type_of(name):
+        return TYPES.get(name, number if name.endswith("_ptr") else "i32")
+
+    done = compiled(
+        _linear_kernel, arch, constexprs, options, type_of, lambda name: name not in ODD
+    )
     ptx = done.asm["ptx"]
     return {
         "arch": arch,

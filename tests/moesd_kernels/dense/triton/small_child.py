@@ -6,10 +6,7 @@ One JSON line a kernel.
 import json
 import re
 
-import triton
-from compile_child import ACCESS, resources
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compile_child import ACCESS, compiled, resources
 
 from moesd_kernels.dense.triton import activation_kernel, argmax_kernel
 from moesd_kernels.dense.triton.activation_kernel import _act_kernel
@@ -80,17 +77,14 @@ def compile_one(arch, name, dtype, constexprs, options):
     """Compile one kernel; what its code and resource usage say."""
     function = KERNELS[name]
     values = {"PDL": arch >= 90} | constexprs
-    signature, constants, attributes = {}, {}, {}
-    for index, argument in enumerate(function.arg_names):
-        if argument in values:
-            signature[argument], constants[(index,)] = "constexpr", values[argument]
-            continue
-        default = f"*{dtype}" if argument.endswith("_ptr") else "i32"
-        signature[argument] = TYPES.get(argument, default)
-        if TYPES.get(argument) != "fp32" and argument != "num_rows":
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    def type_of(name):
+        return TYPES.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+
+    def is_divisible(name):
+        return TYPES.get(name) != "fp32" and name != "num_rows"
+
+    done = compiled(function, arch, values, options, type_of, is_divisible)
     ptx = done.asm["ptx"]
     loads = re.findall(r"ld\.global\S*?\.v(\d)\.b32", ptx)
     return {

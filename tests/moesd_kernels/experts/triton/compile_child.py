@@ -190,23 +190,33 @@ def variant_jobs():
     yield "plan", sizes | {"BLOCK_M": 16, "ids_ptr": "*i32", "variant": "int32 ids"}, {}
 
 
+def compiled(function, arch, values, options, type_of, is_divisible):
+    """A kernel compiled for ``sm_<arch>``: arguments are constants of ``values``, or of a type."""
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in values and not isinstance(values[name], str):
+            signature[name], constants[(index,)] = "constexpr", values[name]
+            continue
+        signature[name] = type_of(name)
+        if is_divisible(name):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
 def compile_one(arch, kernel, constexprs, options):
     """Compile one kernel; what its code and resource usage say."""
     function = KERNELS[kernel]
     values = PLAIN | {"PDL": arch >= 90} | constexprs
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(function.arg_names):
-        if name in values and not isinstance(values[name], str):
-            signature[name] = "constexpr"
-            constants[(index,)] = values[name]
-            continue
+
+    def type_of(name):
         number = values.get("float", "*bf16") if name.endswith("_ptr") else "i32"
-        signature[name] = values.get(name, TYPES.get(name, number))
-        whole = name in DIVISIBLE and not values.get("odd")
-        if name.endswith("_ptr") or whole:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return values.get(name, TYPES.get(name, number))
+
+    def is_divisible(name):
+        return name.endswith("_ptr") or (name in DIVISIBLE and not values.get("odd"))
+
+    done = compiled(function, arch, values, options, type_of, is_divisible)
     ptx = done.asm["ptx"]
     return {
         "kernel": kernel,

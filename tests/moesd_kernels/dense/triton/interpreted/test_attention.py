@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.oracle import assert_as_accurate
+from support.oracle import assert_as_accurate, attention_in, attention_inputs
 
 from moesd_kernels.dense.triton import attention
 from moesd_kernels.dense.triton.attention import ragged_attention
@@ -43,42 +43,10 @@ def shared_by(monkeypatch):
     return lambda programs: monkeypatch.setattr(attention, "num_programs", lambda *_: programs)
 
 
-def make(B, Q, heads, kv_heads, D, Dv, S, dtype, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(B, Q, heads, D, generator=g).to(dtype)
-    # [rows, Hkv, S, D] in memory, handed over as [rows, S, Hkv, D].
-    k = torch.randn(B, kv_heads, S, D, generator=g).to(dtype).transpose(1, 2)
-    v = torch.randn(B, kv_heads, S, Dv, generator=g).to(dtype).transpose(1, 2)
-    start = torch.randint(0, S - Q + 1, (B, 1), generator=g)
-    return q, k, v, start + torch.arange(Q)
-
-
-def reference(q, k, v, positions, dtype, window=0, sinks=None, rows=None):
-    B, Q, heads, _ = q.shape
-    out = torch.zeros(B, Q, heads, v.shape[3], dtype=dtype)
-    group = heads // k.shape[2]
-    for b in range(B):
-        row = b if rows is None else int(rows[b])
-        for j in range(Q):
-            p = int(positions[b, j])
-            if p < 0:
-                continue
-            lo = max(0, p - window + 1) if window > 0 else 0
-            keys = k[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
-            values = v[row, lo : p + 1].to(dtype).repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,shd->hs", q[b, j].to(dtype), keys) * SCALE
-            if sinks is not None:
-                scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            weights = scores.softmax(-1, dtype=wide).to(dtype)[:, : p + 1 - lo]
-            out[b, j] = torch.einsum("hs,shd->hd", weights, values)
-    return out
-
-
 def check(q, k, v, positions, **options):
     actual = ragged_attention(q, k, v, positions, SCALE, **options)
-    baseline = reference(q, k, v, positions, q.dtype, **options)
-    exact = reference(q, k, v, positions, torch.float64, **options)
+    baseline = attention_in(q, k, v, positions, SCALE, q.dtype, **options)
+    exact = attention_in(q, k, v, positions, SCALE, torch.float64, **options)
     assert_as_accurate(actual, baseline, exact, name="attention")
     return actual
 
@@ -100,12 +68,12 @@ def test_matches_fp64(shape, options, dtype):
     if options:
         sinks = torch.randn(shape[2], generator=torch.Generator().manual_seed(3))
         options = options | {"sinks": sinks}
-    check(*make(*shape, dtype), **options)
+    check(*attention_inputs(*shape, dtype), **options)
 
 
 @pytest.mark.parametrize("window", [0, 9])
 def test_rows_pick_cache_rows_and_padding_is_zero(window):
-    q, k, v, positions = make(4, 2, 2, 1, 32, 32, 50, torch.float32)
+    q, k, v, positions = attention_inputs(4, 2, 2, 1, 32, 32, 50, torch.float32)
     positions[1, 1] = positions[2] = -1
     actual = check(q, k, v, positions, rows=torch.tensor([3, 0, 3, 1]), window=window)
     assert bool((actual[1, 1] == 0).all()) and bool((actual[2] == 0).all())
@@ -114,14 +82,14 @@ def test_rows_pick_cache_rows_and_padding_is_zero(window):
 def test_many_queries_walk_all_blocks(shared_by):
     """A prefill: more tiles than multiprocessors, so that each has a program of its own."""
     shared_by(1)
-    q, k, v, _ = make(1, 40, 2, 1, 16, 16, 200, torch.float16)
+    q, k, v, _ = attention_inputs(1, 40, 2, 1, 16, 16, 200, torch.float16)
     check(q, k, v, torch.arange(100, 140)[None])
 
 
 @pytest.mark.parametrize("window", [0, 33])
 def test_a_verify_is_single_steps(exact_rows, shared_by, window):
     """Rows, keys and launches shared in any way, and each alone: the same bits."""
-    q, k, v, _ = make(2, 3, 6, 1, 16, 16, 110, torch.float32)
+    q, k, v, _ = attention_inputs(2, 3, 6, 1, 16, 16, 110, torch.float32)
     positions = torch.tensor([[62], [97]]) + torch.arange(3)  # across two blocks; many blocks
     options = {"window": window, "sinks": torch.randn(6)}
     verify = ragged_attention(q, k, v, positions, SCALE, **options)
@@ -143,7 +111,7 @@ def test_a_verify_is_single_steps(exact_rows, shared_by, window):
 
 
 def test_one_block_without_partial_sums_is_one_with_them(exact_rows, shared_by):
-    q, k, v, positions = make(2, 2, 2, 1, 32, 32, 30, torch.float32)
+    q, k, v, positions = attention_inputs(2, 2, 2, 1, 32, 32, 30, torch.float32)
     direct = ragged_attention(q, k, v, positions, SCALE)
     shared_by(2)
     assert torch.equal(ragged_attention(q, k, v, positions, SCALE), direct)
@@ -152,7 +120,7 @@ def test_one_block_without_partial_sums_is_one_with_them(exact_rows, shared_by):
 @pytest.mark.parametrize(("window", "programs"), [(0, 1), (20, 3)])
 def test_queries_of_a_tile_do_not_depend_on_each_other(exact_rows, shared_by, window, programs):
     """Positions apart, equal, descending, dead; non-finite values that only later queries see."""
-    q, k, v, _ = make(1, 6, 2, 1, 16, 16, 90, torch.float32)
+    q, k, v, _ = attention_inputs(1, 6, 2, 1, 16, 16, 90, torch.float32)
     positions = torch.tensor([[31, 69, 80, 3, -1, 80]])  # 69 is in the block of those not finite
     if programs == 1:
         k[:, 70] = float("inf")
@@ -168,7 +136,7 @@ def test_queries_of_a_tile_do_not_depend_on_each_other(exact_rows, shared_by, wi
 
 
 def test_positions_behind_and_before_are_not_read():
-    q, k, v, positions = make(2, 2, 2, 1, 32, 32, 60, torch.float32)
+    q, k, v, positions = attention_inputs(2, 2, 2, 1, 32, 32, 60, torch.float32)
     clean = ragged_attention(q, k, v, positions, SCALE, window=4)
     for b in range(2):
         for cache in (k, v):
@@ -178,7 +146,7 @@ def test_positions_behind_and_before_are_not_read():
 
 
 def test_queries_beyond_the_length_stand_at_its_end(shared_by):
-    q, k, v, _ = make(1, 3, 2, 1, 16, 16, 70, torch.float32)
+    q, k, v, _ = attention_inputs(1, 3, 2, 1, 16, 16, 70, torch.float32)
     positions = torch.tensor([[20, 70, 2**40]])
     for programs in (3, 1):
         shared_by(programs)
@@ -189,7 +157,7 @@ def test_queries_beyond_the_length_stand_at_its_end(shared_by):
 
 
 def test_scores_without_a_softmax_are_nan_and_sinks_take_their_place():
-    q, k, v, _ = make(1, 1, 2, 1, 16, 16, 40, torch.float32)
+    q, k, v, _ = attention_inputs(1, 1, 2, 1, 16, 16, 40, torch.float32)
     q, k[:, :33] = q.abs(), -float("inf")
     positions = torch.tensor([[32]])
     assert bool(ragged_attention(q, k, v, positions, SCALE).isnan().all())
@@ -199,13 +167,13 @@ def test_scores_without_a_softmax_are_nan_and_sinks_take_their_place():
 
 
 def test_no_queries():
-    q, k, v, positions = make(2, 1, 4, 2, 16, 16, 10, torch.float32)
+    q, k, v, positions = attention_inputs(2, 1, 4, 2, 16, 16, 10, torch.float32)
     assert ragged_attention(q[:0], k, v, positions[:0], 1.0).shape == (0, 1, 4, 16)
     assert bool((ragged_attention(q, k[:, :0], v[:, :0], positions * 0 - 1, 1.0) == 0).all())
 
 
 def test_errors():
-    q, k, v, positions = make(2, 2, 4, 2, 16, 16, 10, torch.float32)
+    q, k, v, positions = attention_inputs(2, 2, 4, 2, 16, 16, 10, torch.float32)
     call = ragged_attention
     with pytest.raises(ValueError, match=r"q must be \[B, Q, Hq, D\], got \[2, 4, 16\]"):
         call(q[:, 0], k, v, positions, 1.0)
