@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from decoder.round import Draft, StepState, Verdict
+from decoder.round import Draft, StepState, Verdict, on_host
 from decoder.sampling.verdict import leading
 
 if TYPE_CHECKING:
@@ -195,6 +195,6 @@ class DraftChain:
     def finish(self) -> Draft:
         lengths = torch.full_like(self._rows, self._tokens.shape[1])
         undefined = torch.cat(self._undefined, dim=1)
-        if undefined.device.type != "cpu" or bool(undefined.any()):
+        if not on_host(undefined.device) or bool(undefined.any()):
             lengths = leading(~undefined, lengths)
         return Draft(self._tokens, torch.cat(self._probs, dim=1) if self._probs else None, lengths)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoder.round import on_host
+
 from .cache import whole_blocks
 from .kernels import RaggedOp
 from .probe import shown_mask, window_of
@@ -90,6 +92,15 @@ class Placement:
             bias = additive(self.visible(window), dtype)
             self._biases[key] = bias.repeat(1, 1, group, 1) if group > 1 else bias
         return self._biases[key]
+
+
+def portable(
+    rows: Tensor, positions: Tensor, length: int, limit: int, windows: dict[int, int]
+) -> Placement:
+    """A placement without a kernel, that looks at whole blocks of ``length`` positions or more."""
+    identity = on_host(rows.device) and rows.tolist() == list(range(len(rows)))
+    view = min(whole_blocks(length), limit)
+    return Placement(None if identity else rows, positions, view, None, windows)
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,76 +1,60 @@
-"""Static-shape forwards, captured as CUDA graphs per (batch bucket, queries, view).
+"""Static-shape steps, captured as CUDA graphs per (batch bucket, queries, view).
 
 A decode step on a GPU is launch-bound: hundreds of small kernels that Python cannot issue fast
-enough. Here a forward runs on buffers of fixed size, rows padded to a bucket with position -1, so
-that it can be captured once and replayed. The same code runs without capture on any device.
+enough. Here a forward, or whatever else a round does to its rows, runs on buffers of fixed size,
+rows padded to a bucket, so that it can be captured once and replayed. The same code runs without
+capture on any device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
 
-import torch
 from torch import Tensor
 
-from .capture import capture
+from .capture import CapturedCalls
 
 Outputs = tuple[Tensor, Tensor | None]
 StaticForward = Callable[..., Outputs]
 
 _MIN_VIEW = 256
-# Shapes kept. A run of a hundred rows that end one by one needs some sixty, each the size of its
-# logits; what is dropped is captured again when it comes back.
-MAX_ENTRIES = 128
 
 
-class Key(NamedTuple):
-    """What one captured graph is for; everything else is data in its buffers."""
-
-    batch: int
-    queries: int
-    view: int
-    hidden_layers: tuple[int, ...] | None
-    logits_columns: int | None
-
-
-class _Entry(NamedTuple):
-    input_ids: Tensor  # [batch, queries]
-    rows: Tensor  # [batch]
-    positions: Tensor  # [batch, queries]
-    logits_positions: Tensor | None  # [batch, n]
-    graph: Any  # torch.cuda.CUDAGraph | None
-    outputs: list[Outputs]
-
-
-class ForwardGraphs:
-    """Runs a forward through fixed buffers, captured where ``capture`` says so.
+class StepGraphs:
+    """Runs steps through fixed buffers, captured where ``capture`` says so.
 
     Args:
         max_batch_size: largest batch.
         max_view: positions of a cache row, a multiple of 64.
-        device: of the buffers.
-        capture: replay CUDA graphs; otherwise call ``forward`` on the padded buffers each time.
+        capture: replay CUDA graphs; otherwise call the functions on padded buffers each time.
+
+    Attributes:
+        spare_row: the row of padding in tables of the rows, which have it for this alone.
     """
 
-    def __init__(
-        self, max_batch_size: int, max_view: int, device: torch.device, capture: bool
-    ) -> None:
-        self._max_batch_size, self._max_view = max_batch_size, max_view
-        self._device, self._capture = device, capture
-        self._entries: dict[Key, _Entry] = {}  # the least recently used first
-        self._pool: Any = None
+    def __init__(self, max_batch_size: int, max_view: int, capture: bool) -> None:
+        self.spare_row = max_batch_size
+        self._max_view = max_view
+        self._calls = CapturedCalls(capture)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._calls)
 
     def clear(self) -> None:
-        """Drop every graph: what was captured is no longer what the forward does."""
-        self._entries.clear()
-        self._pool = None  # went with its last graph
+        """Drop every graph: what was captured is no longer what steps do."""
+        self._calls.clear()
 
-    def __call__(
+    def call(
+        self,
+        key: Hashable,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        padding: Sequence[int],
+    ) -> list[Tensor]:
+        """What ``function`` makes of ``inputs``, in a bucket of rows: see ``CapturedCalls``."""
+        return self._calls(key, function, inputs, self.bucket(inputs[0].shape[0]), padding)
+
+    def forward(
         self,
         forward: StaticForward,
         input_ids: Tensor,
@@ -80,39 +64,29 @@ class ForwardGraphs:
         hidden_layers: Sequence[int] | None = None,
         logits_positions: Tensor | None = None,
     ) -> Outputs:
-        """The forward of ``[B, Q]`` tokens, computed in a bucket of rows.
+        """The forward of ``[B, Q]`` tokens.
 
         Args:
             forward: ``(input_ids, rows, positions, view, hidden_layers, logits_positions)`` to
-                ``(logits, hidden or None)``, the same in every call; no host synchronisation,
-                shapes a function of shapes. It is not kept: it is mostly a method of the owner.
+                ``(logits, hidden or None)``.
             length: positions that some query may see.
 
         Returns:
-            Views of static logits, valid until the next call (the graphs share their memory), and
-            a copy of the hidden states, which a drafter may keep for a round.
+            Static logits, valid until the next call, and a copy of the hidden states, which a
+            drafter may keep for a round.
         """
-        B, Q = input_ids.shape
         layers = None if hidden_layers is None else tuple(hidden_layers)
-        columns = None if logits_positions is None else logits_positions.shape[1]
-        key = Key(self.bucket(B), Q, self.view(length), layers, columns)
-        entry = self._entry(key)
-        entry.input_ids[:B].copy_(input_ids)
-        entry.rows[:B].copy_(rows)
-        entry.positions[:B].copy_(positions)
-        # Rows left over from a larger batch would write into live ones.
-        entry.positions[B:].fill_(-1)
-        if entry.logits_positions is not None and logits_positions is not None:
-            entry.logits_positions[:B].copy_(logits_positions)
-        if not self._capture:
-            entry.outputs[:] = [_run(forward, key, entry)]
-        elif entry.graph is None:
-            entry = self._entries[key] = self._captured(forward, key, entry)
-            entry.graph.replay()
-        else:
-            entry.graph.replay()
-        logits, hidden = entry.outputs[0]
-        return logits[:B], None if hidden is None else hidden[:B].clone()
+        view = self.view(length)
+
+        def run(ids: Tensor, rows: Tensor, positions: Tensor, *columns: Tensor) -> list[Tensor]:
+            found = forward(ids, rows, positions, view, layers, columns[0] if columns else None)
+            return [x for x in found if x is not None]
+
+        inputs, padding = [input_ids, rows, positions], [0, self.spare_row, -1]
+        if logits_positions is not None:
+            inputs, padding = [*inputs, logits_positions], [*padding, 0]
+        logits, *hidden = self.call(("forward", view, layers), run, inputs, padding)
+        return logits, hidden[0].clone() if hidden else None
 
     def bucket(self, batch: int) -> int:
         """Rows computed for ``batch`` live ones: powers of two up to 8, then multiples of 8."""
@@ -121,7 +95,7 @@ class ForwardGraphs:
             size *= 2
         if batch > size:
             size = -(-batch // 8) * 8
-        return min(size, self._max_batch_size)
+        return min(size, self.spare_row)
 
     def view(self, length: int) -> int:
         """Positions looked at: powers of two from 256."""
@@ -129,46 +103,3 @@ class ForwardGraphs:
         while view < length:
             view *= 2
         return min(view, self._max_view)
-
-    def _entry(self, key: Key) -> _Entry:
-        """The buffers of ``key``, now the most recently used."""
-        entry = self._entries.pop(key, None) or self._new_entry(key)
-        self._entries[key] = entry
-        if len(self._entries) > MAX_ENTRIES:
-            del self._entries[next(iter(self._entries))]
-        return entry
-
-    def _new_entry(self, key: Key) -> _Entry:
-        zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
-        logits_positions = None
-        if key.logits_columns is not None:
-            logits_positions = zeros((key.batch, key.logits_columns))
-        return _Entry(
-            zeros((key.batch, key.queries)),
-            zeros((key.batch,)),
-            zeros((key.batch, key.queries)),
-            logits_positions,
-            None,
-            [],
-        )
-
-    def _captured(self, forward: StaticForward, key: Key, entry: _Entry) -> _Entry:
-        """Capture on the buffers as they are: repeating a forward writes the same places again."""
-        try:
-            graph, outputs = capture(partial(_run, forward, key, entry), self._pool)
-        except RuntimeError as error:
-            error.add_note("decoding is captured in CUDA graphs; static=False runs without them")
-            raise
-        self._pool = graph.pool()
-        return entry._replace(graph=graph, outputs=[outputs])
-
-
-def _run(forward: StaticForward, key: Key, entry: _Entry) -> Outputs:
-    return forward(
-        entry.input_ids,
-        entry.rows,
-        entry.positions,
-        key.view,
-        key.hidden_layers,
-        entry.logits_positions,
-    )

@@ -15,8 +15,8 @@ from decoder.errors import UserError
 from . import attention as ragged
 from . import kernels, probe
 from .attention import Placement
-from .cache import RaggedCache, cache_argument, whole_blocks
-from .graphs import ForwardGraphs
+from .cache import RaggedCache, cache_argument
+from .graphs import StepGraphs
 from .lean import LeanForward, lean_forward, watched_tensors
 from .prefill import ForwardOutput, gather, prefill
 from .rope import row_rope
@@ -59,8 +59,6 @@ class ModelRunner:
         weight = self._head.weight
         self.device, self.dtype = self.model.get_input_embeddings().weight.device, weight.dtype
         self.vocab_size: int = weight.shape[0]
-        self.hidden_size: int = self.config.hidden_size
-        self.num_layers: int = self.config.num_hidden_layers
         self.max_batch_size, self.max_length = max_batch_size, max_length
         cuda = self.device.type == "cuda"
         is_static = cuda if static == "auto" else bool(static)
@@ -72,6 +70,7 @@ class ModelRunner:
         self._configs = attention_configs(self.model)
         self._rope = row_rope(self.model, max_batch_size, max_length, self.device)
         self._lean: LeanForward | None = None
+        self._new_lean = partial(lean_forward, model, self.cache, self._windows, max_length)
         try:
             self._split_head = self._probe()
         except UserError:  # on a GPU maybe of heads that the kernel does not take
@@ -79,10 +78,8 @@ class ModelRunner:
                 raise
             self._op = None
             self._split_head = self._probe()
-        self._graphs: ForwardGraphs | None = None
-        self._eager = False
-        if is_static:
-            self._graphs = ForwardGraphs(max_batch_size, self.cache.row_length, self.device, cuda)
+        graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda)
+        self._graphs, self._eager = graphs if is_static else None, False
         self._proven = self._split_head, self._lean is not None
         self._watch = self._look()
 
@@ -109,14 +106,12 @@ class ModelRunner:
                 computes no logits.
             max_position: largest position, when the caller knows it: spares a device sync.
         """
-        self._follow()
+        graphs = self.graphs
         length = (int(positions.max()) if max_position is None else max_position) + 1
         self.cache.reserve(length)
-        # A capture would hold what a hook did once.
-        fixed = input_ids.shape[1] <= _STATIC_QUERIES and not self._watch.hooked
-        run = self._run
-        if self._graphs is not None and fixed and not self._eager:
-            run = partial(self._graphs, self._run)
+        run = self.run
+        if graphs is not None and input_ids.shape[1] <= _STATIC_QUERIES:
+            run = partial(graphs.forward, self.run)
         logits, hidden = run(input_ids, rows, positions, length, hidden_layers, logits_positions)
         return ForwardOutput(logits, hidden)
 
@@ -155,7 +150,7 @@ class ModelRunner:
         lean, head = self._lean, self._head
         if lean is None or not lean.walks_steps or head.bias is not None:
             return None
-        if self._eager or self._graphs:
+        if self._eager or self._graphs is not None:
             return None
         self.cache.reserve(max_position + count)
         return lean.continue_greedily(input_ids, positions, rows, head.weight, count)
@@ -172,7 +167,7 @@ class ModelRunner:
         self._head, self._base = self.model.get_output_embeddings(), self.model.base_model
         split, lean = self._proven
         self._split_head = split and is_bare(self.model)
-        self._lean = self._lean_forward() if lean and self._split_head else None
+        self._lean = self._new_lean() if lean and self._split_head else None
         if self._graphs is not None:
             self._graphs.clear()
         self._watch = self._look()
@@ -184,19 +179,25 @@ class ModelRunner:
         joined = watched_tensors(self.model) if self._lean is not None else []
         return Watch(self.model, [self._head.weight, *joined])
 
-    def _lean_forward(self) -> LeanForward | None:
-        return lean_forward(self.model, self.cache, self._windows, self.max_length)
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """What steps of this model run in, or ``None`` where they must run as they are."""
+        self._follow()
+        # A capture would hold what a hook did once.
+        return None if self._eager or self._watch.hooked else self._graphs
 
-    def _run(
+    def run(
         self,
         input_ids: Tensor,
         rows: Tensor,
         positions: Tensor,
         length: int,
-        hidden_layers: Sequence[int] | None,
-        logits_positions: Tensor | None,
+        hidden_layers: Sequence[int] | None = None,
+        logits_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The forward on tensors alone: no host synchronisation, so that it can be captured."""
+        """``forward`` on tensors alone: no host synchronisation, so that a graph may hold it."""
+        if self._graphs is not None:  # of padding in a graph, which no cache row is meant for
+            rows = rows.clamp(max=self.max_batch_size - 1)
         placement = self._placed(rows, positions, length)
         position_ids = positions.clamp(min=0)
         if self._lean is not None:
@@ -250,9 +251,7 @@ class ModelRunner:
         self.cache.select(rows, positions)
         if self._op is not None:
             return Placement(rows, positions, length, self._op, self._windows)
-        view = min(whole_blocks(length), self.max_length + 1)
-        identity = rows.device.type == "cpu" and rows.tolist() == list(range(len(rows)))
-        return Placement(None if identity else rows, positions, view, None, self._windows)
+        return ragged.portable(rows, positions, length, self.max_length + 1, self._windows)
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -283,7 +282,7 @@ class ModelRunner:
                 same = states is not None and torch.equal(self._head(states), out.logits)
                 split = same and is_bare(self.model)
             if split and self._op is not None:
-                lean = self._lean_forward()
+                lean = self._new_lean()
                 if lean is not None and lean.equals(states, second, placement):
                     self._lean = lean
         self.cache.scrub(slice(len(ids)))

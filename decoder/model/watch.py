@@ -17,6 +17,9 @@ from torch import Tensor, nn
 # Attributes that forwards depend on, and that somebody may set on a module; an override of its
 # forward is one that is not there yet.
 _NAMES = ("forward", "scaling", "variance_epsilon", "top_k", "norm_topk_prob")
+# Where transformers' own hooks are from: the first forward that is asked for hidden states leaves
+# them on the layers, where they note outputs and change nothing.
+_OWN_HOOKS = "transformers.utils.output_capturing"
 _forward_of = attrgetter("forward")
 
 
@@ -68,7 +71,10 @@ class Watch:
         )
 
     def _count_hooks(self) -> int:
-        return sum(map(len, self._hooks)) if any(self._hooks) else 0
+        if not any(self._hooks):
+            return 0
+        every = (hook for hooks in self._hooks for hook in hooks.values())
+        return sum(getattr(hook, "__module__", "") != _OWN_HOOKS for hook in every)
 
     def _read_memory(self) -> list[int]:
         """Where the tensors lie, and how often buffers, which are copied, have been written."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from decoder.model import kernels
+from decoder.round import on_host
 
 from .argmax import first_argmax
 from .nucleus import nucleus_threshold
@@ -101,7 +102,7 @@ def _threshold(probs: Tensor, rows: Tensor, table: RowTable) -> Tensor:
 def _nucleus_threshold(probs: Tensor, rows: Tensor, table: RowTable) -> Tensor:
     """Probability of the last token of the smallest set whose sum reaches top-p."""
     top_p = table.top_p[rows].double()[:, None, None]
-    if probs.device.type != "cpu":
+    if not on_host(probs.device):
         return nucleus_threshold(probs, top_p)
     counts = _candidate_counts(probs, table)
     for count in counts:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from decoder.requests.params import SamplingParams
+from decoder.round import on_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class RowTable:
         if not self.features.any_greedy:
             return False
         if isinstance(rows, Tensor):
-            if rows.device.type != "cpu":
+            if not on_host(rows.device):
                 return False
             rows = rows.tolist()
         return all(row in self.admitted and self.admitted[row].greedy for row in rows)

@@ -79,7 +79,7 @@ def test_captured_decoding_equals_the_same_buffers_uncaptured(device, name, tmp_
     plain = engine_of(name, device, torch.bfloat16, tmp_path)
     for runner in (plain.runner, getattr(plain.drafter, "runner", plain.runner)):
         if runner._graphs is not None:
-            runner._graphs._capture = False
+            runner._graphs._calls.capture = False
     expected = tokens_of(plain)
     assert len({token for row in expected for token in row}) > 5
     assert tokens_of(captured) == expected

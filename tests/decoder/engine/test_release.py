@@ -92,7 +92,7 @@ def test_a_released_decoder_leaves_nothing_behind(name, static, tmp_path):
 def test_a_released_runner_leaves_no_graph_behind(monkeypatch):
     runner = ModelRunner(tiny_moe(dtype=F32), 2, 40, attention="portable", static=True)
     graphs, shared = fake_capture(monkeypatch)
-    runner._graphs._capture = True
+    runner._graphs._calls.capture = True
     for queries in (1, 2):
         positions = torch.arange(queries)[None]
         for _ in range(3):
@@ -106,12 +106,12 @@ def test_a_released_runner_leaves_no_graph_behind(monkeypatch):
 def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch):
     runner = ModelRunner(tiny_moe(dtype=F32), 2, 40, attention="portable", static=True)
     fake_capture(monkeypatch)
-    runner._graphs._capture = True
+    runner._graphs._calls.capture = True
 
     def waits(*args: object) -> None:
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    monkeypatch.setattr(runner, "_run", waits)
+    monkeypatch.setattr(runner, "run", waits)
     position = torch.zeros(1, 1).long()
     with pytest.raises(RuntimeError, match="synchronizing") as caught:
         runner.forward(position, torch.zeros(1).long(), position)

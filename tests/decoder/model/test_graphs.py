@@ -1,19 +1,23 @@
-"""Static-shape forwards: padded buckets give what the plain path gives; capture only on a GPU."""
+"""Static-shape steps: padded buckets give what the plain path gives, and so do replays of them."""
 
 import pytest
 import torch
+from support.device.fake_graphs import fake_graphs
 from support.tiny import MOE_VOCAB, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter
-from decoder.model.graphs import ForwardGraphs
+from decoder.model.capture import CapturedCalls
+from decoder.model.graphs import StepGraphs
 from decoder.model.runner import ModelRunner
 
 torch.set_num_threads(1)
 
+BATCH, SPARE = 4, 9
+
 
 def test_buckets_cover_every_batch_and_length():
-    graphs = ForwardGraphs(20, 704, torch.device("cpu"), capture=False)
+    graphs = StepGraphs(20, 704, capture=False)
     assert [graphs.bucket(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 20)] == [
         1, 2, 4, 8, 8, 16, 16, 20, 20,
     ]  # fmt: skip
@@ -54,26 +58,6 @@ def test_one_entry_per_bucket_and_width():
     assert len(runner._graphs) == before + 2
 
 
-def test_the_least_recently_used_shapes_are_dropped(monkeypatch):
-    monkeypatch.setattr("decoder.model.graphs.MAX_ENTRIES", 2)
-    graphs = ForwardGraphs(4, 64, torch.device("cpu"), capture=False)
-    made = []
-
-    def forward(ids, rows, positions, *_):
-        made.append(ids.shape[1])
-        return ids + positions, None
-
-    new_entry = graphs._new_entry
-    built = []
-    monkeypatch.setattr(graphs, "_new_entry", lambda key: built.append(key) or new_entry(key))
-    for queries in (1, 2, 1, 3, 1, 2):
-        ids = torch.full((1, queries), queries)
-        logits, _ = graphs(forward, ids, torch.zeros(1).long(), torch.ones_like(ids), 5)
-        assert torch.equal(logits, ids + 1)
-    assert made == [1, 2, 1, 3, 1, 2] and len(graphs) == 2
-    assert [key.queries for key in built] == [1, 2, 3, 2], "2 was used least recently, then again"
-
-
 @pytest.mark.parametrize("drafter", ["self", "independent"])
 def test_decoding_through_static_buffers(drafter):
     target, prompts = tiny_moe(), ragged_prompts(7)
@@ -96,3 +80,106 @@ def test_eager_forwards_leave_the_buffers_alone():
     assert len(runner._graphs) == before
     runner.forward(torch.full_like(positions, 7), torch.zeros(1, dtype=torch.long), positions)
     assert len(runner._graphs) == before + 1
+
+
+class Counters:
+    """Counts by row, written by a call that would count wrongly if it ran once more."""
+
+    def __init__(self) -> None:
+        self.table = torch.zeros(SPARE + 1, dtype=torch.int64)
+        self.runs: list[int] = []
+
+    def __call__(self, rows: torch.Tensor, amounts: torch.Tensor) -> list[torch.Tensor]:
+        self.runs.append(len(rows))
+        self.table.index_add_(0, rows, amounts)
+        return [self.table[rows], amounts[:, None] * 2.0]
+
+
+def call(calls: CapturedCalls, counters: Counters, rows: list[int], amounts: list[int]):
+    inputs = [torch.tensor(rows), torch.tensor(amounts)]
+    return calls("count", counters, inputs, BATCH, [SPARE, 1])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_call_changes_the_rows_it_is_given_and_no_others(monkeypatch, captured):
+    graphs = fake_graphs(monkeypatch) if captured else []
+    calls, counters = CapturedCalls(captured), Counters()
+    for rows in ([0, 2, 5], [1], [2, 5, 0, 3], [0, 5]):
+        now = counters.table.clone()
+        counts, doubled = call(calls, counters, rows, [10 * (row + 1) for row in rows])
+        now[rows] += 10 * (torch.tensor(rows) + 1)
+        assert torch.equal(counters.table[:SPARE], now[:SPARE]), "capturing counts as padding"
+        assert torch.equal(counts, now[rows])
+        assert torch.equal(doubled[:, 0], 20.0 * (torch.tensor(rows) + 1))
+    assert len(calls) == 1 and set(counters.runs) == {BATCH}
+    assert [graph.replays for graph in graphs] == ([4] if captured else [])
+    assert len(counters.runs) == (5 if captured else 4), "a replay runs no Python"
+
+
+def test_results_stay_until_the_next_call_of_their_key(monkeypatch):
+    fake_graphs(monkeypatch)
+    calls, counters = CapturedCalls(True), Counters()
+    counts, _ = call(calls, counters, [0, 1], [1, 2])
+    other = calls("other", lambda x: [x + x.sum(0)], [counts], 2, [0])[0]
+    assert counts.tolist() == [1, 2] and other.tolist() == [4, 5], "not the other's memory"
+    again, _ = call(calls, counters, [1], [5])
+    assert again.tolist() == [7] and counts[0] == 7
+
+
+def test_the_least_recently_used_are_dropped_and_clear_drops_all(monkeypatch):
+    monkeypatch.setattr("decoder.model.capture.MAX_ENTRIES", 2)
+    graphs = fake_graphs(monkeypatch)
+    calls, captured = CapturedCalls(True), []
+    for width in (1, 2, 1, 3, 1, 2):
+        x = torch.full((1, width), width)
+        assert torch.equal(calls("one more", lambda x: [x + 1], [x], 1, [0])[0], x + 1)
+        captured.append(len(graphs))
+    assert captured == [1, 2, 2, 3, 3, 4], "2 was used least recently, then again"
+    assert len(calls) == 2
+    calls.clear()
+    assert len(calls) == 0
+    calls("one more", lambda x: [x + 1], [x], 1, [0])
+    assert len(graphs) == 5
+
+
+def test_a_call_that_cannot_be_captured_changes_nothing(monkeypatch):
+    fake_graphs(monkeypatch)
+    calls, counters = CapturedCalls(True), Counters()
+
+    def waits(rows: torch.Tensor, amounts: torch.Tensor) -> list[torch.Tensor]:
+        counters(rows, amounts)
+        return [rows * int(amounts.sum())]
+
+    def lists(rows: torch.Tensor, amounts: torch.Tensor) -> list[torch.Tensor]:
+        return [rows + torch.tensor(rows.tolist())]
+
+    for function in (waits, lists):
+        with pytest.raises(RuntimeError, match="synchronizing operation") as caught:
+            calls("count", function, [torch.tensor([0]), torch.tensor([1])], BATCH, [SPARE, 0])
+        assert "static=False" in caught.value.__notes__[0]
+    assert len(calls) == 0 and counters.table[:SPARE].sum() == 0
+    assert call(calls, counters, [3], [4])[0].tolist() == [4]
+
+
+def test_a_replayed_forward_is_the_plain_one(monkeypatch):
+    options = {"max_batch_size": 3, "max_length": 40, "attention": "portable"}
+    plain = ModelRunner(tiny_moe(), **options, static=False)
+    graphs = fake_graphs(monkeypatch)
+    replayed = ModelRunner(tiny_moe(), **options, static=True)
+    rows, lengths = torch.tensor([2, 0, 1]), torch.tensor([3, 5, 2])
+    prompts = torch.randint(1, MOE_VOCAB, (3, 5))
+    for runner in (plain, replayed):
+        runner.prefill(rows, prompts, lengths)
+    before = len(graphs)
+    for part in (slice(0, 3), slice(0, 3), slice(1, 3), slice(0, 3)):
+        tokens = torch.randint(1, MOE_VOCAB, (len(rows[part]), 2))
+        positions = lengths[part, None] + torch.arange(2)
+        options = {"hidden_layers": (1,), "max_position": 20}
+        expected = plain.forward(tokens, rows[part], positions, **options)
+        actual = replayed.forward(tokens, rows[part], positions, **options)
+        torch.testing.assert_close(actual.logits, expected.logits)
+        torch.testing.assert_close(actual.hidden, expected.hidden)
+        lengths = lengths + 2
+    assert len(graphs) == before + 2, "of three rows and of two"
+    for a, b in zip(plain.cache.ragged_layers, replayed.cache.ragged_layers, strict=True):
+        torch.testing.assert_close(a.keys[:, :40], b.keys[:, :40])

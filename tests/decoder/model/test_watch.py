@@ -227,3 +227,13 @@ def test_a_watch_holds_still_while_nothing_changes(model):
         stack.callback(hook.remove)
         assert not watch.unchanged() and watch.unchanged(hooks=False)
     assert watch.unchanged()
+
+
+def test_the_hooks_of_transformers_for_hidden_states_are_nobodys():
+    model = tiny_model("qwen3", **SIZES)
+    runner = ModelRunner(model, 2, 64, attention="portable", static=True)
+    ids = torch.ones(1, 1, dtype=torch.int64)
+    for _ in range(2):
+        runner.forward(ids, torch.zeros(1).long(), ids, hidden_layers=(1,), max_position=1)
+    assert model.model.layers[0]._forward_hooks, "there are some"
+    assert len(runner._graphs) == 1

@@ -1,0 +1,1 @@
+"""A GPU acted by a CPU."""
