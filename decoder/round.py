@@ -31,8 +31,9 @@ class StepState:
             position of ``current``.
         current: ``[B]`` int64, the last emitted token; its KV is not in the target cache yet.
         previous: ``[B]`` int64, the token at position ``lengths - 1``.
-        tokens: ``[max_batch_size, S]`` int64, every token by absolute position (prompt and output);
-            ``tokens[rows, lengths] == current``. Owned by the engine, read only here.
+        tokens: ``[max_batch_size + 1, S]`` int64, every token by absolute position (prompt and
+            output); ``tokens[rows, lengths] == current``. Owned by the engine, read only here; the
+            last row is for padding.
         host_lengths: ``lengths`` as Python integers, so that sizing needs no device sync.
         host_rows: ``rows`` as Python integers; read back from the device when not given.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,10 +31,14 @@ class LiveBatch:
 
     def __init__(self, max_batch_size: int, width: int, device: torch.device) -> None:
         self.sequences: list[ActiveSequence] = []
+        self.max_batch_size = max_batch_size
         self.free_rows = list(range(max_batch_size))
         self.device = device
-        self._history = torch.zeros(max_batch_size, width, dtype=torch.int64, device=device)
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        # The row after the last is nobody's: where a graph's padding looks and writes.
+        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
+        self._history, empty = zeros((max_batch_size + 1, width)), zeros(0)
+        # By row, the length at which nothing is left to draft: one token is still to come.
+        self.last = zeros(max_batch_size + 1)
         self.state = StepState(empty, empty, empty, empty, self._history, [], [])
 
     def __len__(self) -> int:
@@ -48,7 +53,7 @@ class LiveBatch:
         Args:
             rounds: L, that a sequence takes on average.
         """
-        free, size = len(self.free_rows), self._history.shape[0]
+        free, size = len(self.free_rows), self.max_batch_size
         enough = max(1, int(size * math.sqrt(2.0 / max(rounds, 2.0))))
         return free if free >= enough or not len(self) else 0
 
@@ -78,6 +83,8 @@ class LiveBatch:
         As every change of the batch: all of it happens or, when it raises, nothing.
         """
         self._history[rows, lengths] = current  # nothing reads it before the state says so
+        longest = [sequence.request.max_new_tokens - 2 for sequence in sequences]
+        self.last[rows] = lengths + torch.tensor(longest, device=self.device)
         old = self.state
         state = StepState(
             torch.cat([old.rows, rows]),
@@ -93,26 +100,32 @@ class LiveBatch:
     def advance(self, verdict: Verdict, host_accepted: Sequence[int]) -> None:
         """Commit a round: ``lengths += accepted + 1``, and that is the whole rollback."""
         old = self.state
-        accepted, tokens = verdict
+        self.become(self.moved(old.rows, old.lengths, old.current, *verdict), host_accepted)
+
+    def moved(
+        self, rows: Tensor, lengths: Tensor, current: Tensor, accepted: Tensor, tokens: Tensor
+    ) -> list[Tensor]:
+        """Lengths, current and previous tokens after a verdict, written into the history.
+
+        On tensors alone, so that a graph may hold it. All ``[B]`` but ``tokens [B, G + 1]``.
+        """
         count = tokens.shape[1]
         steps = torch.arange(1, count + 1, device=self.device)
         # Rejected entries (-1) land beyond the new length; 0 keeps them valid ids.
         written = tokens.clamp(min=0)
-        self._history.index_put_((old.rows[:, None], old.lengths[:, None] + steps), written)
+        self._history.index_put_((rows[:, None], lengths[:, None] + steps), written)
         if count == 1:
-            current, previous = written[:, 0], old.current
-        else:
-            last = accepted[:, None]
-            current = written.gather(1, last)[:, 0]
-            previous = torch.cat([old.current[:, None], written], 1).gather(1, last)[:, 0]
+            return [lengths + accepted + 1, written[:, 0], current]
+        last = accepted[:, None]
+        previous = torch.cat([current[:, None], written], 1).gather(1, last)[:, 0]
+        return [lengths + accepted + 1, written.gather(1, last)[:, 0], previous]
+
+    def become(self, moved: Sequence[Tensor], host_accepted: Sequence[int]) -> None:
+        """Take what ``moved`` gave for the new state."""
+        old, (lengths, current, previous) = self.state, moved
+        host_lengths = [n + k + 1 for n, k in zip(old.host_lengths, host_accepted, strict=True)]
         self.state = StepState(
-            old.rows,
-            old.lengths + accepted + 1,
-            current,
-            previous,
-            self._history,
-            [n + k + 1 for n, k in zip(old.host_lengths, host_accepted, strict=True)],
-            old.host_rows,
+            old.rows, lengths, current, previous, self._history, host_lengths, old.host_rows
         )
 
     def remove(self, sequences: Sequence[ActiveSequence]) -> None:
@@ -124,12 +137,12 @@ class LiveBatch:
 
     def taken_rows(self) -> list[int]:
         """Rows that are not free, also those of no sequence yet."""
-        return sorted(set(range(self._history.shape[0])).difference(self.free_rows))
+        return sorted(set(range(self.max_batch_size)).difference(self.free_rows))
 
     def clear(self) -> None:
         """Drop every sequence."""
         self._keep([])
-        self.free_rows = list(range(self._history.shape[0]))
+        self.free_rows = list(range(self.max_batch_size))
 
     def _keep(self, kept: list[int]) -> None:
         self.state, self.sequences = self.state.select(kept), [self.sequences[i] for i in kept]

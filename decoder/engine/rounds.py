@@ -20,7 +20,7 @@ from decoder.gamma.base import Controller
 from decoder.model.runner import ModelRunner
 from decoder.requests.reader import Request
 from decoder.requests.sequence import ActiveSequence
-from decoder.round import Draft
+from decoder.round import Draft, on_host
 from decoder.sampling import Sampler
 
 from .batch import LiveBatch, padded, token_logprobs
@@ -57,7 +57,7 @@ class Rounds:
         width = runner.max_length + longest_draft + 2
         self.batch = LiveBatch(runner.max_batch_size, width, runner.device)
         self._clock = PhaseClock(runner.device)
-        self._verify = Verification(runner, sampler, self._clock)
+        self._verify = Verification(runner, sampler, self.batch, self._clock)
         self._tolerance = Tolerance()
 
     def admit(
@@ -216,7 +216,9 @@ class Rounds:
             draft = self.drafter.propose(self.batch.state, gamma)
             if draft.gamma > gamma:
                 raise ValueError(f"a draft must have at most {gamma} tokens, got {draft.gamma}")
-            return draft.limited([sequence.remaining - 1 for sequence in self.batch.sequences])
+            room = [sequence.remaining - 1 for sequence in self.batch.sequences]
+            # On an accelerator the verification cuts it, without waiting.
+            return draft.limited(room) if on_host(draft.lengths.device) else draft
 
         return self._tolerance.call("the drafter's propose", propose, None)
 
@@ -248,7 +250,7 @@ class Rounds:
         own = None if draft is None else draft.row(index)
         try:
             self.runner.cache.scrub(sequence.row, state.host_lengths[0])
-            verified = self._verify(state, [sequence], own, self.drafter.hidden_layers)
+            verified = self._verify(state, [sequence], own, self.drafter.hidden_layers, True)
             if verified.undefined:
                 raise UndefinedLogits
             return verified
@@ -259,14 +261,13 @@ class Rounds:
 
     def _commit(self, verified: Verified) -> list[ActiveSequence]:
         """Every row takes what was decided; returns those that could not."""
-        state, verdict, report = self.batch.state, verified.verdict, verified.report
+        verdict, report = verified.verdict, verified.report
         drafted = verified.drafted if verified.gamma else None
-        rows, counts = state.rows, verdict.accepted + 1
-        retried(partial(self.sampler.commit, rows, verdict.tokens, counts, drafted))
-        learn = partial(self.drafter.commit, state, verdict, verified.hidden)
+        learn = partial(self.drafter.commit, self.batch.state, verdict, verified.hidden)
         self._tolerance.call("the drafter's commit", learn, None)
         self._mark("draft")
-        retried(partial(self.batch.advance, verdict, [row[2] for row in report]))
+        accepted = [row[2] for row in report]
+        self._verify.steps.commit(verified.graphs, verdict, drafted, accepted)
         failed = []
         outcomes = zip(self.batch.sequences, report, verified.logprobs, strict=True)
         for sequence, (_, proposed, kept, *emitted), values in outcomes:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from decoder.drafters.base import within
+from decoder.model.graphs import StepGraphs
 from decoder.model.runner import ForwardOutput, ModelRunner
 from decoder.requests.outputs import TokenLogprob
 from decoder.requests.sequence import ActiveSequence
-from decoder.round import Draft, StepState, Verdict
+from decoder.round import Draft, StepState, Verdict, on_host
 from decoder.sampling import Sampler
 
-from .batch import token_logprobs
+from .batch import LiveBatch, token_logprobs
 from .phases import PhaseClock
+from .steps import RoundSteps, decided, placed
 
 
 class Verified(NamedTuple):
@@ -30,6 +31,7 @@ class Verified(NamedTuple):
         report: on the host, by row: whether its logits were undefined where they mattered,
             drafted and accepted counts, then the emitted tokens.
         logprobs: by row, of its emitted tokens; empty where nobody asked.
+        graphs: that it was found out in, for its commit; the tensors are theirs.
     """
 
     verdict: Verdict
@@ -37,6 +39,7 @@ class Verified(NamedTuple):
     hidden: Tensor | None
     report: list[list[int]]
     logprobs: list[list[TokenLogprob]]
+    graphs: StepGraphs | None = None
 
     @property
     def gamma(self) -> int:
@@ -65,11 +68,18 @@ class Verification:
     Args:
         runner: of the target.
         sampler: decides on tokens.
+        batch: the live rows.
         clock: of the round.
+
+    Attributes:
+        steps: of a round; the last of them commits what this finds out.
     """
 
-    def __init__(self, runner: ModelRunner, sampler: Sampler, clock: PhaseClock) -> None:
+    def __init__(
+        self, runner: ModelRunner, sampler: Sampler, batch: LiveBatch, clock: PhaseClock
+    ) -> None:
         self._runner, self._sampler, self._clock = runner, sampler, clock
+        self.steps = RoundSteps(runner, sampler, batch)
 
     def __call__(
         self,
@@ -77,6 +87,7 @@ class Verification:
         sequences: Sequence[ActiveSequence],
         draft: Draft | None,
         hidden_layers: Sequence[int] | None,
+        alone: bool = False,
     ) -> Verified:
         """What the target makes of ``draft`` in each row; can be repeated.
 
@@ -84,26 +95,37 @@ class Verification:
             state, sequences: the rows.
             draft: of them; ``None`` for none.
             hidden_layers: that the drafter needs.
+            alone: this is one row of several whose outcomes are kept: not in graphs, for which the
+                next one would overwrite it.
         """
+        graphs = None if alone else self.steps.graphs(sequences)
+        if graphs is None:
+            return self._by_operation(state, sequences, draft, hidden_layers)
+        logits, hidden = self.steps.forward(graphs, state, draft, hidden_layers)
+        self._clock.mark("verify")
+        report, verdict, drafted = self.steps.decide(graphs, logits, state, draft)
+        on_host: list[list[int]] = report.tolist()
+        self._clock.mark("sample")
+        return Verified(verdict, drafted, hidden, on_host, [[] for _ in sequences], graphs)
+
+    def _by_operation(
+        self,
+        state: StepState,
+        sequences: Sequence[ActiveSequence],
+        draft: Draft | None,
+        hidden_layers: Sequence[int] | None,
+    ) -> Verified:
+        """The same without graphs but the forward's."""
+        if draft is not None and not on_host(draft.lengths.device):
+            draft = self.steps.cut(draft, state.rows, state.lengths)
         out, positions = self._forward(state, draft, hidden_layers)
         self._clock.mark("verify")
-        prefix = None if draft is None else draft.tokens
         logits = self._sampler.processed(out.logits, state.rows, draft)
-        probs = self._sampler.distribution(logits, state.rows, positions + 1, prefix)
-        assert probs.undefined is not None
-        if draft is None:
-            token = self._sampler.draw(probs, state.rows, state.lengths + 1)
-            verdict = Verdict(torch.zeros_like(token), token[:, None])
-            drafted, undefined = torch.zeros_like(token), probs.undefined[:, 0]
-        else:
-            verdict = self._sampler.verify(probs, draft, state.rows, positions + 1)
-            # What follows a rejected draft was never met.
-            column = torch.arange(draft.gamma + 1, device=positions.device)
-            met = probs.undefined & (column <= verdict.accepted[:, None])
-            drafted, undefined = draft.lengths, met.any(dim=1)
-        counts = torch.stack([undefined, drafted, verdict.accepted], 1)
+        verdict, drafted, found, probs = decided(
+            self._sampler, logits, state.rows, positions, draft
+        )
         # The round's only device-to-host copy.
-        report: list[list[int]] = torch.cat([counts, verdict.tokens], 1).tolist()
+        report: list[list[int]] = found.tolist()
         logprobs = token_logprobs(self._sampler, sequences, out.logits, probs, verdict.tokens)
         self._clock.mark("sample")
         return Verified(verdict, drafted, out.hidden, report, logprobs)
@@ -112,20 +134,18 @@ class Verification:
         self, state: StepState, draft: Draft | None, hidden_layers: Sequence[int] | None
     ) -> tuple[ForwardOutput, Tensor]:
         """The target on each row's current token and its draft; outputs and their positions."""
-        ids, positions = state.current[:, None], state.lengths[:, None]
+        ids, limit = state.current[:, None], self._runner.max_length
         last = max(state.host_lengths)
         if draft is not None:
             ids = torch.cat([ids, draft.tokens], dim=1)
             last += draft.gamma
-            positions = positions + torch.arange(ids.shape[1], device=ids.device)
-            # The longest draft of a batch may reach beyond the end of a row that is nearly full.
-            positions = within(positions, self._runner.max_length, last)
+        positions = placed(state.lengths, ids.shape[1], limit, last)
         out = self._runner.forward(
             ids,
             state.rows,
             positions,
             hidden_layers=hidden_layers,
-            max_position=min(last, self._runner.max_length - 1),
+            max_position=min(last, limit - 1),
         )
         return out, positions
 

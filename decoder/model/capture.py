@@ -6,6 +6,7 @@ which the arguments are copied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -149,7 +150,7 @@ class CapturedCalls:
             results = [torch.empty_like(x) for x in function(*entry.buffers)]
 
             def run() -> None:
-                torch._foreach_copy_(results, list(function(*entry.buffers)))
+                _copied(list(function(*entry.buffers)), results)
 
             entry.graph, _ = capture(run, self._pool)
         except RuntimeError as error:
@@ -157,6 +158,24 @@ class CapturedCalls:
             raise
         entry.outputs = results
         self._pool = entry.graph.pool()
+
+
+class SharedMemory:
+    """Memory that calls leave large tensors in for each other, instead of some in every key.
+
+    An address belongs to the keys of what uses it: memory moves when it grows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._flat = torch.empty(0, device=device)
+
+    @torch.inference_mode()
+    def shaped(self, shape: Sequence[int], dtype: torch.dtype, largest: int) -> Tensor:
+        """It as a tensor of ``shape``, at first of zeros, made for ``largest`` elements or more."""
+        size = math.prod(shape)
+        if self._flat.dtype != dtype or self._flat.numel() < size:
+            self._flat = self._flat.new_zeros(max(size, largest), dtype=dtype)
+        return self._flat[:size].view(*shape)
 
 
 class _Entry:
@@ -192,3 +211,8 @@ class _Entry:
 
     def results(self, B: int) -> list[Tensor]:
         return self._results.get(B) or self._results.setdefault(B, [x[:B] for x in self.outputs])
+
+
+def _copied(sources: list[Tensor], targets: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

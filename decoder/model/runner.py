@@ -61,9 +61,9 @@ class ModelRunner:
         self.vocab_size: int = weight.shape[0]
         self.max_batch_size, self.max_length = max_batch_size, max_length
         cuda = self.device.type == "cuda"
-        is_static = cuda if static == "auto" else bool(static)
+        self.static = cuda if static == "auto" else bool(static)
         # Growing would move the slabs under captured graphs.
-        self.cache = RaggedCache(max_batch_size, max_length, max_length if is_static else None)
+        self.cache = RaggedCache(max_batch_size, max_length, max_length if self.static else None)
         self._op = kernels.ragged_attention_op(self.device, self.dtype, attention)
         self._windows: dict[int, int] = {}
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
@@ -79,7 +79,7 @@ class ModelRunner:
             self._op = None
             self._split_head = self._probe()
         graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda)
-        self._graphs, self._eager = graphs if is_static else None, False
+        self._graphs, self._eager = graphs if self.static else None, False
         self._proven = self._split_head, self._lean is not None
         self._watch = self._look()
 
@@ -271,6 +271,7 @@ class ModelRunner:
             ids = probe.sample(self.model, self.vocab_size, self.max_batch_size)
             first, second = probe.steps(ids)
             learned, placement = self._tried(self.model, first, learn=True)
+            self.logits_dtype = learned.logits.dtype
             probe.check_layers(self.model, placement.calls, self.cache)
             probe.check_windows(self.model, self._windows, self.max_length)
             out, placement = self._tried(self.model, second)

@@ -6,7 +6,7 @@ verify pass has counts of its own. Tables over the vocabulary are made when a re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,6 +79,16 @@ class Adjustments:
         """Whether any admitted request changes logits."""
         return bool(self._penalised or self._biased or self._delayed)
 
+    @property
+    def plan(self) -> Hashable:
+        """What is done, and where the tables are that it reads: they grow and are made late."""
+        counts = self._output_counts if self._penalised else None
+        return (
+            0 if counts is None else counts.data_ptr(),
+            self._bias.place if self._biased else None,
+            self._ending.place if self._delayed else None,
+        )
+
     def commit(self, rows: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Count emitted tokens: the first ``counts[b]`` of ``tokens`` ``[B, n]``."""
         if not self._penalised:
@@ -150,6 +160,10 @@ class _IdTable:
         self.clear(row)
         self._ids[row, : len(ids)] = torch.tensor(ids, device=self._ids.device)
         self._values[row, : len(ids)] = torch.tensor(values, device=self._ids.device)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self._ids.data_ptr(), self._ids.shape[1]
 
     def clear(self, row: int) -> None:
         self._ids[row] = 0

@@ -44,6 +44,11 @@ class ProcessorTable:
     def __init__(self) -> None:
         self._rows: dict[int, _Row] = {}
 
+    @property
+    def active(self) -> bool:
+        """Whether any row has one."""
+        return bool(self._rows)
+
     def admit(self, row: int, process: LogitsProcessor | None, stop_ids: Iterable[int]) -> None:
         """Start a request in ``row``; nothing follows its ``stop_ids``."""
         self.release(row)

@@ -5,12 +5,13 @@ Written to run on an accelerator without waiting for it; so far run on CPUs only
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from decoder.model.capture import SharedMemory
 from decoder.requests.params import SamplingParams
 from decoder.round import Draft, Verdict
 
@@ -58,9 +59,12 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self.verifier = verifier
-        self._table = RowTable(max_batch_size, vocab_size, self.device)
-        self._adjustments = Adjustments(max_batch_size, vocab_size, self.device)
+        # One more than there are: where a graph's padding looks and writes.
+        rows = max_batch_size + 1
+        self._table = RowTable(rows, vocab_size, self.device)
+        self._adjustments = Adjustments(rows, vocab_size, self.device)
         self._processors = ProcessorTable()
+        self._draft_probs = SharedMemory(self.device)
 
     @torch.inference_mode()  # tables grow, and tensors made in this mode stay in it
     def admit(
@@ -113,6 +117,21 @@ class Sampler:
     def takes_argmax(self, rows: Iterable[int] | Tensor) -> bool:
         """Whether every row's token is the largest of its logits as the model gave them."""
         return self.all_greedy(rows) and not self._adjustments.active
+
+    @property
+    def plan(self) -> Hashable | None:
+        """What a graph of this sampler's methods holds besides the shapes of their arguments.
+
+        ``None`` where there can be none: a request has a processor of its own, which is Python.
+        """
+        if self._processors.active:
+            return None
+        return self._table.features, self._adjustments.plan
+
+    def draft_probs(self, batch: int, gamma: int, dtype: torch.dtype) -> Tensor:
+        """Where graphs leave and find a draft's distributions ``[batch, gamma, V]``."""
+        largest = (len(self._table.seeds) - 1) * gamma * self.vocab_size
+        return self._draft_probs.shaped((batch, gamma, self.vocab_size), dtype, largest)
 
     def processed(self, logits: Tensor, rows: Tensor, draft: Draft | None) -> Tensor:
         """The target's logits as the requests' own processors leave them, for ``distribution``.
@@ -221,7 +240,8 @@ class Sampler:
             rounds = self._table.rounds_after(rows, drafted > 0)
         self._adjustments.commit(rows, tokens, counts)
         self._processors.commit(rows, tokens, counts)
-        self._table.rounds = rounds
+        if rounds is not self._table.rounds:
+            self._table.rounds.copy_(rounds)  # where graphs read them
 
     def logprobs(self, logits: Tensor, target: Probs, tokens: Tensor, top: int) -> TokenLogprobs:
         """Log-probabilities of a round's emitted ``tokens``; see ``token_logprobs``."""
