@@ -168,14 +168,18 @@ class SharedMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._flat = torch.empty(0, device=device)
+        self._views: dict[tuple[int, ...], Tensor] = {}
 
     @torch.inference_mode()
-    def shaped(self, shape: Sequence[int], dtype: torch.dtype, largest: int) -> Tensor:
+    def shaped(self, shape: tuple[int, ...], dtype: torch.dtype, largest: int) -> Tensor:
         """It as a tensor of ``shape``, at first of zeros, made for ``largest`` elements or more."""
         size = math.prod(shape)
         if self._flat.dtype != dtype or self._flat.numel() < size:
             self._flat = self._flat.new_zeros(max(size, largest), dtype=dtype)
-        return self._flat[:size].view(*shape)
+            self._views.clear()
+        if shape not in self._views:
+            self._views[shape] = self._flat[:size].view(shape)
+        return self._views[shape]
 
 
 class _Entry:

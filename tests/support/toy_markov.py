@@ -53,7 +53,7 @@ def sampler_of(
     for name in ("greedy", "temperature", "top_k", "top_p", "min_p"):
         values = getattr(table, name)
         values[:] = values[0].clone()
-    table.seeds[:] = torch.arange(first_seed, first_seed + rows)
+    table.seeds[:rows] = torch.arange(first_seed, first_seed + rows)
     return sampler
 
 

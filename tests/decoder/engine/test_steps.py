@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from support.device.fake_graphs import fake_graphs
+from support.device.operations import OperationLog
 from support.eagle_reference import LAYER, H, random_layer, save
 from support.tiny import ragged_prompts, tiny_moe
+from torch.utils._python_dispatch import _disable_current_modes
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
 from decoder.drafters.self_draft import SelfDrafter
-from decoder.sampling.sampler import VERIFIERS
 
+BAD = 96  # a token that a model may have no numbers for
 GREEDY = SamplingParams(max_new_tokens=9)
 SAMPLED = SamplingParams(max_new_tokens=9, temperature=0.9, seed=3)
 PENALISED = SamplingParams(
@@ -53,6 +55,15 @@ def outputs_of(engine: Any, params: list[SamplingParams]) -> list[list[int]]:
     return [list(o.token_ids) for o in engine.generate(ragged_prompts(len(params)), params)]
 
 
+def outcomes_of(engine: Any) -> list[tuple[list[int], str | None]]:
+    """Tokens and errors, one of the four rows having no number to go on with after its first."""
+    engine.runner.model.get_input_embeddings().weight.data[BAD] = float("nan")
+    params = [SAMPLED, SamplingParams(max_new_tokens=9, logit_bias={BAD: 1e4}), SAMPLED, GREEDY]
+    outputs = list(engine.stream(ragged_prompts(4), params))
+    assert not engine.runner._watch.hooked
+    return [(list(o.token_ids), o.error) for o in sorted(outputs, key=lambda o: o.index)]
+
+
 MIXES = {
     "greedy": [GREEDY] * 5,
     "sampled": [SAMPLED] * 5,
@@ -60,8 +71,18 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(
+    ("name", "mix"),
+    [
+        ("none", "mixed"),
+        ("independent", "greedy"),
+        ("independent", "sampled"),
+        ("independent", "mixed"),
+        ("eagle", "greedy"),
+        ("eagle", "mixed"),
+        ("self", "sampled"),
+    ],
+)
 def test_rounds_in_graphs_give_the_same_tokens(monkeypatch, tmp_path, name, mix):
     """Rows end apart and others take their places, so batches of every size are replayed."""
     expected = outputs_of(engine_of(name, tmp_path, static=False), MIXES[mix])
@@ -72,3 +93,78 @@ def test_rounds_in_graphs_give_the_same_tokens(monkeypatch, tmp_path, name, mix)
     assert captured > 3
     assert outputs_of(engine, MIXES[mix]) == expected, "now every shape is replayed"
     assert len(graphs) == captured
+
+
+@pytest.mark.parametrize("name", ["none", "eagle"])
+def test_a_row_without_numbers_is_lost_alone(monkeypatch, tmp_path, name):
+    options = {"max_batch_size": 4}
+    expected = outcomes_of(engine_of(name, tmp_path, static=False, **options))
+    assert [error is None for _, error in expected] == [True, False, True, True]
+    fake_graphs(monkeypatch)
+    engine = engine_of(name, tmp_path, static=True, **options)
+    assert outcomes_of(engine) == expected and outcomes_of(engine) == expected
+
+
+def test_a_round_that_cannot_be_captured_is_run_without_graphs(monkeypatch, tmp_path):
+    """Whatever raises in a graph's making, nothing has been changed, and rows go on one by one."""
+    expected = outputs_of(engine_of("independent", tmp_path, static=False), MIXES["mixed"])
+    fake_graphs(monkeypatch)
+    engine = engine_of("independent", tmp_path, static=True)
+    steps, left = engine._rounds._verify.steps, {}
+    for step, runs in (("_decide", (1, 3)), ("_commit", (1,))):  # in both attempts, in the first
+        method = getattr(steps, step)
+
+        def fails(*args: Any, step: str = step, method: Any = method) -> Any:
+            results = method(*args)
+            if next(left[step], False):
+                raise RuntimeError("in the middle of a warm-up")
+            return results
+
+        left[step] = iter([run in runs for run in range(4)])
+        monkeypatch.setattr(steps, step, fails)
+    assert outputs_of(engine, MIXES["mixed"]) == expected
+    assert not any(next(runs, None) for runs in left.values()), "every failure has come"
+
+
+def operations_of_rounds(engine: Any, params: SamplingParams) -> list[list[str]]:
+    """Of each round of three rows, but for those that begin or end some."""
+    for _ in range(2):  # in the first run everything is captured
+        rounds = []
+        for prompt in ([7, 8, 9], [5, 6, 7], [11, 12]):
+            engine.add(prompt, params)
+        engine.step()
+        while not engine.is_idle():
+            with OperationLog() as log:
+                progress = engine.step()
+            if not any(one.output for one in progress):
+                rounds.append(log.names)
+    return rounds
+
+
+def without_its_own(drafter: Any, patch: pytest.MonkeyPatch) -> None:
+    """What the drafter itself does is not logged."""
+    for name in ("propose", "commit"):
+        method = getattr(drafter, name)
+
+        def unlogged(*args: Any, method: Any = method) -> Any:
+            with _disable_current_modes():
+                return method(*args)
+
+        patch.setattr(drafter, name, unlogged)
+
+
+@pytest.mark.parametrize(
+    ("name", "verifier"),
+    [*((name, "standard") for name in DRAFTERS), ("independent", "block"), ("eagle", "coupled")],
+)
+def test_few_operations_of_a_round_are_outside_of_graphs(monkeypatch, tmp_path, name, verifier):
+    """Arguments of three graphs, a draft's distributions, and the report: nothing else."""
+    fake_graphs(monkeypatch)
+    for params in (GREEDY, SAMPLED, PENALISED)[verifier != "standard" :]:
+        engine = engine_of(name, tmp_path, verifier, static=True)
+        without_its_own(engine.drafter, monkeypatch)
+        rounds = operations_of_rounds(engine, params)
+        assert rounds
+        for names in rounds:
+            assert names.count("tolist") == 1, "the report"
+            assert len(names) <= 6, names
