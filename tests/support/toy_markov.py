@@ -79,7 +79,7 @@ class World:
 
     def generate(self, length: int) -> Tensor:
         """``[N, length]`` tokens emitted after token 0 at position 0."""
-        N = self.sampler._table.seeds.shape[0]
+        N = self.sampler._table.seeds.shape[0] - 1  # the last row is for padding
         tokens = torch.zeros(N, 1 + length + max(self.gammas) + 1, dtype=torch.int64)
         lengths = torch.zeros(N, dtype=torch.int64)  # position of the last emitted token
         while int(lengths.min()) < length:
