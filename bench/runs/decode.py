@@ -198,9 +198,8 @@ class _Runs:
             return {}
         means: dict[int, float] = {}
         for gamma in self.gammas:
-            runner = (self.fast if gamma else self.plain).runner
-            # Modules must really be called: neither a graph's replay nor a walk in C++ runs hooks.
-            with count_experts(self.subject.target) as counter, runner.eager():
+            # Modules are really called: a runner that sees hooks neither replays nor walks past.
+            with count_experts(self.subject.target) as counter:
                 self._run(gamma, prompts, new_tokens)
             means |= counter.mean_by_tokens()
         return means

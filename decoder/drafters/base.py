@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from decoder.round import Draft, StepState, Verdict, on_host
-from decoder.sampling.verdict import leading
+from decoder.round import Draft, StepState, Verdict
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
@@ -143,58 +142,3 @@ def within(positions: Tensor, limit: int, largest: int) -> Tensor:
         largest: at least the largest position; spares the work where all are within.
     """
     return positions if largest < limit else torch.where(positions < limit, positions, -1)
-
-
-class DraftChain:
-    """Draws one drafted token per step and keeps it with the distribution it came from.
-
-    A row's draft ends before the first token whose logits defined no distribution: a draft model's
-    NaN costs drafts, not the request.
-
-    Args:
-        sampler: the target's; it processes draft logits exactly as it does the target's.
-        state: the round's rows.
-        gamma: steps to come.
-    """
-
-    def __init__(self, sampler: Sampler, state: StepState, gamma: int) -> None:
-        self._sampler = sampler
-        self._rows = state.rows
-        self._positions = state.lengths[:, None] + 1  # [B, 1], of the token to be drawn
-        self._tokens = state.current.new_empty(len(state.host_lengths), gamma)
-        self._probs: list[Tensor] = []
-        self._undefined: list[Tensor] = []
-        self._step = 0
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """Next drafted token ``[B, 1]`` from ``[B, 1, V]`` logits of the target's vocabulary."""
-        # Penalties count the tokens drafted so far, as they will when the target verifies.
-        prefix = self._tokens[:, : self._step] if self._step else None
-        dist = self._sampler.distribution(logits, self._rows, self._positions, prefix)
-        assert dist.undefined is not None
-        self._undefined.append(dist.undefined)
-        if dist.argmax is not None:  # all rows greedy: no noise to compute
-            token = dist.argmax[:, 0]
-        else:
-            assert dist.probs is not None
-            token = self._sampler.draw_draft(dist, self._rows, self._positions[:, 0])
-            self._probs.append(dist.probs)
-        self._tokens[:, self._step] = token
-        self._step += 1
-        self._positions = self._positions + 1
-        return token[:, None]
-
-    def take(self, tokens: Tensor, undefined: Tensor) -> Draft:
-        """The draft of all ``tokens [B, G]`` that the model chose greedily by itself.
-
-        ``undefined [B, G]``: where its logits had no largest value.
-        """
-        self._tokens, self._undefined = tokens, [undefined]
-        return self.finish()
-
-    def finish(self) -> Draft:
-        lengths = torch.full_like(self._rows, self._tokens.shape[1])
-        undefined = torch.cat(self._undefined, dim=1)
-        if not on_host(undefined.device) or bool(undefined.any()):
-            lengths = leading(~undefined, lengths)
-        return Draft(self._tokens, torch.cat(self._probs, dim=1) if self._probs else None, lengths)

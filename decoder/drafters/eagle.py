@@ -9,6 +9,7 @@ ring per row until the head needs them, so rounds at gamma 0 cost it nothing but
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,14 @@ from decoder.model.cache import RaggedCache
 from decoder.model.kernels import accelerate, ragged_attention_op
 from decoder.round import Draft, StepState
 
-from .base import DraftChain, empty_draft, rooms, usable_length, within
+from .base import empty_draft, rooms, usable_length, within
+from .chain import Chains, DraftChain, Reach
 from .eagle_config import EagleCheckpoint
 from .eagle_head import EagleHead
 from .eagle_loader import load_eagle
 
 if TYPE_CHECKING:
+    from decoder.model.graphs import StepGraphs
     from decoder.model.runner import ModelRunner
     from decoder.round import Verdict
     from decoder.sampling import Sampler
@@ -79,15 +82,22 @@ class EagleDrafter:
         self._attention = ragged_attention_op(embedding.device, embedding.dtype)
         own = self.checkpoint.config.rope.get("max_position_embeddings", runner.max_length)
         self._limit = usable_length("EAGLE head", own, runner.max_length)
-        self.cache = RaggedCache(runner.max_batch_size, self._limit)
+        self._chains = Chains(runner, sampler, self._limit)
+        self._runner = runner
+        # Frequencies that depend on lengths are chosen on the host.
+        lengthwise = self.head.rotary.rope_type in ("dynamic", "longrope")
+        self._capturable = runner.static and not lengthwise
+        # As the target's cache: graphs want it where it is.
+        whole = self._limit if runner.static else None
+        self.cache = RaggedCache(runner.max_batch_size, self._limit, whole)
+        rows = runner.max_batch_size + 1  # the last is that of padding in graphs
         # Twice the longest round: the backlog of gamma-0 rounds is flushed before it wraps.
         self._ring_size = max(16, 2 * (max_gamma + 1))
-        self._ring = embedding.new_zeros(runner.max_batch_size, self._ring_size, width)
+        self._ring = embedding.new_zeros(rows, self._ring_size, width)
         # Positions below `synced` have keys and values computed from true features.
-        self._synced = torch.zeros(
-            runner.max_batch_size, dtype=torch.int64, device=embedding.device
-        )
+        self._synced = torch.zeros(rows, dtype=torch.int64, device=embedding.device)
         self._host_synced = [0] * runner.max_batch_size
+        self._refreshed = False  # whether this round's draft has brought all rows up to date
 
     @torch.inference_mode()
     def admit(
@@ -102,7 +112,10 @@ class EagleDrafter:
             chunk = slice(start, min(start + _PREFILL_CHUNK, width - 1))
             following = token_ids[:, chunk.start + 1 : chunk.stop + 1]
             fused = self.head.fuse(features[:, chunk])
-            self._forward(following, fused, rows, positions[:, chunk], chunk.stop - 1)
+            shown = within(positions[:, chunk], self._limit, chunk.stop - 1)
+            length = min(chunk.stop, self._limit)
+            self.cache.reserve(length)
+            self._forward(following, fused, rows, shown, length)
         last = lengths - 1
         index = torch.arange(rows.numel(), device=rows.device)
         self._ring[rows, last % self._ring_size] = features[index, last]
@@ -112,74 +125,117 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
+        self._refreshed = False
         room = rooms(state, gamma, self._limit)
         if not any(room):
             return empty_draft(state, gamma)
-        draft = self._draft(state, max(room))
-        # Only now: a round that failed on the way is drafted again from where it was.
-        self._mark_synced(state)
-        if min(room) < draft.gamma:
-            return draft.limited(room) or empty_draft(state, gamma)
+        gamma, graphs, W = max(room), self._graphs, self._behind(state, 0)
+        if graphs is not None:
+            W = 1 << (W - 1).bit_length()  # what is not behind is padding, and each W a graph
+        self.cache.reserve(min(max(state.host_lengths) + gamma - 1, self._limit))
+        steps = partial(self._steps, gamma, W, state.tokens)
+        key = self.name, W, state.tokens.data_ptr()
+        draft = self._chains.draft(graphs, key, steps, state, gamma)
+        self._refreshed = True
         return draft
 
-    def _draft(self, state: StepState, gamma: int) -> Draft:
-        hidden = self._refresh(state)[:, -1:]  # [B, 1, H], the prediction for `lengths`
-        chain = DraftChain(self._sampler, state, gamma)
-        longest = max(state.host_lengths)
+    def _steps(
+        self,
+        gamma: int,
+        W: int,
+        history: Tensor,
+        reach: Reach,
+        rows: Tensor,
+        lengths: Tensor,
+        current: Tensor,
+        previous: Tensor,
+    ) -> DraftChain:
+        hidden = self._refresh(W, reach, history, rows, lengths)
+        hidden = hidden[:, -1:]  # [B, 1, H], the prediction for `lengths`
+        chain = DraftChain(self._sampler, rows, lengths, gamma)
         for step in range(gamma):
             token = chain.draw(self.head.logits(hidden, self._sampler.vocab_size))
             if step + 1 < gamma:
-                position = state.lengths[:, None] + step
-                hidden = self._forward(token, hidden, state.rows, position, longest + step)
-        return chain.finish()
+                positions = reach.place(lengths[:, None] + step, step)
+                hidden = self._forward(token, hidden, rows, positions, reach.length(step))
+        return chain
 
     @torch.inference_mode()
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         """Store the verify forward's features; those of rejected tokens are overwritten unread."""
         features = _present(hidden)
         Q = features.shape[1]
-        behind = max(
-            length + Q - self._host_synced[row] for row, length in state_before.rows_and_lengths()
-        )
+        # Only now: a round that failed on the way is drafted again from where it was.
+        refreshed = self._refreshed
+        behind = Q if refreshed else self._behind(state_before, Q)
         if behind > self._ring_size:
-            self._refresh(state_before)
-            self._mark_synced(state_before)
-        positions = state_before.lengths[:, None] + torch.arange(Q, device=features.device)
-        self._ring[state_before.rows[:, None], positions % self._ring_size] = features
+            self._catch_up(state_before)
+            refreshed = True
+        store = partial(self._store, refreshed)
+        inputs, graphs = [state_before.rows, state_before.lengths, features], self._graphs
+        if graphs is None:
+            store(*inputs)
+        else:
+            padding = [graphs.spare_row, 0, 0]
+            graphs.call((self.name, "commit", refreshed), store, inputs, padding)
+        if refreshed:
+            for row, length in state_before.rows_and_lengths():
+                self._host_synced[row] = length
+        self._refreshed = False
+
+    def _store(
+        self, refreshed: bool, rows: Tensor, lengths: Tensor, features: Tensor
+    ) -> list[Tensor]:
+        """Features ``[B, Q, n * H]`` of the positions from ``lengths`` on, into the ring."""
+        if refreshed:
+            self._synced[rows] = lengths
+        positions = lengths[:, None] + torch.arange(features.shape[1], device=features.device)
+        self._ring[rows[:, None], positions % self._ring_size] = features
+        return []
 
     def release(self, rows: Sequence[int]) -> None:
         for row in rows:
             self._host_synced[int(row)] = 0
 
-    def _refresh(self, state: StepState) -> Tensor:
+    @property
+    def _graphs(self) -> StepGraphs | None:
+        """The target's, for the head uses its weights."""
+        return self._runner.graphs if self._capturable else None
+
+    def _behind(self, state: StepState, more: int) -> int:
+        """Pairs that the row which is furthest behind lacks at ``more`` positions from here."""
+        return max(
+            length + more - self._host_synced[row] for row, length in state.rows_and_lengths()
+        )
+
+    def _catch_up(self, state: StepState) -> None:
+        """Make room in the ring, which rounds without drafts have filled."""
+        longest = max(state.host_lengths)
+        self.cache.reserve(min(longest, self._limit))
+        reach = Reach(self._limit, longest)
+        self._refresh(self._behind(state, 0), reach, state.tokens, state.rows, state.lengths)
+
+    def _refresh(
+        self, W: int, reach: Reach, history: Tensor, rows: Tensor, lengths: Tensor
+    ) -> Tensor:
         """Run the pairs whose true features have arrived since last time; ``[B, W, H]``.
 
         Right-aligned, so the last column is position ``lengths - 1`` of every row.
         """
-        lengths = state.rows_and_lengths()
-        W = max(length - self._host_synced[row] for row, length in lengths)
-        positions = state.lengths[:, None] - W + torch.arange(W, device=state.rows.device)
-        rows = state.rows[:, None]
-        tokens = state.tokens[rows, (positions + 1).clamp(min=0)]
-        fused = self.head.fuse(self._ring[rows, positions % self._ring_size])
-        live = torch.where(positions >= self._synced[rows], positions, -1)
-        return self._forward(tokens, fused, state.rows, live, max(state.host_lengths) - 1)
-
-    def _mark_synced(self, state: StepState) -> None:
-        """What ``_refresh`` has run need not be run again."""
-        self._synced[state.rows] = state.lengths
-        for row, length in state.rows_and_lengths():
-            self._host_synced[row] = length
+        positions = lengths[:, None] - W + torch.arange(W, device=rows.device)
+        places = (positions + 1).clamp(min=0, max=history.shape[1] - 1)
+        tokens = history[rows.clamp(max=history.shape[0] - 1)[:, None], places]
+        fused = self.head.fuse(self._ring[rows[:, None], positions % self._ring_size])
+        live = torch.where(positions >= self._synced[rows][:, None], positions, -1)
+        return self._forward(tokens, fused, rows, reach.place(live, -1), reach.length(-1))
 
     def _forward(
-        self, tokens: Tensor, hidden: Tensor, rows: Tensor, positions: Tensor, largest: int
+        self, tokens: Tensor, hidden: Tensor, rows: Tensor, positions: Tensor, length: int
     ) -> Tensor:
-        """One head pass; ``largest`` is at least the largest position."""
-        positions = within(positions, self._limit, largest)
-        extent = min(largest + 1, self._limit)
-        self.cache.reserve(extent)
+        """One head pass; no position reaches ``length``."""
+        rows = rows.clamp(max=self.cache.num_rows - 1)  # of padding, which no cache row is for
         self.cache.select(rows, positions)
-        placement = Placement(rows, positions, extent, self._attention)
+        placement = Placement(rows, positions, length, self._attention)
         with placed(placement):
             return self.head(tokens, hidden, self.cache, placement)
 

@@ -8,6 +8,7 @@ otherwise is harmless. The shape is the same either way, so there is no branch a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from decoder.model.loading import context_length
 from decoder.round import Draft, StepState
 
-from .base import DraftChain, empty_draft, rooms, usable_length, within
+from .base import empty_draft, rooms, usable_length
+from .chain import Chains, DraftChain, Reach
 from .vocab import fit_vocab, require_same_vocabulary
 
 if TYPE_CHECKING:
@@ -52,8 +54,11 @@ class IndependentDrafter:
         draft_size = self.model.get_output_embeddings().weight.shape[0]
         require_same_vocabulary(sampler.vocab_size, draft_size, *self._tokenizers)
         self._limit = usable_length("draft model", context_length(self.model), runner.max_length)
-        self.runner = ModelRunner(self.model, runner.max_batch_size, self._limit)
+        self.runner = ModelRunner(
+            self.model, runner.max_batch_size, self._limit, static=runner.static
+        )
         self._sampler = sampler
+        self._chains = Chains(self.runner, sampler, self._limit)
         self._last_id = draft_size - 1
         self._same_ids = draft_size == sampler.vocab_size
         # Rows below it hold keys and values of committed tokens, or of drafts that the next
@@ -72,42 +77,63 @@ class IndependentDrafter:
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
             self._synced[row] = length
 
+    @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
         self._drafting = True
         room = rooms(state, gamma, self._limit)
         if not any(room):
             return empty_draft(state, gamma)
-        draft = self._draft(state, max(room))
+        longest = max(room)
+        draft = self._draft(state, longest)
         # Only now: a round that failed on the way is drafted again from where it was.
         for row, length in state.rows_and_lengths():
-            self._synced[row] = length + draft.gamma
-        if min(room) < draft.gamma:
-            return draft.limited(room) or empty_draft(state, gamma)
+            self._synced[row] = length + longest
         return draft
 
     def _draft(self, state: StepState, gamma: int) -> Draft:
-        longest, limit = max(state.host_lengths), self._limit
-        tokens, positions = self._opening(state)
-        positions = within(positions, limit, longest)
-        last = torch.full_like(state.rows, tokens.shape[1] - 1)[:, None]
-        chain = DraftChain(self._sampler, state, gamma)
+        limit, lag = self._limit, self._lag(state)
+        longest = max(state.host_lengths)
         fits = longest + gamma <= limit
         if fits and self._same_ids and self._sampler.takes_argmax(state.rows):
+            known = state.rows, state.lengths, state.current, state.previous
+            tokens, positions = _opening(lag, state.tokens, *known)
             whole = self.runner.continue_greedily(tokens, state.rows, positions, gamma, longest)
             if whole is not None:
-                return chain.take(*whole)
+                return DraftChain(self._sampler, *known[:2], gamma).take(*whole)
+        graphs = self.runner.graphs
+        if graphs is not None and lag:
+            lag = _INLINE_LAG  # what is read twice does no harm, and each lag would be a graph
+        self.runner.cache.reserve(min(longest + gamma, limit))
+        steps = partial(self._steps, gamma, lag, state.tokens)
+        key = self.name, lag, state.tokens.data_ptr() if lag else 0
+        return self._chains.draft(graphs, key, steps, state, gamma)
+
+    def _steps(
+        self,
+        gamma: int,
+        lag: int,
+        history: Tensor,
+        reach: Reach,
+        rows: Tensor,
+        lengths: Tensor,
+        current: Tensor,
+        previous: Tensor,
+    ) -> DraftChain:
+        tokens, positions = _opening(lag, history, rows, lengths, current, previous)
+        last = torch.full_like(rows, tokens.shape[1] - 1)[:, None]
+        chain = DraftChain(self._sampler, rows, lengths, gamma)
         for step in range(gamma):
             if step:
-                positions = within(state.lengths[:, None] + step, limit, longest + step)
-            out = self.runner.forward(
+                positions = lengths[:, None] + step
+            logits, _ = self.runner.run(
                 self._known(tokens),
-                state.rows,
-                positions,
+                rows,
+                reach.place(positions, step),
+                reach.length(step),
                 logits_positions=None if step else last,
-                max_position=min(longest + step, limit - 1),
             )
-            tokens = chain.draw(fit_vocab(out.logits, self._sampler.vocab_size))
-        return chain.finish()
+            tokens = chain.draw(fit_vocab(logits, self._sampler.vocab_size))
+        return chain
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         if verdict.tokens.shape[1] > 1:
@@ -126,11 +152,11 @@ class IndependentDrafter:
         for row in rows:
             self._synced[int(row)] = 0
 
-    def _opening(self, state: StepState) -> tuple[Tensor, Tensor]:
-        """Tokens and positions ``[B, W]`` of the first step, the last column being ``current``.
+    def _lag(self, state: StepState) -> int:
+        """Tokens before the last two that the first step feeds as well.
 
-        W is 2 plus whatever earlier rounds at gamma 0 left unseen; a long backlog is run on its
-        own first, for the rows that have one.
+        Those that earlier rounds at gamma 0 left unseen; a long backlog is run on its own, for the
+        rows that have one.
         """
         # A row that has outgrown the draft model has nothing to catch up with.
         lengths = [
@@ -140,14 +166,7 @@ class IndependentDrafter:
         if lag > _INLINE_LAG:
             self._catch_up(state, lengths)
             lag = 0
-        if lag <= 0:
-            positions = torch.stack([state.lengths - 1, state.lengths], dim=1)
-            return torch.stack([state.previous, state.current], dim=1), positions
-        back = torch.arange(-1 - lag, 1, device=state.rows.device)
-        positions = state.lengths[:, None] + back
-        tokens = state.tokens[state.rows[:, None], positions.clamp(min=0)]
-        # A row shorter than the backlog of another has nothing before position 0.
-        return tokens, torch.where(positions >= 0, positions, -1)
+        return max(lag, 0)
 
     def _catch_up(self, state: StepState, lengths: list[tuple[int, int]]) -> None:
         """Run every token before ``previous`` that the draft model has not seen."""
@@ -172,3 +191,23 @@ class IndependentDrafter:
     def _known(self, tokens: Tensor) -> Tensor:
         """Ids past the draft's embedding table, which only the target knows, become its last."""
         return tokens if self._same_ids else tokens.clamp(max=self._last_id)
+
+
+def _opening(
+    lag: int, history: Tensor, rows: Tensor, lengths: Tensor, current: Tensor, previous: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens and positions ``[B, 2 + lag]`` of the first step, the last column ``current``.
+
+    Args:
+        lag: more tokens than the last two.
+        history: of all rows, by position.
+        rows, lengths, current, previous: of the state.
+    """
+    if not lag:
+        positions = torch.stack([lengths - 1, lengths], dim=1)
+        return torch.stack([previous, current], dim=1), positions
+    positions = lengths[:, None] + torch.arange(-1 - lag, 1, device=rows.device)
+    places = positions.clamp(min=0, max=history.shape[1] - 1)
+    tokens = history[rows.clamp(max=history.shape[0] - 1)[:, None], places]
+    # A row shorter than the backlog of another has nothing before position 0.
+    return tokens, torch.where(positions >= 0, positions, -1)

@@ -12,14 +12,17 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from decoder.errors import UserError
 from decoder.round import Draft, StepState
 
-from .base import DraftChain, StatelessDrafter, within
+from .base import StatelessDrafter
+from .chain import Chains, DraftChain, Reach
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
@@ -129,25 +132,37 @@ class SelfDrafter(StatelessDrafter):
             )
         self._runner = runner
         self._sampler = sampler
+        self._chains = Chains(runner, sampler, runner.max_length)
         self._reduced = ReducedRouting(experts, self.top_k)
 
+    @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
-        chain, calls = DraftChain(self._sampler, state, gamma), self._reduced.calls
-        token, longest = state.current[:, None], max(state.host_lengths)
-        limit = self._runner.max_length
-        # A captured graph would replay the routing that it was captured with.
-        with self._reduced(), self._runner.eager():
+        graphs, runner = self._runner.graphs, self._runner
+        runner.cache.reserve(min(max(state.host_lengths) + gamma, runner.max_length))
+        steps = partial(self._steps, gamma)
+        return self._chains.draft(graphs, (self.name, self.top_k), steps, state, gamma)
+
+    def _steps(
+        self,
+        gamma: int,
+        reach: Reach,
+        rows: Tensor,
+        lengths: Tensor,
+        current: Tensor,
+        _previous: Tensor,
+    ) -> DraftChain:
+        runner, calls = self._runner, self._reduced.calls
+        chain, token = DraftChain(self._sampler, rows, lengths, gamma), current[:, None]
+        with self._reduced():  # also while a graph is captured, which then holds that routing
             for step in range(gamma):
-                out = self._runner.forward(
-                    token,
-                    state.rows,
-                    within(state.lengths[:, None] + step, limit, longest + step),
-                    max_position=min(longest + step, limit - 1),
+                positions = reach.place(lengths[:, None] + step, step)
+                logits, _ = runner.run(
+                    token, rows, positions, reach.length(step), most_experts=self.top_k
                 )
-                token = chain.draw(out.logits)
-        if self._reduced.calls == calls:
+                token = chain.draw(logits)
+        if self._reduced.calls == calls and not runner.limits_experts:
             raise RuntimeError(
                 "the target's experts were never called through their module, so their routing "
                 "could not be reduced; self-drafting cannot run with this kernel path"
             )
-        return chain.finish()
+        return chain

@@ -192,10 +192,13 @@ def layer_stack(device: torch.device) -> Any:
     return layer_stack()
 
 
-def run_layers(stack: Any, length: int, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, int]:
-    """``stack.run``; a GPU's also wants to know that no position reaches ``length``."""
+def run_layers(
+    stack: Any, length: int, x: Tensor, *arguments: Any, most: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """``stack.run``; a GPU's also wants to know that no position reaches ``length``, and gives a
+    token ``most`` experts."""
     if on_gpu(x.device):
-        return _guarded(stack.run)(x, *arguments, length)
+        return _guarded(stack.run)(x, *arguments, length, most)
     return stack.run(x, *arguments)
 
 

@@ -51,13 +51,16 @@ class LeanForward:
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._mlps = [layer.mlp for layer in base.layers]
         self._stack = kernels.layer_stack(self._embedding.device)
-        # Whether the stack has every MLP, and the head is a matrix alone.
-        self.whole = kernels.runs_linear(model.get_output_embeddings())
+        # Whether the stack has every MLP, and the head is a product.
+        head = model.get_output_embeddings()
+        self.whole = kernels.runs_linear(head)
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
             _add_attention(self._stack, layer, following, windows)
             self.whole &= kernels.set_mlp(self._stack, layer.mlp)
         # Whether it can also walk from step to step; on a GPU graphs spare the interpreter.
-        self.walks_steps = self.whole and not kernels.on_gpu(self._embedding.device)
+        on_gpu = kernels.on_gpu(self._embedding.device)
+        self.walks_steps = self.whole and head.bias is None and not on_gpu
+        self.limits_experts = on_gpu  # of a token, in a walk that is asked to
         self._cache = cache
         self._max_length = max_length
         self._rotary = base.rotary_emb
@@ -70,8 +73,8 @@ class LeanForward:
         position_ids: Tensor,
         placement: Placement,
         hidden_layers: Sequence[int] | None = None,
-        modules: bool = False,
         columns: Tensor | None = None,
+        most_experts: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Final hidden states ``[B, n, H]``, and the inputs of the asked layers.
 
@@ -79,10 +82,12 @@ class LeanForward:
             input_ids: ``[B, Q]``; position_ids: ``[B, Q]``, 0 where padding.
             placement: of this forward; the cache has been told its write positions.
             hidden_layers: indices into transformers' ``hidden_states``.
-            modules: run every MLP as a module, because someone has changed what those do.
             columns: ``[B, n]`` indices into Q of the final states wanted, which the last layer
                 then computes alone; ``None`` is all of them, as asked layers need it.
+            most_experts: of a token. Where the stack does not limit them, MLPs run as modules, and
+                a hook of the caller's does.
         """
+        walked = most_experts is None or self.limits_experts
         B, H = len(input_ids), self._embedding.shape[1]
         wanted = _resolved(hidden_layers, self.num_layers)
         stops = sorted({*wanted, self.num_layers})
@@ -99,7 +104,7 @@ class LeanForward:
                 # By position: the stack's arguments have no names (csrc/cpu/ops/layers.cpp).
                 x, states, layer = kernels.run_layers(
                     self._stack, placement.view_length, x, states, cos, sin, written, positions,
-                    rows, keys, values, layer, stop, not modules, columns,
+                    rows, keys, values, layer, stop, walked, columns, most=most_experts,
                 )  # fmt: skip
                 if layer < stop:  # this layer's MLP is not the stack's
                     delta = self._mlps[layer](states.view(B, -1, H)).reshape(-1, H)

@@ -79,7 +79,7 @@ class ModelRunner:
             self._op = None
             self._split_head = self._probe()
         graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda)
-        self._graphs, self._eager = graphs if self.static else None, False
+        self._graphs = graphs if self.static else None
         self._proven = self._split_head, self._lean is not None
         self._watch = self._look()
 
@@ -147,13 +147,11 @@ class ModelRunner:
         ``None`` when this model's steps cannot be taken together. Arguments as in ``forward``.
         """
         self._follow()
-        lean, head = self._lean, self._head
-        if lean is None or not lean.walks_steps or head.bias is not None:
-            return None
-        if self._eager or self._graphs is not None:
+        lean = self._lean
+        if self._graphs is not None or lean is None or not lean.walks_steps:
             return None
         self.cache.reserve(max_position + count)
-        return lean.continue_greedily(input_ids, positions, rows, head.weight, count)
+        return lean.continue_greedily(input_ids, positions, rows, self._head.weight, count)
 
     def _follow(self) -> None:
         """Read the model again if somebody has changed it since the last forward.
@@ -161,7 +159,7 @@ class ModelRunner:
         Raises:
             UserError: the cache and the tables were made for another model than it is now.
         """
-        if self._watch.unchanged(hooks=not self._eager):
+        if self._watch.unchanged():
             return
         check_same(self.model, self.vocab_size, self.dtype, self.device, self._windows)
         self._head, self._base = self.model.get_output_embeddings(), self.model.base_model
@@ -184,7 +182,12 @@ class ModelRunner:
         """What steps of this model run in, or ``None`` where they must run as they are."""
         self._follow()
         # A capture would hold what a hook did once.
-        return None if self._eager or self._watch.hooked else self._graphs
+        return None if self._watch.hooked else self._graphs
+
+    @property
+    def limits_experts(self) -> bool:
+        """Whether ``run`` itself gives a token fewer experts."""
+        return self._lean is not None and self._lean.limits_experts
 
     def run(
         self,
@@ -194,8 +197,12 @@ class ModelRunner:
         length: int,
         hidden_layers: Sequence[int] | None = None,
         logits_positions: Tensor | None = None,
+        most_experts: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """``forward`` on tensors alone: no host synchronisation, so that a graph may hold it."""
+        """``forward`` on tensors alone: no host synchronisation, so that a graph may hold it.
+
+        ``most_experts`` of a token where ``limits_experts``, elsewhere by hooks of the caller's.
+        """
         if self._graphs is not None:  # of padding in a graph, which no cache row is meant for
             rows = rows.clamp(max=self.max_batch_size - 1)
         placement = self._placed(rows, positions, length)
@@ -203,7 +210,7 @@ class ModelRunner:
         if self._lean is not None:
             columns = logits_positions if hidden_layers is None else None
             states, kept = self._lean(
-                input_ids, position_ids, placement, hidden_layers, self._eager, columns
+                input_ids, position_ids, placement, hidden_layers, columns, most_experts
             )
             logits = self._head(gather(states, logits_positions) if columns is None else states)
         else:
@@ -252,15 +259,6 @@ class ModelRunner:
         if self._op is not None:
             return Placement(rows, positions, length, self._op, self._windows)
         return ragged.portable(rows, positions, length, self.max_length + 1, self._windows)
-
-    @contextmanager
-    def eager(self) -> Iterator[None]:
-        """No static buffers inside: for forwards whose modules behave differently for a while."""
-        previous, self._eager = self._eager, True
-        try:
-            yield
-        finally:
-            self._eager = previous
 
     @torch.inference_mode()
     def _probe(self) -> bool:

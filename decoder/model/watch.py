@@ -59,15 +59,15 @@ class Watch:
         """Whether anybody looks at what goes through a module, or changes it."""
         return self._hooked > 0
 
-    def unchanged(self, hooks: bool = True) -> bool:
-        """Whether everything is as it was; without ``hooks``, everything else."""
+    def unchanged(self) -> bool:
+        """Whether everything is as it was."""
         return (
             all(map(eq, self._children, self._had))
             and all(map(is_, map(type, self._modules), self._types))
             and all(map(is_, map(dict.get, self._places, self._names), self._values))
             and all(map(is_, map(_forward_of, self._classes), self._forwards))
             and self._read_memory() == self._memory
-            and (not hooks or self._count_hooks() == self._hooked)
+            and self._count_hooks() == self._hooked
         )
 
     def _count_hooks(self) -> int:

@@ -120,12 +120,12 @@ class Sampler:
 
     @property
     def plan(self) -> Hashable | None:
-        """What a graph of this sampler's methods holds besides the shapes of their arguments.
+        """What a graph of these methods holds; ``None`` where a request has Python of its own."""
+        return None if self._processors.active else self.draft_plan
 
-        ``None`` where there can be none: a request has a processor of its own, which is Python.
-        """
-        if self._processors.active:
-            return None
+    @property
+    def draft_plan(self) -> Hashable:
+        """``plan`` for draft logits, which no request's processor sees."""
         return self._table.features, self._adjustments.plan
 
     def draft_probs(self, batch: int, gamma: int, dtype: torch.dtype) -> Tensor:

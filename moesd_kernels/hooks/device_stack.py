@@ -70,15 +70,25 @@ class Moe:
     shared_gate: Tensor | None = None
 
     def routed(
-        self, x: Tensor, delta: Tensor, norm: Tensor, eps: float
+        self, x: Tensor, delta: Tensor, norm: Tensor, eps: float, most: int | None
     ) -> tuple[Tensor, Tensor, TopK]:
-        """``x + delta`` and its norm, ``[T, H]``, and the experts of that."""
-        rule = self.top_k, self.renormalize, x.dtype if self.cast else torch.float32
+        """``x + delta`` and its norm, ``[T, H]``, and the experts of that, at most ``most``.
+
+        Those that are left share the whole weight of ``top_k``.
+        """
+        kept = min(most or self.top_k, self.top_k)
+        # Without renormalization the whole is a token's own, and known from all of its experts.
+        chosen = kept if self.renormalize else self.top_k
+        rule = chosen, self.renormalize, x.dtype if self.cast else torch.float32
         if x.shape[0] <= FEW_ROWS and x.shape[1] <= MAX_BLOCK:
             x, states, weights, ids = add_norm_route(x, delta, norm, eps, self.router, *rule)
         else:
             x, states = add_rms_norm(x, delta, norm, eps)
             weights, ids = topk_of_logits(F.linear(states, self.router), *rule)
+        if kept < chosen:
+            heaviest = weights[:, :kept]  # they come in descending order
+            weights = heaviest * (weights.sum(-1, keepdim=True) / heaviest.sum(-1, keepdim=True))
+            ids = ids[:, :kept].contiguous()
         return x, states, TopK(ids, weights)
 
     def then_norm(
@@ -162,11 +172,13 @@ class DeviceStack:
         mlps: bool,
         columns: Tensor | None,
         length: int | None = None,
+        most_experts: int | None = None,
     ) -> tuple[Tensor, Tensor, int]:
         """Layers from ``first`` up to ``stop``, as the C++ class runs them.
 
         Args:
             length: no position is as large; the whole row where it is not known.
+            most_experts: of a token, which share the weight of all that its router chooses.
         """
         for i in range(first, stop):
             layer = self._layers[i]
@@ -180,7 +192,10 @@ class DeviceStack:
             if wanted is not None:
                 x = x[wanted.flatten()]
             projected = product(attended, layer.out, layer.out_bias)
-            x, states = _block(layer, x, projected) if mlps else _add(layer, x, projected)
+            if mlps:
+                x, states = _block(layer, x, projected, most_experts)
+            else:
+                x, states = _add(layer, x, projected)
             if not mlps or layer.mlp is None:
                 return x, states, i
         return x, states, stop
@@ -190,11 +205,14 @@ def _add(layer: _Layer, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return add_rms_norm(x, delta, layer.post_norm, layer.epsilons[2])
 
 
-def _block(layer: _Layer, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+def _block(
+    layer: _Layer, x: Tensor, projected: Tensor, most_experts: int | None
+) -> tuple[Tensor, Tensor]:
     """Add the attention's output; then the layer's MLP and the norms around it, if it has one."""
     following = layer.following_norm, layer.epsilons[3]
     if isinstance(layer.mlp, Moe):
-        x, states, routing = layer.mlp.routed(x, projected, layer.post_norm, layer.epsilons[2])
+        norm = layer.post_norm, layer.epsilons[2]
+        x, states, routing = layer.mlp.routed(x, projected, *norm, most_experts)
         return layer.mlp.then_norm(x, states, routing, *following)
     x, states = _add(layer, x, projected)
     return (x, states) if layer.mlp is None else add_rms_norm(x, layer.mlp(states), *following)

@@ -16,7 +16,7 @@ from support.tiny import MOE_VOCAB, tiny_moe
 from torch import Tensor
 
 from decoder import SamplingParams
-from decoder.drafters.base import DraftChain
+from decoder.drafters.chain import DraftChain
 from decoder.drafters.eagle import EagleDrafter
 from decoder.model.attention import Placement, additive, reference_attention, register
 from decoder.model.runner import ModelRunner
@@ -152,8 +152,7 @@ def test_a_sampler_waits_for_nothing_and_sends_nothing(monkeypatch, verifier):
     logits = torch.zeros(B, G + 1, MOE_VOCAB, dtype=BF16, device=META)
     # From the host to the device is a wait, too, where the memory is not pinned.
     monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("sent to the device"))
-    state = StepState(rows, rows, rows, rows, positions, [5] * B, [0, 1, 2])
-    chain = DraftChain(sampler, state, G)
+    chain = DraftChain(sampler, rows, rows, G)
     for step in range(G):
         chain.draw(logits[:, step : step + 1])
     draft = chain.finish()

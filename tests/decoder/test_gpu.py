@@ -20,7 +20,7 @@ from support.tiny import tiny_moe
 import moesd_kernels
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter
-from decoder.drafters.base import DraftChain
+from decoder.drafters.chain import DraftChain
 from decoder.drafters.eagle import EagleDrafter
 from decoder.round import Draft, StepState
 from decoder.sampling import Probs, Sampler
@@ -132,7 +132,7 @@ class Round:
         )
 
     def run(self) -> None:
-        chain = DraftChain(self.sampler, self.state, G)
+        chain = DraftChain(self.sampler, self.rows, self.state.lengths, G)
         for step in range(G):
             chain.draw(self.draft_logits[:, step : step + 1])
         self.draft: Draft = chain.finish()

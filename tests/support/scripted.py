@@ -31,6 +31,11 @@ class GreedySampler:
         undefined = torch.zeros_like(positions, dtype=torch.bool)
         return SimpleNamespace(probs=None, argmax=logits.float().argmax(-1), undefined=undefined)
 
+    draft_plan = "greedy"
+
+    def all_greedy(self, rows: Tensor) -> bool:
+        return True
+
     def takes_argmax(self, rows: Tensor) -> bool:
         return True
 
@@ -63,7 +68,7 @@ class Script:
             drafter, sequences, rows, features,
         )  # fmt: skip
         self.lengths = [0] * len(rows)
-        self.history = torch.full((max(rows) + 1, 600), 7)
+        self.history = torch.full((max(rows, default=0) + 1, 600), 7)
 
     def admit(self, prompt_lengths: list[int]) -> None:
         """Prefill every row with the start of its sequence."""

@@ -71,17 +71,6 @@ def test_decoding_through_static_buffers(drafter):
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
 
 
-def test_eager_forwards_leave_the_buffers_alone():
-    runner = ModelRunner(tiny_moe(), 2, 40, attention="portable", static=True)
-    positions = torch.zeros(1, 1, dtype=torch.long)
-    before = len(runner._graphs)
-    with runner.eager():
-        runner.forward(torch.full_like(positions, 7), torch.zeros(1, dtype=torch.long), positions)
-    assert len(runner._graphs) == before
-    runner.forward(torch.full_like(positions, 7), torch.zeros(1, dtype=torch.long), positions)
-    assert len(runner._graphs) == before + 1
-
-
 class Counters:
     """Counts by row, written by a call that would count wrongly if it ran once more."""
 

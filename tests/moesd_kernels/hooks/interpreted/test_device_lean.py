@@ -9,6 +9,7 @@ import triton.runtime.interpreter as interpreter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import moesd_kernels
+from decoder.drafters.self_draft import ReducedRouting, find_experts
 from decoder.model import kernels
 from decoder.model.runner import ModelRunner
 from moesd_kernels.hooks.device_stack import DeviceStack
@@ -97,6 +98,9 @@ def test_the_models_own_results_in_few_launches(family, monkeypatch):
     got = runner.forward(*step, max_position=8, logits_positions=latest).logits
     torch.testing.assert_close(got, expected[:, -1:], rtol=1e-4, atol=1e-4)
 
+    if "num_experts_per_tok" in FAMILIES[family]:
+        check_fewer_experts(runner, step, monkeypatch)
+
     launches, run = Launches(monkeypatch), DeviceStack.run
 
     def watched(self, *args):
@@ -112,6 +116,18 @@ def test_the_models_own_results_in_few_launches(family, monkeypatch):
     runner.forward(*step, max_position=8)
     assert launches.counted.total() == LAUNCHES[family][0], launches.counted
     assert runner.continue_greedily(*step, 2, 8) is None  # a step by itself, on a GPU
+
+
+def check_fewer_experts(runner, step, monkeypatch):
+    """Those that a hook on the experts leaves, where the model runs module by module."""
+    reduced = ReducedRouting(find_experts(runner.model), 1)
+    with reduced(), torch.inference_mode(), monkeypatch.context() as patch:
+        walked, _ = runner.run(*step, 9, most_experts=1)
+        assert runner.limits_experts and not reduced.calls
+        patch.setattr(runner, "_lean", None)
+        expected, _ = runner.run(*step, 9)
+    assert reduced.calls == 1
+    torch.testing.assert_close(walked, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_head_that_the_kernel_does_not_take_runs_without_it(monkeypatch):
