@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from support.device.fake_graphs import fake_graphs
 from support.device.operations import OperationLog
 from support.eagle_reference import LAYER, H, random_layer, save
 from support.tiny import ragged_prompts, tiny_moe
-from torch.utils._python_dispatch import _disable_current_modes
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
@@ -22,7 +22,7 @@ BAD = 96  # a token that a model may have no numbers for
 GREEDY = SamplingParams(max_new_tokens=9)
 SAMPLED = SamplingParams(max_new_tokens=9, temperature=0.9, seed=3)
 PENALISED = SamplingParams(
-    max_new_tokens=9, temperature=0.9, seed=5, top_p=0.9, top_k=40, min_p=0.01,
+    max_new_tokens=9, temperature=0.9, seed=5, top_k=40, min_p=0.01,
     repetition_penalty=1.3, frequency_penalty=0.2, logit_bias={5: 2.0}, min_new_tokens=4,
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_rounds_in_graphs_give_the_same_tokens(monkeypatch, tmp_path, name, mix)
     captured = len(graphs)
     assert captured > 3
     assert outputs_of(engine, MIXES[mix]) == expected, "now every shape is replayed"
-    assert len(graphs) == captured
+    assert len(graphs) <= captured + 1, "a draft model's prefill, which it first caught up with"
 
 
 @pytest.mark.parametrize("name", ["none", "eagle"])
@@ -126,31 +126,21 @@ def test_a_round_that_cannot_be_captured_is_run_without_graphs(monkeypatch, tmp_
     assert not any(next(runs, None) for runs in left.values()), "every failure has come"
 
 
-def operations_of_rounds(engine: Any, params: SamplingParams) -> list[list[str]]:
-    """Of each round of three rows, but for those that begin or end some."""
-    for _ in range(2):  # in the first run everything is captured
-        rounds = []
-        for prompt in ([7, 8, 9], [5, 6, 7], [11, 12]):
-            engine.add(prompt, params)
+def operations_of_rounds(engine: Any, params: SamplingParams, graphs: list[Any]) -> list[list[str]]:
+    """Of a few rounds of three rows, but for those that are the first of their kind."""
+    for prompt in ([7, 8, 9], [5, 6, 7], [11, 12]):
+        engine.add(prompt, replace(params, max_new_tokens=45, ignore_eos=True))
+    for _ in range(2):  # the prefill, and a round in which a draft model may have to catch up
         engine.step()
-        while not engine.is_idle():
-            with OperationLog() as log:
-                progress = engine.step()
-            if not any(one.output for one in progress):
-                rounds.append(log.names)
+    rounds: list[list[str]] = []
+    while len(rounds) < 2:
+        known = len(graphs)
+        with OperationLog() as log:
+            engine.step()
+        if len(graphs) == known:
+            rounds.append(log.names)
+    assert len(engine._rounds.batch) == 3
     return rounds
-
-
-def without_its_own(drafter: Any, patch: pytest.MonkeyPatch) -> None:
-    """What the drafter itself does is not logged."""
-    for name in ("propose", "commit"):
-        method = getattr(drafter, name)
-
-        def unlogged(*args: Any, method: Any = method) -> Any:
-            with _disable_current_modes():
-                return method(*args)
-
-        patch.setattr(drafter, name, unlogged)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +148,11 @@ def without_its_own(drafter: Any, patch: pytest.MonkeyPatch) -> None:
     [*((name, "standard") for name in DRAFTERS), ("independent", "block"), ("eagle", "coupled")],
 )
 def test_few_operations_of_a_round_are_outside_of_graphs(monkeypatch, tmp_path, name, verifier):
-    """Arguments of three graphs, a draft's distributions, and the report: nothing else."""
-    fake_graphs(monkeypatch)
+    """The arguments of each graph in one copy, and the report; views are counted, too."""
+    graphs = fake_graphs(monkeypatch)
     for params in (GREEDY, SAMPLED, PENALISED)[verifier != "standard" :]:
         engine = engine_of(name, tmp_path, verifier, static=True)
-        without_its_own(engine.drafter, monkeypatch)
-        rounds = operations_of_rounds(engine, params)
-        assert rounds
-        for names in rounds:
+        for names in operations_of_rounds(engine, params, graphs):
             assert names.count("tolist") == 1, "the report"
-            assert len(names) <= 6, names
+            assert len(names) <= 8, names
+            assert names.count("aten._foreach_copy_.default") >= 3

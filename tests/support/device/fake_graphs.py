@@ -77,8 +77,7 @@ def fake_graphs(patch: pytest.MonkeyPatch) -> list[FakeGraph]:
     new_calls = CapturedCalls.__init__
 
     def capture(run: Callable[[], Any], pool: Any = None) -> tuple[FakeGraph, Any]:
-        for _ in range(3):
-            run()
+        run()
         graph = FakeGraph()
         with graph, pytest.MonkeyPatch.context() as strict:
             strict.setattr(Tensor, "tolist", _refused)
