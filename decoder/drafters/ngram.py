@@ -8,6 +8,7 @@ deterministic draft and needs no distribution.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def longest_recent_match(tokens: Tensor, lengths: Tensor, min_n: int, max_n: int
     for back in range(1, min(max_n, S)):
         suffix = tokens.gather(1, (lengths - back).clamp(min=0)[:, None])
         alive[:, back:] &= tokens[:, :-back] == suffix
-        alive[:, :back] = False
+        alive[:, :back].fill_(False)
         run += alive
     # One number orders by length first and recency second.
     score, end = torch.where(run >= min_n, run * S + column, -1).max(dim=1)
@@ -88,17 +89,36 @@ class NgramDrafter(StatelessDrafter):
             )
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
+        self._runner: ModelRunner | None = None
+
+    def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        self._runner = runner
 
     def match(self, state: StepState, gamma: int) -> tuple[Tensor, Tensor]:
         """Proposed tokens ``[B, gamma]`` and match length ``[B]`` (0: nothing to propose)."""
-        history = state.tokens[:, : max(state.host_lengths) + 1].index_select(0, state.rows)
-        match = longest_recent_match(history, state.lengths, self.min_ngram, self.max_ngram)
-        end = torch.where(match.length > 0, match.end, state.lengths - 1).clamp(min=0)
-        return continue_from(history, state.lengths, end, gamma), match.length
+        width = max(state.host_lengths) + 1
+        runner = self._runner
+        graphs = runner.graphs if runner is not None and runner.static else None
+        if graphs is None:
+            return self._match(state.tokens[:, :width], gamma, state.rows, state.lengths)
+        history = state.tokens[:, : graphs.view(width)]
+        run = partial(self._match, history, gamma)
+        key = self.name, history.data_ptr(), history.shape[1], gamma
+        copied, matched = graphs.call(key, run, [state.rows, state.lengths], [graphs.spare_row, 0])
+        return copied, matched
+
+    def _match(
+        self, history: Tensor, gamma: int, rows: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``match`` in ``history [max_batch_size + 1, S]``, with none in a row of one token."""
+        own = history.index_select(0, rows)
+        match = longest_recent_match(own, lengths, self.min_ngram, self.max_ngram)
+        end = torch.where(match.length > 0, match.end, lengths - 1).clamp(min=0)
+        return continue_from(own, lengths, end, gamma), match.length
 
     def propose(self, state: StepState, gamma: int) -> Draft:
         tokens, matched = self.match(state, gamma)
-        return Draft(tokens, None, torch.where(matched > 0, gamma, 0))
+        return Draft(tokens, None, (matched > 0) * gamma)
 
 
 class HybridDrafter:
@@ -131,6 +151,7 @@ class HybridDrafter:
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         self.model.bind(runner, sampler, max_gamma)
+        self.ngram.bind(runner, sampler, max_gamma)
 
     def admit(
         self, rows: Tensor, token_ids: Tensor, lengths: Tensor, hidden: Tensor | None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,8 +86,9 @@ class ReplayDrafter:
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         if self.cost is not None:
             self.cost.bind(runner, sampler, max_gamma)
-        B, device = runner.max_batch_size, runner.device
-        self._vocab_size = sampler.vocab_size
+        # One row more than there are is for padding in graphs.
+        B, device = runner.max_batch_size + 1, runner.device
+        self._runner, self._vocab_size = runner, sampler.vocab_size
         self._tokens = torch.zeros(B, 0, dtype=torch.int64, device=device)
         self._end = torch.zeros(B, dtype=torch.int64, device=device)  # recorded up to here
         self._seeds = torch.zeros(B, dtype=torch.int64, device=device)
@@ -114,16 +116,28 @@ class ReplayDrafter:
         if self.cost is not None:
             self.cost.propose(state, gamma)
         self._reserve(max(state.host_lengths) + 1 + gamma)
-        step = torch.arange(1, gamma + 1, device=state.rows.device)
-        positions = state.lengths[:, None] + step  # [B, G]
-        recorded, _ = self.recorded(state.rows, positions)
-        noise = position_noise(self._seeds[state.rows], positions)
+        graphs = self._runner.graphs if self._runner.static else None
+        inputs = [state.rows, state.lengths]
+        if graphs is None:
+            tokens, lengths = self._proposal(gamma, *inputs)
+        else:
+            key = "replay", gamma, self.alpha, self._tokens.data_ptr(), self._tokens.shape[1]
+            run = partial(self._proposal, gamma)
+            tokens, lengths = graphs.call(key, run, inputs, [graphs.spare_row, 0])
+        return Draft(tokens, None, lengths)
+
+    def _proposal(self, gamma: int, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, gamma]`` and how many of them a row of ``lengths`` tokens proposes."""
+        step = torch.arange(1, gamma + 1, device=rows.device)
+        positions = lengths[:, None] + step  # [B, G]
+        recorded, _ = self.recorded(rows, positions)
+        noise = position_noise(self._seeds[rows], positions)
         # The noise below alpha decides; above it, it also picks which wrong token to propose.
         spread = ((noise - self.alpha) / max(1.0 - self.alpha, 1e-12)).clamp(0.0, 1.0 - 1e-9)
         shift = 1 + (spread * (self._vocab_size - 1)).long()
         corrupted = (recorded + shift) % self._vocab_size
-        remaining = (self._end[state.rows] - state.lengths - 1).clamp(0, gamma)
-        return Draft(torch.where(noise < self.alpha, recorded, corrupted), None, remaining)
+        remaining = (self._end[rows] - lengths - 1).clamp(0, gamma)
+        return torch.where(noise < self.alpha, recorded, corrupted), remaining
 
     def recorded(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Recorded tokens at ``positions`` ``[B, Q]`` of rows ``[B]``, and where there are any."""

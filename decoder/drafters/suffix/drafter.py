@@ -108,12 +108,14 @@ class SuffixDrafter:
             if known <= length:  # an earlier call has failed
                 self._extend(row, known, state.tokens[row, known : length + 1].tolist())
         found = [self._path(row, gamma) for row in state.host_rows]
-        lengths = [len(path) for path in found]
-        paths = [
-            path + [token] * (gamma - len(path)) for path, token in zip(found, current, strict=True)
-        ]
-        device = state.rows.device
-        return Draft(torch.tensor(paths, device=device), None, torch.tensor(lengths, device=device))
+        packed = torch.tensor(
+            [
+                [*path, *[token] * (gamma - len(path)), len(path)]
+                for path, token in zip(found, current, strict=True)
+            ],
+            device=state.rows.device,
+        )
+        return Draft(packed[:, :gamma], None, packed[:, gamma])
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         emitted = torch.cat([state_before.current[:, None], verdict.tokens], dim=1).tolist()

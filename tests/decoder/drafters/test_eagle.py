@@ -214,6 +214,16 @@ def test_a_row_forgets_the_old_sequence(target: Any, runner: ModelRunner, tmp_pa
     check_round(script, case, target, 4, [0, 0])
 
 
+@torch.no_grad()
+def test_a_proposal_can_be_repeated(target: Any, runner: ModelRunner, tmp_path: Path) -> None:
+    """What it has brought up to date counts from the commit on."""
+    script = start(eagle1_case(tmp_path, target, layout="safetensors"), target, runner, 3)
+    script.round(3, [2, 0, 3])
+    state = script.state()
+    first, second = (script.drafter.propose(state, 4).tokens.tolist() for _ in range(2))
+    assert first == second
+
+
 def test_needs_hidden_states(target: Any, runner: ModelRunner, tmp_path: Path) -> None:
     case = eagle1_case(tmp_path, target, layout="safetensors")
     drafter = EagleDrafter(case.path)

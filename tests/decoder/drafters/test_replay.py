@@ -12,7 +12,7 @@ from decoder.drafters.replay import ReplayDrafter, position_noise
 
 
 def bound(drafter: ReplayDrafter, rows: int = 4, vocab: int = 50) -> ReplayDrafter:
-    runner = SimpleNamespace(max_batch_size=rows, device=torch.device("cpu"))
+    runner = SimpleNamespace(static=False, max_batch_size=rows, device=torch.device("cpu"))
     drafter.bind(runner, GreedySampler(vocab), 6)  # type: ignore[arg-type]
     return drafter
 
