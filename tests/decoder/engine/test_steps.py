@@ -16,6 +16,7 @@ from support.tiny import ragged_prompts, tiny_moe
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
+from decoder.drafters.ngram import NgramDrafter
 from decoder.drafters.self_draft import SelfDrafter
 
 BAD = 96  # a token that a model may have no numbers for
@@ -37,6 +38,7 @@ DRAFTERS: dict[str, Any] = {
     "independent": lambda _: IndependentDrafter(tiny_moe(seed=1, layers=1)),
     "eagle": eagle,
     "self": lambda _: SelfDrafter(),
+    "ngram": lambda _: NgramDrafter(2, 1),
 }
 
 
