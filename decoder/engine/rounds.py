@@ -57,7 +57,7 @@ class Rounds:
         width = runner.max_length + longest_draft + 2
         self.batch = LiveBatch(runner.max_batch_size, width, runner.device)
         self._clock = PhaseClock(runner.device)
-        self._verify = Verification(runner, sampler, self.batch, self._clock)
+        self._verify = Verification(runner, sampler, self.batch, self._clock, longest_draft)
         self._tolerance = Tolerance()
 
     def admit(

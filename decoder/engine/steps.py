@@ -81,11 +81,15 @@ class RoundSteps:
         runner: of the target.
         sampler: decides on tokens.
         batch: the live rows.
+        longest_draft: that there is.
     """
 
-    def __init__(self, runner: ModelRunner, sampler: Sampler, batch: LiveBatch) -> None:
+    def __init__(
+        self, runner: ModelRunner, sampler: Sampler, batch: LiveBatch, longest_draft: int
+    ) -> None:
         self._runner, self._sampler, self._batch = runner, sampler, batch
         self._logits = SharedMemory(runner.device)
+        self._largest = runner.max_batch_size * (longest_draft + 1) * runner.vocab_size
         # Of padding: rows that nobody lives in, at a position that no row has.
         self._nowhere = [runner.max_batch_size, runner.max_length]
 
@@ -113,8 +117,7 @@ class RoundSteps:
         runner, layers = self._runner, None if hidden_layers is None else tuple(hidden_layers)
         last = min(max(state.host_lengths) + gamma, runner.max_length - 1)
         shape = graphs.bucket(B), gamma + 1, runner.vocab_size
-        largest = runner.max_batch_size * (gamma + 1) * runner.vocab_size
-        logits = self._logits.shaped(shape, runner.logits_dtype, largest)
+        logits = self._logits.shaped(shape, runner.logits_dtype, self._largest)
         view = graphs.view(last + 1)
         inputs, padding = [state.rows, state.lengths, state.current], [*self._nowhere, 0]
         if draft is not None:

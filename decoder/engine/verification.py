@@ -70,16 +70,22 @@ class Verification:
         sampler: decides on tokens.
         batch: the live rows.
         clock: of the round.
+        longest_draft: that there is.
 
     Attributes:
         steps: of a round; the last of them commits what this finds out.
     """
 
     def __init__(
-        self, runner: ModelRunner, sampler: Sampler, batch: LiveBatch, clock: PhaseClock
+        self,
+        runner: ModelRunner,
+        sampler: Sampler,
+        batch: LiveBatch,
+        clock: PhaseClock,
+        longest_draft: int,
     ) -> None:
         self._runner, self._sampler, self._clock = runner, sampler, clock
-        self.steps = RoundSteps(runner, sampler, batch)
+        self.steps = RoundSteps(runner, sampler, batch, longest_draft)
 
     def __call__(
         self,

@@ -118,6 +118,22 @@ def test_the_models_own_results_in_few_launches(family, monkeypatch):
     assert runner.continue_greedily(*step, 2, 8) is None  # a step by itself, on a GPU
 
 
+@pytest.mark.parametrize("family", ["Qwen3Moe"])
+def test_prompts_take_the_same_walk(family, monkeypatch):
+    """Too long for fixed buffers, ragged, their last logits alone."""
+    model = build(family)
+    ids = torch.randint(1, 50, (2, 35), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([35, 21])
+    with torch.no_grad():
+        every = model(ids).logits
+    runner = ModelRunner(model, 4, 62, static=True)
+    walks, run = [], DeviceStack.run
+    monkeypatch.setattr(DeviceStack, "run", lambda *args: walks.append(args) or run(*args))
+    logits = runner.prefill(torch.tensor([2, 0]), ids, lengths).logits
+    assert walks and len(runner._graphs) == 0
+    torch.testing.assert_close(logits[:, 0], every[[0, 1], lengths - 1], rtol=1e-4, atol=1e-4)
+
+
 def check_fewer_experts(runner, step, monkeypatch):
     """Those that a hook on the experts leaves, where the model runs module by module."""
     reduced = ReducedRouting(find_experts(runner.model), 1)
