@@ -62,7 +62,7 @@ class Drafter(Protocol):
 
         Args:
             state_before: the state that ``propose`` saw (or, at gamma 0, would have seen).
-            verdict: accepted counts ``[B]`` and emitted tokens ``[B, G + 1]``.
+            verdict: accepted counts ``[B]`` and emitted tokens ``[B, G + 1]``, also on the host.
             hidden: ``[B, G + 1, n * H]`` of the verify forward.
         """
 

@@ -224,7 +224,7 @@ class EagleDrafter:
         """
         positions = lengths[:, None] - W + torch.arange(W, device=rows.device)
         places = (positions + 1).clamp(min=0, max=history.shape[1] - 1)
-        tokens = history[rows.clamp(max=history.shape[0] - 1)[:, None], places]
+        tokens = history[rows[:, None], places]
         fused = self.head.fuse(self._ring[rows[:, None], positions % self._ring_size])
         live = torch.where(positions >= self._synced[rows][:, None], positions, -1)
         return self._forward(tokens, fused, rows, reach.place(live, -1), reach.length(-1))
@@ -233,7 +233,8 @@ class EagleDrafter:
         self, tokens: Tensor, hidden: Tensor, rows: Tensor, positions: Tensor, length: int
     ) -> Tensor:
         """One head pass; no position reaches ``length``."""
-        rows = rows.clamp(max=self.cache.num_rows - 1)  # of padding, which no cache row is for
+        if self._capturable:  # of padding in a graph, which no cache row is meant for
+            rows = rows.clamp(max=self.cache.num_rows - 1)
         self.cache.select(rows, positions)
         placement = Placement(rows, positions, length, self._attention)
         with placed(placement):

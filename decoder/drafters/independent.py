@@ -200,7 +200,7 @@ def _opening(
 
     Args:
         lag: more tokens than the last two.
-        history: of all rows, by position.
+        history: of all rows and of padding, by position.
         rows, lengths, current, previous: of the state.
     """
     if not lag:
@@ -208,6 +208,6 @@ def _opening(
         return torch.stack([previous, current], dim=1), positions
     positions = lengths[:, None] + torch.arange(-1 - lag, 1, device=rows.device)
     places = positions.clamp(min=0, max=history.shape[1] - 1)
-    tokens = history[rows.clamp(max=history.shape[0] - 1)[:, None], places]
+    tokens = history[rows[:, None], places]
     # A row shorter than the backlog of another has nothing before position 0.
     return tokens, torch.where(positions >= 0, positions, -1)

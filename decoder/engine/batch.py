@@ -100,7 +100,8 @@ class LiveBatch:
     def advance(self, verdict: Verdict, host_accepted: Sequence[int]) -> None:
         """Commit a round: ``lengths += accepted + 1``, and that is the whole rollback."""
         old = self.state
-        self.become(self.moved(old.rows, old.lengths, old.current, *verdict), host_accepted)
+        moved = self.moved(old.rows, old.lengths, old.current, verdict.accepted, verdict.tokens)
+        self.become(moved, host_accepted)
 
     def moved(
         self, rows: Tensor, lengths: Tensor, current: Tensor, accepted: Tensor, tokens: Tensor

@@ -263,11 +263,11 @@ class Rounds:
         """Every row takes what was decided; returns those that could not."""
         verdict, report = verified.verdict, verified.report
         drafted = verified.drafted if verified.gamma else None
-        learn = partial(self.drafter.commit, self.batch.state, verdict, verified.hidden)
+        known = verdict._replace(texts=[row[3:] for row in report])
+        learn = partial(self.drafter.commit, self.batch.state, known, verified.hidden)
         self._tolerance.call("the drafter's commit", learn, None)
         self._mark("draft")
-        accepted = [row[2] for row in report]
-        self._verify.steps.commit(verified.graphs, verdict, drafted, accepted)
+        self._verify.steps.commit(verified.graphs, verdict, drafted, [row[2] for row in report])
         failed = []
         outcomes = zip(self.batch.sequences, report, verified.logprobs, strict=True)
         for sequence, (_, proposed, kept, *emitted), values in outcomes:

@@ -174,8 +174,8 @@ class RoundSteps:
             draft = self.cut(Draft(tokens, probs, counts), rows, lengths)
         limit = self._runner.max_length
         positions = placed(lengths, logits.shape[1], limit, limit)
-        decision = decided(self._sampler, logits, rows, positions, draft)
-        return [decision.report, *decision.verdict, decision.drafted]
+        verdict, counted, report, _ = decided(self._sampler, logits, rows, positions, draft)
+        return [report, verdict.accepted, verdict.tokens, counted]
 
     def cut(self, draft: Draft, rows: Tensor, lengths: Tensor) -> Draft:
         """The draft with no more tokens in a row than it may still emit; waits for nothing."""
@@ -201,7 +201,8 @@ class RoundSteps:
             retried(partial(sampler.commit, state.rows, verdict.tokens, counts, drafted))
             retried(partial(batch.advance, verdict, accepted))
             return
-        inputs = [state.rows, state.lengths, state.current, *verdict]
+        decided = verdict.accepted, verdict.tokens
+        inputs = [state.rows, state.lengths, state.current, *decided]
         padding = [*self._nowhere, 0, 0, 0]
         if drafted is not None:
             inputs, padding = [*inputs, drafted], [*padding, 0]

@@ -15,7 +15,7 @@ import torch
 from support.tiny import MOE_VOCAB
 from torch import Tensor
 
-from decoder.round import Draft, StepState
+from decoder.round import Draft, StepState, Verdict
 
 
 class GreedySampler:
@@ -114,7 +114,7 @@ class Script:
             if hidden is not None and self.features is not None:
                 hidden[row, : count + 1] = self.features[row][start : start + count + 1]
             self.lengths[row] += count + 1
-        verdict = SimpleNamespace(accepted=torch.tensor(accepted), tokens=tokens)
+        verdict = Verdict(torch.tensor(accepted), tokens)
         self.drafter.commit(before, verdict, hidden)
         return draft
 

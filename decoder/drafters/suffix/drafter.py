@@ -99,28 +99,25 @@ class SuffixDrafter:
             self._start(row, tokens[:length])
 
     def propose(self, state: StepState, gamma: int) -> Draft:
-        current = state.current.tolist()
-        for (row, length), token in zip(state.rows_and_lengths(), current, strict=True):
-            self._extend(row, length, [token])
+        for row, length in state.rows_and_lengths():
             if row not in self._rows or len(self._rows[row].tokens) > length + 1:
                 self._start(row, [])
-            known = len(self._rows[row].tokens)
-            if known <= length:  # an earlier call has failed
-                self._extend(row, known, state.tokens[row, known : length + 1].tolist())
-        found = [self._path(row, gamma) for row in state.host_rows]
+            self._read(state, row, length)
+        found = [(row, self._path(row, gamma)) for row in state.host_rows]
         packed = torch.tensor(
             [
-                [*path, *[token] * (gamma - len(path)), len(path)]
-                for path, token in zip(found, current, strict=True)
+                [*path, *self._rows[row].tokens[-1:] * (gamma - len(path)), len(path)]
+                for row, path in found
             ],
             device=state.rows.device,
         )
         return Draft(packed[:, :gamma], None, packed[:, gamma])
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
-        emitted = torch.cat([state_before.current[:, None], verdict.tokens], dim=1).tolist()
+        emitted = verdict.tokens.tolist() if verdict.texts is None else verdict.texts
         for (row, length), tokens in zip(state_before.rows_and_lengths(), emitted, strict=True):
-            self._extend(row, length, [token for token in tokens if token >= 0])
+            self._read(state_before, row, length)
+            self._extend(row, length + 1, [token for token in tokens if token >= 0])
 
     def release(self, rows: Sequence[int]) -> None:
         for row in rows:
@@ -131,6 +128,12 @@ class SuffixDrafter:
     def forget_finished(self) -> None:
         """Look in live sequences only, from now on."""
         self._shared.forget_closed()
+
+    def _read(self, state: StepState, row: int, length: int) -> None:
+        """What ``row`` lacks up to ``current``: the first token, or where a call has failed."""
+        live = self._rows.get(row)
+        if live is not None and (known := len(live.tokens)) <= length:
+            self._extend(row, known, state.tokens[row, known : length + 1].tolist())
 
     def _start(self, row: int, tokens: list[int]) -> None:
         self.release([row])
