@@ -18,6 +18,7 @@ from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
 from decoder.drafters.ngram import NgramDrafter
 from decoder.drafters.self_draft import SelfDrafter
+from decoder.drafters.suffix import SuffixDrafter
 
 BAD = 96  # a token that a model may have no numbers for
 GREEDY = SamplingParams(max_new_tokens=9)
@@ -39,6 +40,7 @@ DRAFTERS: dict[str, Any] = {
     "eagle": eagle,
     "self": lambda _: SelfDrafter(),
     "ngram": lambda _: NgramDrafter(2, 1),
+    "suffix": lambda _: SuffixDrafter(),
 }
 
 
