@@ -8,6 +8,7 @@ of rows that have either run as they do on a CPU, but for the forward.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from decoder.drafters.base import within
+from decoder.errors import reason
 from decoder.model.capture import SharedMemory
 from decoder.model.graphs import StepGraphs
 from decoder.model.runner import ModelRunner
@@ -25,6 +27,8 @@ from decoder.sampling import Probs, Sampler
 
 from .batch import LiveBatch
 from .recovery import retried
+
+logger = logging.getLogger(__name__)
 
 
 class Decision(NamedTuple):
@@ -196,18 +200,25 @@ class RoundSteps:
             accepted: ``verdict.accepted``, on the host.
         """
         state, sampler, batch = self._batch.state, self._sampler, self._batch
-        if graphs is None:
-            counts = verdict.accepted + 1
-            retried(partial(sampler.commit, state.rows, verdict.tokens, counts, drafted))
-            retried(partial(batch.advance, verdict, accepted))
-            return
-        decided = verdict.accepted, verdict.tokens
-        inputs = [state.rows, state.lengths, state.current, *decided]
+        if graphs is not None:
+            try:
+                batch.become(self._captured_commit(graphs, verdict, drafted), accepted)
+                return
+            except Exception as error:
+                logger.debug("committed without a graph after %s", reason(error), exc_info=True)
+        counts = verdict.accepted + 1
+        retried(partial(sampler.commit, state.rows, verdict.tokens, counts, drafted))
+        retried(partial(batch.advance, verdict, accepted))
+
+    def _captured_commit(
+        self, graphs: StepGraphs, verdict: Verdict, drafted: Tensor | None
+    ) -> list[Tensor]:
+        state = self._batch.state
+        inputs = [state.rows, state.lengths, state.current, verdict.accepted, verdict.tokens]
         padding = [*self._nowhere, 0, 0, 0]
         if drafted is not None:
             inputs, padding = [*inputs, drafted], [*padding, 0]
-        key = "commit", sampler.plan
-        batch.become(retried(partial(graphs.call, key, self._commit, inputs, padding)), accepted)
+        return graphs.call(("commit", self._sampler.plan), self._commit, inputs, padding)
 
     def _commit(
         self,
@@ -218,5 +229,7 @@ class RoundSteps:
         tokens: Tensor,
         *drafted: Tensor,
     ) -> list[Tensor]:
+        moved = self._batch.moved(rows, lengths, current, accepted, tokens)
+        # Last, for nothing may raise once something is counted.
         self._sampler.commit(rows, tokens, accepted + 1, *drafted)
-        return self._batch.moved(rows, lengths, current, accepted, tokens)
+        return moved

@@ -21,9 +21,9 @@ Result = TypeVar("Result")
 _STREAMS: dict[int, torch.cuda.Stream] = {}
 # Graphs whose capture failed. Torch's allocator goes on asking them which memory is theirs.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
-# Calls kept. A run of a hundred rows that end one by one needs some sixty, each the size of what it
-# takes and returns; what is dropped is captured again when it comes back.
-MAX_ENTRIES = 128
+# Calls kept. A run of a hundred rows that end one by one has some sixty shapes of rounds, of four
+# calls each; what is dropped is captured again when it comes back.
+MAX_ENTRIES = 256
 
 
 def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:

@@ -115,7 +115,7 @@ def test_a_round_that_cannot_be_captured_is_run_without_graphs(monkeypatch, tmp_
     fake_graphs(monkeypatch)
     engine = engine_of("independent", tmp_path, static=True)
     steps, left = engine._rounds._verify.steps, {}
-    for step, runs in (("_decide", (1, 3)), ("_commit", (1,))):  # in both attempts, in the first
+    for step, runs in (("_decide", (1, 3)), ("_commit", (1,))):  # every attempt that there is
         method = getattr(steps, step)
 
         def fails(*args: Any, step: str = step, method: Any = method) -> Any:
