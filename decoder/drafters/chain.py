@@ -97,8 +97,13 @@ class DraftChain:
         self._tokens, self._undefined = tokens, [undefined]
         return self.finish()
 
-    def finish(self, limit: int | None = None) -> Draft:
-        """The draft; of a model of ``limit`` positions as many tokens as those have room for."""
+    def finish(self, limit: int | None = None, to: Tensor | None = None) -> Draft:
+        """The draft of all steps.
+
+        Args:
+            limit: positions of the model, which cut it; ``None`` leaves that to the caller.
+            to: where its distributions go, ``[B, G, V]``; ``None`` is memory of its own.
+        """
         gamma = self._tokens.shape[1]
         if limit is None:
             lengths = torch.full_like(self._rows, gamma)
@@ -107,7 +112,8 @@ class DraftChain:
         undefined = torch.cat(self._undefined, dim=1)
         if not on_host(undefined.device) or bool(undefined.any()):
             lengths = leading(~undefined, lengths)
-        return Draft(self._tokens, torch.cat(self._probs, dim=1) if self._probs else None, lengths)
+        probs = torch.cat(self._probs, dim=1, out=to) if self._probs else None
+        return Draft(self._tokens, probs, lengths)
 
 
 # Of ``rows``, ``lengths``, ``current`` and ``previous`` ``[B]``.
@@ -160,9 +166,7 @@ class Chains:
             probs = self._sampler.draft_probs(*shape, self._dtype)
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            draft = steps(reach, *inputs).finish(self._limit)
-            if probs is not None and draft.probs is not None:
-                probs.copy_(draft.probs)
+            draft = steps(reach, *inputs).finish(self._limit, probs)
             return [draft.tokens, draft.lengths]
 
         place = None if probs is None else probs.data_ptr()
