@@ -1,7 +1,8 @@
-"""Every result starts poisoned: a value that was never written is seen."""
+"""What interpreted tests share, and their yardstick."""
 
 import pytest
-import torch
+from support.interpreted import patched_once as patched_once
+from support.interpreted import poisoned_empty as poisoned_empty
 
 from moesd_kernels.dense import ops
 
@@ -11,14 +12,3 @@ def cpu_operators():
     """The yardstick, ``torch.ops.moesd`` on the CPU."""
     if reason := ops.unavailable():
         pytest.skip(reason)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    def poison(tensor):
-        # A place or number this large lies outside every table.
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**28)
-
-    for name in ("empty", "empty_like"):
-        made = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: poison(made(*a, **k)))

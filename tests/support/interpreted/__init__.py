@@ -1,0 +1,43 @@
+"""Fixtures for the ``conftest.py`` of folders whose tests run interpreted kernels."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and workspaces start poisoned: a value that was never written is seen."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        # A place or number this large lies outside every table.
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**28)
+
+    for name in ("empty", "empty_like"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: poison(made(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton makes its language the interpreter's again at every call of a function in a kernel,
+    which takes most of a small kernel's time; where it already is, nothing is left to do."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:
+        return
+
+    def once(function: FunctionType) -> Any:
+        seen = function.__globals__.values()
+        used = [lang for lang in (tl, tl.core) if any(value is lang for value in seen)]
+        if any(tl.core.is_builtin(lang.load) for lang in used):
+            return patch(function)
+        return None  # what a launch would restore; calls within one do not
+
+    monkeypatch.setattr(interpreter, "_patch_lang", once)
