@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -111,13 +112,14 @@ def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | 
 
 
 @functools.cache
-def nucleus_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """``(probs [..., V], top_p [..., 1]) -> threshold [..., 1]`` in one launch, or ``None``."""
-    if not on_gpu(device) or dtype != torch.float32:
+def sampling_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
+    """The sampler's ``probs``, ``race``, ``rejection`` and ``agree`` as kernels, or ``None``."""
+    if not on_gpu(device) or dtype not in _DTYPES:
         return None
-    from moesd_kernels.dense.nucleus_kernel import nucleus_threshold
+    from moesd_kernels.dense.triton.sampling import ops
 
-    return nucleus_threshold
+    names = ("probs", "race", "rejection", "agree")
+    return SimpleNamespace(**{name: _guarded(getattr(ops, name)) for name in names})
 
 
 @functools.cache

@@ -1,12 +1,18 @@
-"""Greedy verification and standard rejection sampling."""
+"""Greedy verification, standard rejection sampling, and any verifier's decision by kernels."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from decoder.model import kernels
 from decoder.round import Draft, Verdict
 
+from .distribution import Probs
+from .rng import Stream
+from .rows import RowTable
 from .verdict import leading
 
 
@@ -17,9 +23,33 @@ def verify_greedy(target_argmax: Tensor, draft: Draft) -> Verdict:
         target_argmax: ``[B, G + 1]`` int64.
         draft: proposals; their distributions do not matter.
     """
+    ops = kernels.sampling_ops(target_argmax.device, torch.float32)
+    if ops is not None:
+        return Verdict(*ops.agree(target_argmax, draft.tokens, draft.lengths))
     accepted = leading(draft.tokens == target_argmax[:, : draft.gamma], draft.lengths)
     index = torch.arange(draft.gamma + 1, device=accepted.device)
     return Verdict(accepted, torch.where(index <= accepted[:, None], target_argmax, -1))
+
+
+def verify_by(
+    ops: Any,
+    verifier: str,
+    target: Probs,
+    draft: Draft,
+    rows: Tensor,
+    positions: Tensor,
+    table: RowTable,
+) -> Verdict:
+    """Any verifier's decision by the kernels ``ops``; arguments as of ``Sampler.verify``."""
+    if verifier == "coupled":
+        own = ops.race(target.probs, rows, table.seeds, positions, int(Stream.TARGET))
+        return verify_greedy(own, draft)
+    drafted = draft.tokens, draft.probs, draft.lengths
+    noise = rows, table.seeds, table.rounds, positions
+    by_block = verifier == "block"
+    return Verdict(
+        *ops.rejection(target.probs, *drafted, target.undefined, *noise, by_block=by_block)
+    )
 
 
 def accept_standard(target_probs: Tensor, draft: Draft, uniforms: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from decoder.model import kernels
 from decoder.round import on_host
 
 from .argmax import first_argmax
-from .nucleus import nucleus_threshold
+from .nucleus import bisected_threshold
 from .rows import RowTable
 
 _CANDIDATES = 256  # the nucleus of a trained model rarely holds more tokens
@@ -44,6 +44,31 @@ def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
     best = first_argmax(logits)
     top = logits.gather(-1, best[..., None])[..., 0]
     return best, ~(top > float("-inf"))
+
+
+def sampled(logits: Tensor, rows: Tensor, table: RowTable, overwrite: bool) -> Probs:
+    """What rows are drawn from of which some are not greedy.
+
+    Args:
+        logits: ``[B, Q, V]`` floating, already penalised.
+        rows: ``[B]`` int64.
+        table: the rows' parameters.
+        overwrite: whether ``logits`` may be.
+    """
+    ops = kernels.sampling_ops(logits.device, logits.dtype)
+    if ops is not None:
+        limits = (table.temperature, table.top_k, table.top_p, table.min_p)
+        probs, undefined = ops.probs(logits, rows, table.greedy, *limits)
+        return Probs(probs, None, undefined)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(dtype, copy=table.features.scales_logits and not overwrite)
+    choice = most_probable(logits) if table.features.any_greedy else None
+    probs, undefined = truncated(logits, rows, table)
+    if choice is not None:
+        greedy = table.greedy[rows]
+        probs = one_hot_where(greedy, choice[0], probs)
+        undefined = torch.where(greedy[:, None], choice[1], undefined)
+    return Probs(probs, None, undefined)
 
 
 def truncated(logits: Tensor, rows: Tensor, table: RowTable) -> tuple[Tensor, Tensor]:
@@ -103,7 +128,7 @@ def _nucleus_threshold(probs: Tensor, rows: Tensor, table: RowTable) -> Tensor:
     """Probability of the last token of the smallest set whose sum reaches top-p."""
     top_p = table.top_p[rows].double()[:, None, None]
     if not on_host(probs.device):
-        return nucleus_threshold(probs, top_p)
+        return bisected_threshold(probs, top_p)
     counts = _candidate_counts(probs, table)
     for count in counts:
         largest = probs.topk(count, dim=-1).values

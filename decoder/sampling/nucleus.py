@@ -1,4 +1,4 @@
-"""Where top-p cuts a row, found without sorting the vocabulary: for accelerators.
+"""Where top-p cuts a row, found without sorting the vocabulary: for accelerators without Triton.
 
 The nucleus is the smallest set of most probable tokens whose sum reaches top-p, ties with its last
 token included. That token's probability is the smallest value v of the row such that the values
@@ -15,11 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decoder.model import kernels
 
-
-def nucleus_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
-    """Smallest probability of each row's nucleus, by the kernel where there is one.
+def bisected_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
+    """Smallest probability of each row's nucleus.
 
     Args:
         probs: ``[..., V]`` fp32 or fp64, non-negative, rows of a sum below 2.
@@ -28,12 +26,6 @@ def nucleus_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
     Returns:
         ``[..., 1]`` in the dtype of ``probs``; 0 where all is kept. No host synchronisation.
     """
-    op = kernels.nucleus_op(probs.device, probs.dtype)
-    return (op or bisected_threshold)(probs, top_p)
-
-
-def bisected_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
-    """``nucleus_threshold`` in PyTorch: the reference, and the form for fp64 and without Triton."""
     integer, steps = (torch.int64, 62) if probs.dtype == torch.float64 else (torch.int32, 31)
     bits = probs.contiguous().view(integer)
     mass = (probs.double() + 1.0) - 1.0

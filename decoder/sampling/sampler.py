@@ -11,15 +11,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from decoder.model import kernels
 from decoder.model.capture import SharedMemory
 from decoder.requests.params import SamplingParams
 from decoder.round import Draft, Verdict
 
 from . import rng
-from .accept import accept_standard, verify_greedy
+from .accept import accept_standard, verify_by, verify_greedy
 from .block import accept_block
 from .coupled import race, verify_coupled
-from .distribution import Probs, most_probable, one_hot_where, truncated
+from .distribution import Probs, most_probable, sampled
 from .logprobs import TokenLogprobs, token_logprobs
 from .penalties import Adjustments
 from .processors import LogitsProcessor, ProcessorTable
@@ -160,26 +161,17 @@ class Sampler:
         if logits.shape[-1] != self.vocab_size:
             raise ValueError(f"logits must be [B, Q, {self.vocab_size}], got {list(logits.shape)}")
         adjusted = self._adjustments.active
-        greedy_only = self.all_greedy(rows)
-        if adjusted or not greedy_only:
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            overwritten = adjusted or self._table.features.scales_logits
-            logits = logits.to(dtype, copy=overwritten)
         if adjusted:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            logits = logits.to(dtype, copy=True)
             logits = self._adjustments.apply(logits, rows, positions, prefix)
-        if greedy_only:
+        if self.all_greedy(rows):
             return Probs(None, *most_probable(logits))
-        choice = most_probable(logits) if self._table.features.any_greedy else None
-        probs, undefined = truncated(logits, rows, self._table)
-        if choice is not None:
-            greedy = self._table.greedy[rows]
-            probs = one_hot_where(greedy, choice[0], probs)
-            undefined = torch.where(greedy[:, None], choice[1], undefined)
-        return Probs(probs, None, undefined)
+        return sampled(logits, rows, self._table, overwrite=adjusted)
 
     def draw(self, probs: Probs, rows: Tensor, positions: Tensor) -> Tensor:
         """Tokens ``[B]`` of the target itself at ``positions`` ``[B]``, from ``probs`` (Q = 1)."""
-        return self._draw(probs, self._table.seeds[rows], positions, Stream.TARGET)
+        return self._draw(probs, rows, positions, Stream.TARGET)
 
     def draw_draft(self, probs: Probs, rows: Tensor, positions: Tensor) -> Tensor:
         """Proposals ``[B]`` from the draft's distribution ``probs`` (Q = 1).
@@ -188,7 +180,7 @@ class Sampler:
         """
         if self.verifier == "coupled":
             return self.draw(probs, rows, positions)
-        return self._draw(probs, self._round_seeds(rows), positions, Stream.DRAFT)
+        return self._draw(probs, rows, positions, Stream.DRAFT)
 
     def verify(self, target: Probs, draft: Draft, rows: Tensor, positions: Tensor) -> Verdict:
         """Keep the drafts that the target would have produced, and choose the token after them.
@@ -205,6 +197,8 @@ class Sampler:
         if target.argmax is not None:
             return verify_greedy(target.argmax, draft)
         assert target.probs is not None
+        if (ops := kernels.sampling_ops(self.device, target.probs.dtype)) is not None:
+            return verify_by(ops, self.verifier, target, draft, rows, positions, self._table)
         seeds = self._table.seeds[rows]
         if self.verifier == "coupled":
             return verify_coupled(target.probs, draft, rng.key(seeds, positions, Stream.TARGET))
@@ -293,8 +287,14 @@ class Sampler:
         """
         return rng.fold(self._table.seeds[rows], self._table.rounds[rows])
 
-    def _draw(self, probs: Probs, seeds: Tensor, positions: Tensor, stream: Stream) -> Tensor:
+    def _draw(self, probs: Probs, rows: Tensor, positions: Tensor, stream: Stream) -> Tensor:
         if probs.argmax is not None:
             return probs.argmax[:, 0]
         assert probs.probs is not None
+        drafts = stream is Stream.DRAFT
+        if (ops := kernels.sampling_ops(self.device, probs.probs.dtype)) is not None:
+            rounds = self._table.rounds if drafts else None
+            noise = (self._table.seeds, positions[:, None], int(stream), rounds)
+            return ops.race(probs.probs, rows, *noise)[:, 0]
+        seeds = self._round_seeds(rows) if drafts else self._table.seeds[rows]
         return race(probs.probs[:, 0], rng.key(seeds, positions, stream))

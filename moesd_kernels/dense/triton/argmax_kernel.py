@@ -15,17 +15,17 @@ from .launch import check_floating, dependent_launch, rows_of
 BLOCK = 4096
 NUM_WARPS = 4
 
-_NAN_ORDER = tl.constexpr(0x7FFFFFFF)
-_NOTHING = tl.constexpr(-0x80000000)  # below the order of -inf
-_INFINITE_ORDER = tl.constexpr(-0x7F800001)  # the order of -inf
+NAN_ORDER = tl.constexpr(0x7FFFFFFF)
+NOTHING = tl.constexpr(-0x80000000)  # below the order of -inf
+LOWEST_ORDER = tl.constexpr(-0x7F800001)  # the order of -inf
 
 
 @triton.jit
-def _order(x):
+def order(x):
     """int32 that order fp32 as numbers, all NaN above all of them; both zeros are 0."""
     bits = x.to(tl.int32, bitcast=True)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(x != x, _NAN_ORDER, tl.where(x == 0.0, 0, order))
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(x != x, NAN_ORDER, tl.where(x == 0.0, 0, ordered))
 
 
 @triton.jit
@@ -43,10 +43,10 @@ def _argmax_part_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride_xr + column, mask=column < V, other=0.0).to(tl.float32)
-    order = tl.where(column < V, _order(x), _NOTHING)
-    best = tl.max(order, 0)
+    ordered = tl.where(column < V, order(x), NOTHING)
+    best = tl.max(ordered, 0)
     tl.store(orders_ptr + row * tl.num_programs(1) + part, best)
-    place = tl.min(tl.where(order == best, column, 0x7FFFFFFF), 0)
+    place = tl.min(tl.where(ordered == best, column, 0x7FFFFFFF), 0)
     tl.store(places_ptr + row * tl.num_programs(1) + part, place)
 
 
@@ -64,12 +64,12 @@ def _argmax_join_kernel(
     pdl_wait(PDL)
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS_PAD)
     inside = part < PARTS
-    order = tl.load(orders_ptr + row * PARTS + part, mask=inside, other=_NOTHING)
+    ordered = tl.load(orders_ptr + row * PARTS + part, mask=inside, other=NOTHING)
     place = tl.load(places_ptr + row * PARTS + part, mask=inside, other=0x7FFFFFFF)
-    best = tl.max(order, 0)
-    place = tl.min(tl.where(order == best, place, 0x7FFFFFFF), 0)
+    best = tl.max(ordered, 0)
+    place = tl.min(tl.where(ordered == best, place, 0x7FFFFFFF), 0)
     tl.store(ids_ptr + row, place.to(tl.int64))
-    tl.store(undefined_ptr + row, (best == _NAN_ORDER) | (best == _INFINITE_ORDER))
+    tl.store(undefined_ptr + row, (best == NAN_ORDER) | (best == LOWEST_ORDER))
 
 
 def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,19 +88,35 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     check_floating(x, "x")
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., V] with V > 0, got {list(x.shape)}")
-    ids = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-    undefined = torch.empty(x.shape[:-1], dtype=torch.bool, device=x.device)
-    if x.numel() == 0:
-        return ids, undefined
     rows = rows_of(x)
     R, V = rows.shape
     parts = triton.cdiv(V, BLOCK)
     orders = torch.empty(R, parts, dtype=torch.int32, device=x.device)
     places = torch.empty_like(orders)
-    pdl = dependent_launch(x.device)
-    _argmax_part_kernel[(R, parts)](
-        rows, orders, places, rows.stride(0), V, BLOCK=BLOCK, **pdl, num_warps=NUM_WARPS
-    )
+    if R:
+        pdl = dependent_launch(x.device)
+        _argmax_part_kernel[(R, parts)](
+            rows, orders, places, rows.stride(0), V, BLOCK=BLOCK, **pdl, num_warps=NUM_WARPS
+        )
+    ids, undefined = join_parts(orders, places)
+    return ids.view(x.shape[:-1]), undefined.view(x.shape[:-1])
+
+
+def join_parts(orders: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each row's largest value, and whether it has none, from those of its parts.
+
+    Args:
+        orders: ``[R, PARTS]`` int32, the ``order`` of the largest value of each part.
+        places: ``[R, PARTS]`` int32, the lowest place of each.
+
+    Returns:
+        ``[R]`` int64 and ``[R]`` bool, as ``argmax``.
+    """
+    R, parts = orders.shape
+    ids = torch.empty(R, dtype=torch.int64, device=orders.device)
+    undefined = torch.empty(R, dtype=torch.bool, device=orders.device)
+    if R == 0:
+        return ids, undefined
     _argmax_join_kernel[(R,)](
         orders,
         places,
@@ -108,7 +124,7 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
         undefined,
         PARTS=parts,
         PARTS_PAD=max(32, triton.next_power_of_2(parts)),
-        **pdl,
+        **dependent_launch(orders.device),
         num_warps=1,
     )
     return ids, undefined
