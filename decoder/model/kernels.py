@@ -29,6 +29,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def accelerate(model: torch.nn.Module) -> bool:
     """Let ``moesd_kernels`` run the model's experts, linears, norms and routers.
 
+    With the settings of an earlier ``moesd_kernels.accelerate``, if its owner has called that.
+
     Returns:
         Whether it did; when it could not, one log line says why and the model is unchanged.
 
@@ -39,8 +41,9 @@ def accelerate(model: torch.nn.Module) -> bool:
         _check_instruction_set(_cpu_ops(torch.device("cpu"), torch.float32))
     try:
         import moesd_kernels
+        from moesd_kernels.hooks.experts import settings_of
 
-        moesd_kernels.accelerate(model)
+        moesd_kernels.accelerate(model, **settings_of(model)._asdict())
     except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         logger.warning(
             "moesd_kernels not used for %s (%s: %s)",
@@ -183,12 +186,12 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     return torch.ops.moesd.add_rms_norm.default(x, delta, weight, eps)
 
 
-def layer_stack(device: torch.device) -> Any:
-    """An empty stack of layers on this device; likewise."""
-    if on_gpu(device):
+def layer_stack(model: torch.nn.Module) -> Any:
+    """An empty stack of layers on the model's device; likewise."""
+    if on_gpu(_device_of(model)):
         from moesd_kernels.hooks.device_stack import DeviceStack
 
-        return DeviceStack()
+        return DeviceStack(_is_batch_invariant(model))
     from moesd_kernels.hooks.layer_stack import layer_stack
 
     return layer_stack()
@@ -204,6 +207,27 @@ def run_layers(
     return stack.run(x, *arguments)
 
 
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """The model's head or, where rows are not to depend on the batch, its product in order."""
+    head = model.get_output_embeddings()
+    if not (on_gpu(_device_of(model)) and _is_batch_invariant(model) and runs_linear(head)):
+        return head
+    from moesd_kernels.hooks.device_stack import product
+
+    def run(states: Tensor) -> Tensor:
+        logits = _guarded(product)(states.flatten(0, -2), head.weight, head.bias, True)
+        return logits.unflatten(0, states.shape[:-1])
+
+    return run
+
+
+def _is_batch_invariant(model: torch.nn.Module) -> bool:
+    """Whether its owner asked for it when the model was accelerated."""
+    from moesd_kernels.hooks.experts import settings_of
+
+    return settings_of(model).batch_invariant
+
+
 def set_mlp(stack: Any, module: torch.nn.Module) -> bool:
     """Whether the stack runs this MLP as that of the layer added last."""
     if not all(map(is_plain, module.modules())):
@@ -211,7 +235,7 @@ def set_mlp(stack: Any, module: torch.nn.Module) -> bool:
     if on_gpu(_device_of(module)):
         from moesd_kernels.hooks.device_blocks import block_of
 
-        block = block_of(module)
+        block = block_of(module, stack.batch_invariant)
         stack.set_block(block)
         return block is not None
     from moesd_kernels.hooks.layer_stack import set_mlp

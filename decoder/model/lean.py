@@ -50,9 +50,10 @@ class LeanForward:
         # Of each layer's input, then the final one: each follows an addition, except the first.
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._mlps = [layer.mlp for layer in base.layers]
-        self._stack = kernels.layer_stack(self._embedding.device)
+        self._stack = kernels.layer_stack(model)
         # Whether the stack has every MLP, and the head is a product.
         head = model.get_output_embeddings()
+        self.head = kernels.head_of(model)
         self.whole = kernels.runs_linear(head)
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
             _add_attention(self._stack, layer, following, windows)

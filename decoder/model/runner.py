@@ -212,7 +212,8 @@ class ModelRunner:
             states, kept = self._lean(
                 input_ids, position_ids, placement, hidden_layers, columns, most_experts
             )
-            logits = self._head(gather(states, logits_positions) if columns is None else states)
+            wanted = gather(states, logits_positions) if columns is None else states
+            logits = self._lean.head(wanted)
         else:
             with self._ragged(placement, rows):
                 logits, kept = self._model_forward(

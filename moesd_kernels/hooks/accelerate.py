@@ -47,7 +47,9 @@ def accelerate(
         dense: also run linear layers, RMS norms and softmax routers on our CPU kernels, whose rows
             do not depend on each other: True, False, or "auto" for where those kernels can run.
         backend: back-end of the experts; see ``moesd_kernels.fused_experts``.
-        batch_invariant: make experts rows independent of the rest of the batch on every device.
+        batch_invariant: make experts rows independent of the rest of the batch on every device. On
+            a GPU linear layers, routers and the head are, too, where a decoder walks the layers by
+            itself (``DeviceStack``); the model's own forward leaves them to cuBLAS.
 
     Raises:
         ValueError: ``dense`` is not "auto", True or False, or there is no such ``backend``.
@@ -61,7 +63,9 @@ def accelerate(
     register()
     # Modules are asked on the CPU, whatever device the caller has made the default.
     with left_as_found(model), torch.device("cpu"):
-        fused = _switch_experts(model, Settings(backend, batch_invariant))
+        settings = Settings(backend, batch_invariant)
+        choose(model, settings)  # for whoever runs all of it
+        fused = _switch_experts(model, settings)
         count = 0 if dense is False else accelerate_dense(model, required=dense is True)
     if model not in _said:
         _said.add(model)

@@ -41,25 +41,27 @@ def takes_norm(module: nn.Module) -> bool:
     return rule is not None and rule == NormRule(rule.eps)
 
 
-def block_of(module: Any) -> Mlp | Moe | None:
+def block_of(module: Any, batch_invariant: bool = False) -> Mlp | Moe | None:
     """The gated MLP or softmax MoE block that ``module`` is, or None: the caller runs the module.
 
-    A gated MLP's gate and up projections become views of one matrix.
+    A gated MLP's gate and up projections become views of one matrix. Experts are also
+    ``batch_invariant`` where ``accelerate`` was asked for it.
     """
     if not all(map(is_unshadowed, module.modules())):
         return None
     names = set(module._modules)
     if names == {"gate", "experts"}:
-        return _moe(module)
+        return _moe(module, batch_invariant)
     if names == set(_SHARED):
-        shared = _mlp(module.shared_expert)
+        shared = _mlp(module.shared_expert, batch_invariant)
         gate = module.shared_expert_gate
         plain = takes_linear(gate) and gate.bias is None and gate.out_features == 1
-        return _moe(module, shared, gate.weight) if shared and plain else None
-    return _mlp(module)
+        plain &= shared is not None
+        return _moe(module, batch_invariant, shared, gate.weight) if plain else None
+    return _mlp(module, batch_invariant)
 
 
-def _mlp(module: Any) -> Mlp | None:
+def _mlp(module: Any, batch_invariant: bool) -> Mlp | None:
     forward = gated_mlp_forward(module)
     if forward is None:
         return None
@@ -70,10 +72,15 @@ def _mlp(module: Any) -> Mlp | None:
     if not may_join(parameters):
         return None
     activation: str = forward.activation  # type: ignore[attr-defined]
-    return Mlp(joined(parameters), down.weight, down.bias, activation)
+    return Mlp(joined(parameters), down.weight, down.bias, activation, batch_invariant)
 
 
-def _moe(block: Any, shared: Mlp | None = None, shared_gate: Tensor | None = None) -> Moe | None:
+def _moe(
+    block: Any,
+    batch_invariant: bool,
+    shared: Mlp | None = None,
+    shared_gate: Tensor | None = None,
+) -> Moe | None:
     experts, router = block.experts, block.gate
     weight = getattr(router, "weight", None)
     if type(weight) is not nn.Parameter or weight.shape[0] > _MAX_EXPERTS:
@@ -95,7 +102,7 @@ def _moe(block: Any, shared: Mlp | None = None, shared_gate: Tensor | None = Non
         *(weight, rule.top_k, rule.renormalize, rule.cast),
         ExpertsWeights(gate_up, down),
         computes.spec,
-        settings.batch_invariant,
+        batch_invariant or settings.batch_invariant,
         shared,
         shared_gate,
     )

@@ -31,9 +31,16 @@ from moesd_kernels.experts.triton.layer import MAX_PAIRS
 FEW_ROWS = 128
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor, w: Tensor, bias: Tensor | None = None, batch_invariant: bool = False
+) -> Tensor:
     """x ``[T, K]`` times w ``[N, K]`` transposed, plus bias."""
-    return linear(x, w, bias) if x.shape[0] <= FEW_ROWS else F.linear(x, w, bias)
+    return linear(x, w, bias) if _in_order(x, batch_invariant) else F.linear(x, w, bias)
+
+
+def _in_order(x: Tensor, batch_invariant: bool) -> bool:
+    """Whether the kernels multiply x ``[T, K]``, whose sums have one order in any batch."""
+    return batch_invariant or x.shape[0] <= FEW_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +51,16 @@ class Mlp:
     down: Tensor
     down_bias: Tensor | None
     activation: str
+    batch_invariant: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """``down(act(gate(x)) * up(x))`` of x ``[T, H]``."""
-        if x.shape[0] <= FEW_ROWS:
+        if _in_order(x, self.batch_invariant):
             inner = gate_up(x, self.gate_up, self.activation)
         else:
             gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
             inner = act_and_mul(gate, up, self.activation)
-        return product(inner, self.down, self.down_bias)
+        return product(inner, self.down, self.down_bias, self.batch_invariant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +88,12 @@ class Moe:
         # Without renormalization the whole is a token's own, and known from all of its experts.
         chosen = kept if self.renormalize else self.top_k
         rule = chosen, self.renormalize, x.dtype if self.cast else torch.float32
-        if x.shape[0] <= FEW_ROWS and x.shape[1] <= MAX_BLOCK:
+        if _in_order(x, self.batch_invariant) and x.shape[1] <= MAX_BLOCK:
             x, states, weights, ids = add_norm_route(x, delta, norm, eps, self.router, *rule)
         else:
             x, states = add_rms_norm(x, delta, norm, eps)
-            weights, ids = topk_of_logits(F.linear(states, self.router), *rule)
+            logits = product(states, self.router, None, self.batch_invariant)
+            weights, ids = topk_of_logits(logits, *rule)
         if kept < chosen:
             heaviest = weights[:, :kept]  # they come in descending order
             weights = heaviest * (weights.sum(-1, keepdim=True) / heaviest.sum(-1, keepdim=True))
@@ -95,13 +104,19 @@ class Moe:
         self, x: Tensor, states: Tensor, routing: TopK, norm: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """The block of states ``[T, H]`` added to the stream x, and the norm of the sum."""
+        most = MAX_PAIRS // routing.ids.shape[1]  # tokens of the launch that does all of it
+        if self.batch_invariant and len(x) > most:
+            parts = zip(*(t.split(most) for t in (x, states, *routing)), strict=True)
+            done = [self.then_norm(a, b, TopK(*own), norm, eps) for a, b, *own in parts]
+            sums, norms = zip(*done, strict=True)
+            return torch.cat(sums), torch.cat(norms)
         shared = None if self.shared is None else self.shared(states)
         layer = states, self.weights, routing, self.spec
-        if routing.ids.numel() <= MAX_PAIRS:
+        if len(x) <= most:
             gate = None if self.shared_gate is None else self.shared_gate[0]
             after = After(x, norm, eps, shared, gate)
             return fused_experts_add_norm(*layer, after, batch_invariant=self.batch_invariant)
-        out = fused_experts_triton(*layer, batch_invariant=self.batch_invariant)
+        out = fused_experts_triton(*layer)
         if shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(F.linear(states, self.shared_gate)) * shared
         return add_rms_norm(x, out, norm, eps)
@@ -122,13 +137,21 @@ class _Layer:
     window: int
     q_heads: int
     kv_heads: int
+    batch_invariant: bool
     mlp: Mlp | Moe | None = None
 
 
 class DeviceStack:
-    """The decoder layers of a Llama-shaped model on a GPU."""
+    """The decoder layers of a Llama-shaped model on a GPU.
 
-    def __init__(self) -> None:
+    Args:
+        batch_invariant: have every product's sums in one order, whatever the number of rows: a
+            forward of Q positions is then Q forwards of one, bit for bit. Costs where rows are
+            many, as in prompts.
+    """
+
+    def __init__(self, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
         self._layers: list[_Layer] = []
 
     def add_layer(
@@ -149,7 +172,7 @@ class DeviceStack:
     ) -> None:
         """Append a layer: its attention, the norm after it and the norm that follows the layer."""
         projections = qkv, qkv_bias, q_norm, k_norm, out, out_bias
-        shape = scale, window, q_heads, kv_heads
+        shape = scale, window, q_heads, kv_heads, self.batch_invariant
         self._layers.append(_Layer(*projections, post_norm, following_norm, epsilons, *shape))
 
     def set_block(self, block: Mlp | Moe | None) -> None:
@@ -191,7 +214,7 @@ class DeviceStack:
             )
             if wanted is not None:
                 x = x[wanted.flatten()]
-            projected = product(attended, layer.out, layer.out_bias)
+            projected = product(attended, layer.out, layer.out_bias, layer.batch_invariant)
             if mlps:
                 x, states = _block(layer, x, projected, most_experts)
             else:
@@ -232,7 +255,7 @@ def _attend(
     length: int | None,
 ) -> Tensor:
     """The attention of a layer's states ``[T, H]``: heads ``[T, Hq * D]``, of ``wanted`` alone."""
-    qkv = product(states, layer.qkv, layer.qkv_bias)
+    qkv = product(states, layer.qkv, layer.qkv_bias, layer.batch_invariant)
     q_eps, k_eps = layer.epsilons[:2]
     flat_keys, flat_values = (slab.flatten(0, 1).flatten(1) for slab in (keys, values))
     queries = rope_to_cache(

@@ -11,8 +11,10 @@ import transformers
 from support.tiny import sparse_model
 from torch import nn
 
+from decoder.model import kernels
 from moesd_kernels import accelerate, available_backends, decelerate, register
 from moesd_kernels.hooks import accelerate as hook
+from moesd_kernels.hooks.experts import settings_of
 
 pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason="the CPU kernels cannot run here"
@@ -29,6 +31,15 @@ def test_says_once_what_was_taken_over(caplog):
     count = sum("forward" in vars(module) for module in model.modules())
     expected = f"moesd: 2 of 2 expert layers fused, {count} dense modules on the CPU kernels"
     assert lines(caplog) == [("INFO", expected)]
+
+
+def test_a_decoder_keeps_what_the_owner_chose():
+    model = accelerate(sparse_model("qwen3_moe"), backend="cpu", batch_invariant=True)
+    experts = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    assert kernels.accelerate(model)
+    assert settings_of(model) == settings_of(experts) == ("cpu", True)
+    decelerate(model)
+    assert settings_of(model) == settings_of(experts) == ("auto", False)
 
 
 def test_says_that_there_are_no_experts(caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +42,17 @@ def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return None  # what a launch would restore; calls within one do not
 
     monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
+@pytest.fixture
+def matrix_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that round a row the same way wherever it lies in its tile."""
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        a, b = a.astype(dtype), b.astype(dtype)
+        total = np.zeros((a.shape[0], b.shape[1]), dtype)
+        for k in range(a.shape[1]):
+            total += a[:, k : k + 1] * b[k]
+        return total
+
+    monkeypatch.setattr(np, "matmul", matmul)

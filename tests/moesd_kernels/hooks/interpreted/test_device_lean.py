@@ -6,12 +6,14 @@ import pytest
 import torch
 import transformers
 import triton.runtime.interpreter as interpreter
+from support.interpreted import matrix_instruction as matrix_instruction
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import moesd_kernels
 from decoder.drafters.self_draft import ReducedRouting, find_experts
 from decoder.model import kernels
 from decoder.model.runner import ModelRunner
+from moesd_kernels.hooks import device_stack
 from moesd_kernels.hooks.device_stack import DeviceStack
 
 SHAPE = {
@@ -45,14 +47,14 @@ def gpu(monkeypatch):
     monkeypatch.setattr(kernels, "on_gpu", lambda device: True)
 
 
-def build(family):
+def build(family, batch_invariant=False):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SHAPE | FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     for parameter in model.parameters():  # biases and norms that would otherwise be neutral
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return moesd_kernels.accelerate(model, dense=False)
+    return moesd_kernels.accelerate(model, dense=False, batch_invariant=batch_invariant)
 
 
 class Launches(TorchDispatchMode):
@@ -144,6 +146,25 @@ def check_fewer_experts(runner, step, monkeypatch):
         expected, _ = runner.run(*step, 9)
     assert reduced.calls == 1
     torch.testing.assert_close(walked, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("Qwen2", torch.float16), ("Qwen2Moe", torch.float32)], ids=str
+)
+def test_rows_do_not_depend_on_the_batch(family, dtype, monkeypatch, matrix_instruction):
+    """A verification's positions are single steps, and a row's neighbours nobody, to the bit."""
+    monkeypatch.setattr(device_stack, "FEW_ROWS", 1)  # where the choice is cuBLAS's otherwise
+    monkeypatch.setattr(device_stack, "MAX_PAIRS", 4)
+    runner = ModelRunner(build(family, batch_invariant=True).to(dtype), 4, 62)
+    assert runner._lean._stack.batch_invariant and runner._lean.whole
+    ids = torch.randint(1, 50, (ROWS, 9), generator=torch.Generator().manual_seed(1))
+    rows, columns = torch.arange(ROWS), torch.arange(9).expand(ROWS, -1)
+    runner.forward(ids[:, :6], rows, columns[:, :6], max_position=5)
+    verified = runner.forward(ids[:, 6:], rows, columns[:, 6:].contiguous(), max_position=8).logits
+    for i in (6, 8):
+        step = ids[1:2, i : i + 1], rows[1:2], torch.tensor([[i]])
+        alone = runner.forward(*step, max_position=i).logits
+        assert torch.equal(alone, verified[1:2, i - 6 : i - 5])
 
 
 def test_a_head_that_the_kernel_does_not_take_runs_without_it(monkeypatch):

@@ -8,10 +8,10 @@ the instructions.
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.interpreted import matrix_instruction as matrix_instruction
 from support.oracle import ACTIVATIONS, assert_as_accurate
 
 from moesd_kernels.dense.triton import linear_kernel
@@ -40,20 +40,6 @@ def split(request, monkeypatch):
 
     monkeypatch.setattr(linear_kernel, "linear_tiles", tiles)
     return request.param
-
-
-@pytest.fixture
-def matrix_instruction(monkeypatch):
-    """Products that round a row the same way wherever it lies in its tile."""
-
-    def matmul(a, b, dtype):
-        a, b = a.astype(dtype), b.astype(dtype)
-        total = np.zeros((a.shape[0], b.shape[1]), dtype)
-        for k in range(a.shape[1]):
-            total += a[:, k : k + 1] * b[k]
-        return total
-
-    monkeypatch.setattr(np, "matmul", matmul)
 
 
 SHAPES = [
