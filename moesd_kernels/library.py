@@ -32,6 +32,7 @@ import torch
 
 from .cache import cache_folder, locked
 from .fakes import register_fakes
+from .registered import register_kernels
 from .trust import distrust, require_trust
 
 logger = logging.getLogger(__name__)
@@ -249,4 +250,5 @@ def load(device: str, /) -> str | None:
         return reason
     if device == "cpu":
         register_fakes()
+        register_kernels()
     return None

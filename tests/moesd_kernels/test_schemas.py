@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moesd_kernels import library
+from moesd_kernels.registered import OPERATORS
 
 REGISTER = library.SOURCE_ROOT / "register.cpp"
 SOURCES = [path for path in library.SOURCE_ROOT.rglob("*.c*") if path != REGISTER]
@@ -42,6 +43,12 @@ def test_no_schema_is_anywhere_else():
 def test_every_schema_has_a_kernel_and_every_kernel_a_schema(native):
     texts = "".join(path.read_text() for path in SOURCES)
     assert set(re.findall(r'm\.impl\("(\w+)"', texts)) == set(native)
+
+
+def test_operators_of_a_step_have_kernels_on_a_gpu(native):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = {name for name in native if has(f"moesd::{name}", "CUDA")}
+    assert found >= set(OPERATORS)
 
 
 def test_both_ops_of_the_experts_have_the_same_options(native):

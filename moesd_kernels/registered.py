@@ -1,0 +1,44 @@
+"""Triton kernels behind ``torch.ops.moesd`` for CUDA tensors; the first call imports Triton.
+
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The file of each in ``dense.triton``; the function has the operator's name.
+OPERATORS = {
+    "linear": "linear_kernel",
+    "ragged_attention": "attention",
+    "rms_norm": "norm_kernel",
+    "add_rms_norm": "norm_kernel",
+    "rope_to_cache": "rope_kernel",
+    "act_and_mul": "activation_kernel",
+    "softmax_topk_router": "router_kernel",
+    "argmax": "argmax_kernel",
+}
+
+
+@functools.cache  # once per process: a second kernel for a key is refused
+def register_kernels() -> None:
+    """Tell the dispatcher; the schemas must be loaded."""
+    for name in OPERATORS:
+        torch.library.impl(f"moesd::{name}", "CUDA", implementation(name))
+
+
+def implementation(name: str) -> Callable[..., Any]:
+    """The operator on tensors of a GPU, whichever is current: Triton launches on that one."""
+
+    def run(first: Tensor, *arguments: Any) -> Any:
+        function = getattr(import_module(f"moesd_kernels.dense.triton.{OPERATORS[name]}"), name)
+        with torch.cuda.device(first.device if first.is_cuda else -1):
+            return function(first, *arguments)
+
+    return run
