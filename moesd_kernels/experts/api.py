@@ -25,6 +25,8 @@ def fused_experts(
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     spec: ExpertsSpec | None = None,
     backend: str = "auto",
     batch_invariant: bool = False,
@@ -35,14 +37,14 @@ def fused_experts(
 
     Args:
         hidden_states: ``[T, H]`` bf16, fp16 or fp32; T may be 0.
-        w_gate_up: ``[E, 2I, H]``, gate rows first; ``[E, I, H]`` when not gated; used where it
-            lies.
-        w_down: ``[E, H, I]``.
-        topk_ids: ``[T, K]`` int32 or int64. An id outside [0, E) contributes nothing (expert
-            parallelism marks other ranks' experts so); an id may appear twice in a row.
+        w_gate_up: ``[E, 2I, H]``, gate rows first; ``[E, I, H]`` when not gated; not copied.
+        w_down: ``[E, H, I]``. In a quantised ``weight_format`` both are stored as that says, and
+            stand for what ``formats.dequantize`` gives in the dtype of ``hidden_states``.
+        topk_ids: ``[T, K]`` int32 or int64; one outside [0, E) contributes nothing, a double twice.
         topk_weights: ``[T, K]`` fp32, bf16 or fp16; multiplied in fp32.
         gate_up_bias: ``[E, 2I]`` (or ``[E, I]``) in the dtype of ``hidden_states``.
         down_bias: ``[E, H]`` in the dtype of ``hidden_states``.
+        gate_up_scale: scales of ``w_gate_up``, where the format has them; down_scale: likewise.
         spec: what the experts compute.
         backend: "auto", or a name from ``moesd_kernels.available_backends``.
         batch_invariant: make a token's row bit-identical whatever other rows are in the call.
@@ -51,28 +53,29 @@ def fused_experts(
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_states``: ``out`` when given. The K terms are summed in
-        fp32 in a fixed order, so that results are the same from run to run.
+        fp32 in a fixed order: the same from run to run.
 
     Raises:
-        TypeError: a dtype is not supported or does not match, or an option is unknown.
+        TypeError: a dtype does not match or is not supported, or an option is unknown.
         ValueError: shapes, devices or options do not fit together, or a name is unknown.
         RuntimeError: the named back-end cannot run here, or not on this call.
     """
     tensors = (hidden_states, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias)
+    scales = gate_up_scale, down_scale
     if options and spec is not None:
         raise TypeError(f"give spec or single options, got {spec} and {sorted(options)}")
     if is_compiling():
-        return _traced(tensors, spec, options, backend, batch_invariant, out)
+        return _traced((*tensors, *scales), spec, options, backend, batch_invariant, out)
     if spec is None:
         spec = _make_spec(**options) if options else DEFAULT_SPEC
     quick = _quick.get(backend)
-    if quick is not None and out is None:
+    if quick is not None and out is None and spec.weight_format == "plain":
         result = quick(*tensors, *spec.op_options)
         if result is not None:
             return result
-    weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias)
-    routing = TopK(topk_ids, topk_weights)
-    return _checked(hidden_states, weights, routing, spec, out, backend, batch_invariant)
+    weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias, *scales)
+    routed = TopK(topk_ids, topk_weights)
+    return _checked(hidden_states, weights, routed, spec, out, backend, batch_invariant)
 
 
 def _checked(
@@ -90,8 +93,9 @@ def _checked(
         x.device.type,
         x.dtype,
         needs_grad(x, *weights, *routing),
-        weights.gate_up.is_contiguous() and weights.down.is_contiguous(),
+        all(weight is None or weight.is_contiguous() for weight in weights[:2] + weights[4:]),
         batch_invariant,
+        spec.weight_format,
     )
     chosen = choose_backend(backend, traits)
     if chosen.quick is not None:
@@ -136,7 +140,8 @@ _LIBRARY = torch.library.Library("moesd", "FRAGMENT")
 _SCHEMA_TYPES = {"str": "str", "bool": "bool", "float | None": "float?"}
 _LIBRARY.define(
     "fused_experts(Tensor hidden_states, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, "
-    "Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, "
+    "Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, Tensor? gate_up_scale, "
+    "Tensor? down_scale, "
     + "".join(f"{_SCHEMA_TYPES[str(option.type)]} {option.name}, " for option in OPTIONS)
     + "str backend, bool batch_invariant) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
@@ -152,6 +157,8 @@ def _fused_experts_op(
     topk_weights: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
     *rest: Any,
 ) -> Tensor:
     *options, backend, batch_invariant = rest
@@ -163,6 +170,8 @@ def _fused_experts_op(
         topk_weights,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
         spec=_make_spec(*options),
         backend=backend,
         batch_invariant=batch_invariant,

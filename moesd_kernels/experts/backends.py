@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from moesd_kernels.formats import WEIGHT_FORMATS
 
 from .reference import fused_experts_reference, fused_experts_torch
 from .spec import ExpertsSpec, ExpertsWeights, TopK
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 HALF = frozenset({torch.bfloat16, torch.float16})
 SINGLE = HALF | {torch.float32}
 ANY = SINGLE | {torch.float64}
+PLAIN = frozenset({"plain"})
+EVERY_FORMAT = frozenset(WEIGHT_FORMATS)
 
 
 class Run(Protocol):
@@ -81,6 +85,7 @@ class Backend:
         automatic: whether "auto" may choose it.
         compiled: whether it is a compiled kernel: no gradients, weights contiguous.
         invariant: whether it honours ``batch_invariant``.
+        formats: weight formats it reads.
     """
 
     name: str
@@ -92,6 +97,7 @@ class Backend:
     automatic: bool = True
     compiled: bool = True
     invariant: bool = True
+    formats: frozenset[str] = PLAIN
 
 
 class CallTraits(NamedTuple):
@@ -105,6 +111,7 @@ class CallTraits(NamedTuple):
     needs_grad: bool = False
     contiguous: bool = True
     batch_invariant: bool = False
+    weight_format: str = "plain"
 
 
 def _cpu_reason() -> str | None:
@@ -166,7 +173,15 @@ BACKENDS = {
             _load_cuda,
             automatic=False,
         ),
-        Backend("torch", None, ANY, lambda: None, lambda: fused_experts_torch, compiled=False),
+        Backend(
+            "torch",
+            None,
+            ANY,
+            lambda: None,
+            lambda: fused_experts_torch,
+            compiled=False,
+            formats=EVERY_FORMAT,
+        ),
         Backend(
             "reference",
             None,
@@ -176,6 +191,7 @@ BACKENDS = {
             automatic=False,
             compiled=False,
             invariant=False,
+            formats=EVERY_FORMAT,
         ),
     )
 }
@@ -198,8 +214,9 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
     if backend.devices is not None and traits.device not in backend.devices:
         return f"it runs on {'/'.join(sorted(backend.devices))} tensors, got {traits.device}"
     if traits.dtype not in backend.dtypes:
-        supported = ", ".join(sorted(str(dtype) for dtype in backend.dtypes))
-        return f"it takes {supported}, got {traits.dtype}"
+        return f"it takes {_listed(map(str, backend.dtypes))}, got {traits.dtype}"
+    if traits.weight_format not in backend.formats:
+        return f"it reads weights as {_listed(backend.formats)}, got {traits.weight_format}"
     if backend.compiled and traits.needs_grad:
         return "it has no backward pass, and an input requires gradients"
     if backend.compiled and not traits.contiguous:
@@ -207,6 +224,10 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
     if traits.batch_invariant and not backend.invariant:
         return "it does not support batch_invariant=True"
     return _unavailable(backend)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 @functools.lru_cache(maxsize=256)
@@ -243,6 +264,6 @@ def _log_choice(name: str, traits: CallTraits, refusals: list[str]) -> None:
     because = f" ({'; '.join(refusals)})" if refusals else ""
     # Falling back from a compiled kernel costs much speed, so it is said louder.
     level = logging.WARNING if refusals and not traits.needs_grad else logging.INFO
-    logger.log(
-        level, "experts on %s in %s use backend %r%s", traits.device, traits.dtype, name, because
-    )
+    stored = "" if traits.weight_format == "plain" else f" with {traits.weight_format} weights"
+    on, dtype = traits.device, traits.dtype
+    logger.log(level, "experts on %s in %s%s use backend %r%s", on, dtype, stored, name, because)

@@ -2,7 +2,8 @@
 
 ``fused_experts_reference`` is the definition: one pass per expert, everything in at least fp32,
 and in fp64 when given fp64, which makes it the oracle of the tests. ``fused_experts_torch`` is what
-runs where no compiled back-end does; it keeps the matrix products in the model's dtype.
+runs where no compiled back-end does; it keeps the matrix products in the model's dtype. Quantised
+weights are first read as numbers of that dtype, in both, an expert at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moesd_kernels.formats import dequantize
 
 from .spec import ExpertsSpec, ExpertsWeights, TopK
 from .spec.activations import FUNCTIONS
@@ -58,9 +61,7 @@ def fused_experts_reference(
     weighted = wide.new_zeros(*routing.ids.shape, x.shape[1])  # [T, K, H]
     for expert in range(weights.down.shape[0]):
         token, k = torch.where(routing.ids == expert)
-        up_weight, down_weight = weights.gate_up[expert].to(dtype), weights.down[expert].to(dtype)
-        if spec.transposed:
-            up_weight, down_weight = up_weight.T, down_weight.T
+        up_weight, down_weight = (w.to(dtype) for w in _matrices(weights, expert, spec, x.dtype))
         projected = wide[token] @ up_weight.T
         if weights.gate_up_bias is not None:
             projected = projected + weights.gate_up_bias[expert].to(dtype)
@@ -96,17 +97,20 @@ def fused_experts_torch(
     order = torch.where(valid, pair_ids, E).argsort(stable=True)  # [N], dropped pairs last
     counts = torch.bincount(pair_ids[valid], minlength=E).tolist()
     dtype = torch.promote_types(x.dtype, torch.float32)
-    gate_up = weights.gate_up, weights.gate_up_bias, spec.transposed
-    down = weights.down, weights.down_bias, spec.transposed
+    biases = weights.gate_up_bias, weights.down_bias
     pieces = []
     start = 0
     for expert, count in enumerate(counts):
+        if count == 0:
+            continue
         rows = order[start : start + count]
         start += count
-        for part in rows.split(1 if batch_invariant else max(count, 1)):
-            projected = _linear(x[part // max(K, 1)], expert, *gate_up)
+        gate_up, down = _matrices(weights, expert, spec, x.dtype)
+        gate_up_bias, down_bias = (b if b is None else b[expert].to(x.dtype) for b in biases)
+        for part in rows.split(1 if batch_invariant else count):
+            projected = F.linear(x[part // K], gate_up, gate_up_bias)
             active = apply_activation(projected.to(dtype), spec).to(x.dtype)
-            pieces.append(_linear(active, expert, *down))
+            pieces.append(F.linear(active, down, down_bias))
     weighted = torch.zeros(T * K, H, dtype=dtype, device=x.device)
     if pieces:
         kept = order[:start]
@@ -116,9 +120,11 @@ def fused_experts_torch(
     return result if out is None else out.copy_(result)
 
 
-def _linear(
-    x: Tensor, expert: int, weights: Tensor, biases: Tensor | None, transposed: bool
-) -> Tensor:
-    """``x @ W + b`` for one expert's slice of ``[E, out, in]`` (or ``[E, in, out]``) weights."""
-    weight = weights[expert].T if transposed else weights[expert]
-    return F.linear(x, weight, None if biases is None else biases[expert].to(x.dtype))
+def _matrices(
+    weights: ExpertsWeights, expert: int, spec: ExpertsSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One expert's two matrices, ``[2I, H]`` and ``[H, I]``, in ``dtype``."""
+    scales = (s if s is None else s[expert] for s in (weights.gate_up_scale, weights.down_scale))
+    stored = zip((weights.gate_up[expert], weights.down[expert]), scales, strict=True)
+    gate_up, down = (dequantize(w, scale, spec.weight_format, dtype) for w, scale in stored)
+    return (gate_up.T, down.T) if spec.transposed else (gate_up, down)

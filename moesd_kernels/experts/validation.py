@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moesd_kernels.formats import WEIGHT_FORMATS, check_weight
+
 from .spec import ExpertsSpec, ExpertsWeights, TopK
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,9 +24,10 @@ def check_arguments(
         TypeError: a dtype is not supported, or differs from that of ``hidden_states``.
         ValueError: a rank, size or device does not match.
     """
-    _check_dtypes(x, weights, routing)
+    _check_dtypes(x, weights, routing, spec)
     _check_shapes(x, weights, routing, spec)
     E, H, width = _expert_sizes(weights.down, spec)
+    _check_stored(weights, spec, (E, H, width))
     if weights.gate_up_bias is not None:
         _check_bias("gate_up_bias", weights.gate_up_bias, (E, width), x)
     if weights.down_bias is not None:
@@ -35,17 +38,18 @@ def check_arguments(
 
 def _expert_sizes(w_down: Tensor, spec: ExpertsSpec) -> tuple[int, int, int]:
     """E, H, and the width of the first projection: 2I when gated, I otherwise."""
-    E, H, I = w_down.shape
+    E, H, I = *w_down.shape[:2], WEIGHT_FORMATS[spec.weight_format].depth(w_down)
     if spec.transposed:
         H, I = I, H
     return E, H, 2 * I if spec.gated else I
 
 
-def _check_dtypes(x: Tensor, weights: ExpertsWeights, routing: TopK) -> None:
+def _check_dtypes(x: Tensor, weights: ExpertsWeights, routing: TopK, spec: ExpertsSpec) -> None:
     dtype = x.dtype
     if dtype not in FLOATS:
         raise TypeError(f"hidden_states must be bfloat16, float16 or float32, got {dtype}")
-    if weights.gate_up.dtype != dtype or weights.down.dtype != dtype:
+    plain = spec.weight_format == "plain"
+    if plain and (weights.gate_up.dtype != dtype or weights.down.dtype != dtype):
         raise TypeError(
             f"weights must have the dtype of hidden_states, {dtype}, "
             f"got w_gate_up {weights.gate_up.dtype} and w_down {weights.down.dtype}"
@@ -84,7 +88,7 @@ def _check_shapes(x: Tensor, weights: ExpertsWeights, routing: TopK, spec: Exper
             f"but hidden_states is {tuple(x.shape)}"
         )
     expected = (E, H, width) if transposed else (E, width, H)
-    if gate_up != expected:
+    if spec.weight_format == "plain" and gate_up != expected:
         raise ValueError(
             f"w_gate_up must be {expected} for w_down {down} with {gated=}, {transposed=}, "
             f"got {gate_up}"
@@ -94,6 +98,16 @@ def _check_shapes(x: Tensor, weights: ExpertsWeights, routing: TopK, spec: Exper
         raise ValueError(f"topk_ids must be [T, K] with T = {T}, got {ids}")
     if topk_weights != ids:
         raise ValueError(f"topk_weights must have the shape of topk_ids, {ids}, got {topk_weights}")
+
+
+def _check_stored(weights: ExpertsWeights, spec: ExpertsSpec, sizes: tuple[int, int, int]) -> None:
+    """Raise unless both weights and their scales are what the format says."""
+    E, H, width = sizes
+    I = width // 2 if spec.gated else width
+    stored, transposed = WEIGHT_FORMATS[spec.weight_format], spec.transposed
+    gate_up, down = ((E, H, width), (E, I, H)) if transposed else ((E, width, H), (E, H, I))
+    check_weight("w_down", weights.down, weights.down_scale, stored, down)
+    check_weight("w_gate_up", weights.gate_up, weights.gate_up_scale, stored, gate_up)
 
 
 def _check_bias(name: str, bias: Tensor, shape: tuple[int, int], like: Tensor) -> None:

@@ -8,17 +8,16 @@ from .description import GROUPS, WeightFormat
 
 
 def check_weight(
-    name: str, weight: Tensor, scale: Tensor | None, stored: WeightFormat, rows: int, depth: int
+    name: str, weight: Tensor, scale: Tensor | None, stored: WeightFormat, shape: tuple[int, ...]
 ) -> None:
-    """Raise unless tensors hold ``[..., R, C]`` weights in a format.
+    """Raise unless tensors hold weights of a shape in a format.
 
     Args:
         name: what messages call the weight; its scale is ``{name}``'s scale.
-        weight: as stored, of any leading sizes.
-        scale: its scales, of the same leading sizes, or None.
+        weight: as stored.
+        scale: its scales, or None.
         stored: the format.
-        rows: R.
-        depth: C.
+        shape: ``(..., R, C)`` of the weights, whatever a row takes in memory.
 
     Raises:
         TypeError: a dtype, or a scale that is missing or too much.
@@ -28,19 +27,18 @@ def check_weight(
         raise TypeError(
             f"{name} in format {stored.name} must be {stored.dtype}, got {weight.dtype}"
         )
-    multiple = stored.block
-    if depth % multiple:
+    *leading, depth = shape
+    if depth % stored.block:
         raise ValueError(
-            f"{name} in format {stored.name} needs a depth that is a multiple of {multiple}, "
+            f"{name} in format {stored.name} needs a depth that is a multiple of {stored.block}, "
             f"got {depth}"
         )
-    leading = tuple(weight.shape[:-2])
-    if tuple(weight.shape) != (*leading, rows, stored.width(depth)):
+    if tuple(weight.shape) != (*leading, stored.width(depth)):
         raise ValueError(
-            f"{name} in format {stored.name} must be {(*leading, rows, stored.width(depth))}, "
-            f"got {tuple(weight.shape)}"
+            f"{name} in format {stored.name} must be {(*leading, stored.width(depth))} for "
+            f"weights {shape}, got {tuple(weight.shape)}"
         )
-    _check_scale(name, scale, stored, leading, rows, depth)
+    _check_scale(name, scale, stored, shape)
     if scale is not None and scale.device != weight.device:
         raise ValueError(
             f"the scale of {name} must be on {weight.device} like it, got {scale.device}"
@@ -48,12 +46,7 @@ def check_weight(
 
 
 def _check_scale(
-    name: str,
-    scale: Tensor | None,
-    stored: WeightFormat,
-    leading: tuple[int, ...],
-    rows: int,
-    depth: int,
+    name: str, scale: Tensor | None, stored: WeightFormat, shape: tuple[int, ...]
 ) -> None:
     if stored.scale_dtype is None:
         if scale is not None:
@@ -66,7 +59,8 @@ def _check_scale(
             f"the scale of {name} in format {stored.name} must be {stored.scale_dtype}, "
             f"got {scale.dtype}"
         )
-    allowed = [(*leading, *shape) for shape in stored.scale_shapes(rows, depth)]
+    *leading, rows, depth = shape
+    allowed = [(*leading, *sizes) for sizes in stored.scale_shapes(rows, depth)]
     if tuple(scale.shape) not in allowed:
         expected = " or ".join(map(str, allowed)) or f"for a depth that {GROUPS[0]} divides"
         raise ValueError(

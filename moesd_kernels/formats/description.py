@@ -40,7 +40,7 @@ class WeightFormat:
 
     def depth(self, weight: Tensor) -> int:
         """C of a weight tensor ``[..., R, C]`` as stored."""
-        return weight.shape[-1] // self.stored * self.block
+        return weight.shape[-1] * self.block // self.stored
 
     def width(self, depth: int) -> int:
         """Elements of the weight tensor that a row of C weights takes."""

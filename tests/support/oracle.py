@@ -90,8 +90,10 @@ class Case(NamedTuple):
     def as_run(self) -> tuple[Tensor, ExpertsWeights, TopK, ExpertsSpec]:
         """The call as a back-end is given it."""
         options = dict(self.options)
-        biases = options.pop("gate_up_bias", None), options.pop("down_bias", None)
-        weights = ExpertsWeights(self.w_gate_up, self.w_down, *biases)
+        beside = ExpertsWeights._fields[2:]
+        weights = ExpertsWeights(
+            self.w_gate_up, self.w_down, *(options.pop(name, None) for name in beside)
+        )
         return self.x, weights, TopK(self.ids, self.weights), ExpertsSpec(**options)
 
     def run(self, backend: Callable[..., Tensor], **more: Any) -> Tensor:

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .activations import canonical_activation
+from moesd_kernels.formats import WEIGHT_FORMATS
 
-# How weights are stored: name -> what that means. A quantised format is added here.
-WEIGHT_FORMATS = {"plain": "one number per weight, in the dtype of the hidden states"}
+from .activations import canonical_activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class ExpertsSpec:
             ``[E, H, I]``.
         activation_limit: clamp before the activation: gate from above, up on both sides.
         activation_alpha: use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
-        weight_format: a key of ``WEIGHT_FORMATS``.
+        weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``.
         op_options: all of them but ``weight_format``, in the order of the C++ schemas; derived.
 
     Raises:
@@ -51,6 +50,11 @@ class ExpertsSpec:
             raise ValueError(
                 f"weight_format must be one of {sorted(WEIGHT_FORMATS)}, got {self.weight_format!r}"
             )
+        if self.transposed and self.weight_format != "plain":
+            raise ValueError(
+                "transposed=True needs weight_format='plain': a block of quantised weights lies "
+                f"along a row; got {self.weight_format!r}"
+            )
         limit, alpha = self.activation_limit, self.activation_alpha
         if not self.gated and (self.interleaved or limit is not None or alpha is not None):
             raise ValueError(
@@ -72,16 +76,20 @@ class ExpertsWeights(NamedTuple):
     """The layer's weights, used where they lie.
 
     Attributes:
-        gate_up: ``[E, 2I, H]``, gate rows first (``[E, I, H]`` when not gated).
-        down: ``[E, H, I]``.
+        gate_up: ``[E, 2I, H]``, gate rows first (``[E, I, H]`` when not gated); its last dimension
+            as the format stores it.
+        down: ``[E, H, I]``, likewise.
         gate_up_bias: ``[E, 2I]`` (or ``[E, I]``) or None.
         down_bias: ``[E, H]`` or None.
+        gate_up_scale: as the weight format asks, or None; down_scale: likewise.
     """
 
     gate_up: Tensor
     down: Tensor
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
 
 class TopK(NamedTuple):

@@ -27,7 +27,7 @@ class Layer:
     """One call's weights and the flags the kernels are specialised on."""
 
     def __init__(self, weights: ExpertsWeights, spec: ExpertsSpec) -> None:
-        w_gate_up, w_down, gate_up_bias, down_bias = weights
+        w_gate_up, w_down, gate_up_bias, down_bias = weights[:4]
         if spec.transposed:
             w_gate_up, w_down = w_gate_up.transpose(1, 2), w_down.transpose(1, 2)
         self.w_gate_up, self.w_down = w_gate_up, w_down  # [E, 2I or I, H], [E, H, I]

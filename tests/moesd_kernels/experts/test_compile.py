@@ -90,6 +90,6 @@ def test_op_contract():
     flags = ("silu", True, False, False, None, None, "plain", "auto", False)
     torch.library.opcheck(
         torch.ops.moesd.fused_experts,
-        (x, w_gate_up, w_down, ids, weights, None, None, *flags),
+        (x, w_gate_up, w_down, ids, weights, *[None] * 4, *flags),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

@@ -10,7 +10,8 @@ import torch
 from support.oracle import make_case
 
 from moesd_kernels import ExpertsSpec, fused_experts, library
-from moesd_kernels.experts.spec import OPTIONS, WEIGHT_FORMATS
+from moesd_kernels.experts.spec import OPTIONS
+from moesd_kernels.formats import WEIGHT_FORMATS
 
 NAMES = [option.name for option in OPTIONS]
 
@@ -34,7 +35,8 @@ def test_a_replaced_field_is_checked_and_reaches_the_op():
     ("options", "message"),
     [
         ({"activation": "mish"}, "activation must be one of .*'silu'.*, got 'mish'"),
-        ({"weight_format": "int4"}, r"weight_format must be one of \['plain'\], got 'int4'"),
+        ({"weight_format": "int3"}, r"weight_format must be one of .*'plain'.*, got 'int3'"),
+        ({"weight_format": "q4_0", "transposed": True}, "transposed=True needs .*; got 'q4_0'"),
         ({"gated": False, "interleaved": True}, "need gated=True.* interleaved=True"),
         ({"gated": False, "activation_limit": 1.0}, "need gated=True.* activation_limit=1.0"),
         ({"gated": False, "activation_alpha": 1.0}, "need gated=True.* activation_alpha=1.0"),

@@ -23,7 +23,7 @@ def stored_zeros(name: str, *leading: int, rows: int = 6, depth: int = 256):
 def test_a_format_is_one_thing_everywhere(name):
     known = WEIGHT_FORMATS[name]
     weight, scale = stored_zeros(name, 2)
-    check_weight("w", weight, scale, known, 6, 256)
+    check_weight("w", weight, scale, known, (2, 6, 256))
     assert known.depth(weight) == 256
     values = dequantize(weight, scale, name, torch.bfloat16)
     assert values.shape == (2, 6, 256) and values.dtype == torch.bfloat16
@@ -43,17 +43,20 @@ def test_a_group_costs_its_scale(name, bits):
 def test_what_does_not_fit_is_said():
     weight, scale = stored_zeros("int4", 2)
 
-    def raises(error, message, weight=weight, scale=scale, name="int4", rows=6, depth=256):
+    def raises(
+        error, message, weight=weight, scale=scale, name="int4", experts=2, rows=6, depth=256
+    ):
         with pytest.raises(error, match=message):
-            check_weight("w_down", weight, scale, WEIGHT_FORMATS[name], rows, depth)
+            check_weight("w_down", weight, scale, WEIGHT_FORMATS[name], (experts, rows, depth))
 
     raises(TypeError, "w_down in format int4 must be torch.uint8, got torch.int8", weight.char())
-    raises(ValueError, r"must be \(2, 6, 128\), got \(2, 6, 127\)", weight[..., 1:])
-    raises(ValueError, r"must be \(2, 7, 128\), got \(2, 6, 128\)", rows=7)
+    raises(ValueError, r"must be \(2, 6, 128\) .* got \(2, 6, 127\)", weight[..., 1:])
+    raises(ValueError, r"must be \(2, 7, 128\) .* got \(2, 6, 128\)", rows=7)
+    raises(ValueError, r"must be \(3, 6, 128\) for weights \(3, 6, 256\)", experts=3)
     raises(ValueError, "multiple of 32, got 100", depth=100)
     raises(TypeError, "needs a scale, got None", scale=None)
     raises(TypeError, "scale of w_down in format int4 must be torch.bfloat16", scale=scale.half())
     raises(ValueError, r"must be \(2, 6, 8\) or \(2, 6, 4\) or \(2, 6, 2\)", scale=scale[..., 1:])
     raises(ValueError, "must be on cpu like it, got meta", scale=scale.to("meta"))
     raises(ValueError, "multiple of 256, got 288", name="q4_k", depth=288)
-    raises(TypeError, "takes no scale", stored_zeros("q8_0")[0], name="q8_0")
+    raises(TypeError, "takes no scale", stored_zeros("q8_0", 2)[0], name="q8_0")
