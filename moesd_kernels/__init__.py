@@ -14,6 +14,7 @@ from moesd_kernels.experts.routing import Routing, plan_routing
 from moesd_kernels.experts.spec import ExpertsSpec
 from moesd_kernels.hooks.accelerate import accelerate, decelerate
 from moesd_kernels.hooks.experts import register
+from moesd_kernels.hooks.quantize import quantize, quantize_experts
 from moesd_kernels.hooks.routers import RouterRule
 
 from .moe import MoE, MoEConfig
@@ -29,5 +30,7 @@ __all__ = [
     "decelerate",
     "fused_experts",
     "plan_routing",
+    "quantize",
+    "quantize_experts",
     "register",
 ]

@@ -15,8 +15,18 @@ from .description import GROUPS, WeightFormat
 from .floating import FP8_BLOCK, MXFP4
 from .ggml import Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
 from .integer import INT4, INT8, quantize
+from .linear import KeepsScales, QuantizedLinear
 
-__all__ = ["GROUPS", "WEIGHT_FORMATS", "WeightFormat", "check_weight", "dequantize", "quantize"]
+__all__ = [
+    "GROUPS",
+    "WEIGHT_FORMATS",
+    "KeepsScales",
+    "QuantizedLinear",
+    "WeightFormat",
+    "check_weight",
+    "dequantize",
+    "quantize",
+]
 
 
 def _decode_plain(weight: Tensor, scale: Tensor | None) -> Tensor:

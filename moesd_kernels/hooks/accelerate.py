@@ -116,6 +116,8 @@ def _switch_experts(model: Any, settings: Settings) -> list[nn.Module]:
     """Switch all experts behind transformers' interface; returns those that we compute."""
     experts = [m for m in model.modules() if _is_marked(m)]
     for module in experts:
+        if spec_of(module).spec.weight_format != "plain":
+            continue
         for weight in module.parameters(recurse=False):
             if not weight.is_floating_point() or weight.dtype.itemsize < 2:
                 raise NotImplementedError(

@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 # Above this many tokens per expert a GPU is compute-bound and large-tile GEMMs win.
 LARGE_TOKENS_PER_EXPERT = 512
 
-_SOURCES = ("act_fn", *LIMIT_NAMES, *ALPHA_NAMES)
+# Of a quantised module: its weight format, and what the name of a scale adds to its weight's.
+FORMAT, SCALE = "weight_format", "_scale"
+_SOURCES = ("act_fn", "is_transposed", FORMAT, *LIMIT_NAMES, *ALPHA_NAMES)
 _OPTION_NAMES = tuple(option.name for option in OPTIONS)
 _PLAIN = (nn.Parameter, Tensor)
 _DEVICES = ("cpu", "cuda")
@@ -89,7 +91,11 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
     spec = recognise_gate(experts, gated, interleaved)
     if spec is None:
         return ModuleSpec(f"the gate of {type(experts).__name__} is not one of the fused ones")
-    spec = replace(spec, transposed=getattr(experts, "is_transposed", False))
+    spec = replace(
+        spec,
+        transposed=getattr(experts, "is_transposed", False),
+        weight_format=getattr(experts, FORMAT, "plain"),
+    )
     return ModuleSpec(None, spec, getattr(experts, "has_bias", False))
 
 
@@ -146,15 +152,19 @@ def experts_forward(
     if torch.compiler.is_compiling():
         refusal, has_bias, values, settings = _decisions_at(id(self))
         computed: dict[str, Any] = dict(zip(_OPTION_NAMES, values, strict=True))
-        gated = computed["gated"]
+        gated, plain = computed["gated"], computed["weight_format"] == "plain"
     else:
         (refusal, spec, has_bias), settings = spec_of(self), settings_of(self)
-        computed, gated = {"spec": spec}, spec.gated
+        computed, gated, plain = {"spec": spec}, spec.gated, spec.weight_format == "plain"
     w_gate_up = self.gate_up_proj if gated else self.up_proj
     w_down = self.down_proj
-    reason = refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
-    if reason is not None:
-        return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)
+    if plain:
+        reason = refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
+        if reason is not None:
+            return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)
+    else:  # nobody else reads these weights
+        first = self.gate_up_proj_scale if gated else self.up_proj_scale
+        computed |= {"gate_up_scale": first, "down_scale": self.down_proj_scale}
     gate_up_bias = down_bias = None
     if has_bias:
         gate_up_bias = self.gate_up_proj_bias if gated else self.up_proj_bias

@@ -1,0 +1,164 @@
+"""``quantize``: a loaded model's matrices as integers in groups, in place of the numbers they were.
+
+A module that is quantised computes with the numbers that its integers stand for, whether or not
+``accelerate`` follows, which lets it do so on our kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from moesd_kernels.formats import (
+    GROUPS,
+    WEIGHT_FORMATS,
+    KeepsScales,
+    QuantizedLinear,
+)
+from moesd_kernels.formats import quantize as quantize_weight
+
+from .experts import SCALE, experts_forward, spec_of
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Linear layers by these names choose or weigh experts: few bytes, and every rounding turns choices.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+class QuantizedExperts(KeepsScales):
+    """What a class of experts gains when it is quantised: a forward that reads the integers."""
+
+    scale_names = tuple(f"{name}{SCALE}" for name in ("gate_up_proj", "up_proj", "down_proj"))
+    forward = experts_forward
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class is made where it is needed, so copies and pickles go by the class it is made of.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _blank, (type(self).__bases__[1],), *reduced[2:]
+
+
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _quantized_class(experts: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an experts module's class that is a ``QuantizedExperts``."""
+    if experts not in _made:
+        _made[experts] = type(f"Quantized{experts.__name__}", (QuantizedExperts, experts), {})
+    return _made[experts]
+
+
+def _blank(experts: type[nn.Module]) -> nn.Module:
+    made = _quantized_class(experts)
+    blank: nn.Module = made.__new__(made)
+    return blank
+
+
+def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool = True) -> Model:
+    """Store a transformers model's experts and linear layers as integers; returns ``model``.
+
+    Parameters are replaced one by one, so memory falls as it goes. ``state_dict`` then has one
+    integer tensor and one scale (``…weight`` and ``…weight_scale``, ``…down_proj`` and
+    ``…down_proj_scale``), which another model of the same config loads after ``quantize``, also on
+    the "meta" device with ``load_state_dict(…, assign=True)``. Routers, norms and the embedding
+    stay as they are; a head that shares the embedding's matrix becomes a copy in integers, and the
+    config says so (``tie_word_embeddings``): it is read whole at every step, the embedding is not.
+    A matrix that no group divides stays as it is, and a line says how many did.
+
+    Args:
+        model: a model with plain weights, of any dtype; no gradients remain.
+        weight_format: "int8" or "int4".
+        group: weights of a row that share a scale: 32, 64 or 128; where it does not divide a
+            depth, the next smaller one that does.
+        linears: linear layers too, not the experts alone.
+
+    Raises:
+        ValueError: ``weight_format`` or ``group`` is none of those, or no weight was quantised.
+    """
+    if weight_format not in ("int8", "int4"):
+        raise ValueError(f"weight_format must be 'int8' or 'int4', got {weight_format!r}")
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {GROUPS}, got {group}")
+    done, left = 0, []
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
+            taken = _quantize_experts(module, weight_format, group)
+        elif linears and type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS:
+            taken = _quantize_linear(model, name, module, weight_format, group)
+        else:
+            continue
+        done += taken
+        left += [] if taken else [name]
+    if not done:
+        raise ValueError(
+            f"{type(model).__name__} has no weights that can be {weight_format}: expected plain "
+            f"experts or linear layers with depths that {GROUPS[0]} divides, got {left[:3]}"
+        )
+    if left:
+        logger.warning("%d modules stay as they were, the first is %s", len(left), left[0])
+    return model
+
+
+def quantize_experts(model: Model, weight_format: str, *, group: int = 32) -> Model:
+    """``quantize`` of the experts alone."""
+    return quantize(model, weight_format, group=group, linears=False)
+
+
+def _group_for(depth: int, group: int) -> int | None:
+    fitting = [size for size in GROUPS if size <= group and depth % size == 0]
+    return max(fitting, default=None)
+
+
+def _quantize_linear(
+    model: nn.Module, name: str, linear: nn.Linear, weight_format: str, group: int
+) -> bool:
+    size = _group_for(linear.in_features, group)
+    if size is None or linear.weight.dtype.itemsize < 2:
+        return False
+    tied = linear.weight is getattr(_embedding(model), "weight", None)
+    weight, scale = quantize_weight(linear.weight, weight_format, size)
+    bias = linear.bias if linear.bias is None else linear.bias.detach()
+    quantized = QuantizedLinear(weight, scale, bias, WEIGHT_FORMATS[weight_format])
+    model.set_submodule(name, quantized.train(linear.training))
+    if tied:
+        _untie(model, f"{name}.weight")
+    return True
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
+    return found
+
+
+def _untie(model: Any, key: str) -> None:
+    """Let the model, and what is saved of it, know that its head is a matrix of its own."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    getattr(model, "all_tied_weights_keys", {}).pop(key, None)
+
+
+def _quantize_experts(experts: Any, weight_format: str, group: int) -> bool:
+    """Replace both projections and the class; False where we do not run them, or no group fits."""
+    computes = spec_of(experts)
+    names = ("gate_up_proj" if computes.spec.gated else "up_proj", "down_proj")
+    weights = [experts._parameters.get(name) for name in names]
+    if computes.refusal is not None or any(w is None or w.dtype.itemsize < 2 for w in weights):
+        return False
+    axis = -2 if computes.spec.transposed else -1
+    sizes = [_group_for(weight.shape[axis], group) for weight in weights]
+    if None in sizes:
+        return False
+    del weights
+    for name, size in zip(names, sizes, strict=True):
+        weight = experts._parameters[name].detach()
+        rows: Tensor = weight.mT if computes.spec.transposed else weight
+        stored, scale = quantize_weight(rows, weight_format, size or group)
+        setattr(experts, name, nn.Parameter(stored, requires_grad=False))
+        experts.register_parameter(f"{name}{SCALE}", nn.Parameter(scale, requires_grad=False))
+        del weight, rows
+    experts.weight_format, experts.is_transposed = weight_format, False
+    experts.__class__ = _quantized_class(type(experts))
+    return True
