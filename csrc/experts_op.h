@@ -17,6 +17,8 @@ using ExpertsOp = void(const at::Tensor& hidden, const at::Tensor& w_gate_up,
                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
                        bool gated, bool interleaved, bool transposed,
                        std::optional<double> activation_limit,
-                       std::optional<double> activation_alpha, at::Tensor& out);
+                       std::optional<double> activation_alpha, std::string_view weight_format,
+                       const std::optional<at::Tensor>& gate_up_scale,
+                       const std::optional<at::Tensor>& down_scale, at::Tensor& out);
 
 }  // namespace moesd

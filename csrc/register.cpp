@@ -7,12 +7,15 @@
 #define MOESD_EXPERTS                                                                         \
     "Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "  \
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, " \
-    "bool transposed, float? activation_limit, float? activation_alpha"
+    "bool transposed, float? activation_limit, float? activation_alpha, str weight_format, "  \
+    "Tensor? gate_up_scale, Tensor? down_scale"
 
 TORCH_LIBRARY(moesd, m) {
     m.def("experts(" MOESD_EXPERTS ", Tensor(a!) out) -> ()");
     m.def("try_experts(" MOESD_EXPERTS ") -> Tensor?");
-    m.def("linear(Tensor x, Tensor w, Tensor? bias) -> Tensor");
+    m.def(
+        "linear(Tensor x, Tensor w, Tensor? bias, Tensor? scale=None, "
+        "str weight_format=\"plain\") -> Tensor");
     m.def(
         "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, "
         "int window, Tensor? sinks, Tensor? rows) -> Tensor");
@@ -32,6 +35,7 @@ TORCH_LIBRARY(moesd, m) {
     m.def("argmax(Tensor x) -> (Tensor ids, Tensor undefined)");
     m.def("cpu_isa() -> str");
     m.def("activation_names() -> str[]");
+    m.def("weight_format_names() -> str[]");
     // Kernels on CUDA only.
     m.def(
         "plan(Tensor topk_ids, int num_experts, int block_m, Tensor(a!) sorted_to_pair, "

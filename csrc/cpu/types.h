@@ -16,6 +16,19 @@ struct half {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
+// How weights are stored; moesd_kernels/formats says what each of them means.
+enum class WeightFormat {
+    kPlain,
+    kFp8Block,
+    kMxfp4,
+    kInt8,
+    kInt4,
+    kQ8_0,
+    kQ4_0,
+    kQ4_1,
+    kQ4_K,
+    kQ6_K,
+};
 
 // Every packed activation row is padded with zeros to a multiple of this, the longest K step of any
 // instruction set.
@@ -29,6 +42,17 @@ static constexpr int64_t align_depth(int64_t k) {
 // What the kernels' buffers hold, and the op boundary checks.
 constexpr int64_t kMaxHeadDim = 576;
 constexpr int64_t kMaxExperts = 1024;
+
+// A matrix of weights [R, C] as it is stored, or several of them, one after another.
+struct StoredWeights {
+    WeightFormat format;
+    const void* data;    // rows of row_bytes each
+    const void* scales;  // null where the format has none beside the data
+    int64_t row_bytes;
+    int64_t scale_row_bytes;  // of `rows_per_scale` weight rows
+    int64_t rows_per_scale;
+    int64_t group;  // adjacent weights of a row that share a scale
+};
 
 // Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their
 // work from counters.
@@ -52,8 +76,8 @@ struct ExpertsArgs {
     float limit, alpha;
     int64_t tokens, hidden, inter, num_active;
     const void* x;                // [T, H]
-    const void* w_gate_up;        // [E, 2I, H] (or [E, H, 2I] when transposed)
-    const void* w_down;           // [E, H, I] (or [E, I, H])
+    StoredWeights w_gate_up;      // [E, 2I, H] (or [E, H, 2I] when transposed)
+    StoredWeights w_down;         // [E, H, I] (or [E, I, H])
     const void* gate_up_bias;     // [E, 2I] or null
     const void* down_bias;        // [E, H] or null
     const int64_t* active;        // [num_active] expert ids, ascending
@@ -75,7 +99,7 @@ struct LinearArgs {
     DType dtype;
     int64_t tokens, depth, features;
     const void* x;     // [T, K]
-    const void* w;     // [N, K]
+    StoredWeights w;   // [N, K]
     const void* bias;  // [N] or null
     // Scratch: [T, align_depth(K)]; for panels [panel_rows(T, 1), align_depth(K)].
     float* packed_x;

@@ -32,11 +32,27 @@ def isa() -> str:
     return torch.ops.moesd.cpu_isa()
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    weight_format: str = "plain",
+) -> Tensor:
     """x ``[T, K]`` times w ``[N, K]`` transposed, plus bias ``[N]``: fp32 sums, the result in
-    x.dtype."""
+    x.dtype.
+
+    Args:
+        x: ``[T, K]``.
+        w: ``[N, K]`` in x.dtype, or as ``weight_format`` stores it.
+        bias: ``[N]`` in x.dtype.
+        scale: what the format keeps beside w.
+        weight_format: "plain" or another of ``torch.ops.moesd.weight_format_names()``. The product
+            is that with the decoded weights, rounded to x.dtype, bit for bit.
+    """
     _require()
-    return torch.ops.moesd.linear(x, w, bias)
+    return torch.ops.moesd.linear(x, w, bias, scale, weight_format)
 
 
 def ragged_attention(

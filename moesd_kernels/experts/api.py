@@ -69,8 +69,8 @@ def fused_experts(
     if spec is None:
         spec = _make_spec(**options) if options else DEFAULT_SPEC
     quick = _quick.get(backend)
-    if quick is not None and out is None and spec.weight_format == "plain":
-        result = quick(*tensors, *spec.op_options)
+    if quick is not None and out is None:
+        result = quick(*tensors, *spec.op_options, spec.weight_format, *scales)
         if result is not None:
             return result
     weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias, *scales)

@@ -61,12 +61,13 @@ class QuickRun(Protocol):
         topk_weights: Tensor,
         gate_up_bias: Tensor | None,
         down_bias: Tensor | None,
-        *op_options: Any,
+        *options: Any,
     ) -> Tensor | None:
         """The new ``[T, H]`` result; None where the call is another back-end's, or is wrong.
 
-        The last arguments are ``ExpertsSpec.op_options``. Nothing is raised for arguments
-        that do not fit together: those that the checks find are raised by them, with their names.
+        The last arguments are ``ExpertsSpec.op_options``, the weight format and the two scales.
+        Nothing is raised for arguments that do not fit together: those that the checks find are
+        raised by them, with their names.
         """
 
 
@@ -163,7 +164,15 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("triton", frozenset({"cuda"}), SINGLE, _triton_reason, _load_triton),
-        Backend("cpu", frozenset({"cpu"}), SINGLE, _cpu_reason, _load_cpu, _load_quick_cpu),
+        Backend(
+            "cpu",
+            frozenset({"cpu"}),
+            SINGLE,
+            _cpu_reason,
+            _load_cpu,
+            _load_quick_cpu,
+            formats=frozenset({"plain", "int8", "int4"}),
+        ),
         # Not automatic until it has been measured on a GPU.
         Backend(
             "cuda",

@@ -71,6 +71,9 @@ def fused_experts_cuda(
         weights.gate_up_bias,
         weights.down_bias,
         *spec.op_options,
+        spec.weight_format,
+        None,
+        None,
         result,
     )
     return result if out is None else out.copy_(result)

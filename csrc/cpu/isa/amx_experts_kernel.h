@@ -67,10 +67,10 @@ private:
     }
 
     const bf16* gate_up_of(int64_t e) const {
-        return static_cast<const bf16*>(a_.w_gate_up) + a_.active[e] * up_rows_ * a_.hidden;
+        return static_cast<const bf16*>(a_.w_gate_up.data) + a_.active[e] * up_rows_ * a_.hidden;
     }
     const bf16* down_of(int64_t e) const {
-        return static_cast<const bf16*>(a_.w_down) + a_.active[e] * a_.hidden * a_.inter;
+        return static_cast<const bf16*>(a_.w_down.data) + a_.active[e] * a_.hidden * a_.inter;
     }
 
     void pack(int64_t e) const {

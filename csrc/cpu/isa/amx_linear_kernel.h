@@ -46,7 +46,7 @@ private:
 
     bf16* panel(int64_t p) const { return reinterpret_cast<bf16*>(a_.packed_x) + p * panel_size_; }
     const bf16* weights(int64_t row) const {
-        return static_cast<const bf16*>(a_.w) + row * a_.depth;
+        return static_cast<const bf16*>(a_.w.data) + row * a_.depth;
     }
 
     // A panel that is not full repeats its last token, whose copies are never stored.

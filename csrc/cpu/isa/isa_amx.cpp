@@ -13,14 +13,17 @@ namespace moesd {
 namespace {
 
 void experts(const ExpertsArgs& args) {
-    if (args.dtype != DType::kBFloat16 || args.transposed) {
+    if (args.dtype != DType::kBFloat16 || args.transposed ||
+        args.w_gate_up.format != WeightFormat::kPlain) {
         return amx::run_for_dtype<amx::ExpertsKernel>(args);
     }
     amx::AmxExpertsKernel(args).run();
 }
 
 void linear(const LinearArgs& args) {
-    if (args.dtype != DType::kBFloat16) return amx::run_for_dtype<amx::LinearKernel>(args);
+    if (args.dtype != DType::kBFloat16 || args.w.format != WeightFormat::kPlain) {
+        return amx::run_for_dtype<amx::LinearKernel>(args);
+    }
     amx::AmxLinearKernel(args).run();
 }
 

@@ -6,6 +6,7 @@
 #endif
 #include MOESD_INTRINSICS
 
+#include "../kernels/formats/nibbles.h"
 #include "../types.h"
 
 namespace moesd::MOESD_ISA {
@@ -71,6 +72,99 @@ inline void store(bf16* p, Vec v) {
     __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+
+
+inline float widened(half x) { return _cvtsh_ss(x.bits); }
+inline float widened(bf16 x) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
+}
+
+// 2 * kLanes elements in memory order.
+template <class W>
+inline void store_pair(W* p, Vec a, Vec b) {
+    store(p, a), store(p + kLanes, b);
+}
+inline void store_pair(bf16* p, Vec a, Vec b) {
+    const __m256i packed = _mm256_packus_epi32(bf16_bits(a), bf16_bits(b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+// kLanes signed bytes.
+inline Vec widen_bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+// Thirty-two codes of four bits in the order of their weights.
+template <Nibbles N>
+inline __m256i nibbles(const uint8_t* codes) {
+    const __m256i low = _mm256_set1_epi8(15);
+    if constexpr (N == Nibbles::kLow || N == Nibbles::kHigh) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        return _mm256_and_si256(N == Nibbles::kHigh ? _mm256_srli_epi16(bytes, 4) : bytes, low);
+    }
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m256i halves =
+        _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), low);
+    if constexpr (N == Nibbles::kSplit) return halves;
+    const __m128i a = _mm256_castsi256_si128(halves), b = _mm256_extracti128_si256(halves, 1);
+    return _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
+}
+
+// Sixteen numbers, rounded to W, by a code of four bits: the lower and the higher bytes of all of
+// them.
+template <class W>
+class Palette {
+public:
+    explicit Palette(const Vec (&v)[2]) {
+        static_assert(sizeof(W) == 2);
+        alignas(32) W numbers[16];
+        store_pair(numbers, v[0], v[1]);
+        const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers));
+        const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi16(255));
+        // The lower bytes of the first and the last eight numbers, then the higher ones.
+        const __m256i bytes = _mm256_permute4x64_epi64(
+            _mm256_packus_epi16(low, _mm256_srli_epi16(bits, 8)), 0xd8);
+        low_ = _mm256_permute2x128_si256(bytes, bytes, 0x00);
+        high_ = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+    }
+
+    // The numbers of thirty-two codes.
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, W* out) const {
+        const __m256i code = nibbles<N>(codes);
+        const __m256i low = _mm256_shuffle_epi8(low_, code), high = _mm256_shuffle_epi8(high_, code);
+        const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
+        auto* to = reinterpret_cast<__m256i*>(out);
+        _mm256_storeu_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
+        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(a, b, 0x31));
+    }
+
+private:
+    __m256i low_, high_;
+};
+
+template <>
+class Palette<float> {
+public:
+    explicit Palette(const Vec (&v)[2]) : low_(v[0]), high_(v[1]) {}
+
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, float* out) const {
+        alignas(32) uint8_t code[32];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(code), nibbles<N>(codes));
+        for (int i = 0; i < 32; i += kLanes) {
+            const __m256i place = _mm256_cvtepu8_epi32(
+                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + i)));
+            const Vec upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(place, 28));
+            store(out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, place),
+                                            _mm256_permutevar8x32_ps(high_, place), upper_half));
+        }
+    }
+
+private:
+    Vec low_, high_;
+};
 
 // v with every lane rounded to what storing it would keep.
 inline Vec rounded(Vec v, const float*) { return v; }

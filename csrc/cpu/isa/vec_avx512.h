@@ -7,6 +7,7 @@
 #endif
 #include MOESD_INTRINSICS
 
+#include "../kernels/formats/nibbles.h"
 #include "../types.h"
 
 namespace moesd::MOESD_ISA {
@@ -76,6 +77,97 @@ inline void store(bf16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v)));
 }
 #endif
+
+
+inline float widened(half x) { return _cvtsh_ss(x.bits); }
+inline float widened(bf16 x) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
+}
+
+// 2 * kLanes elements in memory order.
+template <class W>
+inline void store_pair(W* p, Vec a, Vec b) {
+    store(p, a), store(p + kLanes, b);
+}
+#ifdef MOESD_AVX512_BF16
+inline void store_pair(bf16* p, Vec a, Vec b) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+#endif
+
+// kLanes signed bytes.
+inline Vec widen_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// How `nibbles` makes words of sixteen bytes: the byte of each word, and how far it is shifted.
+struct NibbleWords {
+    alignas(64) uint8_t byte[64] = {};
+    alignas(64) uint16_t shift[32] = {};
+    constexpr explicit NibbleWords(bool adjacent) {
+        for (int i = 0; i < 32; ++i) {
+            byte[2 * i] = static_cast<uint8_t>(adjacent ? i / 2 : i % 16);
+            byte[2 * i + 1] = 0x80;  // zero
+            shift[i] = (adjacent ? i % 2 : i / 16) ? 4 : 0;
+        }
+    }
+};
+
+// Words that hold thirty-two codes of four bits in the order of their weights, with other bits above
+// them.
+template <Nibbles N>
+inline __m512i nibbles(const uint8_t* codes) {
+    if constexpr (N == Nibbles::kLow || N == Nibbles::kHigh) {
+        const __m512i words =
+            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        return N == Nibbles::kHigh ? _mm512_srli_epi16(words, 4) : words;
+    }
+    static constexpr NibbleWords kWords(N == Nibbles::kAdjacent);
+    const __m512i bytes =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, _mm512_load_si512(kWords.byte)),
+                             _mm512_load_si512(kWords.shift));
+}
+
+// Sixteen numbers, rounded to W, by a code of four bits; twice, so that a fifth bit changes nothing.
+template <class W>
+class Palette {
+public:
+    explicit Palette(const Vec (&v)[1]) {
+        static_assert(sizeof(W) == 2);
+        alignas(64) W numbers[32];
+        store_pair(numbers, v[0], v[0]);
+        numbers_ = _mm512_load_si512(numbers);
+    }
+
+    // The numbers of thirty-two codes.
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, W* out) const {
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(nibbles<N>(codes), numbers_));
+    }
+
+private:
+    __m512i numbers_;
+};
+
+template <>
+class Palette<float> {
+public:
+    explicit Palette(const Vec (&v)[1]) : numbers_(v[0]) {}
+
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, float* out) const {
+        const __m512i words = nibbles<N>(codes);
+        const __m256i first = _mm512_castsi512_si256(words);
+        const __m256i last = _mm512_extracti64x4_epi64(words, 1);
+        store(out, _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(first), numbers_));
+        store(out + kLanes, _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(last), numbers_));
+    }
+
+private:
+    Vec numbers_;
+};
 
 // v with every lane rounded to what storing it would keep.
 inline Vec rounded(Vec v, const float*) { return v; }

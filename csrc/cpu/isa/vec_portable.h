@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../kernels/formats/nibbles.h"
 #include "../types.h"
 
 namespace moesd::MOESD_ISA {
@@ -45,13 +46,13 @@ inline Vec exp2_int(Vec n) {
     return (Vec)bits;  // a vector cast keeps the bits
 }
 
-inline float widen(bf16 x) {
+inline float widened(bf16 x) {
     uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
 }
-inline float widen(half x) {
+inline float widened(half x) {
     int exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
     float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
                       : exponent == 31
@@ -81,8 +82,8 @@ inline half narrow(float x, const half*) {
 
 // kLanes elements in memory order.
 inline Vec load(const float* p) { return Vec{p[0], p[1], p[2], p[3]}; }
-inline Vec load(const bf16* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
-inline Vec load(const half* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline Vec load(const bf16* p) { return Vec{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])}; }
+inline Vec load(const half* p) { return Vec{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])}; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(bf16* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i], p);
@@ -90,6 +91,41 @@ inline void store(bf16* p, Vec v) {
 inline void store(half* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i], p);
 }
+
+// 2 * kLanes elements in memory order.
+template <class W>
+inline void store_pair(W* p, Vec a, Vec b) {
+    store(p, a), store(p + kLanes, b);
+}
+
+// kLanes signed bytes.
+inline Vec widen_bytes(const uint8_t* p) {
+    const auto lane = [p](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); };
+    return Vec{lane(0), lane(1), lane(2), lane(3)};
+}
+
+// Sixteen numbers, rounded to W, by a code of four bits.
+template <class W>
+class Palette {
+public:
+    explicit Palette(const Vec (&v)[16 / kLanes]) {
+        for (int i = 0; i < 16 / kLanes; ++i) store(numbers_ + i * kLanes, v[i]);
+    }
+
+    // The numbers of thirty-two codes.
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, W* out) const {
+        for (int i = 0; i < 32; ++i) {
+            const int byte = N == Nibbles::kAdjacent ? i / 2 : N == Nibbles::kSplit ? i % 16 : i;
+            const bool high = N == Nibbles::kHigh || (N == Nibbles::kAdjacent && i % 2) ||
+                              (N == Nibbles::kSplit && i >= 16);
+            out[i] = numbers_[high ? codes[byte] >> 4 : codes[byte] & 15];
+        }
+    }
+
+private:
+    W numbers_[16];
+};
 
 // v with every lane rounded to what storing it would keep.
 template <class W>

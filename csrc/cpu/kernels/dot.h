@@ -180,12 +180,6 @@ inline void load_row(float* dst, const W* src, int64_t n) {
     }
 }
 
-// x as fp32.
-template <class W>
-inline float widened(W x) {
-    float wide;
-    load_row(&wide, &x, 1);
-    return wide;
-}
+inline float widened(float x) { return x; }
 
 }  // namespace moesd::MOESD_ISA

@@ -191,14 +191,14 @@ inline void sort_quarters(float* sums, int64_t quarter) {
     }
 }
 
-// dot_rows over a depth of many steps; members as its arguments.
+// dot_rows over a depth of many steps; members as its arguments. Where weights are, each visit is
+// told: those that were decoded lie in a buffer, a block of the depth at a time.
 template <class W>
 struct GroupedRows {
     static constexpr int64_t kStep = Dot<W>::kStep;
 
     const typename Dot<W>::Act* const* xs;
     int count, tiles;
-    const W* w;
     int64_t stride, rows, depth;
     float* out;
     int64_t ld;
@@ -206,55 +206,78 @@ struct GroupedRows {
     int64_t block = depth_block<W>(whole);
     int64_t quarter = (rows + 3) / 4;
 
+    int64_t length_at(int64_t k0) const { return whole - k0 < block ? whole - k0 : block; }
+
     // Tiles [first_tile, end_tile) of the activation rows with group g, in the block of the depth
-    // that begins at k0.
-    void visit(int64_t k0, int64_t g, int first_tile, int end_tile, const W* next_group,
-               const W* next_block) const {
-        const int64_t length = whole - k0 < block ? whole - k0 : block;
+    // that begins at k0. `w`: element k0 of the first weight row; prefetch(t): what tile t
+    // prefetches.
+    template <class F>
+    void visit(const W* w, int64_t k0, int64_t g, int first_tile, int end_tile,
+               const F& prefetch) const {
+        const int64_t length = length_at(k0);
         const bool has_tail = k0 + length == whole && whole < depth;
         alignas(64) W tail[4][kStep];
         Group<W> group{{}, length, has_tail ? tail : nullptr};
         for (int n = 0; n < 4; ++n) {
             const int64_t row = g + n * quarter;
-            group.rows[n] = w + (row < rows ? row : rows - 1) * stride + k0;
+            group.rows[n] = w + (row < rows ? row : rows - 1) * stride;
             if (has_tail) pad_step<kStep>(group.rows[n] + length, depth - whole, tail[n]);
         }
         for (int t = first_tile; t < end_tile; ++t) {
-            const Prefetch prefetch = prefetch_for<W>(t, tiles, group.rows[0], next_group,
-                                                      next_block, quarter * stride, length);
+            const Prefetch fetch = prefetch(t);
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
             for_size<kTileTokens>(size, [&]<int M>() {
-                dot_tile<W, M>(xs + m, k0, group, prefetch, out + m * ld + 4 * g, ld);
+                dot_tile<W, M>(xs + m, k0, group, fetch, out + m * ld + 4 * g, ld);
             });
         }
     }
 
     // One tile waits for memory, which is fastest along whole rows: all blocks of a group at once.
-    void visit_by_group(const W* next) const {
+    void visit_by_group(const W* w, const W* next) const {
         for (int64_t g = 0; g < quarter; ++g) {
             const W* row = w + g * stride;
             const W* next_group = g + 1 < quarter ? row + stride : next;
             for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
-                const bool last_block = k0 + block >= whole;
-                visit(k0, g, 0, 1, last_block ? next_group : row + k0 + block, nullptr);
+                const W* following = k0 + block >= whole ? next_group : row + k0 + block;
+                visit(w + k0, k0, g, 0, 1, [&](int t) {
+                    return prefetch_for<W>(t, tiles, row + k0, following, nullptr, quarter * stride,
+                                           length_at(k0));
+                });
             }
         }
     }
 
     // Several tiles reuse weights from the first-level cache: all groups of a block for two tiles.
-    void visit_by_block(const W* next) const {
+    void visit_by_block(const W* w, const W* next) const {
         for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
             const W* next_start = k0 + block >= whole ? next : w + k0 + block;
             for (int pair = 0; pair < tiles; pair += 2) {
                 for (int64_t g = 0; g < quarter; ++g) {
-                    const W* next_group = g + 1 < quarter ? w + (g + 1) * stride + k0 : next_start;
+                    const W* group = w + g * stride + k0;
+                    const W* next_group = g + 1 < quarter ? group + stride : next_start;
                     const W* next_block = next_start ? next_start + g * stride : nullptr;
-                    visit(k0, g, pair, pair + 2 < tiles ? pair + 2 : tiles, next_group, next_block);
+                    visit(w + k0, k0, g, pair, pair + 2 < tiles ? pair + 2 : tiles, [&](int t) {
+                        return prefetch_for<W>(t, tiles, group, next_group, next_block,
+                                               quarter * stride, length_at(k0));
+                    });
                 }
             }
         }
     }
 };
+
+// Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of an
+// addition.
+constexpr int tiles_of(int count) { return (count + kTileTokens - 1) / kTileTokens; }
+
+// Whether dot_rows computes with the whole depth at once.
+template <class W>
+constexpr bool is_short(int64_t depth) {
+#ifdef MOESD_AVX512_BF16
+    if (std::is_same_v<W, bf16>) return depth <= 2 * kMaxPairs;
+#endif
+    return depth <= kShortDepth;
+}
 
 // out[m * ld + j] = xs[m] . w[j * stride] for m < count, j < rows <= 4 * kMaxQuarter (columns up to
 // the next multiple of 4, or of 16 where the depth is short, are overwritten). `next`: as many rows
@@ -264,15 +287,13 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
               int64_t rows, int64_t depth, const W* next, float* out, int64_t ld) {
 #ifdef MOESD_AVX512_BF16
     if constexpr (std::is_same_v<W, bf16>) {
-        if (depth <= 2 * kMaxPairs) {
+        if (is_short<W>(depth)) {
             return dot_pairs(xs, count, w, stride, rows, depth, next, out, ld);
         }
     }
 #endif
-    // Tiles of nearly equal size: a tile of one row has too few accumulators to hide the latency of
-    // an addition.
-    const int tiles = (count + kTileTokens - 1) / kTileTokens;
-    if (depth <= kShortDepth) {
+    const int tiles = tiles_of(count);
+    if (is_short<W>(depth)) {
         for (int t = 0; t < tiles; ++t) {
             const int m = count * t / tiles, size = count * (t + 1) / tiles - m;
             for_size<kTileTokens>(size, [&]<int M>() {
@@ -281,11 +302,11 @@ void dot_rows(const typename Dot<W>::Act* const* xs, int count, const W* w, int6
         }
         return;
     }
-    const GroupedRows<W> groups{xs, count, tiles, w, stride, rows, depth, out, ld};
+    const GroupedRows<W> groups{xs, count, tiles, stride, rows, depth, out, ld};
     if (tiles == 1) {
-        groups.visit_by_group(next);
+        groups.visit_by_group(w, next);
     } else {
-        groups.visit_by_block(next);
+        groups.visit_by_block(w, next);
     }
     for (int m = 0; m < count; ++m) sort_quarters(out + m * ld, groups.quarter);
 }

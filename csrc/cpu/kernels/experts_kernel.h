@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "activation.h"
-#include "dot_rows.h"
+#include "formats/dot_stored.h"
 #include "work.h"
 
 namespace moesd::MOESD_ISA {
@@ -85,6 +85,8 @@ public:
           depth_x_(align_depth(a.hidden)),
           depth_act_(align_depth(a.inter)),
           up_rows_(a.gated ? 2 * a.inter : a.inter),
+          all_gate_up_(a.w_gate_up, a.hidden),
+          all_down_(a.w_down, a.inter),
           block_(a.inter <= kBlock && a.threads > 1 ? kDepthAlign : kBlock),
           blocks_((a.inter + block_ - 1) / block_),
           slice_(output_slice(a)),
@@ -121,18 +123,13 @@ private:
     const Act* packed_act(int64_t n) const {
         return reinterpret_cast<const Act*>(a_.packed_act) + n * depth_act_;
     }
-    const W* gate_up_of(int64_t i) const {
-        return static_cast<const W*>(a_.w_gate_up) + a_.active[i] * up_rows_ * a_.hidden;
-    }
-    const W* down_of(int64_t i) const {
-        return static_cast<const W*>(a_.w_down) + a_.active[i] * a_.hidden * a_.inter;
-    }
+    Matrix<W> gate_up_of(int64_t i) const { return all_gate_up_.nth(a_.active[i], up_rows_); }
+    Matrix<W> down_of(int64_t i) const { return all_down_.nth(a_.active[i], a_.hidden); }
 
     // The first weights of a gate/up item; after the last item those of the down projection.
-    const W* first_row(int64_t item) const {
-        if (item >= up_.total) return down_of(0);
-        return gate_up_of(item / blocks_) +
-               item % blocks_ * block_ * (a_.transposed ? 1 : a_.hidden);
+    const uint8_t* first_row(int64_t item) const {
+        if (item >= up_.total) return down_of(0).row(0);
+        return gate_up_of(item / blocks_).row(item % blocks_ * block_);
     }
 
     void gate_up(int64_t item, int64_t next_item) {
@@ -162,19 +159,18 @@ private:
     }
 
     void project_gate_up(const Act* const* xs, int count, int64_t e, int64_t j, int64_t rows,
-                         const W* next, float* gate, float* up) const {
-        const W* w = gate_up_of(e);
+                         const uint8_t* next, float* gate, float* up) const {
+        const Matrix<W> matrix = gate_up_of(e);
         const int64_t depth = a_.hidden, step = a_.interleaved ? 2 : 1;
         const int64_t first = j * step, second = a_.interleaved ? j * 2 + 1 : a_.inter + j;
         if (!a_.transposed) {
-            const W* next_weights = a_.gated ? w + second * depth : next;
-            dot_rows(xs, count, w + first * depth, step * depth, rows, depth, next_weights, gate,
-                     kBlock);
-            if (a_.gated) {
-                dot_rows(xs, count, w + second * depth, step * depth, rows, depth, next, up,
-                         kBlock);
-            }
-        } else if (!a_.interleaved) {
+            const RowsOf<W> gates{matrix, first, step}, ups{matrix, second, step};
+            dot_stored<W>(xs, count, gates, rows, a_.gated ? ups.address(0) : next, gate, kBlock);
+            if (a_.gated) dot_stored<W>(xs, count, ups, rows, next, up, kBlock);
+            return;
+        }
+        const W* w = static_cast<const W*>(matrix.stored.data);
+        if (!a_.interleaved) {
             dot_columns(xs, count, w + first, up_rows_, rows, depth, gate, kBlock);
             if (a_.gated) dot_columns(xs, count, w + second, up_rows_, rows, depth, up, kBlock);
         } else {
@@ -212,17 +208,19 @@ private:
         const int64_t h0 = item * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
         const OutputSlice out(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
-            const W* next_expert = e + 1 < a_.num_active ? down_of(e + 1) + h0 * a_.inter : nullptr;
+            const Matrix<W> matrix = down_of(e);
+            const uint8_t* next_expert = e + 1 < a_.num_active ? down_of(e + 1).row(h0) : nullptr;
             for (int64_t h = h0; h < h1; h += kBlock) {
                 const int64_t rows = h1 - h < kBlock ? h1 - h : kBlock;
-                down_block(e, h, rows, out,
-                           h + kBlock < h1 ? down_of(e) + (h + kBlock) * a_.inter : next_expert);
+                down_block(e, matrix, h, rows, out,
+                           h + kBlock < h1 ? matrix.row(h + kBlock) : next_expert);
             }
         }
         out.template store<W>();
     }
 
-    void down_block(int64_t e, int64_t h, int64_t rows, const OutputSlice& out, const W* next) {
+    void down_block(int64_t e, const Matrix<W>& matrix, int64_t h, int64_t rows,
+                    const OutputSlice& out, const uint8_t* next) {
         const int limit = chunk_tokens(depth_act_ * sizeof(Act));
         const Act* xs[kMaxChunk];
         alignas(64) float sums[kMaxChunk * kBlock];
@@ -236,10 +234,10 @@ private:
                 static_cast<int>(a_.offsets[e + 1] - n < limit ? a_.offsets[e + 1] - n : limit);
             for (int m = 0; m < count; ++m) xs[m] = packed_act(n + m);
             if (a_.transposed) {
-                dot_columns(xs, count, down_of(e) + h, a_.hidden, rows, a_.inter, sums, kBlock);
+                dot_columns(xs, count, static_cast<const W*>(matrix.stored.data) + h, a_.hidden,
+                            rows, a_.inter, sums, kBlock);
             } else {
-                dot_rows(xs, count, down_of(e) + h * a_.inter, a_.inter, rows, a_.inter, next, sums,
-                         kBlock);
+                dot_stored<W>(xs, count, {matrix, h, 1}, rows, next, sums, kBlock);
             }
             for (int m = 0; m < count; ++m) {
                 float* acc = out.sums(a_.sorted_token[n + m], h);
@@ -252,7 +250,9 @@ private:
     }
 
     const ExpertsArgs& a_;
-    const int64_t depth_x_, depth_act_, up_rows_, block_, blocks_, slice_;
+    const int64_t depth_x_, depth_act_, up_rows_;
+    const Matrix<W> all_gate_up_, all_down_;
+    const int64_t block_, blocks_, slice_;
     Rows pack_;
     Counter up_, down_;
 };

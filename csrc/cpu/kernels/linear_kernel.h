@@ -1,7 +1,6 @@
 // y = x w^T + bias for few rows x. A work item is a block of weight rows, with all tokens.
 #pragma once
 
-#include "dot_rows.h"
 #include "experts_kernel.h"
 
 namespace moesd::MOESD_ISA {
@@ -14,6 +13,7 @@ public:
     explicit LinearKernel(const LinearArgs& a)
         : a_(a),
           depth_(align_depth(a.depth)),
+          w_(a.w, a.depth),
           block_(a.features < 2 * kBlock * a.threads ? 16 : kBlock),
           pack_(a.tokens, a.threads),
           rows_((a.features + block_ - 1) / block_) {}
@@ -39,8 +39,7 @@ private:
     Act* packed(int64_t t) const { return reinterpret_cast<Act*>(a_.packed_x) + t * depth_; }
 
     void project(int64_t j, int64_t next_item) const {
-        const W* w = static_cast<const W*>(a_.w);
-        const W* next = next_item < rows_.total ? w + next_item * block_ * a_.depth : nullptr;
+        const uint8_t* next = next_item < rows_.total ? w_.row(next_item * block_) : nullptr;
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
         const int limit = chunk_tokens(depth_ * sizeof(Act));
         const Act* xs[kMaxChunk];
@@ -50,7 +49,7 @@ private:
         for (int64_t t = 0; t < a_.tokens; t += limit) {
             const int count = static_cast<int>(a_.tokens - t < limit ? a_.tokens - t : limit);
             for (int m = 0; m < count; ++m) xs[m] = packed(t + m);
-            dot_rows(xs, count, w + j * a_.depth, a_.depth, rows, a_.depth, next, sums, kBlock);
+            dot_stored<W>(xs, count, {w_, j, 1}, rows, next, sums, kBlock);
             for (int m = 0; m < count; ++m) {
                 if (a_.bias) {
                     for (int64_t i = 0; i < rows; ++i) sums[m * kBlock + i] += bias[i];
@@ -62,7 +61,9 @@ private:
     }
 
     const LinearArgs& a_;
-    const int64_t depth_, block_;
+    const int64_t depth_;
+    const Matrix<W> w_;
+    const int64_t block_;
     Rows pack_;
     Counter rows_;
 };

@@ -47,12 +47,17 @@ Tensor normed(const Tensor& x, const Tensor& w, const NormRule& rule, const Tens
 
 }  // namespace
 
-Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
-    check_matrix(x, w, "N");
+Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& scale,
+              c10::string_view weight_format) {
+    if (is_plain(weight_format)) check_matrix(x, w, "N");
+    TORCH_CHECK_VALUE(x.dim() == 2, "x must be [T, K], got ", x.sizes());
+    TORCH_CHECK_VALUE(w.dim() == 2, "w must be [N, ...], got ", w.sizes());
     const Tensor rows = x.contiguous();
     LinearArgs args{};
     args.dtype = storage_dtype(x, "x");
     args.tokens = x.size(0), args.depth = x.size(1), args.features = w.size(0);
+    args.w = stored_weights(w, "w", scale, "scale", weight_format, {args.features, args.depth}, x,
+                            "x");
     if (bias) {
         TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == args.features, "bias must be [",
                           args.features, "], got ", bias->sizes());
@@ -62,7 +67,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
     const Tensor offset = bias ? bias->contiguous() : Tensor();
     Tensor out = fresh({args.tokens, args.features}, x.scalar_type());
     if (out.numel() == 0) return out;
-    args.x = rows.const_data_ptr(), args.w = w.const_data_ptr();
+    args.x = rows.const_data_ptr();
     args.bias = bias ? offset.const_data_ptr() : nullptr;
     const int64_t packed = kernels().panels ? panel_rows(args.tokens, 1) : args.tokens;
     args.packed_x = static_cast<float*>(scratch(packed * align_depth(args.depth) * sizeof(float)));

@@ -32,26 +32,41 @@ private:
     std::optional<at::RecordFunction> scope_;
 };
 
-void check_shapes(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
-                  const OptTensor& gate_up_bias, const OptTensor& down_bias, bool gated,
-                  bool transposed, const Tensor& out) {
+// The layer's sizes and weights.
+struct Weights {
+    int64_t experts, inter;
+    StoredWeights gate_up, down;
+};
+
+Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
+                        const OptTensor& gate_up_bias, const OptTensor& down_bias, bool gated,
+                        bool transposed, c10::string_view format, const OptTensor& gate_up_scale,
+                        const OptTensor& down_scale) {
     TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [T, H], got ", hidden.sizes());
     TORCH_CHECK_VALUE(w_down.dim() == 3, "w_down must be [E, H, I], got ", w_down.sizes());
-    const int64_t hidden_size = hidden.size(1), experts = w_down.size(0),
-                  inter = w_down.size(transposed ? 1 : 2);
+    TORCH_CHECK_VALUE(is_plain(format) || (!transposed && w_gate_up.dim() == 3),
+                      "w_gate_up must be [E, ", gated ? "2I" : "I", ", ...] in the format ", format,
+                      ", got ", w_gate_up.sizes(), transposed ? " and transposed=True" : "");
+    const int64_t hidden_size = hidden.size(1), experts = w_down.size(0);
+    // A row of w_down has the size of its format.
+    const int64_t inter = is_plain(format) ? w_down.size(transposed ? 1 : 2)
+                                           : w_gate_up.size(1) / (gated ? 2 : 1);
     const int64_t up_rows = gated ? 2 * inter : inter;
-    if (transposed) {
-        check_like(w_gate_up, "w_gate_up", {experts, hidden_size, up_rows}, hidden, "hidden");
-        check_like(w_down, "w_down", {experts, inter, hidden_size}, hidden, "hidden");
-    } else {
-        check_like(w_gate_up, "w_gate_up", {experts, up_rows, hidden_size}, hidden, "hidden");
-        check_like(w_down, "w_down", {experts, hidden_size, inter}, hidden, "hidden");
-    }
+    const auto sizes = [&](int64_t rows, int64_t depth) {
+        return transposed ? std::vector<int64_t>{experts, depth, rows}
+                          : std::vector<int64_t>{experts, rows, depth};
+    };
+    const Weights weights{
+        experts, inter,
+        stored_weights(w_gate_up, "w_gate_up", gate_up_scale, "gate_up_scale", format,
+                       sizes(up_rows, hidden_size), hidden, "hidden"),
+        stored_weights(w_down, "w_down", down_scale, "down_scale", format,
+                       sizes(hidden_size, inter), hidden, "hidden")};
     if (gate_up_bias) {
         check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
     }
     if (down_bias) check_like(*down_bias, "down_bias", {experts, hidden_size}, hidden, "hidden");
-    check_like(out, "out", hidden.sizes(), hidden, "hidden");
+    return weights;
 }
 
 void check_routing(const Tensor& topk_ids, const Tensor& topk_weights, int64_t tokens) {
@@ -128,10 +143,14 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
              const Tensor& topk_ids, const Tensor& topk_weights, const OptTensor& gate_up_bias,
              const OptTensor& down_bias, c10::string_view activation, bool gated, bool interleaved,
              bool transposed, std::optional<double> limit, std::optional<double> alpha,
-             Tensor& out) {
-    check_shapes(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed, out);
-    const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1), experts = w_down.size(0);
-    const int64_t inter = w_down.size(transposed ? 1 : 2);
+             c10::string_view weight_format, const OptTensor& gate_up_scale,
+             const OptTensor& down_scale, Tensor& out) {
+    const Weights weights =
+        checked_weights(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed,
+                        weight_format, gate_up_scale, down_scale);
+    check_like(out, "out", hidden.sizes(), hidden, "hidden");
+    const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
+    const int64_t experts = weights.experts, inter = weights.inter;
     check_routing(topk_ids, topk_weights, tokens);
     TORCH_CHECK_VALUE(gated || !(interleaved || limit || alpha),
                       "interleaved, activation_limit and activation_alpha need gated=True");
@@ -164,7 +183,7 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.tokens = tokens, args.hidden = hidden_size;
     args.inter = inter, args.num_active = plan.num_active;
     args.x = x.const_data_ptr();
-    args.w_gate_up = w_gate_up.const_data_ptr(), args.w_down = w_down.const_data_ptr();
+    args.w_gate_up = weights.gate_up, args.w_down = weights.down;
     args.gate_up_bias = gate_up_bias ? gate_up_bias->const_data_ptr() : nullptr;
     args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;
     args.active = plan.active, args.offsets = plan.offsets;
@@ -193,7 +212,9 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
                       const Tensor& topk_ids, const Tensor& topk_weights,
                       const OptTensor& gate_up_bias, const OptTensor& down_bias,
                       c10::string_view activation, bool gated, bool interleaved, bool transposed,
-                      std::optional<double> limit, std::optional<double> alpha) {
+                      std::optional<double> limit, std::optional<double> alpha,
+                      c10::string_view weight_format, const OptTensor& gate_up_scale,
+                      const OptTensor& down_scale) {
     const bool recording = at::GradMode::is_enabled();
     const auto served = [recording](const Tensor& t) {
         return t.is_cpu() && !(recording && t.requires_grad());
@@ -201,13 +222,16 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
     const bool all_served = served(hidden) && served(w_gate_up) && served(w_down) &&
                             served(topk_ids) && served(topk_weights) &&
                             (!gate_up_bias || served(*gate_up_bias)) &&
-                            (!down_bias || served(*down_bias)) && w_gate_up.is_contiguous() &&
+                            (!down_bias || served(*down_bias)) &&
+                            (!gate_up_scale || served(*gate_up_scale)) &&
+                            (!down_scale || served(*down_scale)) && w_gate_up.is_contiguous() &&
                             w_down.is_contiguous() && hidden.scalar_type() != at::kDouble;
     if (!all_served) return std::nullopt;
     Tensor out = fresh(hidden.sizes(), hidden.scalar_type());
     try {
         experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias,
-                activation, gated, interleaved, transposed, limit, alpha, out);
+                activation, gated, interleaved, transposed, limit, alpha, weight_format,
+                gate_up_scale, down_scale, out);
     } catch (const c10::ValueError&) {
         return std::nullopt;
     } catch (const c10::TypeError&) {

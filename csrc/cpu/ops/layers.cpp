@@ -14,8 +14,17 @@ namespace {
 
 using at::Tensor;
 
+// A weight as it is stored: plain until `set_format` says otherwise.
+struct Weight {
+    Tensor data;
+    OptTensor scale = std::nullopt;
+    std::string format = "plain";
+
+    size_t nbytes() const { return data.nbytes() + (scale ? scale->nbytes() : 0); }
+};
+
 struct Mlp {
-    Tensor gate, up, down;  // [I, H], [I, H], [H, I]
+    Weight gate, up, down;  // [I, H], [I, H], [H, I]
     OptTensor gate_bias, up_bias, down_bias;
     std::string activation;
 };
@@ -24,14 +33,15 @@ struct Moe {
     Tensor router;  // [E, H]
     int64_t top_k;
     bool renormalize, cast;
-    Tensor gate_up, down;  // [E, 2I, H], [E, H, I]
+    Weight gate_up, down;  // [E, 2I, H], [E, H, I]
     std::string activation;
 };
 
 struct Layer {
-    Tensor qkv;  // [(Hq + 2 Hkv) * D, H]
+    Weight qkv;  // [(Hq + 2 Hkv) * D, H]
     OptTensor qkv_bias, q_norm, k_norm, out_bias;
-    Tensor out, post_norm, following_norm;
+    Weight out;
+    Tensor post_norm, following_norm;
     double q_eps, k_eps, post_eps, following_eps, scale;
     int64_t window, q_heads, kv_heads;
     std::optional<Mlp> mlp;
@@ -45,8 +55,8 @@ auto scoped(const char* name, const F& f) {
     return f();
 }
 
-Tensor scoped_linear(const Tensor& x, const Tensor& w, const OptTensor& bias) {
-    return scoped("moesd::linear", [&] { return linear(x, w, bias); });
+Tensor scoped_linear(const Tensor& x, const Weight& w, const OptTensor& bias) {
+    return scoped("moesd::linear", [&] { return linear(x, w.data, bias, w.scale, w.format); });
 }
 
 Tensor run_mlp(const Mlp& m, const Tensor& x) {
@@ -64,8 +74,9 @@ Tensor run_moe(const Moe& m, const Tensor& x) {
     if (m.cast) weights = weights.to(x.scalar_type());
     Tensor out = fresh(x.sizes(), x.scalar_type());
     scoped("moesd::experts", [&] {
-        experts(x, m.gate_up, m.down, ids, weights, std::nullopt, std::nullopt, m.activation, true,
-                false, false, std::nullopt, std::nullopt, out);
+        experts(x, m.gate_up.data, m.down.data, ids, weights, std::nullopt, std::nullopt,
+                m.activation, true, false, false, std::nullopt, std::nullopt, m.gate_up.format,
+                m.gate_up.scale, m.down.scale, out);
     });
     return out;
 }
@@ -81,7 +92,7 @@ public:
         TORCH_CHECK_VALUE(q_k_post_following_eps.size() == 4, "expected four epsilons, got ",
                           q_k_post_following_eps.size());
         const auto& eps = q_k_post_following_eps;
-        layers_.push_back({qkv, qkv_bias, q_norm, k_norm, out_bias, out, post_norm, following_norm,
+        layers_.push_back({{qkv}, qkv_bias, q_norm, k_norm, out_bias, {out}, post_norm, following_norm,
                            eps[0], eps[1], eps[2], eps[3], scale, window, q_heads, kv_heads,
                            std::nullopt, std::nullopt});
     }
@@ -89,11 +100,19 @@ public:
     // The MLP of the layer added last; a layer without one is left to the caller (see `run`).
     void set_mlp(Tensor gate, OptTensor gate_bias, Tensor up, OptTensor up_bias, Tensor down,
                  OptTensor down_bias, std::string activation) {
-        last().mlp = Mlp{gate, up, down, gate_bias, up_bias, down_bias, std::move(activation)};
+        last().mlp = Mlp{{gate}, {up}, {down}, gate_bias, up_bias, down_bias,
+                         std::move(activation)};
     }
     void set_moe(Tensor router, int64_t top_k, bool renormalize, bool cast, Tensor gate_up,
                  Tensor down, std::string activation) {
-        last().moe = Moe{router, top_k, renormalize, cast, gate_up, down, std::move(activation)};
+        last().moe = Moe{router, top_k, renormalize, cast, {gate_up}, {down}, std::move(activation)};
+    }
+    // How a weight of the layer added last is stored: "qkv", "out", of its MLP "gate", "up" or
+    // "down", of its experts "gate_up" or "down", which have one format. Or the "head", whose data
+    // continue_greedily is given.
+    void set_format(const std::string& weight, OptTensor scale, std::string format) {
+        Weight& stored = weight_named(weight);
+        stored.scale = std::move(scale), stored.format = std::move(format);
     }
 
     // Runs layers from `first` up to `stop` (exclusive), or up to and including the attention half
@@ -210,7 +229,7 @@ private:
                 positions, rows, keys, values, 0, depth, true, latest);
         TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ",
                           reached);
-        return scoped_linear(normed, head, std::nullopt);
+        return scoped_linear(normed, {head, head_.scale, head_.format}, std::nullopt);
     }
 
     size_t weight_bytes() const {
@@ -224,6 +243,19 @@ private:
             if (layer.moe) bytes += layer.moe->gate_up.nbytes() + layer.moe->down.nbytes();
         }
         return bytes;
+    }
+
+    Weight& weight_named(const std::string& name) {
+        if (name == "head") return head_;
+        Layer& layer = last();
+        if (name == "qkv") return layer.qkv;
+        if (name == "out") return layer.out;
+        if (layer.mlp && name == "gate") return layer.mlp->gate;
+        if (layer.mlp && name == "up") return layer.mlp->up;
+        if (layer.mlp && name == "down") return layer.mlp->down;
+        if (layer.moe && name == "gate_up") return layer.moe->gate_up;
+        if (layer.moe && name == "down") return layer.moe->down;
+        TORCH_CHECK_VALUE(false, "expected a weight of the layer added last, got ", name);
     }
 
     Layer& last() {
@@ -263,6 +295,7 @@ private:
     }
 
     std::vector<Layer> layers_;
+    Weight head_;
 };
 
 }  // namespace
@@ -273,6 +306,7 @@ TORCH_LIBRARY_FRAGMENT(moesd, m) {
         .def("add_layer", &LayerStack::add_layer)
         .def("set_mlp", &LayerStack::set_mlp)
         .def("set_moe", &LayerStack::set_moe)
+        .def("set_format", &LayerStack::set_format)
         .def("run", &LayerStack::run)
         .def("continue_greedily", &LayerStack::continue_greedily);
 }

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../../experts_op.h"
 #include "../types.h"
@@ -27,6 +28,17 @@ void check_like(const at::Tensor& t, const char* name, at::IntArrayRef sizes,
 // Raises ValueError for names the kernels do not know.
 Activation parse_activation(c10::string_view name);
 
+using OptTensor = std::optional<at::Tensor>;
+
+// The weights of these sizes ([..., R, C], C the depth of the products) that lie in w and scale.
+// Raises ValueError for unknown formats, and ValueError or TypeError, with the names of the tensors,
+// where these are not the format's; plain weights have the dtype of `like`.
+StoredWeights stored_weights(const at::Tensor& w, const char* name, const OptTensor& scale,
+                             const char* scale_name, c10::string_view format,
+                             std::vector<int64_t> sizes, const at::Tensor& like,
+                             const char* like_name);
+bool is_plain(c10::string_view format);
+
 // An uninitialised tensor. at::empty takes as long to find its kernel as some of these ops take.
 inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
     return at::Tensor(at::detail::empty_cpu(sizes, dtype));
@@ -43,12 +55,11 @@ int team_size(int64_t multiply_adds);
 
 void run_team(int threads, void (*body)(void*), void* ctx);
 
-using OptTensor = std::optional<at::Tensor>;
-
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& w, double eps, double offset = 0,
                     bool cast_first = true);
 std::tuple<at::Tensor, at::Tensor> argmax(const at::Tensor& x);
-at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const OptTensor& bias);
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const OptTensor& bias,
+                  const OptTensor& scale = std::nullopt, c10::string_view weight_format = "plain");
 std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& delta,
                                                 const at::Tensor& w, double eps);
 at::Tensor act_and_mul(const at::Tensor& gate, const at::Tensor& up, c10::string_view activation);

@@ -260,7 +260,8 @@ def test_schema_and_fake():
 )
 def test_errors(change, error, message):
     data = make(3, 4, 2, 32, 32, torch.float32)
-    plain = dict.fromkeys(("gate_up_bias", "down_bias")) | asdict(ExpertsSpec())
-    del plain["op_options"], plain["weight_format"]
+    nothing = ("gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
+    plain = dict.fromkeys(nothing) | asdict(ExpertsSpec())
+    del plain["op_options"]
     with pytest.raises(error, match=message):
         torch.ops.moesd.experts(**plain | data | change, out=torch.empty(3, 32))

@@ -53,6 +53,11 @@ def test_errors_say_expected_and_got(name):
         fused_experts(*tensors, **options)
 
 
+def as_op(spec):
+    """A spec as the operator takes it, without scales."""
+    return *spec.op_options, spec.weight_format, None, None
+
+
 WRONG_TENSORS = [
     name for name, ((_, more), *_) in ERRORS.items() if more.keys() <= {"gate_up_bias", "down_bias"}
 ]
@@ -63,7 +68,7 @@ WRONG_TENSORS = [
 def test_the_quick_way_refuses_a_wrong_call_by_value(name):
     (tensors, biases), error, message = ERRORS[name]
     quick = BACKENDS["cpu"].quick()
-    flat = biases.get("gate_up_bias"), biases.get("down_bias"), *DEFAULT_SPEC.op_options
+    flat = biases.get("gate_up_bias"), biases.get("down_bias"), *as_op(DEFAULT_SPEC)
     assert quick(*tensors, *flat) is None
     fused_experts(*make_case(2, 1, 2, 8, 4).tensors)  # from here on the quick way is tried first
     with pytest.raises(error, match=message):
@@ -74,7 +79,7 @@ def test_the_quick_way_refuses_a_wrong_call_by_value(name):
 def test_the_quick_way_is_the_back_end():
     case = make_case(7, 2, 4, 32, 16, torch.bfloat16, bias=True, interleaved=True)
     x, weights, routing, spec = case.as_run()
-    flat = weights.gate_up_bias, weights.down_bias, *spec.op_options
+    flat = weights.gate_up_bias, weights.down_bias, *as_op(spec)
     result = BACKENDS["cpu"].quick()(*case.tensors, *flat)
     assert torch.equal(result, BACKENDS["cpu"].load()(x, weights, routing, spec))
 

@@ -79,8 +79,9 @@ def test_help_shows_every_option():
 @pytest.mark.skipif(library.load("cpu") is not None, reason=str(library.load("cpu")))
 def test_the_schemas_have_the_options_in_this_order():
     own = [argument.name for argument in torch.ops.moesd.experts.default._schema.arguments]
-    assert own[-len(NAMES) : -1] == NAMES[:-1], "op_options, then out"
+    scales = ["gate_up_scale", "down_scale"]
+    assert own[-len(NAMES) - 3 :] == [*NAMES, *scales, "out"]
     quick = [argument.name for argument in torch.ops.moesd.try_experts.default._schema.arguments]
-    assert quick[1 - len(NAMES) :] == NAMES[:-1]
+    assert quick[-len(NAMES) - 2 :] == [*NAMES, *scales]
     traced = [argument.name for argument in torch.ops.moesd.fused_experts.default._schema.arguments]
     assert traced[-len(NAMES) - 2 : -2] == NAMES

@@ -46,14 +46,14 @@ def test_equal_to_plain_weights_of_the_same_values(backend, name, dtype, variant
 
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-@pytest.mark.parametrize("backend", sorted({backend for backend, _ in PAIRS}))
+@pytest.mark.parametrize("backend", [backend for backend, name in PAIRS if name == "int8"])
 def test_the_group_follows_from_the_shapes(backend, name, group):
     stored, plain = quantised_case(name, 5, 2, 3, 128, 256, group=group)
     actual = fused_experts(*stored.tensors, **stored.options, backend=backend)
     assert torch.equal(actual, fused_experts(*plain.tensors, **plain.options, backend=backend))
 
 
-@pytest.mark.parametrize("backend", sorted({backend for backend, _ in PAIRS}))
+@pytest.mark.parametrize("backend", [backend for backend, name in PAIRS if name == "fp8_block"])
 def test_fp8_sizes_that_its_squares_do_not_divide(backend):
     stored, plain = quantised_case("fp8_block", 5, 2, 3, 200, 72)
     actual = fused_experts(*stored.tensors, **stored.options, backend=backend)

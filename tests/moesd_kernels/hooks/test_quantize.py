@@ -64,10 +64,10 @@ def test_a_quantised_model_is_one_with_other_numbers(family, weight_format):
     expected = experts_by_torch(read_back(plain, quantized))(IDS).logits
     # A matrix that was stored the other way round is summed in another order.
     same = close if family == "gpt_oss" else torch.equal
-    assert same(quantized(IDS).logits, expected)
+    assert close(quantized(IDS).logits, expected)
     assert same(experts_by_torch(quantized)(IDS).logits, expected)
     decelerate(quantized)
-    assert same(quantized(IDS).logits, expected)
+    assert close(quantized(IDS).logits, expected)
     assert close(accelerate(quantized)(IDS).logits, expected)
 
 

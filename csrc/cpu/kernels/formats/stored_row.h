@@ -1,0 +1,56 @@
+// What every decoder of a weight format takes, and the reading of values that lie at any address.
+//
+// A decoded weight is its format's definition in fp32 arithmetic, step by step and without fused
+// operations, rounded once to X: what moesd_kernels/formats gives. (Where activations are rounded
+// by AVX-512-BF16, which takes numbers too small for a normal bf16 for zero, weights are, too; its
+// dot products take them for zero anyway.)
+#pragma once
+
+#include "../dot.h"
+
+namespace moesd::MOESD_ISA {
+
+struct StoredRow {
+    const uint8_t* data;
+    const uint8_t* scales;
+    int64_t group;  // adjacent weights that share a scale
+};
+
+constexpr int kRun = 32;  // weights that are decoded at a time
+
+// Writes weights [k, k + n) of the row to out, and fills up the last run of kRun; k is a multiple of
+// kRun.
+template <class X>
+using Decode = void(const StoredRow& row, int64_t k, int64_t n, X* out);
+
+template <class T>
+inline T load_at(const uint8_t* p) {
+    T value;
+    std::memcpy(&value, p, sizeof(T));
+    return value;
+}
+
+// A run of signed bytes times the scale.
+template <class X>
+inline void scale_run(const uint8_t* codes, Vec scale, X* out) {
+    for (int i = 0; i < kRun; i += 2 * kLanes) {
+        store_pair(out + i, mul(widen_bytes(codes + i), scale),
+                   mul(widen_bytes(codes + i + kLanes), scale));
+    }
+}
+
+// The sixteen values that a code of four bits stands for: f of a vector of `codes`, rounded to X.
+template <class X, class F>
+inline Palette<X> palette_of(const float (&codes)[16], const F& f) {
+    Vec values[16 / kLanes];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16 / kLanes; ++i) values[i] = f(load(codes + i * kLanes));
+    return Palette<X>(values);
+}
+
+alignas(64) inline constexpr float kZeroToFifteen[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                         8, 9, 10, 11, 12, 13, 14, 15};
+alignas(64) inline constexpr float kMinus8To7[16] = {-8, -7, -6, -5, -4, -3, -2, -1,
+                                                     0,  1,  2,  3,  4,  5,  6,  7};
+
+}  // namespace moesd::MOESD_ISA
