@@ -28,6 +28,7 @@ _SPECULATIVE_KEYS: dict[str, tuple[str, type]] = {
     "suffix_decoding_max_cached_requests": ("--suffix-decoding-max-cached-requests", int),
     "suffix_decoding_max_spec_factor": ("--suffix-decoding-max-spec-factor", float),
     "suffix_decoding_min_token_prob": ("--suffix-decoding-min-token-prob", float),
+    "quantization": ("--draft-dtype", str),
     "rejection_sample_method": ("--verifier", str),
 }
 

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,17 @@ def number(low: float, high: float) -> Callable[[str], float]:
         if not low <= value <= high:
             raise ArgumentTypeError(f"expected a number in [{low:g}, {high:g}], got {shown(text)}")
         return value
+
+    return read
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """One of these names."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ArgumentTypeError(f"expected {' or '.join(names)}, got {shown(text)}")
+        return text
 
     return read
 

@@ -15,7 +15,7 @@ from decoder.drafters.table import drafter_names
 from decoder.errors import UserError, one_line
 from decoder.gamma.base import AUTO as GAMMA_AUTO
 from decoder.gamma.base import DEFAULT_MAX_GAMMA
-from decoder.model.kernels import ATTENTION
+from decoder.model.kernels import ATTENTION, QUANTIZED
 from decoder.model.loading import DTYPES
 from decoder.requests.chat import as_chat
 from decoder.requests.defaults import generation_fields, model_defaults
@@ -57,6 +57,10 @@ _DRAFT_FLAGS = {
     "self_top_k": (
         "--self-draft-top-k", types.positive, "K",
         "experts per token while drafting (default: half)",
+    ),
+    "weight_format": (
+        "--draft-dtype", types.one_of(QUANTIZED), "|".join(QUANTIZED),
+        "integers for the matrices of the draft alone",
     ),
     "replay_alpha": (
         "--replay-alpha", types.number(0, 1), "A", "acceptance that is simulated",

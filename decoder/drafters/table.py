@@ -6,6 +6,7 @@ for a drafter before it is first asked for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class DraftOptions:
         min_token_prob: share of what followed before from which it proposes.
         ngram_threshold: let the n-gram lookup override a model where this many tokens repeat.
         replay_alpha: acceptance rate that replay imposes.
+        weight_format: store a draft model's matrices as "int8" or "int4": it proposes sooner, and
+            maybe other tokens, which the target verifies all the same; ``None`` leaves them.
         kernels: let ``moesd_kernels`` run the draft model or head.
         tokenizer: of the target, to compare vocabularies with an independent draft model.
     """
@@ -52,6 +55,7 @@ class DraftOptions:
     min_token_prob: float = 0.1
     ngram_threshold: int | None = None
     replay_alpha: float = 0.9
+    weight_format: str | None = None
     kernels: bool = True
     tokenizer: Any = None
 
@@ -82,22 +86,26 @@ class DrafterKind:
 
 
 def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter:
-    from decoder.model.kernels import accelerate
+    from decoder.model.kernels import accelerate, quantized
+    from decoder.model.support import hidden_dtype
 
     from .independent import IndependentDrafter
 
     tokenizer = None  # equal vocabulary sizes are the only evidence there is without one
-    if isinstance(draft, Path):
+    loaded = not isinstance(draft, Path)
+    if not loaded:
         from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
-        weight = target.get_input_embeddings().weight
-        model = load_model(draft, dtype=weight.dtype, device=weight.device)
+        device = target.get_input_embeddings().weight.device
+        model = load_model(draft, dtype=hidden_dtype(target), device=device)
         if has_tokenizer(draft):
             tokenizer = load_tokenizer(draft)
             require_fitting_tokenizer(tokenizer, model)
         draft = model
     if not hasattr(draft, "get_output_embeddings"):
         raise UserError(f"draft must be a path or a causal LM, got {type(draft).__name__}")
+    if options.weight_format is not None:  # a model that was given stays its owner's
+        draft = quantized(copy.deepcopy(draft) if loaded else draft, options.weight_format)
     if options.kernels:
         accelerate(draft)
     return _with_lookup(IndependentDrafter(draft, tokenizer, options.tokenizer), options)
@@ -166,7 +174,7 @@ DRAFTERS = {
             _make_independent,
             aliases=("draft_model",),
             draft="required",
-            options=("ngram_threshold",),
+            options=("ngram_threshold", "weight_format"),
         ),
         DrafterKind(
             "eagle",

@@ -23,6 +23,9 @@ AttentionName = Literal["auto", "portable"]
 # "auto" uses the attention kernel where there is one, "portable" never does.
 ATTENTION: tuple[str, ...] = get_args(AttentionName)
 
+# Weight formats that plain weights can be turned into.
+QUANTIZED = ("int8", "int4")
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,6 +56,20 @@ def accelerate(model: torch.nn.Module) -> bool:
         )
         return False
     return True
+
+
+def quantized(model: torch.nn.Module, weight_format: str) -> torch.nn.Module:
+    """``model`` with the matrices of its experts and linear layers in ``weight_format``, in place.
+
+    Raises:
+        UserError: ``weight_format`` is none of ``QUANTIZED``, or nothing in the model can be.
+    """
+    if weight_format not in QUANTIZED:
+        raise UserError(f"expected one of {', '.join(QUANTIZED)}, got {weight_format!r}")
+    with explained(f"{type(model).__name__} cannot be {weight_format}"):
+        from moesd_kernels.hooks.quantize import quantize
+
+        return quantize(model, weight_format)
 
 
 def cache_folder(name: str) -> Path:
@@ -250,6 +267,13 @@ def same_states(ours: Tensor, theirs: Tensor) -> bool:
     from moesd_kernels.hooks.device_blocks import rows_alike
 
     return rows_alike(ours, theirs)
+
+
+def stored_weight(linear: torch.nn.Module) -> tuple[Any, Any, str]:
+    """Weight, scale or ``None``, and weight format of a linear layer that ``runs_linear``."""
+    from moesd_kernels.hooks.packed import stored_weight
+
+    return stored_weight(linear)
 
 
 def joined(parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -51,13 +51,15 @@ class LeanForward:
         self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
         self._mlps = [layer.mlp for layer in base.layers]
         self._stack = kernels.layer_stack(model)
-        # Whether the stack has every MLP, and the head is a product.
+        # Whether the stack has every MLP, and the head is a matrix alone.
         head = model.get_output_embeddings()
         self.head = kernels.head_of(model)
         self.whole = kernels.runs_linear(head)
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
             _add_attention(self._stack, layer, following, windows)
             self.whole &= kernels.set_mlp(self._stack, layer.mlp)
+        if self.whole:
+            _tell_format(self._stack, "head", *kernels.stored_weight(head)[1:])
         # Whether it can also walk from step to step; on a GPU graphs spare the interpreter.
         on_gpu = kernels.on_gpu(self._embedding.device)
         self.walks_steps = self.whole and head.bias is None and not on_gpu
@@ -221,6 +223,8 @@ def _obstacle(base: Any, family: str) -> str | None:
             "a forward or a class of its own, or weights that our kernels do not take"
         )
     for layer in base.layers:
+        if len(set(_formats(layer))) > 1:
+            return "queries, keys and values are in more than one weight format"
         for parameters in _projections(layer):
             if not kernels.may_join(parameters):
                 return "weights share memory with other tensors, as of a state dict that is held"
@@ -232,7 +236,7 @@ def _add_attention(
 ) -> None:
     """Append a layer with its attention half to the stack."""
     attention = layer.self_attn
-    weights, biases = _projections(layer)
+    weights, scales, biases = _projections(layer)
     query_heads, kv_heads = (weight.shape[0] // attention.head_dim for weight in weights[:2])
     has_norms = getattr(attention, "q_norm", None) is not None
     q_weight, q_eps = _norm(attention.q_norm) if has_norms else (None, 0.0)
@@ -254,18 +258,36 @@ def _add_attention(
         query_heads,
         kv_heads,
     )
+    _tell_format(stack, "qkv", kernels.joined(scales) if scales else None, _formats(layer)[0])
+    _tell_format(stack, "out", *kernels.stored_weight(attention.o_proj)[1:])
+
+
+def _tell_format(stack: Any, name: str, scale: Tensor | None, weight_format: str) -> None:
+    """Tell the stack how a weight of the layer added last, or the head, is stored."""
+    if weight_format != "plain":  # which they are until they are said not to be
+        stack.set_format(name, scale, weight_format)
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:
     return module.weight, module.variance_epsilon
 
 
-def _projections(layer: Any) -> list[list[nn.Parameter]]:
-    """Weights of queries, keys and values, and their biases if there are any."""
+def _linears(layer: Any) -> list[Any]:
+    """The projections to queries, keys and values."""
     attention = layer.self_attn
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    biases = [linear.bias for linear in linears]
-    return [[linear.weight for linear in linears], [] if None in biases else biases]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _formats(layer: Any) -> list[str]:
+    return [kernels.stored_weight(linear)[2] for linear in _linears(layer)]
+
+
+def _projections(layer: Any) -> list[list[nn.Parameter]]:
+    """Weights of queries, keys and values, and their scales and biases if there are any."""
+    linears = _linears(layer)
+    stored = [kernels.stored_weight(linear) for linear in linears]
+    beside = [[scale for _, scale, _ in stored], [linear.bias for linear in linears]]
+    return [[weight for weight, _, _ in stored], *([] if None in part else part for part in beside)]
 
 
 def _resolved(layers: Sequence[int] | None, count: int) -> list[int]:

@@ -20,7 +20,7 @@ from .graphs import StepGraphs
 from .lean import LeanForward, lean_forward, watched_tensors
 from .prefill import ForwardOutput, gather, prefill
 from .rope import row_rope
-from .support import attention_configs, attention_named, check_same, check_supported
+from .support import attention_configs, attention_named, check_same, check_supported, hidden_dtype
 from .watch import Watch, is_bare
 
 _STATIC_QUERIES = 32  # wider forwards are prefill
@@ -56,9 +56,8 @@ class ModelRunner:
         self._cache_argument = cache_argument(self.model)
         self._head = self.model.get_output_embeddings()
         self._base = self.model.base_model
-        weight = self._head.weight
-        self.device, self.dtype = self.model.get_input_embeddings().weight.device, weight.dtype
-        self.vocab_size: int = weight.shape[0]
+        self.device = self.model.get_input_embeddings().weight.device
+        self.dtype, self.vocab_size = hidden_dtype(self.model), int(self._head.weight.shape[0])
         self.max_batch_size, self.max_length = max_batch_size, max_length
         cuda = self.device.type == "cuda"
         self.static = cuda if static == "auto" else bool(static)

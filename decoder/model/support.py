@@ -60,6 +60,14 @@ def check_supported(model: Any) -> None:
     check_runs_whole(model)
 
 
+def hidden_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype a model computes in: of its embedding, or where that is packed, of its norms."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    tensors = [embedding.weight, *(p for p in model.parameters() if p.ndim == 1)]
+    numbers = [t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1]
+    return numbers[0] if numbers else torch.float32
+
+
 def check_same(
     model: Any,
     vocab_size: int,
@@ -81,7 +89,7 @@ def check_same(
     if model.training:
         warn_of_row_dependence(model)
     weight, expected = model.get_output_embeddings().weight, (vocab_size, dtype, device)
-    found = weight.shape[0], weight.dtype, model.get_input_embeddings().weight.device
+    found = weight.shape[0], hidden_dtype(model), model.get_input_embeddings().weight.device
     if found != expected:
         now, then = (f"{tokens} tokens in {kind} on {on}" for tokens, kind, on in (found, expected))
         raise UserError(

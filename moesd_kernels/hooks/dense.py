@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .mlps import activations, gated_mlp_forward
 from .norms import NormRule, recognise_norm
+from .packed import StoredWeight, linear_classes, stored_weight
 from .routers import RouterRule, recognise_router, router_logits
 from .shadow import DTYPES, fits, is_unshadowed, rows_apart, shadow, shadow_of
 
@@ -65,6 +66,8 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
     mlp = gated_mlp_forward(module)
     if mlp is not None:
         return mlp
+    if type(module) in linear_classes() - {nn.Linear}:
+        return _stored_forward if _readable(stored_weight(module)) else None
     if (
         type(weight) is not nn.Parameter
         or weight.dtype not in DTYPES
@@ -107,6 +110,34 @@ def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
         return torch.ops.moesd.linear.default(input, weight, self.bias)
     rows = input.reshape(-1, input.shape[-1])
     return torch.ops.moesd.linear.default(rows, weight, self.bias).view(*input.shape[:-1], -1)
+
+
+def _stored_forward(self: Any, input: Tensor) -> Tensor:
+    """A linear layer whose matrix is in a quantised format."""
+    weight, scale, name = stored_weight(self)
+    bias = self.bias
+    if not fits(input, weight) or (bias is not None and bias.dtype != input.dtype):
+        return type(self).forward(self, input)
+    rows = input.reshape(-1, input.shape[-1])
+    out = torch.ops.moesd.linear.default(rows, weight, bias, scale, name)
+    return out.view(*input.shape[:-1], -1)
+
+
+def _readable(stored: StoredWeight) -> bool:
+    """Whether the CPU kernels read a matrix where it lies."""
+    weight, scale, name = stored
+    return (
+        name in _cpu_formats()
+        and type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and (scale is None or scale.is_contiguous())
+    )
+
+
+@functools.cache
+def _cpu_formats() -> frozenset[str]:
+    return frozenset(torch.ops.moesd.weight_format_names())
 
 
 def _column_forward(self: nn.Linear, input: Tensor) -> Tensor:
@@ -176,6 +207,8 @@ def _router_forward(rule: RouterRule, fuse: bool, choices: tuple[Any, ...]) -> C
 
 def runs_linear(module: Any) -> bool:
     """Whether this is a linear layer on our kernel."""
+    if shadow_of(module) is _stored_forward:
+        return _readable(stored_weight(module))
     ours = type(module) is nn.Linear and shadow_of(module) is _linear_forward
     return ours and module.weight.is_contiguous()
 

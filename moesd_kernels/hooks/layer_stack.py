@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesd_kernels.experts.backends import BACKENDS
 from moesd_kernels.experts.spec import ExpertsSpec
 
 from .dense import fused_router_of, runs_linear
-from .experts import ModuleSpec, settings_of, spec_of
+from .experts import SCALE, ModuleSpec, settings_of, spec_of
 from .mlps import gated_activation_of
+from .packed import stored_weight
 
 
 def layer_stack() -> Any:
@@ -38,6 +40,8 @@ def set_mlp(stack: Any, module: Any) -> bool:
         if not all(map(runs_linear, linears)):
             return False
         stack.set_mlp(*(t for m in linears for t in (m.weight, m.bias)), activation)
+        for name, linear in zip(("gate", "up", "down"), linears, strict=True):
+            stack.set_format(name, *stored_weight(linear)[1:])
         return True
     return set(module._modules) == {"gate", "experts"} and _set_moe(stack, module)
 
@@ -46,19 +50,26 @@ def _set_moe(stack: Any, block: Any) -> bool:
     rule = fused_router_of(block.gate)
     if rule is None or not _plain_experts(block.experts, block.gate.weight.dtype):
         return False
-    experts = block.experts
+    experts, spec = block.experts, spec_of(block.experts).spec
     stack.set_moe(
         *(block.gate.weight, rule.top_k, rule.renormalize, rule.cast),
-        *(experts.gate_up_proj, experts.down_proj, spec_of(experts).spec.activation),
+        *(experts.gate_up_proj, experts.down_proj, spec.activation),
     )
+    for name in ("gate_up", "down"):
+        scale = getattr(experts, f"{name}_proj{SCALE}", None)
+        stack.set_format(name, scale, spec.weight_format)
     return True
 
 
 def _plain_experts(experts: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether the C++ experts compute this module with none of their options."""
-    weights = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if not all(type(w) is nn.Parameter and w.dtype == dtype and w.is_contiguous() for w in weights):
+    """Whether the C++ experts compute this module with none of their options but a format."""
+    weights: list[Any] = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
+    if not all(type(w) is nn.Parameter and w.is_contiguous() for w in weights):
         return False
     computes = spec_of(experts)
-    plain = computes == ModuleSpec(None, ExpertsSpec(computes.spec.activation))
+    name = computes.spec.weight_format
+    fits = name != "plain" or all(w.dtype == dtype for w in weights)
+    if not fits or name not in BACKENDS["cpu"].formats:
+        return False
+    plain = computes == ModuleSpec(None, ExpertsSpec(computes.spec.activation, weight_format=name))
     return plain and settings_of(experts).backend in ("auto", "cpu")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .gates import recognise_gate
+from .packed import linear_classes
 from .shadow import fits, shadow_of
 
 
@@ -34,7 +35,7 @@ def gated_mlp_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     if (
         set(parts) != {*_MLP_PARTS, "act_fn"}
         or module._parameters
-        or any(type(parts[name]) is not nn.Linear for name in _MLP_PARTS)
+        or any(type(parts[name]) not in linear_classes() for name in _MLP_PARTS)
         or type(parts["act_fn"]) not in activations()
     ):
         return None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STORED = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # of weights in quantised formats
 _PLAIN = (nn.Parameter, Tensor)
 _VECTOR = 32  # elements torch's loops take per step, at most
 
@@ -48,9 +49,9 @@ def is_unshadowed(module: nn.Module) -> bool:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this call can take the CPU kernels."""
+    """Whether this call can take the CPU kernels; a quantised weight goes with every dtype."""
     return (
-        x.dtype == weight.dtype
+        (x.dtype == weight.dtype or weight.dtype in STORED)
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and type(weight) in _PLAIN

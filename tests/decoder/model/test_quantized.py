@@ -1,0 +1,73 @@
+"""Quantised targets and drafts: the target's own tokens, by the lean forward, and nobody's loss."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import random_prompts, tiny_model
+
+from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import DraftOptions, build_drafter
+from decoder.embedded import draft_path, target_path
+from decoder.errors import UserError
+from decoder.model.loading import load_model
+from moesd_kernels import available_backends, quantize
+from moesd_kernels.formats import QuantizedLinear
+
+pytestmark = pytest.mark.skipif(
+    available_backends()["cpu"] is not None, reason="the CPU kernels cannot run here"
+)
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "head_dim": 32, "moe_intermediate_size": 32, "max_position_embeddings": 128,
+}  # fmt: skip
+PROMPTS = random_prompts(5, seed=3)
+GREEDY = SamplingParams(max_new_tokens=24)
+
+
+def outputs(target: Any, draft: Any = None, gamma: int = 0, **options: Any) -> list[list[int]]:
+    drafter = build_drafter(
+        "none" if draft is None else draft, target, options=DraftOptions(**options)
+    )
+    decoder = SpeculativeDecoder(target, drafter, gamma, max_batch_size=3, max_length=128)
+    assert decoder.runner._lean is not None and decoder.runner._lean.whole
+    if draft is not None:
+        assert drafter.runner._lean is not None and drafter.runner._lean.walks_steps
+    return [output.token_ids for output in decoder.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_greedy_outputs_are_the_targets_own(weight_format: str, dtype: torch.dtype) -> None:
+    """Target and draft quantised; experts and a tied head among them."""
+    target = tiny_model("qwen3_moe", dtype, **SIZES, tie_word_embeddings=True)
+    draft = tiny_model("qwen3", dtype, hidden_size=64, head_dim=32, tie_word_embeddings=True)
+    draft.config.max_position_embeddings = 128
+    quantize(target, weight_format)
+    alone = outputs(target)
+    assert outputs(target, draft, 3, weight_format=weight_format) == alone
+    assert outputs(target, copy.deepcopy(target), 3) == alone  # everything is accepted
+    assert type(draft.lm_head) is not QuantizedLinear
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_the_embedded_pair(weight_format: str) -> None:
+    target = load_model(target_path())
+    weights = {name: p.clone() for name, p in target.named_parameters()}
+    alone = outputs(target)
+    drafter = {"weight_format": weight_format}
+    assert outputs(target, draft_path(), 4, **drafter) == alone
+    assert all(torch.equal(p, weights[name]) for name, p in target.named_parameters())
+    quantize(target, weight_format)
+    assert outputs(target, draft_path(), 4, **drafter) == outputs(target)
+
+
+def test_a_draft_that_cannot_be_is_said() -> None:
+    target = tiny_model("llama")
+    with pytest.raises(UserError, match="expected one of int8, int4, got 'fp8'"):
+        build_drafter("auto", target, target, DraftOptions(weight_format="fp8"))
+    small = tiny_model("llama", hidden_size=24, intermediate_size=24)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be int8: .* that 32 divides"):
+        build_drafter("auto", target, small, DraftOptions(weight_format="int8"))
