@@ -4,7 +4,6 @@
 #pragma once
 
 #include "amx_tiles.h"
-#include "../kernels/dot_pairs.h"
 #include "../kernels/work.h"
 
 namespace moesd::MOESD_ISA {

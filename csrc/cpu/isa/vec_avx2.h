@@ -73,11 +73,13 @@ inline void store(bf16* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
-
 inline float widened(half x) { return _cvtsh_ss(x.bits); }
 inline float widened(bf16 x) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
 }
+
+inline Vec splat(bf16 x) { return splat(widened(x)); }
+inline Vec splat(half x) { return splat(widened(x)); }
 
 // 2 * kLanes elements in memory order.
 template <class W>
@@ -95,6 +97,19 @@ inline Vec widen_bytes(const uint8_t* p) {
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
+// kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
+// exponent is eight less, all but NaN are exact.
+inline Vec widen_e4m3(const uint8_t* p) {
+    const __m128i bits =
+        _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
+    const __m128i magnitude = _mm_and_si128(bits, _mm_set1_epi16(0x3f80));
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3f80));
+    // The sign of the byte is in the upper half of the word before it is shifted.
+    const __m128i wide = _mm_and_si128(bits, _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+    // Of a NaN all bits are set.
+    return mul(_mm256_cvtph_ps(_mm_or_si128(wide, nan)), splat(256.0f));
+}
+
 // Thirty-two codes of four bits in the order of their weights.
 template <Nibbles N>
 inline __m256i nibbles(const uint8_t* codes) {
@@ -104,8 +119,7 @@ inline __m256i nibbles(const uint8_t* codes) {
         return _mm256_and_si256(N == Nibbles::kHigh ? _mm256_srli_epi16(bytes, 4) : bytes, low);
     }
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    const __m256i halves =
-        _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), low);
+    const __m256i halves = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), low);
     if constexpr (N == Nibbles::kSplit) return halves;
     const __m128i a = _mm256_castsi256_si128(halves), b = _mm256_extracti128_si256(halves, 1);
     return _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
@@ -116,6 +130,7 @@ inline __m256i nibbles(const uint8_t* codes) {
 template <class W>
 class Palette {
 public:
+    Palette() = default;
     explicit Palette(const Vec (&v)[2]) {
         static_assert(sizeof(W) == 2);
         alignas(32) W numbers[16];
@@ -123,8 +138,8 @@ public:
         const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(numbers));
         const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi16(255));
         // The lower bytes of the first and the last eight numbers, then the higher ones.
-        const __m256i bytes = _mm256_permute4x64_epi64(
-            _mm256_packus_epi16(low, _mm256_srli_epi16(bits, 8)), 0xd8);
+        const __m256i bytes =
+            _mm256_permute4x64_epi64(_mm256_packus_epi16(low, _mm256_srli_epi16(bits, 8)), 0xd8);
         low_ = _mm256_permute2x128_si256(bytes, bytes, 0x00);
         high_ = _mm256_permute2x128_si256(bytes, bytes, 0x11);
     }
@@ -133,7 +148,8 @@ public:
     template <Nibbles N>
     void look_up(const uint8_t* codes, W* out) const {
         const __m256i code = nibbles<N>(codes);
-        const __m256i low = _mm256_shuffle_epi8(low_, code), high = _mm256_shuffle_epi8(high_, code);
+        const __m256i low = _mm256_shuffle_epi8(low_, code),
+                      high = _mm256_shuffle_epi8(high_, code);
         const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
         auto* to = reinterpret_cast<__m256i*>(out);
         _mm256_storeu_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
@@ -147,6 +163,7 @@ private:
 template <>
 class Palette<float> {
 public:
+    Palette() = default;
     explicit Palette(const Vec (&v)[2]) : low_(v[0]), high_(v[1]) {}
 
     template <Nibbles N>
@@ -154,8 +171,8 @@ public:
         alignas(32) uint8_t code[32];
         _mm256_store_si256(reinterpret_cast<__m256i*>(code), nibbles<N>(codes));
         for (int i = 0; i < 32; i += kLanes) {
-            const __m256i place = _mm256_cvtepu8_epi32(
-                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + i)));
+            const __m256i place =
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + i)));
             const Vec upper_half = _mm256_castsi256_ps(_mm256_slli_epi32(place, 28));
             store(out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_, place),
                                             _mm256_permutevar8x32_ps(high_, place), upper_half));

@@ -78,10 +78,17 @@ inline void store(bf16* p, Vec v) {
 }
 #endif
 
-
 inline float widened(half x) { return _cvtsh_ss(x.bits); }
 inline float widened(bf16 x) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
+}
+
+// Broadcasts from memory, where that of a number in a register would be a shuffle.
+inline Vec splat(bf16 x) {
+    return _mm512_castsi512_ps(_mm512_maskz_set1_epi16(0xaaaaaaaa, static_cast<int16_t>(x.bits)));
+}
+inline Vec splat(half x) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(x.bits)));
 }
 
 // 2 * kLanes elements in memory order.
@@ -101,18 +108,18 @@ inline Vec widen_bytes(const uint8_t* p) {
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// How `nibbles` makes words of sixteen bytes: the byte of each word, and how far it is shifted.
-struct NibbleWords {
-    alignas(64) uint8_t byte[64] = {};
-    alignas(64) uint16_t shift[32] = {};
-    constexpr explicit NibbleWords(bool adjacent) {
-        for (int i = 0; i < 32; ++i) {
-            byte[2 * i] = static_cast<uint8_t>(adjacent ? i / 2 : i % 16);
-            byte[2 * i + 1] = 0x80;  // zero
-            shift[i] = (adjacent ? i % 2 : i / 16) ? 4 : 0;
-        }
-    }
-};
+// kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
+// exponent is eight less, all but NaN are exact.
+inline Vec widen_e4m3(const uint8_t* p) {
+    const __m256i bits = _mm256_slli_epi16(
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(0x3f80));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x3f80));
+    // The sign of the byte is in the upper half of the word before it is shifted.
+    const __m256i wide = _mm256_and_si256(bits, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m256i half_bits = _mm256_mask_set1_epi16(wide, nan, -1);
+    return mul(_mm512_cvtph_ps(half_bits), splat(256.0f));
+}
 
 // Words that hold thirty-two codes of four bits in the order of their weights, with other bits above
 // them.
@@ -123,17 +130,20 @@ inline __m512i nibbles(const uint8_t* codes) {
             _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
         return N == Nibbles::kHigh ? _mm512_srli_epi16(words, 4) : words;
     }
-    static constexpr NibbleWords kWords(N == Nibbles::kAdjacent);
-    const __m512i bytes =
-        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, _mm512_load_si512(kWords.byte)),
-                             _mm512_load_si512(kWords.shift));
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    if constexpr (N == Nibbles::kAdjacent) {  // a byte in the lower word, and shifted in the upper
+        const __m512i lower = _mm512_cvtepu8_epi32(bytes);
+        return _mm512_or_si512(lower, _mm512_slli_epi32(lower, 12));
+    }
+    const __m256i words = _mm256_cvtepu8_epi16(bytes);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
 }
 
 // Sixteen numbers, rounded to W, by a code of four bits; twice, so that a fifth bit changes nothing.
 template <class W>
 class Palette {
 public:
+    Palette() = default;
     explicit Palette(const Vec (&v)[1]) {
         static_assert(sizeof(W) == 2);
         alignas(64) W numbers[32];
@@ -154,6 +164,7 @@ private:
 template <>
 class Palette<float> {
 public:
+    Palette() = default;
     explicit Palette(const Vec (&v)[1]) : numbers_(v[0]) {}
 
     template <Nibbles N>
@@ -258,34 +269,6 @@ inline void deal_quads(Vec& a, Vec& b, Vec& c, Vec& d) {
     const Vec ab2 = _mm512_permutex2var_ps(a, late, b), cd2 = _mm512_permutex2var_ps(c, late, d);
     a = _mm512_shuffle_f32x4(ab, cd, 0x44), b = _mm512_shuffle_f32x4(ab, cd, 0xee);
     c = _mm512_shuffle_f32x4(ab2, cd2, 0x44), d = _mm512_shuffle_f32x4(ab2, cd2, 0xee);
-}
-
-// Sixteen vectors of sixteen 32-bit lanes, turned round: out[i] holds lane i of each.
-inline void transpose16(__m512i (&a)[16], __m512i* out) {
-    __m512i b[16];
-#pragma GCC unroll 8
-    for (int n = 0; n < 16; n += 2) {
-        b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]);
-        b[n + 1] = _mm512_unpackhi_epi32(a[n], a[n + 1]);
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < 16; n += 4) {  // a[n + i]: lane i of every four, rows n to n + 3
-        a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]);
-        a[n + 1] = _mm512_unpackhi_epi64(b[n], b[n + 2]);
-        a[n + 2] = _mm512_unpacklo_epi64(b[n + 1], b[n + 3]);
-        a[n + 3] = _mm512_unpackhi_epi64(b[n + 1], b[n + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {  // a 4 x 4 transposition of quarters
-        const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44),
-                      high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
-        const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
-        const __m512i high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
-        out[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
-        out[4 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        out[8 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
-        out[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
 }
 
 }  // namespace moesd::MOESD_ISA

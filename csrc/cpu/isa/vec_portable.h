@@ -80,10 +80,17 @@ inline half narrow(float x, const half*) {
     return {static_cast<uint16_t>(sign | (biased + mantissa))};
 }
 
+inline Vec splat(bf16 x) { return splat(widened(x)); }
+inline Vec splat(half x) { return splat(widened(x)); }
+
 // kLanes elements in memory order.
 inline Vec load(const float* p) { return Vec{p[0], p[1], p[2], p[3]}; }
-inline Vec load(const bf16* p) { return Vec{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])}; }
-inline Vec load(const half* p) { return Vec{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])}; }
+inline Vec load(const bf16* p) {
+    return Vec{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])};
+}
+inline Vec load(const half* p) {
+    return Vec{widened(p[0]), widened(p[1]), widened(p[2]), widened(p[3])};
+}
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(bf16* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) p[i] = narrow(v[i], p);
@@ -104,10 +111,22 @@ inline Vec widen_bytes(const uint8_t* p) {
     return Vec{lane(0), lane(1), lane(2), lane(3)};
 }
 
+// kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity.
+inline Vec widen_e4m3(const uint8_t* p) {
+    const auto lane = [p](int i) {
+        // As fp16, of which the exponent is eight less, all but NaN are exact.
+        const int magnitude = p[i] & 0x7f, sign = (p[i] & 0x80) << 8;
+        if (magnitude == 0x7f) return NAN;
+        return 256 * widened(half{static_cast<uint16_t>(sign | magnitude << 7)});
+    };
+    return Vec{lane(0), lane(1), lane(2), lane(3)};
+}
+
 // Sixteen numbers, rounded to W, by a code of four bits.
 template <class W>
 class Palette {
 public:
+    Palette() = default;
     explicit Palette(const Vec (&v)[16 / kLanes]) {
         for (int i = 0; i < 16 / kLanes; ++i) store(numbers_ + i * kLanes, v[i]);
     }

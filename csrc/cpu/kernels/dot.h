@@ -101,6 +101,23 @@ struct Dot<bf16> {
 };
 #endif
 
+// out[m * ld + n] = the sum of the lanes of acc[m][n], and of what `out` holds where it is added.
+template <int M>
+inline __attribute__((always_inline)) void store_sums(const Vec (&acc)[M][4], bool added,
+                                                      float* out, int64_t ld) {
+    if (added) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m, out += ld) {
+            store(out, add(load_quad(out), sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3])));
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m, out += ld) {
+            store(out, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
+        }
+    }
+}
+
 // For weights stored transposed, [depth, columns]: out[m * ld + j] = sum over k of
 // xs[m][k] * w[k * stride + j], in ascending order. Simple, since such checkpoints are rare: two
 // vectors of columns at a time, and every weight is read again for each activation row.

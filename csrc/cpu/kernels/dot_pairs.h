@@ -16,6 +16,34 @@ constexpr int64_t kMaxPairs = 128;  // of adjacent elements of the depth
 // Activation rows that share a register tile with two vectors of outputs.
 constexpr int kPairRows = 8;
 
+// Sixteen vectors of sixteen 32-bit lanes, turned round: out[i] holds lane i of each.
+inline void transpose16(__m512i (&a)[16], __m512i* out) {
+    __m512i b[16];
+#pragma GCC unroll 8
+    for (int n = 0; n < 16; n += 2) {
+        b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]);
+        b[n + 1] = _mm512_unpackhi_epi32(a[n], a[n + 1]);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < 16; n += 4) {  // a[n + i]: lane i of every four, rows n to n + 3
+        a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]);
+        a[n + 1] = _mm512_unpackhi_epi64(b[n], b[n + 2]);
+        a[n + 2] = _mm512_unpacklo_epi64(b[n + 1], b[n + 3]);
+        a[n + 3] = _mm512_unpackhi_epi64(b[n + 1], b[n + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // a 4 x 4 transposition of quarters
+        const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x44),
+                      high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xee);
+        const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x44);
+        const __m512i high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xee);
+        out[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        out[4 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        out[8 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        out[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+}
+
 // pairs[k] = elements 2k and 2k + 1 of each of sixteen weight rows; where there are fewer, the last
 // is repeated. Prefetches sixteen rows from `prefetch` on, unless it is null, into the second-level
 // cache: the first is full of pairs.

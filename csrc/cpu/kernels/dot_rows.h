@@ -76,17 +76,7 @@ __attribute__((noinline)) void dot_tile(const typename Dot<W>::Act* const* xs, i
                                   group.tail[3] - k};
         D::step(acc, x, last, k);
     }
-    if (k0 > 0) {
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m, out += ld) {
-            store(out, add(load_quad(out), sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3])));
-        }
-    } else {
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m, out += ld) {
-            store(out, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
-        }
-    }
+    store_sums(acc, k0 > 0, out, ld);
 }
 
 // The depth is computed in nearly equal blocks of at most kDepthBytes of an activation row: two

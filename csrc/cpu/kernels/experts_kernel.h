@@ -18,8 +18,11 @@ constexpr int kMaxChunk = 48;  // most tokens of a block of sums
 // Activations that stay in a core's second-level cache while a block's weight rows are read.
 constexpr int64_t kChunkBytes = 192 * 1024;
 
-// Tokens of a block of sums: whole tiles, as many as kChunkBytes hold, but two tiles at least.
-inline int chunk_tokens(int64_t row_bytes) {
+// Tokens of a block of sums: whole tiles, as many as kChunkBytes hold, but two tiles at least. All
+// that fit where weights are `decoded`, which is then done less often, a block of the depth at a
+// time.
+inline int chunk_tokens(int64_t row_bytes, bool decoded) {
+    if (decoded) return kMaxChunk;
     int64_t fit = kChunkBytes / row_bytes / kTileTokens * kTileTokens;
     return static_cast<int>(fit < 2 * kTileTokens ? 2 * kTileTokens
                             : fit < kMaxChunk     ? fit
@@ -135,7 +138,7 @@ private:
     void gate_up(int64_t item, int64_t next_item) {
         const int64_t e = item / blocks_, j = item % blocks_ * block_;
         const int64_t rows = a_.inter - j < block_ ? a_.inter - j : block_;
-        const int limit = chunk_tokens(depth_x_ * sizeof(Act));
+        const int limit = chunk_tokens(depth_x_ * sizeof(Act), all_gate_up_.decoder.runs);
         const Act* xs[kMaxChunk];
         alignas(64) float gate[kMaxChunk * kBlock], up[kMaxChunk * kBlock];
         for (int64_t n = a_.offsets[e]; n < a_.offsets[e + 1]; n += limit) {
@@ -221,7 +224,7 @@ private:
 
     void down_block(int64_t e, const Matrix<W>& matrix, int64_t h, int64_t rows,
                     const OutputSlice& out, const uint8_t* next) {
-        const int limit = chunk_tokens(depth_act_ * sizeof(Act));
+        const int limit = chunk_tokens(depth_act_ * sizeof(Act), all_down_.decoder.runs);
         const Act* xs[kMaxChunk];
         alignas(64) float sums[kMaxChunk * kBlock];
         float bias[kBlock] = {};

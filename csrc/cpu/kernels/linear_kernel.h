@@ -41,7 +41,7 @@ private:
     void project(int64_t j, int64_t next_item) const {
         const uint8_t* next = next_item < rows_.total ? w_.row(next_item * block_) : nullptr;
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
-        const int limit = chunk_tokens(depth_ * sizeof(Act));
+        const int limit = chunk_tokens(depth_ * sizeof(Act), w_.decoder.runs);
         const Act* xs[kMaxChunk];
         alignas(64) float sums[kMaxChunk * kBlock];
         float bias[kBlock];

@@ -56,8 +56,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
     LinearArgs args{};
     args.dtype = storage_dtype(x, "x");
     args.tokens = x.size(0), args.depth = x.size(1), args.features = w.size(0);
-    args.w = stored_weights(w, "w", scale, "scale", weight_format, {args.features, args.depth}, x,
-                            "x");
+    args.w =
+        stored_weights(w, "w", scale, "scale", weight_format, {args.features, args.depth}, x, "x");
     if (bias) {
         TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == args.features, "bias must be [",
                           args.features, "], got ", bias->sizes());

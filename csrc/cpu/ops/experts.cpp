@@ -49,19 +49,18 @@ Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Ten
                       ", got ", w_gate_up.sizes(), transposed ? " and transposed=True" : "");
     const int64_t hidden_size = hidden.size(1), experts = w_down.size(0);
     // A row of w_down has the size of its format.
-    const int64_t inter = is_plain(format) ? w_down.size(transposed ? 1 : 2)
-                                           : w_gate_up.size(1) / (gated ? 2 : 1);
+    const int64_t inter =
+        is_plain(format) ? w_down.size(transposed ? 1 : 2) : w_gate_up.size(1) / (gated ? 2 : 1);
     const int64_t up_rows = gated ? 2 * inter : inter;
     const auto sizes = [&](int64_t rows, int64_t depth) {
         return transposed ? std::vector<int64_t>{experts, depth, rows}
                           : std::vector<int64_t>{experts, rows, depth};
     };
-    const Weights weights{
-        experts, inter,
-        stored_weights(w_gate_up, "w_gate_up", gate_up_scale, "gate_up_scale", format,
-                       sizes(up_rows, hidden_size), hidden, "hidden"),
-        stored_weights(w_down, "w_down", down_scale, "down_scale", format,
-                       sizes(hidden_size, inter), hidden, "hidden")};
+    const Weights weights{experts, inter,
+                          stored_weights(w_gate_up, "w_gate_up", gate_up_scale, "gate_up_scale",
+                                         format, sizes(up_rows, hidden_size), hidden, "hidden"),
+                          stored_weights(w_down, "w_down", down_scale, "down_scale", format,
+                                         sizes(hidden_size, inter), hidden, "hidden")};
     if (gate_up_bias) {
         check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
     }
@@ -219,13 +218,12 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
     const auto served = [recording](const Tensor& t) {
         return t.is_cpu() && !(recording && t.requires_grad());
     };
-    const bool all_served = served(hidden) && served(w_gate_up) && served(w_down) &&
-                            served(topk_ids) && served(topk_weights) &&
-                            (!gate_up_bias || served(*gate_up_bias)) &&
-                            (!down_bias || served(*down_bias)) &&
-                            (!gate_up_scale || served(*gate_up_scale)) &&
-                            (!down_scale || served(*down_scale)) && w_gate_up.is_contiguous() &&
-                            w_down.is_contiguous() && hidden.scalar_type() != at::kDouble;
+    const bool all_served =
+        served(hidden) && served(w_gate_up) && served(w_down) && served(topk_ids) &&
+        served(topk_weights) && (!gate_up_bias || served(*gate_up_bias)) &&
+        (!down_bias || served(*down_bias)) && (!gate_up_scale || served(*gate_up_scale)) &&
+        (!down_scale || served(*down_scale)) && w_gate_up.is_contiguous() &&
+        w_down.is_contiguous() && hidden.scalar_type() != at::kDouble;
     if (!all_served) return std::nullopt;
     Tensor out = fresh(hidden.sizes(), hidden.scalar_type());
     try {

@@ -25,8 +25,15 @@ constexpr struct Format {
     Scales scales;
 } kFormats[] = {
     {"plain", WeightFormat::kPlain, at::kFloat, 1, 0, Scales::kNone},  // in the activations' dtype
+    {"fp8_block", WeightFormat::kFp8Block, at::kFloat8_e4m3fn, 1, 1, Scales::kSquares},
+    {"mxfp4", WeightFormat::kMxfp4, at::kByte, 32, 16, Scales::kExponents},
     {"int8", WeightFormat::kInt8, at::kChar, 32, 32, Scales::kGroups},
     {"int4", WeightFormat::kInt4, at::kByte, 32, 16, Scales::kGroups},
+    {"q8_0", WeightFormat::kQ8_0, at::kByte, 32, 34, Scales::kNone},
+    {"q4_0", WeightFormat::kQ4_0, at::kByte, 32, 18, Scales::kNone},
+    {"q4_1", WeightFormat::kQ4_1, at::kByte, 32, 20, Scales::kNone},
+    {"q4_k", WeightFormat::kQ4_K, at::kByte, 256, 144, Scales::kNone},
+    {"q6_k", WeightFormat::kQ6_K, at::kByte, 256, 210, Scales::kNone},
 };
 
 std::vector<std::string> weight_format_names() {
@@ -113,8 +120,8 @@ StoredWeights stored_weights(const Tensor& w, const char* name, const OptTensor&
     weights.data = w.const_data_ptr();
     const bool has_scale = format.scales != Scales::kNone;
     TORCH_CHECK_TYPE(scale.has_value() == has_scale, scale_name, " must ",
-                      has_scale ? "be given" : "be None", " in the format ", format.name, ", got ",
-                      scale ? "a tensor" : "None");
+                     has_scale ? "be given" : "be None", " in the format ", format.name, ", got ",
+                     scale ? "a tensor" : "None");
     if (scale) enter_scales(*scale, scale_name, format, std::move(sizes), weights);
     return weights;
 }

@@ -3,83 +3,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
 #include <ATen/ops/full.h>
-#include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
-#include "ops.h"
+#include "layer.h"
 #include "places.h"
 
 namespace moesd {
 namespace {
 
 using at::Tensor;
-
-// A weight as it is stored: plain until `set_format` says otherwise.
-struct Weight {
-    Tensor data;
-    OptTensor scale = std::nullopt;
-    std::string format = "plain";
-
-    size_t nbytes() const { return data.nbytes() + (scale ? scale->nbytes() : 0); }
-};
-
-struct Mlp {
-    Weight gate, up, down;  // [I, H], [I, H], [H, I]
-    OptTensor gate_bias, up_bias, down_bias;
-    std::string activation;
-};
-
-struct Moe {
-    Tensor router;  // [E, H]
-    int64_t top_k;
-    bool renormalize, cast;
-    Weight gate_up, down;  // [E, 2I, H], [E, H, I]
-    std::string activation;
-};
-
-struct Layer {
-    Weight qkv;  // [(Hq + 2 Hkv) * D, H]
-    OptTensor qkv_bias, q_norm, k_norm, out_bias;
-    Weight out;
-    Tensor post_norm, following_norm;
-    double q_eps, k_eps, post_eps, following_eps, scale;
-    int64_t window, q_heads, kv_heads;
-    std::optional<Mlp> mlp;
-    std::optional<Moe> moe;
-};
-
-// f() as a scope of the profiler, as the op of that name is when it is called by itself.
-template <class F>
-auto scoped(const char* name, const F& f) {
-    RECORD_FUNCTION(name, {});
-    return f();
-}
-
-Tensor scoped_linear(const Tensor& x, const Weight& w, const OptTensor& bias) {
-    return scoped("moesd::linear", [&] { return linear(x, w.data, bias, w.scale, w.format); });
-}
-
-Tensor run_mlp(const Mlp& m, const Tensor& x) {
-    const Tensor gate = scoped_linear(x, m.gate, m.gate_bias);
-    const Tensor up = scoped_linear(x, m.up, m.up_bias);
-    const Tensor inner =
-        scoped("moesd::act_and_mul", [&] { return act_and_mul(gate, up, m.activation); });
-    return scoped_linear(inner, m.down, m.down_bias);
-}
-
-Tensor run_moe(const Moe& m, const Tensor& x) {
-    auto [logits, weights, ids] = scoped("moesd::softmax_topk_router", [&] {
-        return softmax_topk_router(x, m.router, m.top_k, m.renormalize);
-    });
-    if (m.cast) weights = weights.to(x.scalar_type());
-    Tensor out = fresh(x.sizes(), x.scalar_type());
-    scoped("moesd::experts", [&] {
-        experts(x, m.gate_up.data, m.down.data, ids, weights, std::nullopt, std::nullopt,
-                m.activation, true, false, false, std::nullopt, std::nullopt, m.gate_up.format,
-                m.gate_up.scale, m.down.scale, out);
-    });
-    return out;
-}
 
 class LayerStack : public torch::CustomClassHolder {
 public:
@@ -92,20 +24,36 @@ public:
         TORCH_CHECK_VALUE(q_k_post_following_eps.size() == 4, "expected four epsilons, got ",
                           q_k_post_following_eps.size());
         const auto& eps = q_k_post_following_eps;
-        layers_.push_back({{qkv}, qkv_bias, q_norm, k_norm, out_bias, {out}, post_norm, following_norm,
-                           eps[0], eps[1], eps[2], eps[3], scale, window, q_heads, kv_heads,
-                           std::nullopt, std::nullopt});
+        layers_.push_back({{qkv},
+                           qkv_bias,
+                           q_norm,
+                           k_norm,
+                           out_bias,
+                           {out},
+                           post_norm,
+                           following_norm,
+                           eps[0],
+                           eps[1],
+                           eps[2],
+                           eps[3],
+                           scale,
+                           window,
+                           q_heads,
+                           kv_heads,
+                           std::nullopt,
+                           std::nullopt});
     }
 
     // The MLP of the layer added last; a layer without one is left to the caller (see `run`).
     void set_mlp(Tensor gate, OptTensor gate_bias, Tensor up, OptTensor up_bias, Tensor down,
                  OptTensor down_bias, std::string activation) {
-        last().mlp = Mlp{{gate}, {up}, {down}, gate_bias, up_bias, down_bias,
-                         std::move(activation)};
+        last().mlp =
+            Mlp{{gate}, {up}, {down}, gate_bias, up_bias, down_bias, std::move(activation)};
     }
     void set_moe(Tensor router, int64_t top_k, bool renormalize, bool cast, Tensor gate_up,
                  Tensor down, std::string activation) {
-        last().moe = Moe{router, top_k, renormalize, cast, {gate_up}, {down}, std::move(activation)};
+        last().moe =
+            Moe{router, top_k, renormalize, cast, {gate_up}, {down}, std::move(activation)};
     }
     // How a weight of the layer added last is stored: "qkv", "out", of its MLP "gate", "up" or
     // "down", of its experts "gate_up" or "down", which have one format. Or the "head", whose data

@@ -1,18 +1,51 @@
 // The decoder of each weight format.
 #pragma once
 
+#include "floats.h"
+#include "fused_tile.h"
+#include "ggml.h"
 #include "integers.h"
 
 namespace moesd::MOESD_ISA {
 
-// Null for weights that are stored as X.
+// Writes weights [k, k + n) of the row to out, and fills up the last run; k is a multiple of kRun.
 template <class X>
-inline Decode<X>* decoder_of(WeightFormat format) {
+using Decode = void(const StoredRow& row, int64_t k, int64_t n, X* out);
+
+template <class X, template <class> class Format>
+void decode(const StoredRow& row, int64_t k, int64_t n, X* out) {
+    Format<X> weights(row);
+    typename Format<X>::Place at(k, row);
+    for (int64_t i = 0; i < n; i += kRun, at.next()) weights.decode(at, out + i);
+}
+
+template <class X>
+struct Decoder {
+    Decode<X>* runs;      // null for weights that are stored as X
+    FusedTile<X>* fused;  // null unless kFused<X>
+};
+
+template <class X, template <class> class Format>
+constexpr Decoder<X> decoder() {
+    if constexpr (kFused<X>) return {decode<X, Format>, fused_tiles<X, Format>};
+    else return {decode<X, Format>, nullptr};
+}
+
+template <class X>
+constexpr Decoder<X> decoder_of(WeightFormat format) {
     switch (format) {
-        case WeightFormat::kInt8: return decode_int8<X>;
-        case WeightFormat::kInt4: return decode_int4<X>;
-        default: return nullptr;
+        case WeightFormat::kPlain: break;
+        case WeightFormat::kFp8Block: return decoder<X, Fp8Block>();
+        case WeightFormat::kMxfp4: return decoder<X, Mxfp4>();
+        case WeightFormat::kInt8: return decoder<X, Int8>();
+        case WeightFormat::kInt4: return decoder<X, Int4>();
+        case WeightFormat::kQ8_0: return decoder<X, Q8_0>();
+        case WeightFormat::kQ4_0: return decoder<X, Q4_0>();
+        case WeightFormat::kQ4_1: return decoder<X, Q4_1>();
+        case WeightFormat::kQ4_K: return decoder<X, Q4_K>();
+        case WeightFormat::kQ6_K: return decoder<X, Q6_K>();
     }
+    return {nullptr, nullptr};
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -13,10 +13,10 @@ template <class X>
 struct Matrix {
     StoredWeights stored;
     int64_t depth;
-    Decode<X>* decode;  // null: plain
+    Decoder<X> decoder;
 
     Matrix(const StoredWeights& weights, int64_t row_depth)
-        : stored(weights), depth(row_depth), decode(decoder_of<X>(weights.format)) {}
+        : stored(weights), depth(row_depth), decoder(decoder_of<X>(weights.format)) {}
 
     // The matrix that begins after i matrices of `rows` rows.
     Matrix nth(int64_t i, int64_t rows) const {
@@ -32,11 +32,9 @@ struct Matrix {
     }
     const uint8_t* scales() const { return static_cast<const uint8_t*>(stored.scales); }
 
-    // Decodes elements [k, k + n) of row r to `out`, and those of whole runs around them.
-    void decode_row(int64_t r, int64_t k, int64_t n, X* out) const {
-        const int64_t before = k % kRun;
-        const uint8_t* row_scales = scales() + r / stored.rows_per_scale * stored.scale_row_bytes;
-        decode({row(r), row_scales, stored.group}, k - before, n + before, out - before);
+    StoredRow stored_row(int64_t r) const {
+        return {row(r), scales() + r / stored.rows_per_scale * stored.scale_row_bytes, stored.group,
+                depth};
     }
 };
 
@@ -50,115 +48,129 @@ struct RowsOf {
     RowsOf from(int64_t i) const { return {matrix, first + i * step, step}; }
 };
 
-// dot_decoded for one call's arguments.
+// dot_stored for weights that have to be decoded.
 template <class X>
 class DecodedRows {
     using Act = typename Dot<X>::Act;
-    static constexpr int64_t kStep = Dot<X>::kStep;
-    // Elements of the longest block of the depth, and from row to row of a buffer.
-    static constexpr int64_t kMaxBlock = kWholeBytes / sizeof(Act);
-    static constexpr int64_t kStride = align_depth(kMaxBlock + 2 * kRun);
-    static constexpr int64_t kMost = 32;  // weight rows that are decoded for several tiles
+    static constexpr int64_t kStride = kKeptStride<X>;
+    static constexpr int64_t kMost = 32;  // weight rows of a short depth that are decoded at a time
 
 public:
-    DecodedRows(const Act* const* xs, int count, const RowsOf<X>& w, int64_t depth, float* out,
+    DecodedRows(const Act* const* xs, int count, const RowsOf<X>& w, int64_t rows, float* out,
                 int64_t ld)
-        : xs_(xs), count_(count), tiles_(tiles_of(count)), w_(w), depth_(depth), out_(out), ld_(ld) {}
+        : xs_(xs),
+          count_(count),
+          fused_(!kFused<X>             ? 0
+                 : count < kFusedTokens ? count
+                                        : kFusedTokens),
+          w_(w),
+          rows_(rows),
+          depth_(w.matrix.depth),
+          row_bytes_(w.matrix.stored.row_bytes),
+          out_(out),
+          ld_(ld) {}
 
-    // One tile waits for memory: it decodes a group at a time, which stays in the first-level cache.
-    void by_group(int64_t rows, const uint8_t* next) const {
-        alignas(64) X buffer[4 * kStride];
-        const int64_t quarter = (rows + 3) / 4;
-        const int64_t ahead = groups_ahead();
-        for (int64_t g = 0; g < quarter; ++g) {
-            const GroupedRows<X> group{xs_, count_, 1, kStride, 4, depth_, out_ + 4 * g, ld_};
-            const uint8_t* later = g + ahead < quarter ? w_.address(g + ahead)
-                                   : next ? next + (g + ahead - quarter) * row_distance()
-                                          : nullptr;
-            for (int64_t k0 = 0; k0 == 0 || k0 < group.whole; k0 += group.block) {
-                const int64_t length = length_at(group, k0);
-                X* decoded = buffer + k0 % kRun;
-                for (int64_t n = 0; n < 4; ++n) {
-                    const int64_t row = g + n * quarter < rows ? g + n * quarter : rows - 1;
-                    decode(row, k0, length, decoded + n * kStride);
+    void multiply_short() const {
+        alignas(64) X buffer[kMost * kStride];
+        for (int64_t j = 0; j < rows_; j += kMost) {
+            const int64_t part = rows_ - j < kMost ? rows_ - j : kMost;
+            for (int64_t i = 0; i < part; ++i) decode(j + i, 0, depth_, buffer + i * kStride);
+            dot_rows<X>(xs_, count_, buffer, kStride, part, depth_, nullptr, out_ + j, ld_);
+        }
+    }
+
+    // A group of four rows at a time, as plain weights are taken: where the activation rows are few,
+    // along whole weight rows; where they are more, all groups of a block of the depth, so that the
+    // activations of that block stay in a cache.
+    void multiply(const uint8_t* next) const {
+        const int64_t depth_step = others(0).block, end = others(0).whole;
+        const int64_t quarter = (rows_ + 3) / 4;
+        const int64_t per_visit = count_ <= kTileTokens ? 1 : quarter;
+        for (int64_t first = 0; first < quarter; first += per_visit) {
+            for (int64_t k0 = 0; k0 == 0 || k0 < end; k0 += depth_step) {
+                for (int64_t g = first; g < first + per_visit; ++g) {
+                    visit(k0, g, quarter, next);
                 }
-                const Prefetch prefetch = prefetch_from(later, k0, quarter);
-                group.visit(decoded, k0, 0, 0, 1, [&](int) { return prefetch; });
             }
         }
         for (int m = 0; m < count_; ++m) sort_quarters(out_ + m * ld_, quarter);
     }
 
-    // Several tiles share what is decoded, which stays in the second-level cache.
-    void by_block(int64_t rows, const uint8_t* next) const {
-        alignas(64) X buffer[kMost * kStride];
-        for (int64_t j = 0; j < rows; j += kMost) {
-            const int64_t part = rows - j < kMost ? rows - j : kMost;
-            const uint8_t* next_part = j + kMost < rows ? w_.address(j + kMost) : next;
-            if (is_short<X>(depth_)) {
-                for (int64_t i = 0; i < part; ++i) decode(j + i, 0, depth_, buffer + i * kStride);
-                dot_rows<X>(xs_, count_, buffer, kStride, part, depth_, nullptr, out_ + j, ld_);
-            } else {
-                multiply_part(j, part, next_part, buffer);
-            }
-        }
-    }
-
 private:
-    void decode(int64_t row, int64_t k0, int64_t length, X* out) const {
-        w_.matrix.decode_row(w_.first + row * w_.step, k0, length, out);
+    // The activation rows that are not multiplied while weights are decoded, with group g alone.
+    GroupedRows<X> others(int64_t g) const {
+        return {xs_ + fused_,
+                count_ - fused_,
+                tiles_of(count_ - fused_),
+                kStride,
+                4,
+                depth_,
+                out_ + fused_ * ld_ + 4 * g,
+                ld_};
     }
 
-    // Elements of the block at k0, those after the last whole step included.
-    int64_t length_at(const GroupedRows<X>& rows, int64_t k0) const {
-        return k0 + rows.block >= rows.whole ? depth_ - k0 : rows.block;
-    }
-
-    int64_t row_distance() const { return w_.step * w_.matrix.stored.row_bytes; }
-
-    // How many groups before its use a group is prefetched.
-    int64_t groups_ahead() const {
-        const int64_t bytes = w_.matrix.stored.row_bytes;
-        return bytes > 0 ? (kFarBytes + bytes - 1) / bytes : 1;
-    }
-
-    // A tile of a whole block prefetches the rows `later` and those one to three quarters after it,
-    // from element k0 of the depth on.
-    Prefetch prefetch_from(const uint8_t* later, int64_t k0, int64_t quarter) const {
-        const int64_t row_bytes = w_.matrix.stored.row_bytes, distance = quarter * row_distance();
-        const auto* address = reinterpret_cast<const char*>(later ? later : w_.address(0)) +
-                              k0 * row_bytes / depth_;
-        return {address, address, 0, {distance, 2 * distance, 3 * distance},
-                later ? kStep * row_bytes / depth_ : 0};
-    }
-
-    void multiply_part(int64_t j, int64_t rows, const uint8_t* next, X* buffer) const {
-        const GroupedRows<X> groups{xs_, count_, tiles_, kStride, rows, depth_, out_ + j, ld_};
-        for (int64_t k0 = 0; k0 == 0 || k0 < groups.whole; k0 += groups.block) {
-            X* decoded = buffer + k0 % kRun;
-            for (int64_t i = 0; i < rows; ++i) {
-                decode(j + i, k0, length_at(groups, k0), decoded + i * kStride);
-            }
-            const bool last_block = k0 + groups.block >= groups.whole;
-            const uint8_t* later = last_block ? next : w_.address(j);
-            for (int pair = 0; pair < tiles_; pair += 2) {
-                for (int64_t g = 0; g < groups.quarter; ++g) {
-                    const uint8_t* row = pair == 0 && later ? later + g * row_distance() : nullptr;
-                    const Prefetch prefetch = prefetch_from(
-                        row, last_block ? 0 : k0 + groups.block, groups.quarter);
-                    const Prefetch none = prefetch_from(nullptr, 0, 0);
-                    groups.visit(decoded, k0, g, pair, pair + 2 < tiles_ ? pair + 2 : tiles_,
-                                 [&](int t) { return t == 0 ? prefetch : none; });
-                }
-            }
+    void visit(int64_t k0, int64_t g, int64_t quarter, const uint8_t* next) const {
+        alignas(64) X buffer[4 * kStride];
+        const GroupedRows<X> rest = others(g);
+        const bool last = k0 + rest.block >= rest.whole;
+        const int64_t length = last ? depth_ - k0 : rest.block;
+        StoredRow rows[4];
+        for (int64_t n = 0; n < 4; ++n) {
+            const int64_t row = g + n * quarter < rows_ ? g + n * quarter : rows_ - 1;
+            rows[n] = w_.matrix.stored_row(w_.first + row * w_.step);
         }
-        for (int m = 0; m < count_; ++m) sort_quarters(out_ + j + m * ld_, groups.quarter);
+        const int64_t ahead = bytes_ahead(g, quarter, last ? next : nullptr);
+        X* const decoded = buffer + k0 % kRun;
+        Prefetch prefetch = nothing();
+        if constexpr (kFused<X>) {
+            w_.matrix.decoder.fused(count_, xs_, rows, k0, length, ahead, decoded, out_ + 4 * g,
+                                    ld_);
+        } else {
+            for (int n = 0; n < 4; ++n) decode_row(rows[n], k0, length, decoded + n * kStride);
+            prefetch = in_quarters(rows[0].data + k0 * row_bytes_ / depth_ + ahead, quarter);
+        }
+        if (rest.count == 0) return;
+        rest.visit(decoded, k0, 0, 0, rest.tiles,
+                   [&](int t) { return t == 0 ? prefetch : nothing(); });
+    }
+
+    // Bytes from group g to one that is used a while later: of these rows or of the `next`.
+    int64_t bytes_ahead(int64_t g, int64_t quarter, const uint8_t* next) const {
+        const int64_t groups = row_bytes_ > 0 ? (kFarBytes + row_bytes_ - 1) / row_bytes_ : 1;
+        const int64_t distance = w_.step * row_bytes_;
+        if (g + groups < quarter) return groups * distance;
+        return next ? next + (g + groups - quarter) * distance - w_.address(g) : 0;
+    }
+
+    // The line at `address` of a group's first row, and of the other rows.
+    Prefetch in_quarters(const uint8_t* address, int64_t quarter) const {
+        const auto* first = reinterpret_cast<const char*>(address);
+        const int64_t distance = quarter * w_.step * row_bytes_;
+        return {first,
+                first,
+                0,
+                {distance, 2 * distance, 3 * distance},
+                Dot<X>::kStep * row_bytes_ / depth_};
+    }
+
+    Prefetch nothing() const {
+        const auto* cached = reinterpret_cast<const char*>(xs_);
+        return {cached, cached};
+    }
+
+    void decode(int64_t row, int64_t k, int64_t n, X* out) const {
+        decode_row(w_.matrix.stored_row(w_.first + row * w_.step), k, n, out);
+    }
+
+    // Decodes elements [k, k + n) to `out`, and those of whole runs around them.
+    void decode_row(const StoredRow& row, int64_t k, int64_t n, X* out) const {
+        w_.matrix.decoder.runs(row, k - k % kRun, n + k % kRun, out - k % kRun);
     }
 
     const Act* const* xs_;
-    const int count_, tiles_;
+    const int count_, fused_;
     const RowsOf<X> w_;
-    const int64_t depth_;
+    const int64_t rows_, depth_, row_bytes_;
     float* out_;
     const int64_t ld_;
 };
@@ -168,16 +180,13 @@ template <class X>
 void dot_stored(const typename Dot<X>::Act* const* xs, int count, const RowsOf<X>& w, int64_t rows,
                 const uint8_t* next, float* out, int64_t ld) {
     const int64_t depth = w.matrix.depth;
-    if (!w.matrix.decode) {
+    if (!w.matrix.decoder.runs) {
         return dot_rows(xs, count, reinterpret_cast<const X*>(w.address(0)), w.step * depth, rows,
                         depth, reinterpret_cast<const X*>(next), out, ld);
     }
-    const DecodedRows<X> decoded(xs, count, w, depth, out, ld);
-    if (tiles_of(count) == 1 && !is_short<X>(depth)) {
-        decoded.by_group(rows, next);
-    } else {
-        decoded.by_block(rows, next);
-    }
+    const DecodedRows<X> decoded(xs, count, w, rows, out, ld);
+    if (is_short<X>(depth)) decoded.multiply_short();
+    else decoded.multiply(next);
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -5,32 +5,61 @@
 
 namespace moesd::MOESD_ISA {
 
-// Calls f(first run, end run, scale) for each group's part of runs [k, k + n).
-template <class F>
-inline void for_groups(const StoredRow& row, int64_t k, int64_t n, const F& f) {
-    for (int64_t end; n > 0; n -= end - k, k = end) {
-        end = (k / row.group + 1) * row.group;
-        if (end > k + n) end = (k + n + kRun - 1) / kRun * kRun;
-        f(k, end, splat(widened(load_at<bf16>(row.scales + k / row.group * sizeof(bf16)))));
+struct GroupPlace {
+    int64_t k, scale;  // of the weights, and of their scale in bytes
+    int64_t group, left;
+    bool enters = true;  // another group than the place before
+
+    GroupPlace(int64_t weight, const StoredRow& row)
+        : k(weight),
+          scale(weight / row.group * sizeof(bf16)),
+          group(row.group),
+          left(row.group - weight % row.group) {}
+
+    void next() {
+        k += kRun, left -= kRun, enters = left == 0;
+        if (enters) left = group, scale += sizeof(bf16);
     }
-}
+};
 
 template <class X>
-void decode_int8(const StoredRow& row, int64_t k, int64_t n, X* out) {
-    for_groups(row, k, n, [&](int64_t i, int64_t end, Vec scale) {
-        for (; i < end; i += kRun) scale_run(row.data + i, scale, out + (i - k));
-    });
-}
+class Int8 {
+public:
+    using Place = GroupPlace;
+
+    explicit Int8(const StoredRow& row) : codes_(row.data), scales_(row.scales) {}
+
+    const uint8_t* codes(const Place& at) const { return codes_ + at.k; }
+
+    void decode(const Place& at, X* out) {
+        scale_run(codes_ + at.k, splat(load_at<bf16>(scales_ + at.scale)), out);
+    }
+
+private:
+    const uint8_t *codes_, *scales_;
+};
 
 // Weight 2i is in the low half of byte i, eight less than the number there.
 template <class X>
-void decode_int4(const StoredRow& row, int64_t k, int64_t n, X* out) {
-    for_groups(row, k, n, [&](int64_t i, int64_t end, Vec scale) {
-        const auto palette = palette_of<X>(kMinus8To7, [&](Vec q) { return mul(q, scale); });
-        for (; i < end; i += kRun) {
-            palette.template look_up<Nibbles::kAdjacent>(row.data + i / 2, out + (i - k));
+class Int4 {
+public:
+    using Place = GroupPlace;
+
+    explicit Int4(const StoredRow& row) : codes_(row.data), scales_(row.scales) {}
+
+    const uint8_t* codes(const Place& at) const { return codes_ + at.k / 2; }
+
+    void decode(const Place& at, X* out) {
+        if (at.enters) {
+            const Vec scale = splat(load_at<bf16>(scales_ + at.scale));
+            palette_ = palette_of<X>(kMinus8To7, [=](Vec q) { return mul(q, scale); });
         }
-    });
-}
+        palette_.template look_up<Nibbles::kAdjacent>(codes_ + at.k / 2, out);
+    }
+
+private:
+    const uint8_t *codes_, *scales_;
+    Palette<X> palette_;
+};
 
 }  // namespace moesd::MOESD_ISA

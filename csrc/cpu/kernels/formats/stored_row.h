@@ -1,9 +1,13 @@
-// What every decoder of a weight format takes, and the reading of values that lie at any address.
+// What every weight format's decoder has in common.
+//
+// A decoder is a class template `Format<X>`, made of a row, whose decode(place, out) writes the kRun
+// weights of a place as X. A `Format<X>::Place(k, row)` stands at weight k, a multiple of kRun, of
+// any row like that one, and moves on by a run with next(); rows that are read together share one.
 //
 // A decoded weight is its format's definition in fp32 arithmetic, step by step and without fused
-// operations, rounded once to X: what moesd_kernels/formats gives. (Where activations are rounded
-// by AVX-512-BF16, which takes numbers too small for a normal bf16 for zero, weights are, too; its
-// dot products take them for zero anyway.)
+// operations, rounded once to X: what moesd_kernels/formats gives. (Where AVX-512-BF16 rounds
+// activations, it rounds weights, too: what is too small for a normal bf16 becomes zero, which is
+// what its dot products take it for.)
 #pragma once
 
 #include "../dot.h"
@@ -14,15 +18,12 @@ struct StoredRow {
     const uint8_t* data;
     const uint8_t* scales;
     int64_t group;  // adjacent weights that share a scale
+    int64_t depth;  // weights
 };
 
-constexpr int kRun = 32;  // weights that are decoded at a time
+constexpr int kRun = 32;
 
-// Writes weights [k, k + n) of the row to out, and fills up the last run of kRun; k is a multiple of
-// kRun.
-template <class X>
-using Decode = void(const StoredRow& row, int64_t k, int64_t n, X* out);
-
+// What lies at any address.
 template <class T>
 inline T load_at(const uint8_t* p) {
     T value;
@@ -30,9 +31,10 @@ inline T load_at(const uint8_t* p) {
     return value;
 }
 
-// A run of signed bytes times the scale.
+// kRun signed bytes times the scale.
 template <class X>
 inline void scale_run(const uint8_t* codes, Vec scale, X* out) {
+#pragma GCC unroll 4
     for (int i = 0; i < kRun; i += 2 * kLanes) {
         store_pair(out + i, mul(widen_bytes(codes + i), scale),
                    mul(widen_bytes(codes + i + kLanes), scale));

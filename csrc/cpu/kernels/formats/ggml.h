@@ -1,0 +1,181 @@
+// The blocks of GGUF files: scales in fp16 and codes, side by side.
+#pragma once
+
+#include "stored_row.h"
+
+namespace moesd::MOESD_ISA {
+
+// Where a run lies whose block has `Bytes` and `Runs`.
+template <int Bytes, int Runs = 1>
+struct BlockPlace {
+    int64_t block;       // bytes before it
+    int run;             // of the block
+    bool enters = true;  // another block than the place before
+
+    BlockPlace(int64_t k, const StoredRow&)
+        : block(k / (Runs * kRun) * Bytes), run(static_cast<int>(k / kRun % Runs)) {}
+
+    void next() {
+        enters = ++run == Runs;
+        if (enters) run = 0, block += Bytes;
+    }
+};
+
+// d * q: fp16 d, then 32 signed bytes q.
+template <class X>
+class Q8_0 {
+public:
+    using Place = BlockPlace<34>;
+
+    explicit Q8_0(const StoredRow& row) : blocks_(row.data) {}
+
+    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+
+    void decode(const Place& at, X* out) {
+        const uint8_t* block = blocks_ + at.block;
+        scale_run(block + sizeof(half), splat(load_at<half>(block)), out);
+    }
+
+private:
+    const uint8_t* blocks_;
+};
+
+// d * (q - 8): fp16 d, then 16 bytes; byte i holds weight i in its low half and 16 + i in its high.
+template <class X>
+class Q4_0 {
+public:
+    using Place = BlockPlace<18>;
+
+    explicit Q4_0(const StoredRow& row) : blocks_(row.data) {}
+
+    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+
+    void decode(const Place& at, X* out) {
+        const uint8_t* block = blocks_ + at.block;
+        const Vec d = splat(load_at<half>(block));
+        palette_of<X>(kMinus8To7, [=](Vec q) {
+            return mul(d, q);
+        }).template look_up<Nibbles::kSplit>(block + sizeof(half), out);
+    }
+
+private:
+    const uint8_t* blocks_;
+};
+
+// d * q + m: fp16 d and m, then 16 bytes as in Q4_0.
+template <class X>
+class Q4_1 {
+public:
+    using Place = BlockPlace<20>;
+
+    explicit Q4_1(const StoredRow& row) : blocks_(row.data) {}
+
+    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+
+    void decode(const Place& at, X* out) {
+        const uint8_t* block = blocks_ + at.block;
+        const Vec d = splat(load_at<half>(block)), m = splat(load_at<half>(block + 2));
+        palette_of<X>(kZeroToFifteen, [=](Vec q) {
+            return add(mul(d, q), m);
+        }).template look_up<Nibbles::kSplit>(block + 4, out);
+    }
+
+private:
+    const uint8_t* blocks_;
+};
+
+// d * s * q - dmin * m, in blocks of 256: fp16 d and dmin, 12 bytes of a 6-bit s and m for each of
+// eight runs, 128 bytes of codes; 32 bytes hold one run in their low halves and the next in their
+// high ones.
+template <class X>
+class Q4_K {
+public:
+    using Place = BlockPlace<144, 8>;
+
+    explicit Q4_K(const StoredRow& row) : blocks_(row.data) {}
+
+    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+
+    void decode(const Place& at, X* out) {
+        const uint8_t* block = blocks_ + at.block;
+        if (at.enters) take_scales(block);
+        const Vec scale = splat(scales_[at.run]), minimum = splat(minima_[8 + at.run]);
+        const auto palette =
+            palette_of<X>(kZeroToFifteen, [=](Vec q) { return sub(mul(scale, q), minimum); });
+        const uint8_t* codes = block + 16 + at.run / 2 * kRun;
+        if (at.run % 2 == 0) palette.template look_up<Nibbles::kLow>(codes, out);
+        else palette.template look_up<Nibbles::kHigh>(codes, out);
+    }
+
+private:
+    // The first four runs have bytes of their own, of which the two upper bits serve the last four.
+    void take_scales(const uint8_t* block) {
+        const uint8_t* packed = block + 4;
+        const auto s = load_at<uint32_t>(packed), m = load_at<uint32_t>(packed + 4);
+        const auto last = load_at<uint32_t>(packed + 8);
+        constexpr uint32_t kSix = 0x3f3f3f3f, kLower = 0x0f0f0f0f, kUpper = 0x30303030;
+        const uint32_t factors[4] = {s & kSix, (last & kLower) | (s >> 2 & kUpper), m & kSix,
+                                     (last >> 4 & kLower) | (m >> 2 & kUpper)};
+        uint8_t bytes[16];
+        std::memcpy(bytes, factors, sizeof(bytes));
+        const Vec d = splat(load_at<half>(block)), least = splat(load_at<half>(block + 2));
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += kLanes) {  // of either product one half is used
+            const Vec factor = widen_bytes(bytes + i);
+            store(scales_ + i, mul(d, factor)), store(minima_ + i, mul(least, factor));
+        }
+    }
+
+    const uint8_t* blocks_;
+    alignas(64) float scales_[16], minima_[16];
+};
+
+// d * s * (q - 32), in blocks of 256: 128 bytes of lower halves of q, 64 of its upper two bits, 16
+// of s, a signed byte for each sixteen weights, fp16 d. Either half of the block has 64 and 32 of
+// those bytes: its four runs take the low halves of the first 32, of the second, their high halves,
+// and bits 0-1, 2-3, 4-5 and 6-7 of the upper ones.
+template <class X>
+class Q6_K {
+public:
+    using Place = BlockPlace<210, 8>;
+
+    explicit Q6_K(const StoredRow& row) : blocks_(row.data) {}
+
+    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+
+    void decode(const Place& at, X* out) {
+        const uint8_t* block = blocks_ + at.block;
+        const uint8_t* lower = block + at.run / 4 * 64 + at.run % 2 * kRun;
+        const uint8_t* upper = block + 128 + at.run / 4 * kRun;
+        alignas(32) uint8_t codes[kRun];
+        switch (at.run % 4) {
+            case 0: join<0>(lower, upper, codes); break;
+            case 1: join<1>(lower, upper, codes); break;
+            case 2: join<2>(lower, upper, codes); break;
+            default: join<3>(lower, upper, codes);
+        }
+        const float d = widened(load_at<half>(block + 208));
+        const auto scale = [&](int i) {
+            return splat(d * static_cast<float>(static_cast<int8_t>(block[192 + 2 * at.run + i])));
+        };
+        const Vec scales[2] = {scale(0), scale(1)};
+#pragma GCC unroll 4
+        for (int i = 0; i < kRun; i += 2 * kLanes) {
+            store_pair(out + i, mul(widen_bytes(codes + i), scales[i / 16]),
+                       mul(widen_bytes(codes + i + kLanes), scales[(i + kLanes) / 16]));
+        }
+    }
+
+private:
+    template <int Run>
+    static void join(const uint8_t* lower, const uint8_t* upper, uint8_t* codes) {
+        for (int i = 0; i < kRun; ++i) {
+            const int code = (lower[i] >> Run / 2 * 4 & 15) | (upper[i] >> 2 * Run & 3) << 4;
+            codes[i] = static_cast<uint8_t>(code - 32);
+        }
+    }
+
+    const uint8_t* blocks_;
+};
+
+}  // namespace moesd::MOESD_ISA
