@@ -171,7 +171,7 @@ BACKENDS = {
             _cpu_reason,
             _load_cpu,
             _load_quick_cpu,
-            formats=frozenset({"plain", "int8", "int4"}),
+            formats=EVERY_FORMAT,
         ),
         # Not automatic until it has been measured on a GPU.
         Backend(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moesd_kernels.experts.backends import BACKENDS
+from moesd_kernels.formats import WEIGHT_FORMATS
 
 from .dense import accelerate_dense
 from .experts import SETTINGS, Settings, choose, register, spec_of
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 Implementations = list[tuple[Any, str | None]]  # by config
 
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _before: weakref.WeakKeyDictionary[nn.Module, Implementations] = weakref.WeakKeyDictionary()
 
@@ -116,13 +118,15 @@ def _switch_experts(model: Any, settings: Settings) -> list[nn.Module]:
     """Switch all experts behind transformers' interface; returns those that we compute."""
     experts = [m for m in model.modules() if _is_marked(m)]
     for module in experts:
-        if spec_of(module).spec.weight_format != "plain":
-            continue
+        refusal, spec, _, stored = spec_of(module)
+        if stored.refusal is not None or (stored.weight_format != "plain" and refusal is not None):
+            raise NotImplementedError(f"moesd cannot run {type(module).__name__}: {refusal}")
         for weight in module.parameters(recurse=False):
-            if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            if spec.weight_format == "plain" and weight.dtype not in _PLAIN:
                 raise NotImplementedError(
-                    "moesd has kernels for bfloat16, float16 and float32 experts, got "
-                    f"{type(module).__name__} with weights in {weight.dtype}"
+                    "moesd has kernels for bfloat16, float16 and float32 experts and for those in "
+                    f"{', '.join(WEIGHT_FORMATS)}, got {type(module).__name__} with weights in "
+                    f"{weight.dtype}"
                 )
     if not getattr(model, "_can_set_experts_implementation", lambda: False)():
         return []

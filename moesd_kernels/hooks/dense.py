@@ -127,7 +127,8 @@ def _readable(stored: StoredWeight) -> bool:
     """Whether the CPU kernels read a matrix where it lies."""
     weight, scale, name = stored
     return (
-        name in _cpu_formats()
+        name != "plain"
+        and name in _cpu_formats()
         and type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and weight.is_contiguous()

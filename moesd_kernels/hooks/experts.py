@@ -20,6 +20,7 @@ from moesd_kernels.experts.api import fused_experts, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
 from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
+from .packed import FORMAT, StoredExperts, scale_of, stored_experts
 from .shadow import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 # Above this many tokens per expert a GPU is compute-bound and large-tile GEMMs win.
 LARGE_TOKENS_PER_EXPERT = 512
 
-# Of a quantised module: its weight format, and what the name of a scale adds to its weight's.
-FORMAT, SCALE = "weight_format", "_scale"
 _SOURCES = ("act_fn", "is_transposed", FORMAT, *LIMIT_NAMES, *ALPHA_NAMES)
 _OPTION_NAMES = tuple(option.name for option in OPTIONS)
 _PLAIN = (nn.Parameter, Tensor)
@@ -42,11 +41,13 @@ class ModuleSpec(NamedTuple):
         refusal: why it cannot be run by us at all, or None.
         spec: the options of ``fused_experts``.
         has_bias: whether both projections have one.
+        stored: how the projections lie.
     """
 
     refusal: str | None
     spec: ExpertsSpec = DEFAULT_SPEC
     has_bias: bool = False
+    stored: StoredExperts = StoredExperts()
 
 
 class Settings(NamedTuple):
@@ -79,24 +80,28 @@ def register(name: str = "moesd") -> None:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
     except ImportError:  # before FP8 experts had a registry of their own
         return
-    FP8ExpertsInterface.register(name, _refuse_fp8)
+    FP8ExpertsInterface.register(name, experts_forward)
 
 
 def read_spec(experts: nn.Module) -> ModuleSpec:
     """Read an experts module's flags and recognise its gate."""
     if getattr(experts, "has_post_expert_norm", False):
         return ModuleSpec("experts have a norm after the down projection")
+    stored = stored_experts(experts)
+    if stored.refusal is not None:
+        return ModuleSpec(stored.refusal, stored=stored)
     gated = getattr(experts, "has_gate", True)
     interleaved = not getattr(experts, "is_concatenated", True)
     spec = recognise_gate(experts, gated, interleaved)
     if spec is None:
-        return ModuleSpec(f"the gate of {type(experts).__name__} is not one of the fused ones")
+        name = type(experts).__name__
+        return ModuleSpec(f"the gate of {name} is not one of the fused ones", stored=stored)
     spec = replace(
         spec,
         transposed=getattr(experts, "is_transposed", False),
-        weight_format=getattr(experts, FORMAT, "plain"),
+        weight_format=stored.weight_format,
     )
-    return ModuleSpec(None, spec, getattr(experts, "has_bias", False))
+    return ModuleSpec(None, spec, getattr(experts, "has_bias", False), stored)
 
 
 def spec_of(experts: nn.Module) -> ModuleSpec:
@@ -123,16 +128,16 @@ def choose(experts: nn.Module, settings: Settings) -> None:
         experts.__dict__[SETTINGS] = settings
 
 
-def _decisions_at(address: int) -> tuple[str | None, bool, tuple[Any, ...], Settings]:
-    """Refusal, bias, values of ``OPTIONS`` and settings of the module whose ``id`` this is.
+def _decisions_at(address: int) -> tuple[Any, ...]:
+    """Refusal, bias, storage, values of ``OPTIONS`` and settings of the module with this ``id``.
 
     Only Dynamo calls it, with a module it guards: torch 2.11's passes numbers but no modules to a
     function whose result is a constant, and takes plain values but no specs from it.
     """
     experts = ctypes.cast(address, ctypes.py_object).value
-    refusal, spec, has_bias = spec_of(experts)
+    refusal, spec, has_bias, stored = spec_of(experts)
     values = tuple(getattr(spec, option.name) for option in OPTIONS)
-    return refusal, has_bias, values, settings_of(experts)
+    return refusal, has_bias, stored, values, settings_of(experts)
 
 
 def experts_forward(
@@ -150,21 +155,24 @@ def experts_forward(
         ``[T, H]`` in the dtype of ``hidden_states``.
     """
     if torch.compiler.is_compiling():
-        refusal, has_bias, values, settings = _decisions_at(id(self))
+        refusal, has_bias, stored, values, settings = _decisions_at(id(self))
         computed: dict[str, Any] = dict(zip(_OPTION_NAMES, values, strict=True))
-        gated, plain = computed["gated"], computed["weight_format"] == "plain"
+        gated = computed["gated"]
     else:
-        (refusal, spec, has_bias), settings = spec_of(self), settings_of(self)
-        computed, gated, plain = {"spec": spec}, spec.gated, spec.weight_format == "plain"
+        (refusal, spec, has_bias, stored), settings = spec_of(self), settings_of(self)
+        computed, gated = {"spec": spec}, spec.gated
     w_gate_up = self.gate_up_proj if gated else self.up_proj
     w_down = self.down_proj
-    if plain:
+    if stored.weight_format == "plain" and stored.refusal is None:
         reason = refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
         if reason is not None:
             return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)
-    else:  # nobody else reads these weights
-        first = self.gate_up_proj_scale if gated else self.up_proj_scale
-        computed |= {"gate_up_scale": first, "down_scale": self.down_proj_scale}
+    elif refusal is not None:  # there is nobody else to read these weights
+        raise NotImplementedError(f"moesd cannot run {type(self).__name__}: {refusal}")
+    else:
+        first = "gate_up_proj" if gated else "up_proj"
+        computed["gate_up_scale"] = scale_of(self, first, stored)
+        computed["down_scale"] = scale_of(self, "down_proj", stored)
     gate_up_bias = down_bias = None
     if has_bias:
         gate_up_bias = self.gate_up_proj_bias if gated else self.up_proj_bias
@@ -214,11 +222,3 @@ def _hand_over(
         _said.add(reason)
         logger.warning("experts run transformers' %s: %s", name, reason)
     return ALL_EXPERTS_FUNCTIONS[name](self, hidden_states, top_k_index, top_k_weights)
-
-
-def _refuse_fp8(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """What transformers' separate registry for FP8 experts finds under our name."""
-    raise NotImplementedError(
-        "moesd has kernels for bfloat16, float16 and float32 experts, got FP8 experts "
-        f"({type(self).__name__}); load the model without experts_implementation='moesd'"
-    )

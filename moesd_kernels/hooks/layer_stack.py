@@ -15,9 +15,9 @@ from moesd_kernels.experts.backends import BACKENDS
 from moesd_kernels.experts.spec import ExpertsSpec
 
 from .dense import fused_router_of, runs_linear
-from .experts import SCALE, ModuleSpec, settings_of, spec_of
+from .experts import settings_of, spec_of
 from .mlps import gated_activation_of
-from .packed import stored_weight
+from .packed import scale_of, stored_weight
 
 
 def layer_stack() -> Any:
@@ -50,14 +50,14 @@ def _set_moe(stack: Any, block: Any) -> bool:
     rule = fused_router_of(block.gate)
     if rule is None or not _plain_experts(block.experts, block.gate.weight.dtype):
         return False
-    experts, spec = block.experts, spec_of(block.experts).spec
+    experts = block.experts
+    _, spec, _, stored = spec_of(experts)
     stack.set_moe(
         *(block.gate.weight, rule.top_k, rule.renormalize, rule.cast),
         *(experts.gate_up_proj, experts.down_proj, spec.activation),
     )
     for name in ("gate_up", "down"):
-        scale = getattr(experts, f"{name}_proj{SCALE}", None)
-        stack.set_format(name, scale, spec.weight_format)
+        stack.set_format(name, scale_of(experts, f"{name}_proj", stored), spec.weight_format)
     return True
 
 
@@ -66,10 +66,10 @@ def _plain_experts(experts: nn.Module, dtype: torch.dtype) -> bool:
     weights: list[Any] = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
     if not all(type(w) is nn.Parameter and w.is_contiguous() for w in weights):
         return False
-    computes = spec_of(experts)
-    name = computes.spec.weight_format
+    refusal, spec, has_bias, _ = spec_of(experts)
+    name = spec.weight_format
     fits = name != "plain" or all(w.dtype == dtype for w in weights)
-    if not fits or name not in BACKENDS["cpu"].formats:
+    if not fits or refusal is not None or name not in BACKENDS["cpu"].formats:
         return False
-    plain = computes == ModuleSpec(None, ExpertsSpec(computes.spec.activation, weight_format=name))
+    plain = not has_bias and spec == ExpertsSpec(spec.activation, weight_format=name)
     return plain and settings_of(experts).backend in ("auto", "cpu")

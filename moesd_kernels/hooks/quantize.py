@@ -7,6 +7,7 @@ A module that is quantised computes with the numbers that its integers stand for
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from moesd_kernels.formats import (
 )
 from moesd_kernels.formats import quantize as quantize_weight
 
-from .experts import SCALE, experts_forward, spec_of
+from .experts import experts_forward, spec_of
+from .packed import FORMAT, SCALE
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +157,28 @@ def _quantize_experts(experts: Any, weight_format: str, group: int) -> bool:
     for name, size in zip(names, sizes, strict=True):
         weight = experts._parameters[name].detach()
         rows: Tensor = weight.mT if computes.spec.transposed else weight
-        stored, scale = quantize_weight(rows, weight_format, size or group)
-        setattr(experts, name, nn.Parameter(stored, requires_grad=False))
-        experts.register_parameter(f"{name}{SCALE}", nn.Parameter(scale, requires_grad=False))
+        stored = quantize_weight(rows, weight_format, size or group)
         del weight, rows
-    experts.weight_format, experts.is_transposed = weight_format, False
-    experts.__class__ = _quantized_class(type(experts))
+        _replace_projection(experts, name, *stored)
+    _become_quantized(experts, weight_format)
     return True
+
+
+def hold_quantized(
+    experts: Any, weight_format: str, stored: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Let an experts module have these weights and scales, by the names of its projections."""
+    for name, (weight, scale) in stored.items():
+        _replace_projection(experts, name, weight, scale)
+    _become_quantized(experts, weight_format)
+
+
+def _replace_projection(experts: Any, name: str, weight: Tensor, scale: Tensor) -> None:
+    setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+    experts.register_parameter(f"{name}{SCALE}", nn.Parameter(scale, requires_grad=False))
+
+
+def _become_quantized(experts: Any, weight_format: str) -> None:
+    setattr(experts, FORMAT, weight_format)
+    experts.is_transposed = False
+    experts.__class__ = _quantized_class(type(experts))

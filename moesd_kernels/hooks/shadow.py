@@ -49,14 +49,20 @@ def is_unshadowed(module: nn.Module) -> bool:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this call can take the CPU kernels; a quantised weight goes with every dtype."""
+    """Whether this call can take the CPU kernels.
+
+    A quantised weight goes with every dtype, and has no gradient, whatever its parameter says.
+    """
+    stored = weight.dtype in STORED
     return (
-        (x.dtype == weight.dtype or weight.dtype in STORED)
+        (x.dtype == weight.dtype or stored)
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and type(weight) in _PLAIN
         and x.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (
+            torch.is_grad_enabled() and (x.requires_grad or (weight.requires_grad and not stored))
+        )
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

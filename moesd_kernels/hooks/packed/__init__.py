@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from .experts import FORMAT, SCALE, StoredExperts, scale_of, stored_experts
 from .linear import StoredWeight, linear_classes, stored_weight
 
-__all__ = ["StoredWeight", "linear_classes", "stored_weight"]
+__all__ = [
+    "FORMAT",
+    "SCALE",
+    "StoredExperts",
+    "StoredWeight",
+    "linear_classes",
+    "scale_of",
+    "stored_experts",
+    "stored_weight",
+]

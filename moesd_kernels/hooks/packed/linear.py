@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from moesd_kernels.formats import QuantizedLinear
+
+from .fp8 import is_block_scaled, read_scale, spread_scale
 
 
 class StoredWeight(NamedTuple):
@@ -16,12 +19,12 @@ class StoredWeight(NamedTuple):
     Attributes:
         weight: as the format stores ``[out, in]``.
         scale: its scales, or None.
-        weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``.
+        weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``, or None: not one of them.
     """
 
     weight: nn.Parameter
-    scale: nn.Parameter | None = None
-    weight_format: str = "plain"
+    scale: Tensor | None = None
+    weight_format: str | None = "plain"
 
 
 def _own(module: Any) -> StoredWeight:
@@ -32,14 +35,29 @@ def _plain(module: Any) -> StoredWeight:
     return StoredWeight(module.weight)
 
 
-_READERS: dict[type[nn.Module], Callable[[Any], StoredWeight]] = {
-    nn.Linear: _plain,
-    QuantizedLinear: _own,
+def _fp8(module: Any) -> StoredWeight:
+    weight, scale = module.weight, module.weight_scale_inv
+    if module.block_size is None and scale.numel() == 1:
+        return StoredWeight(weight, spread_scale(weight, scale), "fp8_block")
+    if scale.ndim != 2 or not is_block_scaled(weight, scale):
+        return StoredWeight(weight, scale, None)
+    return StoredWeight(weight, read_scale(scale), "fp8_block")
+
+
+_Reader = Callable[[Any], StoredWeight]
+_READERS: dict[type[nn.Module], _Reader] = {nn.Linear: _plain, QuantizedLinear: _own}
+# Of transformers, by module and name: known once somebody has loaded such a model.
+_THEIRS: dict[tuple[str, str], _Reader] = {
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"): _fp8,
 }
 
 
 def linear_classes() -> frozenset[type[nn.Module]]:
     """Classes whose modules compute ``x @ W.T + bias`` of a matrix that can be read."""
+    for (module, name), reader in _THEIRS.items():
+        found = getattr(sys.modules.get(module), name, None)
+        if found is not None:
+            _READERS[found] = reader
     return frozenset(_READERS)
 
 

@@ -204,12 +204,14 @@ def test_expert_parallel_sentinels_contribute_nothing():
     assert (actual[1] == 0).all()
 
 
-def test_fp8_experts_get_a_clear_error():
+def test_fp8_experts_of_another_layout_get_a_clear_error():
+    """Scales for squares of 64; the registry of FP8 experts has our name too."""
     register()
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     forward = fp8.ALL_FP8_EXPERTS_FUNCTIONS.get_interface("moesd", None)
-    with pytest.raises(NotImplementedError, match="got FP8 experts"):
-        forward(nn.Module(), None, None, None)
+    experts = fp8.FP8Experts(sparse_model("qwen3_moe").config, block_size=(8, 8))
+    with pytest.raises(NotImplementedError, match="cannot run FP8Experts: .*128 x 128"):
+        forward(experts, torch.zeros(1, 32), torch.zeros(1, 1).long(), torch.ones(1, 1))
 
 
 def test_settings_reach_the_backend():

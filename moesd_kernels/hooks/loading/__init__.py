@@ -1,0 +1,7 @@
+"""Checkpoints whose weights stay as they are stored, where transformers would unpack them."""
+
+from __future__ import annotations
+
+from .keep import keep_quantized
+
+__all__ = ["keep_quantized"]

@@ -1,0 +1,50 @@
+"""Experts modules whose two projections are stored in a weight format."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .fp8 import is_block_scaled, read_scale
+
+# Of a module of our own: its weight format, and what the name of a scale adds to its weight's.
+FORMAT, SCALE = "weight_format", "_scale"
+
+
+class StoredExperts(NamedTuple):
+    """How an experts module keeps its projections.
+
+    Attributes:
+        weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``.
+        scale: what a scale's name adds to its weight's.
+        refusal: why we cannot read them, or None.
+    """
+
+    weight_format: str = "plain"
+    scale: str = SCALE
+    refusal: str | None = None
+
+
+def stored_experts(experts: nn.Module) -> StoredExperts:
+    """How the projections of an experts module lie; plain, unless it says otherwise."""
+    own = experts.__dict__.get(FORMAT)
+    if own is not None:
+        return StoredExperts(own)
+    fp8 = sys.modules.get("transformers.integrations.finegrained_fp8")
+    if fp8 is None or not isinstance(experts, fp8.FP8Experts):
+        return StoredExperts()
+    names = ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
+    projections = [
+        (getattr(experts, name), getattr(experts, f"{name}_scale_inv")) for name in names
+    ]
+    if not all(is_block_scaled(weight, scale) for weight, scale in projections):
+        return StoredExperts(refusal="its FP8 weights have no scale for each 128 x 128 of them")
+    return StoredExperts("fp8_block", "_scale_inv")
+
+
+def scale_of(experts: Any, projection: str, stored: StoredExperts) -> Tensor | None:
+    """The scale of a projection, as its format wants it."""
+    scale: Tensor | None = getattr(experts, f"{projection}{stored.scale}", None)
+    return read_scale(scale) if stored.weight_format == "fp8_block" and scale is not None else scale

@@ -1,0 +1,135 @@
+"""Checkpoints in FP8 and MXFP4 stay as they are stored, and are what transformers unpacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.formats import stored_weight
+from support.tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from moesd_kernels import accelerate, available_backends, keep_quantized
+from moesd_kernels.formats import dequantize
+from moesd_kernels.hooks.experts import spec_of
+from moesd_kernels.hooks.packed import scale_of
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or available_backends()["cpu"] is not None,
+    reason="only a machine without a GPU unpacks such checkpoints; the CPU kernels must run",
+)
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+IDS = torch.arange(14).view(2, 7)
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "lm_head", "router"]}
+
+
+def rewritten(folder: Path, quantization: dict[str, Any], convert: Any) -> Path:
+    """A saved model with some of its tensors in another form, and a config that says so."""
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors |= convert(name, tensor)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def as_fp8(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    if tensor.ndim != 2 or "proj" not in name:
+        return {name: tensor}
+    weight, scale = stored_weight("fp8_block", *tensor.shape, seed=len(name))
+    assert scale is not None
+    return {name: weight, f"{name}_scale_inv": scale}
+
+
+def as_mxfp4(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    if tensor.ndim != 3:
+        return {name: tensor}
+    E, C, R = tensor.shape
+    weight, scale = stored_weight("mxfp4", E, R, C, seed=len(name))
+    assert scale is not None
+    return {f"{name}_blocks": weight.view(E, R, C // 32, 16), f"{name}_scales": scale}
+
+
+@pytest.fixture(scope="module", params=["fp8", "mxfp4"])
+def checkpoint(request: Any, tmp_path_factory: Any) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    family = "qwen3_moe" if request.param == "fp8" else "gpt_oss"
+    sizes = SIZES if family == "qwen3_moe" else {**SIZES, "num_attention_heads": 4}
+    tiny_model(family, torch.bfloat16, **sizes).save_pretrained(folder)
+    if request.param == "fp8":
+        return request.param, rewritten(folder, FP8, as_fp8)
+    return request.param, rewritten(folder, MXFP4, as_mxfp4)
+
+
+def load(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, trust_remote_code=False, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def test_kept_is_unpacked_with_less_memory(checkpoint: tuple[str, Path]) -> None:
+    kind, folder = checkpoint
+    unpacked = load(folder)
+    with keep_quantized():
+        kept = load(folder)
+    sizes = [sum(p.nbytes for p in m.parameters()) for m in (kept, unpacked)]
+    assert sizes[0] < 1.1 * (folder / "model.safetensors").stat().st_size < 0.9 * sizes[1]
+    ours, theirs = (m.model.layers[0].mlp.experts for m in (kept, unpacked))
+    stored = spec_of(ours).stored
+    for name in ("gate_up_proj", "down_proj"):
+        scale = scale_of(ours, name, stored)
+        values = dequantize(getattr(ours, name), scale, stored.weight_format, torch.bfloat16)
+        wanted = getattr(theirs, name)
+        if kind == "mxfp4":
+            assert torch.equal(values, wanted.mT)
+        else:  # one rounding here, there the scale is rounded first
+            torch.testing.assert_close(values, wanted, rtol=2**-7, atol=0)
+    assert_alike(accelerate(kept)(IDS).logits, accelerate(unpacked)(IDS).logits)
+
+
+def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for roundings of bf16 on the way, which a router may amplify for single tokens."""
+    error = (actual.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    assert error.median() < 0.02, error
+
+
+def test_outside_the_block_nothing_has_changed(checkpoint: tuple[str, Path]) -> None:
+    _, folder = checkpoint
+    with keep_quantized():
+        pass
+    assert all(p.dtype == torch.bfloat16 for p in load(folder).parameters())
+
+
+def test_squares_that_are_not_ours_are_said(tmp_path: Path) -> None:
+    """The model is left as it was found."""
+    model = tiny_model("qwen3_moe", torch.bfloat16, **SIZES)
+    model.save_pretrained(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "fp8")
+
+    def halved(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = as_fp8(name, tensor)
+        scale = f"{name}_scale_inv"
+        if scale in found:
+            rows, columns = (size // 64 for size in tensor.shape)
+            found[scale] = torch.ones(rows, columns)
+        return found
+
+    folder = rewritten(tmp_path / "fp8", FP8 | {"weight_block_size": [64, 64]}, halved)
+    with keep_quantized():
+        kept = load(folder)
+    with pytest.raises(NotImplementedError, match="FP8Experts: its FP8 weights have no scale"):
+        accelerate(kept)
+    assert not any("forward" in vars(module) for module in kept.modules())
