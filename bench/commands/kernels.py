@@ -25,6 +25,7 @@ from bench.runs.layer_record import Settings, efficiency
 from bench.workloads.arguments import add_machine, numbers
 from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
+from moesd_kernels.formats import WEIGHT_FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a GPU: folder with vLLM's fused_moe.py and configs/ (bench/peers/README.md)",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--weight-format",
+        default="plain",
+        choices=WEIGHT_FORMATS,
+        help="of our weights; all others, and ours again as 'plain', get the numbers in --dtype",
+    )
     add_machine(parser)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--batch-invariant", action="store_true")
@@ -70,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
         graph=device.type == "cuda" and not args.eager,
         peers=[name for name in args.peers.split(",") if name != "none"],
         fused_moe_source=args.fused_moe_source,
+        weight_format=args.weight_format,
     )
     ceilings = measure_ceilings(device)
     recorder = Recorder(args.out, device)
@@ -98,7 +106,7 @@ def _print(shape: Shape, args: argparse.Namespace, lines: list[dict[str, Any]]) 
     ours = {point(line): line["seconds"]["moesd"]["median"] for line in lines}
     floors = {point(line): line["floor_s"] for line in lines}
     names = list(dict.fromkeys(name for line in lines for name in line["seconds"]))
-    table = Table(title=f"E,K,H,I = {shape} {args.dtype} {args.routing}")
+    table = Table(title=f"E,K,H,I = {shape} {args.dtype} {args.weight_format} {args.routing}")
     heads = ("B", "gamma", "T", "experts", *(f"{n} ms" for n in names), "GB/s", "% roof")
     for head in (*heads, "efficiency", "roofline's"):
         table.add_column(head, justify="right")

@@ -47,15 +47,18 @@ class LayerBenchmark:
     ) -> None:
         self.shape, self.settings, self.ceilings = shape, settings, ceilings
         self.recorder, self.vllm = recorder, vllm
-        weights = shape.E * shape.expert_bytes(settings.dtype.itemsize)
+        weights = shape.E * shape.expert_bytes(settings.weight_bytes)
         count = stack_size(weights) if settings.graph else 1
         self.layers = [
-            make_layer(shape, settings.dtype, settings.device, seed) for seed in range(count)
+            make_layer(shape, settings.dtype, settings.device, seed, settings.weight_format)
+            for seed in range(count)
         ]
         self.flush = CacheFlusher(settings.device)
         on_cpu = settings.device.type == "cpu"
         self.probe = CeilingProbe(settings.dtype) if on_cpu else None
         self.calls: dict[str, LayerCall] = {"moesd": self._ours}
+        if settings.weight_format != "plain":
+            self.calls["plain"] = self._plain
         self.calls |= {name: TransformersExperts(name) for name in settings.peers}
         self.fused_moe: dict[str, FusedMoeTriton] = {}
         if settings.fused_moe_source:
@@ -69,12 +72,21 @@ class LayerBenchmark:
             vllm.prepare(shape, seed=0)
 
     def _ours(self, layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if layer.stored is None:
+            return self._plain(layer, hidden, ids, weights)
+        stored, scales = layer.stored[:2], layer.stored[4:]
         return fused_experts(
-            hidden,
-            layer.w_gate_up,
-            layer.w_down,
-            ids,
-            weights,
+            *(hidden, *stored, ids, weights),
+            gate_up_scale=scales[0],
+            down_scale=scales[1],
+            weight_format=self.settings.weight_format,
+            backend=self.settings.backend,
+            batch_invariant=self.settings.batch_invariant,
+        )
+
+    def _plain(self, layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return fused_experts(
+            *(hidden, layer.w_gate_up, layer.w_down, ids, weights),
             backend=self.settings.backend,
             batch_invariant=self.settings.batch_invariant,
         )

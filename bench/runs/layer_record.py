@@ -14,6 +14,7 @@ from bench.measure.ceilings import Ceilings
 from bench.measure.timer import summarize
 from bench.workloads.layer import floor_seconds, layer_bytes
 from bench.workloads.shapes import Shape
+from moesd_kernels.formats import WEIGHT_FORMATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Settings:
     """What stays the same over all points of a run.
 
     Attributes:
+        weight_format: of our weights; others are given the numbers these stand for, and so are we,
+            as the variant ``plain``.
         graph: time CUDA graphs of a stack of layers instead of single calls.
         peers: names of transformers' implementations.
         fused_moe_source: folder with vLLM's ``fused_moe.py`` and ``configs/``; needs ``graph``,
@@ -38,6 +41,12 @@ class Settings:
     graph: bool
     peers: Sequence[str]
     fused_moe_source: Path | None = None
+    weight_format: str = "plain"
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of one of our weights, its share of the scales included."""
+        return WEIGHT_FORMATS[self.weight_format].bits(plain_bits=8 * self.dtype.itemsize) / 8
 
     def __post_init__(self) -> None:
         if self.fused_moe_source and not self.graph:
@@ -74,16 +83,17 @@ def layer_fields(
     reads = samples.rates.get("read") or [ceilings.read] * count
     peaks = samples.rates.get("peak") or [ceilings.peak[dtype]] * count
     floors = [
-        floor_seconds(shape, tokens, *round_, itemsize)
+        floor_seconds(shape, tokens, *round_, itemsize, settings.weight_bytes)
         for round_ in zip(samples.distinct, reads, peaks, strict=True)
     ]
     distinct = sum(samples.distinct) / count
-    moved = layer_bytes(shape, tokens, distinct, itemsize)
+    moved = layer_bytes(shape, tokens, distinct, itemsize, settings.weight_bytes)
     ours = samples.seconds["moesd"]
     correlated = settings.routing == "correlated"
     return {
         "shape": list(shape),
         "dtype": dtype,
+        "weight_format": settings.weight_format,
         "routing": settings.routing,
         "union_ratio": settings.union_ratio if correlated else None,
         "backend": settings.backend,

@@ -9,15 +9,23 @@ from torch import Tensor
 
 from bench.workloads.routing import distinct_experts, route
 from bench.workloads.shapes import Shape
+from bench.workloads.stored import stored_weight
+from moesd_kernels.experts.spec import ExpertsWeights
+from moesd_kernels.formats import dequantize
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer in transformers' layout: ``[E, 2I, H]`` and ``[E, H, I]``."""
+    """Weights of one layer in transformers' layout: ``[E, 2I, H]`` and ``[E, H, I]``.
+
+    Attributes:
+        stored: both in a quantised format, of which the plain ones are the numbers, or None.
+    """
 
     shape: Shape
     w_gate_up: Tensor
     w_down: Tensor
+    stored: ExpertsWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +38,22 @@ class Batch:
     distinct: int
 
 
-def make_layer(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Layer:
+def make_layer(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    weight_format: str = "plain",
+) -> Layer:
     """Random weights scaled so that outputs keep the input's magnitude; never zeros."""
     E, _, H, I = shape
     generator = torch.Generator(device).manual_seed(seed)
+    if weight_format != "plain":
+        gate_up = stored_weight(weight_format, E, 2 * I, H, generator=generator)
+        down = stored_weight(weight_format, E, H, I, generator=generator)
+        stored = ExpertsWeights(gate_up[0], down[0], gate_up_scale=gate_up[1], down_scale=down[1])
+        numbers = [dequantize(*pair, weight_format, dtype) for pair in (gate_up, down)]
+        return Layer(shape, numbers[0], numbers[1], stored)
 
     def weight(rows: int, columns: int) -> Tensor:
         # Filled expert by expert: a normal_ over gigabytes would hold an fp32 copy of them.
@@ -66,14 +86,28 @@ def make_batch(
     )
 
 
-def layer_bytes(shape: Shape, tokens: int, distinct: float, itemsize: int) -> float:
-    """Fewest bytes through memory: each distinct expert once, tokens in and out."""
-    return distinct * shape.expert_bytes(itemsize) + 2 * tokens * shape.H * itemsize
+def layer_bytes(
+    shape: Shape, tokens: int, distinct: float, itemsize: int, weight_bytes: float | None = None
+) -> float:
+    """Fewest bytes through memory: each distinct expert once, tokens in and out.
+
+    Args:
+        itemsize: bytes of an activation.
+        weight_bytes: bytes of a weight, its share of the scales included; ``itemsize`` when None.
+    """
+    expert = shape.expert_bytes(itemsize if weight_bytes is None else weight_bytes)
+    return distinct * expert + 2 * tokens * shape.H * itemsize
 
 
 def floor_seconds(
-    shape: Shape, tokens: int, distinct: float, read: float, peak: float, itemsize: int
+    shape: Shape,
+    tokens: int,
+    distinct: float,
+    read: float,
+    peak: float,
+    itemsize: int,
+    weight_bytes: float | None = None,
 ) -> float:
     """Roofline time max(bytes / read bandwidth, operations / peak) of one layer call."""
-    memory = layer_bytes(shape, tokens, distinct, itemsize) / read
+    memory = layer_bytes(shape, tokens, distinct, itemsize, weight_bytes) / read
     return max(memory, shape.operations(tokens) / peak)

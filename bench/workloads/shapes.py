@@ -16,9 +16,9 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return ",".join(map(str, self))
 
-    def expert_bytes(self, itemsize: int) -> int:
-        """Weight bytes of one gated expert: gate, up and down."""
-        return 3 * self.H * self.I * itemsize
+    def expert_bytes(self, weight_bytes: float) -> int:
+        """Bytes of one gated expert: gate, up and down."""
+        return round(3 * self.H * self.I * weight_bytes)
 
     def operations(self, tokens: int) -> int:
         """Floating-point operations of ``tokens`` tokens, all K experts each."""

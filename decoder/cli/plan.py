@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from decoder.builtin import BUILTIN
 from decoder.errors import explained
+from decoder.perf_model.weight_bytes import EXPERTS_ONLY, WEIGHT_BYTES
 
 from . import flag_types as types
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _MAX_CONTEXT = 10**8
 _MAX_VALUES = 4096  # of a range
-_WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0}
 
 
 def parse_range(text: str, doubling: bool = False) -> list[int]:
@@ -87,7 +87,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--top-k-experts", type=types.positive, help="experts per token, if not the model's"
     )
-    parser.add_argument("--dtype", choices=sorted(_WEIGHT_BYTES), help="of weights and products")
+    parser.add_argument(
+        "--dtype", choices=WEIGHT_BYTES,
+        help="of weights; products are in bf16 where they have 8 bits or fewer",
+    )  # fmt: skip
     parser.add_argument(
         "--launch-us", type=types.number(1e-3, 1e6),
         help="microseconds per kernel; ~8 for eager PyTorch on a GPU",
@@ -142,7 +145,8 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
             profile.check_target(target)
             model = replace(profile.model, draft=draft if args.draft else profile.model.draft)
         else:
-            model = ForwardModel(target, machine, draft, dtype=args.dtype or "bf16")
+            products = args.dtype if args.dtype in ("fp16", "fp32") else "bf16"
+            model = ForwardModel(target, machine, draft, dtype=products)
     if args.top_k_experts:
         if model.target.moe is None:
             raise ValueError(f"--top-k-experts needs a model with experts, got {model.target.name}")
@@ -192,7 +196,15 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
         spec = preset_spec(name)
     else:
         raise ValueError(f"no such file or architecture: {name!r}")
-    return spec.with_weight_bytes(_WEIGHT_BYTES[dtype]) if dtype else spec
+    return _stored_in(spec, dtype)
+
+
+def _stored_in(spec: ModelSpec, dtype: str | None) -> ModelSpec:
+    """The model with weights of this dtype; as it is without one."""
+    if dtype is None:
+        return spec
+    size = WEIGHT_BYTES[dtype]
+    return spec.with_weight_bytes(2.0 if dtype in EXPERTS_ONLY else size, size)
 
 
 def _draft(
@@ -206,8 +218,7 @@ def _draft(
     if name is None and target_name in BUILTIN:
         name = str(BUILTIN[target_name].draft_of("auto"))
     if name is None and is_preset(target_name):
-        spec = paper_draft_spec(target_name)
-        return spec.with_weight_bytes(_WEIGHT_BYTES[dtype]) if dtype else spec
+        return _stored_in(paper_draft_spec(target_name), dtype)
     if name is None or name == "eagle":
         return eagle_spec(target)
     return _spec(name, dtype)

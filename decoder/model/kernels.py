@@ -273,7 +273,9 @@ def stored_weight(linear: torch.nn.Module) -> tuple[Any, Any, str]:
     """Weight, scale or ``None``, and weight format of a linear layer that ``runs_linear``."""
     from moesd_kernels.hooks.packed import stored_weight
 
-    return stored_weight(linear)
+    weight, scale, weight_format = stored_weight(linear)
+    assert weight_format is not None  # of a layer that our kernels run
+    return weight, scale, weight_format
 
 
 def joined(parameters: list[torch.nn.Parameter]) -> Tensor:

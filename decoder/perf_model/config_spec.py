@@ -16,11 +16,12 @@ from decoder.checkpoint.counts import MOST_OBJECTS, is_positive, require_countab
 from decoder.errors import explained
 
 from .model_spec import LayerSpec, ModelSpec
+from .weight_bytes import WEIGHT_BYTES
 
 _UNGATED = {"opt", "gpt2", "gpt_neox", "gpt_neo", "phi", "starcoder2", "falcon", "nemotron"}
 _UNGROUPED = {"opt", "gpt2", "gpt_neox", "gpt_neo"}  # ignore num_key_value_heads
 _QKV_BIAS = {"qwen2", "qwen2_moe", "qwen1_5_moe"}
-MXFP4_BYTES = 17 / 32  # 4 bits and one shared 8-bit exponent per 32 values
+MXFP4_BYTES = WEIGHT_BYTES["mxfp4"]
 
 
 def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
@@ -102,7 +103,7 @@ def _weight_bytes(fields: Mapping[str, Any]) -> tuple[float, float]:
     if method == "mxfp4":  # gpt-oss: the experts only
         return 2.0, MXFP4_BYTES
     if "fp8" in method:
-        return 1.0, 1.0
+        return WEIGHT_BYTES["fp8"], WEIGHT_BYTES["fp8"]
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16")
     return (4.0, 4.0) if "float32" in dtype else (2.0, 2.0)
 

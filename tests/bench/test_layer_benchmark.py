@@ -60,7 +60,9 @@ def benchmark_of(monkeypatch):
     monkeypatch.setattr(layer_benchmark, "CapturedStack", Stack)
     monkeypatch.setattr(Stack, "refused", ())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return lambda settings: LayerBenchmark(SHAPE, settings, CEILINGS, Recorder(None), None)
+    return lambda settings, shape=SHAPE: LayerBenchmark(
+        shape, settings, CEILINGS, Recorder(None), None
+    )
 
 
 @pytest.mark.parametrize("peer", IMPLEMENTATIONS)
@@ -134,3 +136,16 @@ def test_the_fused_moe_peer_is_one_more_call_and_says_what_it_ran(benchmark_of, 
     # Without a GPU its kernels cannot be launched; interpreted, they are tested by themselves.
     assert line["not_run"].keys() == {"vllm_triton"}
     assert line["fused_moe"]["vllm_triton"]["BLOCK_SIZE_M"] == 4
+
+
+@pytest.mark.parametrize(("weight_format", "weight_bytes"), [("int4", 18 / 32), ("mxfp4", 17 / 32)])
+def test_quantised_weights_are_counted_and_held_to_plain_ones(
+    benchmark_of, weight_format, weight_bytes
+):
+    settings = replace(EAGERLY, weight_format=weight_format, dtype=torch.float32)
+    assert settings.weight_bytes == weight_bytes
+    line = benchmark_of(settings, Shape(16, 2, 64, 32)).measure(2, 3)
+    assert line["weight_format"] == weight_format
+    assert set(line["ratio"]) == {"plain", "grouped_mm"}
+    experts = line["distinct"] * 3 * 64 * 32 * weight_bytes
+    assert line["bytes"] == pytest.approx(experts + 2 * 6 * 64 * 4)

@@ -1,4 +1,4 @@
-"""gpt-oss checkpoints in MXFP4 on a machine without a GPU: blocks and scales as the files hold them.
+"""gpt-oss checkpoints in MXFP4 on a machine without a GPU: blocks and scales as in the files.
 
 transformers unpacks them there, and elsewhere holds them in the tensors of its own Triton kernels.
 """
@@ -48,15 +48,15 @@ def _empty(experts: Any, name: str) -> tuple[Tensor, Tensor]:
     """Weight and scale of a projection ``[E, C, R]`` without memory."""
     E, C, R = experts._parameters[name].shape
     known = WEIGHT_FORMATS["mxfp4"]
-    make = {"dtype": torch.uint8, "device": "meta"}
-    scales = known.scale_shapes(R, C)[0]
-    return torch.empty(E, R, known.width(C), **make), torch.empty(E, *scales, **make)
+    sizes = (R, known.width(C)), known.scale_shapes(R, C)[0]
+    weight, scale = (torch.empty(E, *s, dtype=torch.uint8, device="meta") for s in sizes)
+    return weight, scale
 
 
 def _conversions() -> list[Any]:
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
-    class AsRows(ConversionOps):  # type: ignore[misc]
+    class AsRows(ConversionOps):
         """Blocks [E, R, C / 32, 16] as rows [E, R, C / 2]; scales are rows."""
 
         def convert(self, input_dict: Any, *args: Any, **kwargs: Any) -> Any:

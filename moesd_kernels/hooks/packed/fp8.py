@@ -8,9 +8,11 @@ from torch import Tensor
 from moesd_kernels.formats import WEIGHT_FORMATS
 
 
-def is_block_scaled(weight: Tensor, scale: Tensor) -> bool:
+def is_block_scaled(weight: Tensor | None, scale: Tensor | None) -> bool:
     """Whether these are weights of the format "fp8_block", whatever dtype the scales have."""
     known = WEIGHT_FORMATS["fp8_block"]
+    if weight is None or scale is None:
+        return False
     rows, depth = weight.shape[-2:]
     return weight.dtype == known.dtype and scale.shape[-2:] in known.scale_shapes(rows, depth)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from decoder.perf_model.weight_bytes import WEIGHT_BYTES
 from moesd_kernels.formats import WEIGHT_FORMATS, check_weight, dequantize
 
 
@@ -60,3 +61,10 @@ def test_what_does_not_fit_is_said():
     raises(ValueError, "must be on cpu like it, got meta", scale=scale.to("meta"))
     raises(ValueError, "multiple of 256, got 288", name="q4_k", depth=288)
     raises(TypeError, "takes no scale", stored_zeros("q8_0", 2)[0], name="q8_0")
+
+
+def test_the_planner_counts_the_same_bytes():
+    names = {"fp8": "fp8_block"}
+    for name, size in WEIGHT_BYTES.items():
+        known = WEIGHT_FORMATS.get(names.get(name, name))
+        assert size == (known.bits() / 8 if known else int(name[2:]) / 8), name

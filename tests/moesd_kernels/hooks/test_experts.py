@@ -210,7 +210,7 @@ def test_fp8_experts_of_another_layout_get_a_clear_error():
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     forward = fp8.ALL_FP8_EXPERTS_FUNCTIONS.get_interface("moesd", None)
     experts = fp8.FP8Experts(sparse_model("qwen3_moe").config, block_size=(8, 8))
-    with pytest.raises(NotImplementedError, match="cannot run FP8Experts: .*128 x 128"):
+    with pytest.raises(NotImplementedError, match=r"cannot run FP8Experts: .*128 x 128"):
         forward(experts, torch.zeros(1, 32), torch.zeros(1, 1).long(), torch.ones(1, 1))
 
 
