@@ -14,7 +14,7 @@ from moesd_kernels.experts.routing import Routing, plan_routing
 from moesd_kernels.experts.spec import ExpertsSpec
 from moesd_kernels.hooks.accelerate import accelerate, decelerate
 from moesd_kernels.hooks.experts import register
-from moesd_kernels.hooks.loading import keep_quantized
+from moesd_kernels.hooks.loading import keep_quantized, load_gguf
 from moesd_kernels.hooks.quantize import quantize, quantize_experts
 from moesd_kernels.hooks.routers import RouterRule
 
@@ -31,6 +31,7 @@ __all__ = [
     "decelerate",
     "fused_experts",
     "keep_quantized",
+    "load_gguf",
     "plan_routing",
     "quantize",
     "quantize_experts",

@@ -165,7 +165,7 @@ def _quantize_experts(experts: Any, weight_format: str, group: int) -> bool:
 
 
 def hold_quantized(
-    experts: Any, weight_format: str, stored: Mapping[str, tuple[Tensor, Tensor]]
+    experts: Any, weight_format: str, stored: Mapping[str, tuple[Tensor, Tensor | None]]
 ) -> None:
     """Let an experts module have these weights and scales, by the names of its projections."""
     for name, (weight, scale) in stored.items():
@@ -173,9 +173,10 @@ def hold_quantized(
     _become_quantized(experts, weight_format)
 
 
-def _replace_projection(experts: Any, name: str, weight: Tensor, scale: Tensor) -> None:
+def _replace_projection(experts: Any, name: str, weight: Tensor, scale: Tensor | None) -> None:
     setattr(experts, name, nn.Parameter(weight, requires_grad=False))
-    experts.register_parameter(f"{name}{SCALE}", nn.Parameter(scale, requires_grad=False))
+    beside = scale if scale is None else nn.Parameter(scale, requires_grad=False)
+    experts.register_parameter(f"{name}{SCALE}", beside)
 
 
 def _become_quantized(experts: Any, weight_format: str) -> None:

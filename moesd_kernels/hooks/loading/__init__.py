@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .gguf import load_gguf
 from .keep import keep_quantized
 
-__all__ = ["keep_quantized"]
+__all__ = ["keep_quantized", "load_gguf"]

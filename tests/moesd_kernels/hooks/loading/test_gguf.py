@@ -1,0 +1,90 @@
+"""GGUF files: the numbers that transformers unpacks, in the memory of the file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from decoder import SamplingParams, SpeculativeDecoder
+from moesd_kernels import accelerate, available_backends, load_gguf
+from moesd_kernels.formats import QuantizedLinear
+
+gguf_file = pytest.importorskip("support.formats.gguf_file")
+pytestmark = pytest.mark.skipif(
+    available_backends()["cpu"] is not None, reason="the CPU kernels cannot run here"
+)
+IDS = torch.arange(14).view(2, 7)
+FILES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "llama-q8_0": ("llama", {"": "q8_0"}, {}),
+    "llama-q4_k": ("llama", {"": "q4_k", "output": "q6_k"}, {"tied": False}),
+    "qwen3moe-q4_0": ("qwen3moe", {"": "q4_0"}, {"experts": 4}),
+    "qwen3moe-mixed": ("qwen3moe", {"": "q4_k", "attn_v": "q6_k"}, {"experts": 4, "tied": False}),
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def file(request: Any, tmp_path_factory: Any) -> Path:
+    architecture, kinds, sizes = FILES[request.param]
+    path = tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf"
+    return gguf_file.write_gguf(path, architecture, kinds, **sizes)
+
+
+def unpacked(file: Path) -> Any:
+    """transformers' own model of the file; it leaves the width of experts at its default."""
+    return AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        **({"moe_intermediate_size": 256} if "moe" in file.name else {}),
+    ).eval()
+
+
+@torch.no_grad()
+def test_packed_is_what_transformers_unpacks(file: Path) -> None:
+    kept, theirs = load_gguf(file, torch.float32), unpacked(file)
+    layers = [m for m in kept.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == 4 * 2 + 1 + (0 if "moe" in file.name else 3 * 2)
+    table = kept.get_input_embeddings().weight.nbytes
+    assert sum(p.nbytes for p in kept.parameters()) - table < 1.05 * file.stat().st_size
+    expected = theirs(IDS).logits
+    torch.testing.assert_close(kept(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(accelerate(kept)(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    assert kept.generation_config.eos_token_id == 5
+
+
+def test_speculative_outputs_are_the_models_own(file: Path) -> None:
+    model = load_gguf(file)
+    prompts, greedy = [[1, 2, 3], [9, 8]], SamplingParams(max_new_tokens=12, ignore_eos=True)
+
+    def outputs(drafter: Any, gamma: int) -> list[list[int]]:
+        decoder = SpeculativeDecoder(model, drafter, gamma, max_batch_size=2, max_length=64)
+        return [output.token_ids for output in decoder.generate(prompts, greedy)]
+
+    from decoder.drafters import build_drafter
+
+    assert outputs(build_drafter("ngram", model), 3) == outputs(None, 0)
+
+
+def test_experts_in_two_formats_are_unpacked_and_said(tmp_path: Path, caplog: Any) -> None:
+    kinds = {"": "q8_0", "ffn_down_exps": "q6_k"}
+    file = gguf_file.write_gguf(tmp_path / "moe.gguf", "qwen3moe", kinds, experts=4)
+    with caplog.at_level(logging.WARNING, logger="moesd_kernels"):
+        model = load_gguf(file, torch.float32)
+    assert "experts of 2 layers are unpacked" in caplog.text
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(IDS).logits, unpacked(file)(IDS).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_other_architectures_are_named(tmp_path: Path) -> None:
+    file = gguf_file.write_gguf(tmp_path / "model.gguf", "falcon", {"": "q8_0"})
+    with pytest.raises(NotImplementedError, match=r"GGUF files of llama, .*, got 'falcon'"):
+        load_gguf(file)
