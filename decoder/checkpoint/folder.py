@@ -62,6 +62,11 @@ def model_folder(name: str | Path, what: str = "model") -> Path:
     return folder
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether this is a GGUF file, which holds a whole model and its tokenizer."""
+    return Path(path).suffix == ".gguf" and Path(path).is_file()
+
+
 def inside(folder: Path, file: Path) -> bool:
     """Whether a file of a folder, links followed, lies in it or in its hub cache's blobs."""
     own, target = folder.resolve(), file.resolve()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decoder.builtin import BUILTIN, default_target
-from decoder.checkpoint.folder import could_be_hub_name, model_folder
+from decoder.checkpoint.folder import could_be_hub_name, is_gguf, model_folder
 from decoder.cli.files.strict_json import kind, parse_object, unknown_key
 from decoder.drafters.table import AUTO, DrafterKind, canonical_name, drafter_kind
 from decoder.errors import UserError
@@ -117,7 +117,9 @@ def _check_drafting(args: argparse.Namespace) -> None:
     if options:
         if chosen is None:
             draft = draft_path(args, target_name(args))
-            chosen = drafter_kind(AUTO, None if draft is None else model_folder(draft, "draft"))
+            if draft is not None:
+                draft = Path(draft) if is_gguf(draft) else model_folder(draft, "draft")
+            chosen = drafter_kind(AUTO, draft)
         _check_options(options, chosen)
 
 

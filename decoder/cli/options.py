@@ -80,7 +80,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--target", "--model", type=types.path, metavar="PATH",
-        help="target model, or a built-in one: smol, embedded (default: smol if it can be had)",
+        help="target model or GGUF file, or a built-in one: smol, embedded (default: smol if it "
+        "can be had)",
     )  # fmt: skip
     group.add_argument(
         "--chat-template", type=types.chat_template, metavar="FILE|TEXT",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from decoder.builtin import BUILTIN
 from decoder.errors import explained
-from decoder.perf_model.weight_bytes import EXPERTS_ONLY, WEIGHT_BYTES
+from decoder.perf_model.model_spec import EXPERTS_ONLY, WEIGHT_BYTES
 
 from . import flag_types as types
 

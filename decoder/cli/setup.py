@@ -56,6 +56,7 @@ class Setup:
             dtype=args.dtype,
             device=args.device,
             experts=None if self._kernels else args.experts_implementation,
+            packed=self._kernels,
         )
         require_fitting_tokenizer(self.tokenizer, self.target)
 

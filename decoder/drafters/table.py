@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from decoder.checkpoint.folder import model_folder
+from decoder.checkpoint.folder import is_gguf, model_folder
 from decoder.checkpoint.tokenizer_files import has_tokenizer
 from decoder.errors import UserError
 
@@ -97,8 +97,9 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
         from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
         device = target.get_input_embeddings().weight.device
-        model = load_model(draft, dtype=hidden_dtype(target), device=device)
-        if has_tokenizer(draft):
+        dtype = hidden_dtype(target)
+        model = load_model(draft, dtype=dtype, device=device, packed=options.kernels)
+        if is_gguf(draft) or has_tokenizer(draft):
             tokenizer = load_tokenizer(draft)
             require_fitting_tokenizer(tokenizer, model)
         draft = model
@@ -244,7 +245,7 @@ def build_drafter(
     if not isinstance(drafter, str):
         drafter, draft = AUTO, drafter
     if isinstance(draft, (str, Path)):
-        draft = model_folder(draft, "draft")
+        draft = Path(draft) if is_gguf(draft) else model_folder(draft, "draft")
     kind = drafter_kind(drafter, draft)
     if kind.draft == "none" and draft is not None:
         got = str(draft) if isinstance(draft, Path) else type(draft).__name__
@@ -274,5 +275,7 @@ def _kind_of(draft: Any) -> DrafterKind:
     from .eagle_loader import is_eagle_checkpoint
 
     is_path = isinstance(draft, Path)
+    if is_path and is_gguf(draft):
+        return DRAFTERS["independent"]
     is_head = is_eagle_checkpoint(draft) if is_path else isinstance(draft, EagleCheckpoint)
     return DRAFTERS["eagle" if is_head else "independent"]

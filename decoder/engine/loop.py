@@ -129,9 +129,9 @@ class SpeculativeDecoder:
         Raises:
             UserError: something that cannot be loaded, or does not go together.
         """
-        model = loading.load_model(target, dtype=dtype, device=device, experts=experts)
-        tokenizer = loading.load_tokenizer(target)
-        loading.require_fitting_tokenizer(tokenizer, model)
+        model, tokenizer = loading.load_with_tokenizer(
+            target, dtype=dtype, device=device, experts=experts, packed=kernels
+        )
         told = replace(draft_options or DraftOptions(), kernels=kernels, tokenizer=tokenizer)
         made = build_drafter(drafter, model, draft, told)
         return cls(model, made, tokenizer=tokenizer, kernels=kernels, **options)

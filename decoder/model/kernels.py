@@ -23,9 +23,7 @@ AttentionName = Literal["auto", "portable"]
 # "auto" uses the attention kernel where there is one, "portable" never does.
 ATTENTION: tuple[str, ...] = get_args(AttentionName)
 
-# Weight formats that plain weights can be turned into.
-QUANTIZED = ("int8", "int4")
-
+QUANTIZED = ("int8", "int4")  # weight formats that plain weights can be turned into
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,28 +46,32 @@ def accelerate(model: torch.nn.Module) -> bool:
 
         moesd_kernels.accelerate(model, **settings_of(model)._asdict())
     except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        logger.warning(
-            "moesd_kernels not used for %s (%s: %s)",
-            type(model).__name__,
-            type(error).__name__,
-            error,
-        )
+        names = type(model).__name__, type(error).__name__
+        logger.warning("moesd_kernels not used for %s (%s: %s)", *names, error)
         return False
     return True
 
 
 def quantized(model: torch.nn.Module, weight_format: str) -> torch.nn.Module:
-    """``model`` with the matrices of its experts and linear layers in ``weight_format``, in place.
+    """``model``, its matrices now in one of ``QUANTIZED``; ``UserError`` where none can be."""
+    import moesd_kernels
 
-    Raises:
-        UserError: ``weight_format`` is none of ``QUANTIZED``, or nothing in the model can be.
-    """
-    if weight_format not in QUANTIZED:
-        raise UserError(f"expected one of {', '.join(QUANTIZED)}, got {weight_format!r}")
     with explained(f"{type(model).__name__} cannot be {weight_format}"):
-        from moesd_kernels.hooks.quantize import quantize
+        return moesd_kernels.quantize(model, weight_format)
 
-        return quantize(model, weight_format)
+
+def keeping_quantized() -> AbstractContextManager[None]:
+    """A block in which transformers leaves the weights of FP8 and MXFP4 files as they are."""
+    import moesd_kernels
+
+    return moesd_kernels.keep_quantized()
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> Any:
+    """The model of a GGUF file, its matrices in the file's blocks."""
+    import moesd_kernels
+
+    return moesd_kernels.load_gguf(file, dtype)
 
 
 def cache_folder(name: str) -> Path:
@@ -269,27 +271,25 @@ def same_states(ours: Tensor, theirs: Tensor) -> bool:
     return rows_alike(ours, theirs)
 
 
-def stored_weight(linear: torch.nn.Module) -> tuple[Any, Any, str]:
+def stored_weight(linear: torch.nn.Module) -> tuple[Any, Any, Any]:
     """Weight, scale or ``None``, and weight format of a linear layer that ``runs_linear``."""
     from moesd_kernels.hooks.packed import stored_weight
 
-    weight, scale, weight_format = stored_weight(linear)
-    assert weight_format is not None  # of a layer that our kernels run
-    return weight, scale, weight_format
+    return stored_weight(linear)
 
 
 def joined(parameters: list[torch.nn.Parameter]) -> Tensor:
     """The parameters as one tensor along dimension 0, of which they become views."""
-    from moesd_kernels.hooks.joined import joined
+    from moesd_kernels.hooks import joined
 
-    return joined(parameters)
+    return joined.joined(parameters)
 
 
 def may_join(parameters: list[torch.nn.Parameter]) -> bool:
     """Whether ``joined`` takes nobody else's memory away."""
-    from moesd_kernels.hooks.joined import may_join
+    from moesd_kernels.hooks import joined
 
-    return may_join(parameters)
+    return joined.may_join(parameters)
 
 
 def is_plain(module: torch.nn.Module) -> bool:

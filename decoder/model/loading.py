@@ -7,7 +7,7 @@ is refused, and so are weights in any format but safetensors (``docs/security.md
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from decoder.checkpoint.config import read_config, require_described
 from decoder.checkpoint.folder import (
     CONFIG,
     GENERATION_CONFIG,
+    is_gguf,
     model_folder,
     read_json,
     running_no_code,
@@ -24,6 +25,7 @@ from decoder.checkpoint.folder import (
 from decoder.checkpoint.tokenizer_files import require_tokenizer_files
 from decoder.checkpoint.weights import few, require_whole_experts, tensor_headers, weight_files
 from decoder.errors import UserError, explained
+from decoder.model.kernels import keeping_quantized, load_gguf
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -42,14 +44,17 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     experts: str | None = None,
+    packed: bool = False,
 ) -> Any:
     """A causal LM in evaluation mode, every weight of which comes from its files.
 
     Args:
-        path: directory, or a name on the model hub.
-        dtype: a torch dtype or a name in ``DTYPES``; ``"auto"`` is the checkpoint's own.
+        path: directory, a name on the model hub, or a GGUF file, whose matrices stay in its blocks.
+        dtype: a torch dtype or a name in ``DTYPES``; ``"auto"`` is the checkpoint's own, bf16 of a
+            GGUF file.
         device: CUDA when there is one, by default.
         experts: transformers' ``experts_implementation``, or its default.
+        packed: leave FP8 and MXFP4 weights as they are stored where only our kernels read them.
 
     Raises:
         UserError: nothing loadable there, weights that do not fit the configuration, a device that
@@ -60,6 +65,10 @@ def load_model(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device = _usable_device(device)
+    wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if is_gguf(path):
+        with explained(f"cannot load model {str(path)!r}"):
+            return load_gguf(Path(path), torch.bfloat16 if wanted == "auto" else wanted).to(device)
     folder = model_folder(path)
     with explained(f"cannot load model {str(path)!r}"):
         headers = tensor_headers(weight_files(folder))
@@ -69,11 +78,12 @@ def load_model(
         require_described(config, headers, folder / CONFIG)
         require_whole_experts(headers)
         options = {} if experts is None else {"experts_implementation": experts}
-        with _quiet():  # what it would report is raised here
+        keeping = keeping_quantized() if packed and device.type == "cpu" else nullcontext()
+        with _quiet(), keeping:  # what it would report is raised here
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+                dtype=wanted,
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
@@ -97,6 +107,12 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if is_gguf(path):
+        file = Path(path)
+        with explained(f"cannot load tokenizer {str(path)!r}"):
+            return AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
     folder = model_folder(path, "tokenizer")
     with explained(f"cannot load tokenizer {str(path)!r}"), running_no_code(folder):
         require_tokenizer_files(folder)
@@ -104,6 +120,13 @@ def load_tokenizer(path: str | Path) -> Any:
         if not tokenizer.vocab_size:
             raise UserError(f"the tokenizer in {folder} has no tokens")
         return tokenizer
+
+
+def load_with_tokenizer(path: str | Path, **options: Any) -> tuple[Any, Any]:
+    """``load_model`` and the tokenizer beside it, which must be the model's."""
+    model, tokenizer = load_model(path, **options), load_tokenizer(path)
+    require_fitting_tokenizer(tokenizer, model)
+    return model, tokenizer
 
 
 def require_fitting_tokenizer(tokenizer: Any, model: Any) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 from decoder.checkpoint.counts import MOST_OBJECTS, is_positive, require_countable
 from decoder.errors import explained
 
-from .model_spec import LayerSpec, ModelSpec
-from .weight_bytes import WEIGHT_BYTES
+from .model_spec import WEIGHT_BYTES, LayerSpec, ModelSpec
 
 _UNGATED = {"opt", "gpt2", "gpt_neox", "gpt_neo", "phi", "starcoder2", "falcon", "nemotron"}
 _UNGROUPED = {"opt", "gpt2", "gpt_neox", "gpt_neo"}  # ignore num_key_value_heads

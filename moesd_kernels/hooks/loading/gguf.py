@@ -107,6 +107,11 @@ def _fill(model: Any, reader: Any, architecture: str, dtype: torch.dtype) -> Non
     for owner, tensors in by_module.items():
         layer = re.sub(r"model\.layers\.(\d+)\..*", r"blk.\1.ffn_down_exps.weight", owner)
         if layer in kept:
+            known = WEIGHT_FORMATS[kept[layer]]
+            for leaf, tensor in tensors.items():
+                logical = (*tensor.shape[:-1], known.depth(tensor))
+                own = model.get_parameter(f"{owner}.{leaf}")
+                _require_shape(f"{owner}.{leaf}", logical, tuple(own.shape))
             stored_as = {name: (tensor, None) for name, tensor in tensors.items()}
             hold_quantized(model.get_submodule(owner), kept[layer], stored_as)
         else:
@@ -140,6 +145,7 @@ def _hold(model: Any, name: str, weight: Tensor, kind: str) -> None:
     module = model.get_submodule(owner)
     known = WEIGHT_FORMATS[kind]
     if type(module) is nn.Linear:
+        _require_shape(name, (weight.shape[0], known.depth(weight)), tuple(module.weight.shape))
         bias = module.bias  # assigned later, or already
         quantized = QuantizedLinear(weight, None, None, known)
         quantized.bias = bias
@@ -165,6 +171,12 @@ def _fill_tied(model: Any, table: Tensor, kind: str | None, dtype: torch.dtype) 
 def _assign(model: Any, name: str | None, tensor: Tensor) -> None:
     if name is None:  # such as frequencies, which the configuration has
         return
+    _require_shape(name, tuple(tensor.shape), tuple(model.get_parameter(name).shape))
     owner, _, leaf = name.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)
     setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _require_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if got != expected:
+        raise ValueError(f"{name} must be {expected} as the file's metadata says, got {got}")

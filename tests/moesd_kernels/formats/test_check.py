@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decoder.perf_model.weight_bytes import WEIGHT_BYTES
+from decoder.perf_model.model_spec import WEIGHT_BYTES
 from moesd_kernels.formats import WEIGHT_FORMATS, check_weight, dequantize
 
 

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import build_drafter
+from decoder.model.loading import load_model
 from moesd_kernels import accelerate, available_backends, load_gguf
 from moesd_kernels.formats import QuantizedLinear
 
@@ -66,8 +68,6 @@ def test_speculative_outputs_are_the_models_own(file: Path) -> None:
         decoder = SpeculativeDecoder(model, drafter, gamma, max_batch_size=2, max_length=64)
         return [output.token_ids for output in decoder.generate(prompts, greedy)]
 
-    from decoder.drafters import build_drafter
-
     assert outputs(build_drafter("ngram", model), 3) == outputs(None, 0)
 
 
@@ -82,6 +82,25 @@ def test_experts_in_two_formats_are_unpacked_and_said(tmp_path: Path, caplog: An
         torch.testing.assert_close(
             model(IDS).logits, unpacked(file)(IDS).logits, rtol=1e-3, atol=1e-3
         )
+
+
+def test_the_decoder_loads_the_file(file: Path) -> None:
+    """As a target and as a draft, by its path."""
+    model = load_model(file, packed=True)
+    assert any(isinstance(m, QuantizedLinear) for m in model.modules())
+    assert model.dtype == torch.bfloat16
+    assert load_model(str(file), dtype="fp32").dtype == torch.float32
+
+
+def test_sizes_that_contradict_the_metadata_are_said(tmp_path: Path) -> None:
+    file = gguf_file.write_gguf(tmp_path / "a.gguf", "llama", {"": "q8_0"}, kv_heads=4)
+    broken = bytearray(file.read_bytes())
+    key = b"llama.attention.head_count_kv"
+    at = broken.index(key) + len(key) + 4
+    broken[at : at + 4] = (2).to_bytes(4, "little")
+    file.write_bytes(broken)
+    with pytest.raises(ValueError, match=r"k_proj.weight must be \(128, 256\) .*\(256, 256\)"):
+        load_gguf(file)
 
 
 def test_other_architectures_are_named(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_embedded_pair(weight_format: str) -> None:
 
 def test_a_draft_that_cannot_be_is_said() -> None:
     target = tiny_model("llama")
-    with pytest.raises(UserError, match="expected one of int8, int4, got 'fp8'"):
+    with pytest.raises(UserError, match="must be 'int8' or 'int4', got 'fp8'"):
         build_drafter("auto", target, target, DraftOptions(weight_format="fp8"))
     small = tiny_model("llama", hidden_size=24, intermediate_size=24)
     with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be int8: .* that 32 divides"):
