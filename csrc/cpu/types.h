@@ -68,6 +68,10 @@ static constexpr int64_t panel_rows(int64_t rows, int64_t experts) {
     return (rows / kPanelRows + (experts < rows ? experts : rows)) * kPanelRows;
 }
 
+// What a thread needs to hold decoded weight rows for kernels that compute in tiles.
+constexpr int64_t kDecodedRows = 64;
+static constexpr int64_t decoded_size(int64_t depth) { return kDecodedRows * align_depth(depth); }
+
 struct ExpertsArgs {
     DType dtype;
     Activation activation;
@@ -88,6 +92,7 @@ struct ExpertsArgs {
     float* packed_x;
     float* packed_act;
     float* acc;              // [T * H] scratch, by slices of the output
+    bf16* decoded;           // scratch for tiles: decoded_size of the longer depth for each thread
     void* out;               // [T, H]
     EnterPhase enter_phase;  // null unless a profiler listens
     void* phase_ctx;
@@ -103,7 +108,8 @@ struct LinearArgs {
     const void* bias;  // [N] or null
     // Scratch: [T, align_depth(K)]; for panels [panel_rows(T, 1), align_depth(K)].
     float* packed_x;
-    void* out;  // [T, N]
+    bf16* decoded;  // scratch for tiles: decoded_size(K) for each thread
+    void* out;      // [T, N]
     int threads;
     RunTeam run;
 };

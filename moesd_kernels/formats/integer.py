@@ -84,7 +84,7 @@ def quantize(weight: Tensor, name: str, group: int = GROUPS[0]) -> tuple[Tensor,
         scale.copy_(found[1])
     if name == "int4":
         codes = pack_nibbles(codes.view(torch.uint8))
-    return codes.view(*shape, -1), scales.view(*shape, C // group)
+    return codes.view(*shape, C // 2 if name == "int4" else C), scales.view(*shape, C // group)
 
 
 def _spread_int8(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,80 +9,20 @@ Tensors end where their storage ends, so that a sanitizer sees a step beyond
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.formats import QUANTISED
+from support.fuzz import COUNTS, WIDTHS, Draw, same
 from torch import Tensor
 
 from moesd_kernels import fused_experts
 from moesd_kernels.dense import ops
 from moesd_kernels.experts.spec.activations import FUNCTIONS
+from moesd_kernels.formats import dequantize
 
 CALLS = int(os.environ.get("MOESD_FUZZ_CALLS", "60"))  # of each op
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EXTREMES = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 65504.0, -0.0]
-COUNTS = (0, 1, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 25, 33, 49)
-WIDTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 250, 257, 800, 1025)
-
-
-class Draw:
-    """The arguments of one call."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._generator = torch.Generator().manual_seed(seed)
-        self.dtype = self.among(DTYPES)
-        self.extreme = self.chance(0.3)
-        self.tensors: list[tuple[Tensor, Tensor]] = []  # drawn, and a copy
-
-    def among(self, values: Any) -> Any:
-        return self._random.choice(values)
-
-    def chance(self, probability: float = 0.5) -> bool:
-        return self._random.random() < probability
-
-    def below(self, stop: int, *shape: int) -> Tensor:
-        return torch.randint(stop, shape, generator=self._generator)
-
-    def flat(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """A contiguous tensor that may begin inside its storage, and ends where that ends."""
-        offset = self.among((0, 0, 1, 3))
-        size = torch.Size(shape).numel()
-        storage = torch.randn(offset + size, generator=self._generator).mul_(scale)
-        if self.extreme and size:
-            places = self.below(offset + size, 1 + size // 50)
-            storage[places] = torch.tensor([self.among(EXTREMES) for _ in places])
-        return self._kept(storage.to(self.dtype)[offset:].view(shape))
-
-    def any_layout(self, *shape: int) -> Tensor:
-        """The same, or a view of every second column, or of a transposed tensor."""
-        kind = self.among(("flat", "flat", "spread", "turned"))
-        if kind == "flat" or len(shape) < 2:
-            return self.flat(*shape)
-        if kind == "spread":
-            return self._kept(self.flat(*shape[:-1], 2 * shape[-1])[..., ::2])
-        return self._kept(self.flat(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2))
-
-    def _kept(self, tensor: Tensor) -> Tensor:
-        self.tensors.append((tensor, tensor.clone()))
-        return tensor
-
-    def close(self, actual: Tensor, exact: Callable[..., Tensor], *tensors: Tensor) -> None:
-        """Ordinary values are near ``exact`` of the tensors, at the scale of its largest value."""
-        assert actual.dtype == self.dtype
-        if self.extreme or not actual.numel():
-            return
-        expected = exact(*(tensor.double() for tensor in tensors))
-        assert actual.shape == expected.shape
-        error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
-        assert error <= 16 * torch.finfo(self.dtype).eps, error
-
-
-def same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def linear(d: Draw) -> None:
@@ -96,6 +36,17 @@ def linear(d: Draw) -> None:
     if T:
         t = d.among(range(T))
         same(ops.linear(x[t : t + 1], w, bias)[0], out[t])
+
+
+def stored_linear(d: Draw) -> None:
+    """Weights of any format, to the bit the plain ones of the same values."""
+    name, T = d.among(QUANTISED), d.among(COUNTS)
+    K, N = d.depth(name, d.among((*WIDTHS, 1800))), d.among((*COUNTS, *WIDTHS))
+    x, bias = d.any_layout(T, K), d.any_layout(N) if d.chance() else None
+    w, scale = d.stored(name, N, K)
+    out = ops.linear(x, w, bias, scale=scale, weight_format=name)
+    same(out, ops.linear(x, dequantize(w, scale, name, d.dtype), bias))
+    same(ops.linear(x[-1:], w, bias, scale=scale, weight_format=name), out[-1:])
 
 
 def norms(d: Draw) -> None:
@@ -237,36 +188,85 @@ def experts(d: Draw) -> None:
         assert error <= 16 * torch.finfo(d.dtype).eps, error
 
 
+def stored_experts(d: Draw) -> None:
+    """Weights of any format, to the bit the plain ones of the same values."""
+    name, T, E, K = d.among(QUANTISED), d.among(COUNTS), d.among((1, 2, 5)), d.among((1, 2, 3))
+    H, I = d.depth(name, d.among(WIDTHS[1:])), d.depth(name, d.among(WIDTHS[1:16]))
+    gated = d.chance(0.8)
+    options, width = {"gated": gated, "interleaved": gated and d.chance(0.3)}, (1 + gated) * I
+    (up, up_scale), (down, down_scale) = d.stored(name, E, width, H), d.stored(name, E, H, I)
+    if d.chance(0.3):
+        options |= {"gate_up_bias": d.flat(E, width), "down_bias": d.flat(E, H)}
+    x, ids, weights = d.any_layout(T, H), d.below(E + 2, T, K) - 1, torch.rand(T, K)
+    form = {"weight_format": name, "gate_up_scale": up_scale, "down_scale": down_scale}
+    call = lambda rows: fused_experts(
+        *(x[rows], up, down, ids[rows], weights[rows]), **options, **form, backend="cpu"
+    )
+    out = call(slice(None))
+    plain = dequantize(up, up_scale, name, d.dtype), dequantize(down, down_scale, name, d.dtype)
+    same(out, fused_experts(x, *plain, ids, weights, **options, backend="cpu"))
+    same(call(slice(-1, None)), out[-1:])
+
+
 def layers(d: Draw) -> None:
     B, Q, S, D = d.among((1, 2, 5)), d.among((1, 3)), 9, d.among((2, 8, 18, 64))
     heads, kv_heads, I, V = d.among((2, 4)), d.among((1, 2)), d.among((1, 20, 33)), 11
     H = d.among((1, 8, 33, 70))
+    quantised = d.chance(0.3)
+    D, H, I = (16, 64, 96) if quantised else (D, H, I)
     ones = torch.ones(H, dtype=d.dtype)
-    stack = torch.classes.moesd.LayerStack()
-    joined, back = d.flat((heads + 2 * kv_heads) * D, H), d.flat(H, heads * D)
-    stack.add_layer(
-        *(joined, None, None, None, back, None, ones, ones, [1e-6] * 4, 0.2),
-        *(d.among((0, 3)), heads, kv_heads),
-    )
-    stack.set_mlp(d.flat(I, H), None, d.flat(I, H), None, d.flat(H, I), None, "silu")
-    table, embedding = d.flat(S, D), d.flat(V, H)
+    shapes = {"qkv": ((heads + 2 * kv_heads) * D, H), "out": (H, heads * D), "head": (V, H)}
+    shapes |= {"gate": (I, H), "up": (I, H), "down": (H, I)}
+    window, table, embedding = d.among((0, 3)), d.flat(S, D), d.flat(V, H)
+    if quantised:
+        stored = {name: d.stored("int8", *shape) for name, shape in shapes.items()}
+        plain = {name: dequantize(*pair, "int8", d.dtype) for name, pair in stored.items()}
+    else:
+        plain = {name: d.flat(*shape) for name, shape in shapes.items()}
+        stored = {name: (weight, None) for name, weight in plain.items()}
+
+    def stack_of(w: dict[str, Tensor]) -> Any:
+        stack = torch.classes.moesd.LayerStack()
+        attention = w["qkv"], None, None, None, w["out"], None
+        stack.add_layer(*attention, ones, ones, [1e-6] * 4, 0.2, window, heads, kv_heads)
+        stack.set_mlp(w["gate"], None, w["up"], None, w["down"], None, "silu")
+        return stack
+
+    given = {name: weight for name, (weight, _) in stored.items()}
+    stack = stack_of(given)
+    for name, (_, scale) in stored.items():
+        stack.set_format(name, scale, "int8" if quantised else "plain")
     start = d.below(S - Q - 2, B, 1)
     ids, positions, rows = d.below(V, B, Q), start + torch.arange(Q), torch.randperm(B + 1)[:B]
 
-    def steps(of: slice) -> tuple[Tensor, Tensor]:
+    def steps(of: slice, stack: Any = stack, w: dict[str, Tensor] = given) -> list[Tensor]:
         slabs = [torch.zeros(B + 1, S, kv_heads, D, dtype=d.dtype) for _ in range(2)]
         return stack.continue_greedily(
-            *(ids[of], positions[of], rows[of], embedding, ones, 1e-6, embedding, table, table),
+            *(ids[of], positions[of], rows[of], embedding, ones, 1e-6, w["head"], table, table),
             *([slabs[0]], [slabs[1]], 3),
         )
 
     tokens, undefined = steps(slice(None))
     assert tokens.shape == undefined.shape == (B, 3) and ((tokens >= 0) & (tokens < V)).all()
+    for both in zip((tokens, undefined), steps(slice(None), stack_of(plain), plain), strict=True):
+        assert torch.equal(*both)
     for all_of_them, alone in zip((tokens, undefined), steps(slice(B - 1, B)), strict=True):
         assert torch.equal(all_of_them[-1:], alone)
 
 
-OPS = (linear, norms, activations, router, argmax, rotary, attention, experts, layers)
+OPS = (
+    linear,
+    stored_linear,
+    norms,
+    activations,
+    router,
+    argmax,
+    rotary,
+    attention,
+    experts,
+    stored_experts,
+    layers,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,14 @@
-"""MOESD_CPU_ISA: every set this processor has agrees with PyTorch; others are refused by name."""
+"""MOESD_CPU_ISA: every set this processor has agrees with PyTorch; others are refused by name.
+
+Weights of every format have on every set the bits of plain weights of the same values.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,13 +39,35 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     )
     relative = (whole.double() - expected).abs().max() / expected.abs().max()
     assert relative < 4 * torch.finfo(dtype).eps, (dtype, relative)
+import sys
+sys.path.insert(0, {tests!r})
+from support.formats import QUANTISED, quantised_case, stored_weight
+from moesd_kernels.formats import WEIGHT_FORMATS, dequantize
+torch.set_num_threads(1)
+# A short depth, one of several blocks that end within a run, and for those that allow it, odd ones.
+for name in QUANTISED:
+    depths = [256, 1792, *([800] if WEIGHT_FORMATS[name].block <= 32 else [])]
+    for depth in depths + [33, 1025] * (name == "fp8_block"):
+        w, scale = stored_weight(name, 37, depth, group=32)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x = torch.randn(13, depth).to(dtype)
+            plain = ops.linear(x, dequantize(w, scale, name, dtype))
+            for rows in (x, x[:3], x[4:5]):
+                out = ops.linear(rows, w, scale=scale, weight_format=name)
+                start = 4 if len(rows) == 1 else 0
+                assert torch.equal(out, plain[start : start + len(rows)]), (name, depth, dtype)
+    sizes, options = (13, 2, 3, 256, 256), dict(dtype=torch.bfloat16, bias=True, interleaved=True)
+    stored, plain = quantised_case(name, *sizes, **options)
+    out = fused_experts(*stored.tensors, **stored.options, backend="cpu")
+    assert torch.equal(out, fused_experts(*plain.tensors, **plain.options, backend="cpu")), name
 print("ok")
 """
+TESTS = str(Path(__file__).resolve().parents[1])
 
 
 def run(isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(isa=isa)],
+        [sys.executable, "-c", SCRIPT.format(isa=isa, tests=TESTS)],
         env=os.environ | {"MOESD_CPU_ISA": isa},
         capture_output=True,
         text=True,

@@ -3,7 +3,7 @@
 // how the panels of the down projection hold them: nothing is transposed between the two passes.
 #pragma once
 
-#include "amx_tiles.h"
+#include "amx_weights.h"
 #include "../kernels/experts_kernel.h"
 
 namespace moesd::MOESD_ISA {
@@ -19,7 +19,10 @@ public:
           up_rows_(a.gated ? 2 * a.inter : a.inter),
           blocks_((a.inter + kRows - 1) / kRows),
           slice_(output_slice(a)),
+          all_gate_up_(a.w_gate_up, a.hidden),
+          all_down_(a.w_down, a.inter),
           pack_(a.num_active, a.threads),
+          threads_(a.threads),
           up_(a.num_active * blocks_),
           down_((a.hidden + slice_ - 1) / slice_) {}
 
@@ -32,6 +35,8 @@ private:
         const Tiles tiles;
         pack_.share([this](int64_t e) { pack(e); });
         pack_.wait();
+        bf16* decoded = a_.decoded +
+                        threads_.take() * decoded_size(a_.hidden > a_.inter ? a_.hidden : a_.inter);
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::gate_up");
         int64_t done = 0, slice = -1;
         for (int64_t i = up_.take(); i < up_.total; ++done) {
@@ -41,8 +46,8 @@ private:
                 tile_loads(panels_of(i / blocks_), (a_.gated ? 2 : 1) * kRows, a_.hidden);
             PrefetchStreams prefetch =
                 next_item < up_.total ? fetch_gate_up(next_item, loads) : fetch_down(slice, loads);
-            if (a_.gated) gate_up<2>(i, prefetch);
-            else gate_up<1>(i, prefetch);
+            if (a_.gated) gate_up<2>(i, prefetch, decoded);
+            else gate_up<1>(i, prefetch, decoded);
             i = next_item;
         }
         up_.finish(done), up_.wait();
@@ -50,7 +55,7 @@ private:
         if (slice < 0) slice = down_.take();
         while (slice < down_.total) {
             const int64_t next_item = down_.take();
-            down(slice, next_item);
+            down(slice, next_item, decoded);
             slice = next_item;
         }
     }
@@ -66,12 +71,8 @@ private:
         return reinterpret_cast<bf16*>(a_.packed_act) + first_panel(e) * act_size_;
     }
 
-    const bf16* gate_up_of(int64_t e) const {
-        return static_cast<const bf16*>(a_.w_gate_up.data) + a_.active[e] * up_rows_ * a_.hidden;
-    }
-    const bf16* down_of(int64_t e) const {
-        return static_cast<const bf16*>(a_.w_down.data) + a_.active[e] * a_.hidden * a_.inter;
-    }
+    Matrix<bf16> gate_up_of(int64_t e) const { return all_gate_up_.nth(a_.active[e], up_rows_); }
+    Matrix<bf16> down_of(int64_t e) const { return all_down_.nth(a_.active[e], a_.hidden); }
 
     void pack(int64_t e) const {
         const bf16* rows[kTile];
@@ -85,45 +86,45 @@ private:
         }
     }
 
-    // Sixteen rows from row j on of an expert's gate (part 0) or up projection (part 1).
-    WeightRows rows_of(int64_t e, int64_t part, int64_t j) const {
-        const int64_t left = a_.inter - j, rows = left < 0 ? 0 : left < kTile ? left : kTile;
-        if (a_.interleaved) {
-            return {gate_up_of(e) + (2 * j + part) * a_.hidden, 2 * a_.hidden, rows};
-        }
-        return {gate_up_of(e) + (part * a_.inter + j) * a_.hidden, a_.hidden, rows};
+    // Row j of the gate (part 0) or up projection (part 1) in an expert's matrix.
+    int64_t up_row(int64_t part, int64_t j) const {
+        return a_.interleaved ? 2 * j + part : part * a_.inter + j;
     }
 
     // Prefetches the weights of a gate/up item as two stretches. All have the length of a full
     // item, though an expert's last item may be shorter.
     PrefetchStreams fetch_gate_up(int64_t item, int64_t loads) const {
-        const int64_t half = kRows * a_.hidden;
-        const bf16* first = rows_of(item / blocks_, 0, item % blocks_ * kRows).first;
-        if (!a_.gated) return {first, first + half / 2, half, loads};
-        return {first, first + (a_.interleaved ? half : a_.inter * a_.hidden), 2 * half, loads};
+        const int64_t bytes = kRows * a_.w_gate_up.row_bytes, j = item % blocks_ * kRows;
+        const Matrix<bf16> matrix = gate_up_of(item / blocks_);
+        const uint8_t* first = matrix.row(up_row(0, j));
+        if (!a_.gated) return {first, first + bytes / 2, bytes / 2, loads};
+        return {first, a_.interleaved ? first + bytes : matrix.row(up_row(1, j)), bytes, loads};
     }
 
     // Prefetches the first weights of a slice of the output.
     PrefetchStreams fetch_down(int64_t slice, int64_t loads) const {
         if (slice >= down_.total) return {nullptr, nullptr, 0, 0};
-        return fetch_rows(down_of(0) + slice * slice_ * a_.inter,
-                          slice_ < 4 * kTile ? slice_ : 4 * kTile, loads);
+        return fetch_rows(down_of(0).row(slice * slice_), slice_ < 4 * kTile ? slice_ : 4 * kTile,
+                          loads);
     }
-    PrefetchStreams fetch_rows(const bf16* first, int64_t rows, int64_t loads) const {
-        const int64_t half = rows * a_.inter / 2;
-        return {first, first + half, half * 2, loads};
+    PrefetchStreams fetch_rows(const uint8_t* first, int64_t rows, int64_t loads) const {
+        const int64_t half = rows * a_.w_down.row_bytes / 2;
+        return {first, first + half, half, loads};
     }
 
     // One item: kRows intermediate rows for all of an expert's tokens. Parts: 2 for gate and up, 1
     // for experts that are not gated.
     template <int Parts>
-    void gate_up(int64_t item, PrefetchStreams& prefetch) const {
+    void gate_up(int64_t item, PrefetchStreams& prefetch, bf16* decoded) const {
         const int64_t e = item / blocks_, j = item % blocks_ * kRows, count = panels_of(e);
         const bf16* x = x_panels(e);
         alignas(64) float sums[4 * kTileSums];
+        const Matrix<bf16> matrix = gate_up_of(e);
         WeightRows weights[2 * Parts];
         for (int i = 0; i < 2 * Parts; ++i) {
-            weights[i] = rows_of(e, i % Parts, j + i / Parts * kTile);
+            const int64_t row = j + i / Parts * kTile;
+            weights[i] = tile_rows({matrix, up_row(i % Parts, row), a_.interleaved ? 2 : 1},
+                                   a_.inter - row, decoded + i * kTile * align_depth(a_.hidden));
         }
         int64_t p = 0;
         for (; p + 2 <= count; p += 2) {
@@ -170,21 +171,21 @@ private:
         return gated_activation(a_, g, u);
     }
 
-    void down(int64_t slice, int64_t next_item) const {
+    void down(int64_t slice, int64_t next_item, bf16* decoded) const {
         const int64_t h0 = slice * slice_, h1 = h0 + slice_ < a_.hidden ? h0 + slice_ : a_.hidden;
         const OutputSlice out(a_, h0, h1);
         for (int64_t e = 0; e < a_.num_active; ++e) {
+            const Matrix<bf16> matrix = down_of(e);
             for (int64_t h = h0; h < h1; h += 4 * kTile) {
                 const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile;
                 const int64_t loads = tile_loads(panels_of(e), rows, a_.inter);
                 const bool more = h + 4 * kTile < h1;
-                PrefetchStreams prefetch =
-                    more ? fetch_rows(down_of(e) + (h + 4 * kTile) * a_.inter, rows, loads)
-                    : e + 1 < a_.num_active
-                        ? fetch_rows(down_of(e + 1) + h0 * a_.inter, rows, loads)
-                        : fetch_down(next_item, loads);
-                panels_product(Block(down_of(e) + h * a_.inter, a_.inter, rows).tiles,
-                               act_panels(e), act_size_, panels_of(e), a_.inter, prefetch,
+                PrefetchStreams prefetch = more ? fetch_rows(matrix.row(h + 4 * kTile), rows, loads)
+                                           : e + 1 < a_.num_active
+                                               ? fetch_rows(down_of(e + 1).row(h0), rows, loads)
+                                               : fetch_down(next_item, loads);
+                panels_product(Block(matrix, h, rows, decoded).tiles, act_panels(e), act_size_,
+                               panels_of(e), a_.inter, prefetch,
                                [&](int64_t w, int64_t p, const float* first, const float* second) {
                                    combine(e, h + w * kTile, h1, p, first, out);
                                    combine(e, h + (w + 1) * kTile, h1, p, second, out);
@@ -217,8 +218,9 @@ private:
 
     const ExpertsArgs& a_;
     const int64_t x_size_, act_size_, up_rows_, blocks_, slice_;
+    const Matrix<bf16> all_gate_up_, all_down_;
     Rows pack_;
-    Counter up_, down_;
+    Counter threads_, up_, down_;
 };
 
 }  // namespace moesd::MOESD_ISA

@@ -3,7 +3,7 @@
 // router.
 #pragma once
 
-#include "amx_tiles.h"
+#include "amx_weights.h"
 #include "../kernels/work.h"
 
 namespace moesd::MOESD_ISA {
@@ -17,7 +17,9 @@ public:
           block_(a.features < 8 * kTile * a.threads ? 2 * kTile : 4 * kTile),
           blocks_((a.features + block_ - 1) / block_),
           part_(panels_of_part()),
+          w_(a.w, a.depth),
           pack_(panels_, a.threads),
+          threads_(a.threads),
           items_(blocks_ * ((panels_ + part_ - 1) / part_)) {}
 
     void run() {
@@ -29,10 +31,11 @@ private:
         const Tiles tiles;
         pack_.share([this](int64_t p) { pack(p); });
         pack_.wait();
+        bf16* decoded = a_.decoded + threads_.take() * decoded_size(a_.depth);
         int64_t i = items_.take();
         while (i < items_.total) {
             const int64_t next_item = items_.take();
-            project(i, next_item);
+            project(i, next_item, decoded);
             i = next_item;
         }
     }
@@ -44,9 +47,6 @@ private:
     }
 
     bf16* panel(int64_t p) const { return reinterpret_cast<bf16*>(a_.packed_x) + p * panel_size_; }
-    const bf16* weights(int64_t row) const {
-        return static_cast<const bf16*>(a_.w.data) + row * a_.depth;
-    }
 
     // A panel that is not full repeats its last token, whose copies are never stored.
     void pack(int64_t p) const {
@@ -55,21 +55,23 @@ private:
                         reinterpret_cast<__m512i*>(panel(p)));
     }
 
-    // One item: a block of features for a part of the panels. `next_item`: the thread's next item.
-    void project(int64_t item, int64_t next_item) const {
+    // One item: a block of features for a part of the panels. `next_item`: the thread's next item;
+    // `decoded`: its buffer.
+    void project(int64_t item, int64_t next_item, bf16* decoded) const {
         const int64_t j = item % blocks_ * block_, first_panel = item / blocks_ * part_;
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
         const int64_t count = panels_ - first_panel < part_ ? panels_ - first_panel : part_;
         const int64_t next_row = next_item % blocks_ * block_;
-        const bf16* next = next_item < items_.total && next_row != j ? weights(next_row) : nullptr;
-        const int64_t half = block_ / 2 * a_.depth;  // the next block as two stretches
-        PrefetchStreams prefetch(next, next ? next + half : nullptr, half * sizeof(bf16),
+        const uint8_t* next =
+            next_item < items_.total && next_row != j ? w_.row(next_row) : nullptr;
+        const int64_t half = block_ / 2 * a_.w.row_bytes;  // the next block as two stretches
+        PrefetchStreams prefetch(next, next ? next + half : nullptr, half,
                                  tile_loads(count, rows, a_.depth));
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
             store(j + w * kTile, (first_panel + p) * kTile, first, second);
         };
-        panels_product(Block(weights(j), a_.depth, rows).tiles, panel(first_panel), panel_size_,
-                       count, a_.depth, prefetch, finish);
+        panels_product(Block(w_, j, rows, decoded).tiles, panel(first_panel), panel_size_, count,
+                       a_.depth, prefetch, finish);
     }
 
     // Stores two tiles of sums: features `feature` .. `feature` + 32 of tokens `token` .. `token` +
@@ -98,8 +100,9 @@ private:
 
     const LinearArgs& a_;
     const int64_t panel_size_, panels_, block_, blocks_, part_;
+    const Matrix<bf16> w_;
     Rows pack_;
-    Counter items_;
+    Counter threads_, items_;
 };
 
 }  // namespace moesd::MOESD_ISA

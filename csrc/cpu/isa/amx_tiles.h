@@ -75,9 +75,9 @@ public:
     // `first`, `second`: the stretches, of `bytes` each, of which every one of `loads` calls of
     // fetch prefetches a part. Does nothing when `first` is null, or when the stretches would not
     // fit into the cache beside what is being read: tiles then wait for memory.
-    PrefetchStreams(const bf16* first, const bf16* second, int64_t bytes, int64_t loads)
-        : address_(reinterpret_cast<const char*>(first)),
-          second_offset_(first ? reinterpret_cast<const char*>(second) - address_ : 0),
+    PrefetchStreams(const void* first, const void* second, int64_t bytes, int64_t loads)
+        : address_(static_cast<const char*>(first)),
+          second_offset_(first ? static_cast<const char*>(second) - address_ : 0),
           quarter_(bytes / 4 / 64 * 64),
           lines_(first && loads > 0 && 2 * bytes <= kMaxBytes ? (bytes / 4 / 64 + loads - 1) / loads
                                                               : 0) {}
@@ -179,18 +179,6 @@ void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_
         finish(0, p, tile(0), tile(1));
     }
 }
-
-// Up to 64 weight rows, as tiles of sixteen.
-struct Block {
-    WeightRows tiles[4];
-
-    Block(const bf16* w, int64_t stride, int64_t rows) {
-        for (int64_t i = 0; i < 4; ++i) {
-            const int64_t left = rows - i * kTile;
-            tiles[i] = {w + i * kTile * stride, stride, left < 0 ? 0 : left < kTile ? left : kTile};
-        }
-    }
-};
 
 // How many tiles of weights `count` panels load from `rows` weight rows, two panels at a time.
 constexpr int64_t tile_loads(int64_t count, int64_t rows, int64_t depth) {

@@ -2,6 +2,7 @@
 // compiled with its own flags, so it includes nothing of torch.
 #define MOESD_ISA amx
 #define MOESD_AVX512_BF16
+#define MOESD_AMX
 #include "vec_avx512.h"
 
 #include "amx_attention.h"
@@ -13,17 +14,14 @@ namespace moesd {
 namespace {
 
 void experts(const ExpertsArgs& args) {
-    if (args.dtype != DType::kBFloat16 || args.transposed ||
-        args.w_gate_up.format != WeightFormat::kPlain) {
+    if (args.dtype != DType::kBFloat16 || args.transposed) {
         return amx::run_for_dtype<amx::ExpertsKernel>(args);
     }
     amx::AmxExpertsKernel(args).run();
 }
 
 void linear(const LinearArgs& args) {
-    if (args.dtype != DType::kBFloat16 || args.w.format != WeightFormat::kPlain) {
-        return amx::run_for_dtype<amx::LinearKernel>(args);
-    }
+    if (args.dtype != DType::kBFloat16) return amx::run_for_dtype<amx::LinearKernel>(args);
     amx::AmxLinearKernel(args).run();
 }
 

@@ -118,6 +118,27 @@ inline __attribute__((always_inline)) void store_sums(const Vec (&acc)[M][4], bo
     }
 }
 
+constexpr int64_t kMaxQuarter = 32;  // a quarter of the most weight rows that dot_rows takes
+
+// Puts the sums of one activation row, which tiles store group by group (the first row of each
+// quarter, the second row of each quarter, ...), into the order of the weight rows.
+inline void sort_quarters(float* sums, int64_t quarter) {
+    alignas(64) float groups[4 * kMaxQuarter];
+    std::memcpy(groups, sums, 4 * quarter * sizeof(float));
+    int64_t g = 0;
+    for (; g + kLanes <= quarter; g += kLanes) {
+        const float* in = groups + 4 * g;
+        Vec a = load(in), b = load(in + kLanes);
+        Vec c = load(in + 2 * kLanes), d = load(in + 3 * kLanes);
+        deal_quads(a, b, c, d);
+        store(sums + g, a), store(sums + quarter + g, b);
+        store(sums + 2 * quarter + g, c), store(sums + 3 * quarter + g, d);
+    }
+    for (; g < quarter; ++g) {
+        for (int n = 0; n < 4; ++n) sums[n * quarter + g] = groups[4 * g + n];
+    }
+}
+
 // For weights stored transposed, [depth, columns]: out[m * ld + j] = sum over k of
 // xs[m][k] * w[k * stride + j], in ascending order. Simple, since such checkpoints are rare: two
 // vectors of columns at a time, and every weight is read again for each activation row.

@@ -12,7 +12,6 @@ namespace moesd::MOESD_ISA {
 
 // How far before its use a weight is prefetched: into the second-level cache, and into the first.
 constexpr int64_t kFarBytes = 2048, kNearBytes = 256;
-constexpr int64_t kMaxQuarter = 32;  // a quarter of the most weight rows that dot_rows takes
 
 // What a tile prefetches from memory while it computes: at every step one cache line of each of up
 // to four weight rows. These lines go to the second-level cache: the first has too few outstanding
@@ -161,25 +160,6 @@ __attribute__((noinline)) void dot_short(const typename Dot<W>::Act* const* xs, 
 }
 
 constexpr int64_t kShortDepth = 128;
-
-// Puts the sums of one activation row, which tiles store group by group (the first row of each
-// quarter, the second row of each quarter, ...), into the order of the weight rows.
-inline void sort_quarters(float* sums, int64_t quarter) {
-    alignas(64) float groups[4 * kMaxQuarter];
-    std::memcpy(groups, sums, 4 * quarter * sizeof(float));
-    int64_t g = 0;
-    for (; g + kLanes <= quarter; g += kLanes) {
-        const float* in = groups + 4 * g;
-        Vec a = load(in), b = load(in + kLanes);
-        Vec c = load(in + 2 * kLanes), d = load(in + 3 * kLanes);
-        deal_quads(a, b, c, d);
-        store(sums + g, a), store(sums + quarter + g, b);
-        store(sums + 2 * quarter + g, c), store(sums + 3 * quarter + g, d);
-    }
-    for (; g < quarter; ++g) {
-        for (int n = 0; n < 4; ++n) sums[n * quarter + g] = groups[4 * g + n];
-    }
-}
 
 // dot_rows over a depth of many steps; members as its arguments. Where weights are, each visit is
 // told: those that were decoded lie in a buffer, a block of the depth at a time.

@@ -126,8 +126,12 @@ private:
     const Act* packed_act(int64_t n) const {
         return reinterpret_cast<const Act*>(a_.packed_act) + n * depth_act_;
     }
-    Matrix<W> gate_up_of(int64_t i) const { return all_gate_up_.nth(a_.active[i], up_rows_); }
-    Matrix<W> down_of(int64_t i) const { return all_down_.nth(a_.active[i], a_.hidden); }
+    Matrix<W> gate_up_of(int64_t i) const {
+        return all_gate_up_.nth(a_.active[i], a_.transposed ? a_.hidden : up_rows_);
+    }
+    Matrix<W> down_of(int64_t i) const {
+        return all_down_.nth(a_.active[i], a_.transposed ? a_.inter : a_.hidden);
+    }
 
     // The first weights of a gate/up item; after the last item those of the down projection.
     const uint8_t* first_row(int64_t item) const {

@@ -70,9 +70,13 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
     args.x = rows.const_data_ptr();
     args.bias = bias ? offset.const_data_ptr() : nullptr;
     const int64_t packed = kernels().panels ? panel_rows(args.tokens, 1) : args.tokens;
-    args.packed_x = static_cast<float*>(scratch(packed * align_depth(args.depth) * sizeof(float)));
-    args.out = out.mutable_data_ptr();
     args.threads = team_size(args.tokens * args.depth * args.features);
+    const int64_t floats = packed * align_depth(args.depth);
+    const int64_t decoded =
+        kernels().panels && !is_plain(weight_format) ? args.threads * decoded_size(args.depth) : 0;
+    args.packed_x = static_cast<float*>(scratch(floats * sizeof(float) + decoded * sizeof(bf16)));
+    args.decoded = reinterpret_cast<bf16*>(args.packed_x + floats);
+    args.out = out.mutable_data_ptr();
     args.run = run_team;
     kernels().linear(args);
     return out;

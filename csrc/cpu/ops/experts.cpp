@@ -122,6 +122,11 @@ struct Plan {
         }
     }
 
+    void fill(const Tensor& ids, const Tensor& weights, int64_t experts, int64_t* cursor) {
+        if (ids.scalar_type() == at::kLong) fill<int64_t>(ids, weights, experts, cursor);
+        else fill<int32_t>(ids, weights, experts, cursor);
+    }
+
     template <class Id>
     void fill(const Tensor& ids, const Tensor& weights, int64_t experts, int64_t* cursor) {
         switch (weights.scalar_type()) {
@@ -162,18 +167,20 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     const bool panels = kernels().panels;
     const int64_t packed_x = (panels ? panel_rows(rows, experts) : tokens) * depth_x;
     const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
-    const size_t floats = packed_x + packed_act + tokens * hidden_size;
+    const int64_t acc = (tokens * hidden_size + 15) / 16 * 16;
+    const int threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
+    const int64_t decoded = panels && !is_plain(weight_format)
+                                ? threads * decoded_size(std::max(hidden_size, inter)) / 2
+                                : 0;
+    const size_t floats = packed_x + packed_act + acc + decoded;
     auto* memory =
-        static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8 + 64));
-    auto* cursor = reinterpret_cast<int64_t*>(memory + (floats + 15) / 16 * 16);
+        static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8));
+    auto* cursor = reinterpret_cast<int64_t*>(memory + floats);
     Plan plan(cursor + experts, experts, rows);
-    if (topk_ids.scalar_type() == at::kLong) {
-        plan.fill<int64_t>(topk_ids, topk_weights, experts, cursor);
-    } else {
-        plan.fill<int32_t>(topk_ids, topk_weights, experts, cursor);
-    }
+    plan.fill(topk_ids, topk_weights, experts, cursor);
 
     ExpertsArgs args{};
+    args.threads = threads;
     args.dtype = storage_dtype(hidden, "hidden");
     args.activation = parse_activation(activation);
     args.gated = gated, args.interleaved = interleaved, args.transposed = transposed;
@@ -189,8 +196,8 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.sorted_token = plan.sorted_token, args.sorted_weight = plan.sorted_weight;
     args.packed_x = memory, args.packed_act = memory + packed_x;
     args.acc = args.packed_act + packed_act;
+    args.decoded = reinterpret_cast<bf16*>(args.acc + acc);
     args.out = out.mutable_data_ptr();
-    args.threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
     args.run = run_team;
     if (phases.active) {
         args.enter_phase = [](void* ctx, const char* name) {

@@ -45,7 +45,7 @@ struct RowsOf {
     int64_t first, step;
 
     const uint8_t* address(int64_t i) const { return matrix.row(first + i * step); }
-    RowsOf from(int64_t i) const { return {matrix, first + i * step, step}; }
+    StoredRow row(int64_t i) const { return matrix.stored_row(first + i * step); }
 };
 
 // dot_stored for weights that have to be decoded.
@@ -117,7 +117,7 @@ private:
         StoredRow rows[4];
         for (int64_t n = 0; n < 4; ++n) {
             const int64_t row = g + n * quarter < rows_ ? g + n * quarter : rows_ - 1;
-            rows[n] = w_.matrix.stored_row(w_.first + row * w_.step);
+            rows[n] = w_.row(row);
         }
         const int64_t ahead = bytes_ahead(g, quarter, last ? next : nullptr);
         X* const decoded = buffer + k0 % kRun;
@@ -159,7 +159,7 @@ private:
     }
 
     void decode(int64_t row, int64_t k, int64_t n, X* out) const {
-        decode_row(w_.matrix.stored_row(w_.first + row * w_.step), k, n, out);
+        decode_row(w_.row(row), k, n, out);
     }
 
     // Decodes elements [k, k + n) to `out`, and those of whole runs around them.

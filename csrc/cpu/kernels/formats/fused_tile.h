@@ -9,10 +9,14 @@ namespace moesd::MOESD_ISA {
 
 constexpr int kFusedTokens = 4;  // more would leave no registers to decode in
 
-// Whether a decoded run is a step of the dot products, and these read weights as they are.
+// Whether a decoded run is a step of the dot products, and these read weights as they are. (With AMX
+// bf16 weights go to tiles.)
 template <class X>
-constexpr bool kFused =
-    std::is_same_v<X, typename Dot<X>::Act> && Dot<X>::kStep == kRun && !std::is_same_v<X, float>;
+#if defined(MOESD_AVX512_BF16) && !defined(MOESD_AMX)
+constexpr bool kFused = std::is_same_v<X, bf16>;
+#else
+constexpr bool kFused = false;
+#endif
 
 // Elements of the longest block of the depth that is decoded, whole runs around it included, and
 // from row to row of a buffer of them.
