@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Layers of exactly: norm, attention (maybe with per-head norms), add, norm, mlp, add.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "Mixtral")
+_SQUARE = 128  # rows of FP8 weights that share a scale
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cosines depend on the position alone
 
 
@@ -225,6 +226,8 @@ def _obstacle(base: Any, family: str) -> str | None:
     for layer in base.layers:
         if len(set(_formats(layer))) > 1:
             return "queries, keys and values are in more than one weight format"
+        if not _scales_join(layer):
+            return "the scales of queries, keys and values are not those of all their rows together"
         for parameters in _projections(layer):
             if not kernels.may_join(parameters):
                 return "weights share memory with other tensors, as of a state dict that is held"
@@ -280,6 +283,12 @@ def _linears(layer: Any) -> list[Any]:
 
 def _formats(layer: Any) -> list[str]:
     return [kernels.stored_weight(linear)[2] for linear in _linears(layer)]
+
+
+def _scales_join(layer: Any) -> bool:
+    """Whether scales follow each other as rows do: one a row, or one for each whole square."""
+    stored = [kernels.stored_weight(linear) for linear in _linears(layer)[:-1]]
+    return all(s is None or w.shape[0] in (len(s), _SQUARE * len(s)) for w, s, _ in stored)
 
 
 def _projections(layer: Any) -> list[list[nn.Parameter]]:

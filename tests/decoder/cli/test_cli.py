@@ -104,6 +104,9 @@ def test_speculative_config_sets_flags(tmp_path):
     text = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
     args = parse(parser, ["--speculative-config", text])
     assert (args.drafter, args.gamma, args.max_ngram) == ("ngram", 4, 3)
+    text = json.dumps({"method": "draft_model", "model": str(tmp_path), "quantization": "int4"})
+    args = parse(parser, ["--speculative-config", text])
+    assert (args.drafter, args.draft, args.weight_format) == ("draft_model", str(tmp_path), "int4")
     text = """{
         "method": "suffix", "num_speculative_tokens": 8, "suffix_decoding_max_tree_depth": 32,
         "suffix_decoding_max_cached_requests": 100, "suffix_decoding_max_spec_factor": 2,

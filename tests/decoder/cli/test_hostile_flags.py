@@ -171,6 +171,8 @@ CONFIGS = [
     ('{"suffix_decoding_max_tree_depth": 2.5}', "must be an integer, got a number"),
     ('{"suffix_decoding_max_tree_depth": 2}', "is not read by independent"),
     ('{"prompt_lookup_max": 2}', "--prompt-lookup-max is not read by independent"),
+    ('{"quantization": "awq"}', "expected int8 or int4, got 'awq'"),
+    ('{"method": "ngram", "quantization": "int8"}', "--draft-dtype is not read by ngram"),
 ]
 
 PLAN = ["plan", "--machine", "h200", "--target", "olmoe"]

@@ -134,6 +134,8 @@ def test_cli_options_change_the_prediction(capsys: pytest.CaptureFixture[str]) -
     assert speedup("--top-k-experts", "2") != plain
     assert speedup("--launch-us", "20") != plain
     assert speedup("--alpha", "0.5") < plain
+    by_bits = [speedup("--dtype", name) for name in ("bf16", "q8_0", "int4")]
+    assert len({*by_bits}) == 3 and by_bits[0] == plain
     assert speedup("--dtype", "fp8") != plain
     assert speedup("--context", "8000") != plain
 

@@ -14,6 +14,9 @@ from support.formats import stored_weight
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+from decoder import SamplingParams, SpeculativeDecoder
+from decoder.drafters import build_drafter
+from decoder.model.loading import load_model
 from moesd_kernels import accelerate, available_backends, keep_quantized
 from moesd_kernels.formats import dequantize
 from moesd_kernels.hooks.experts import spec_of
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 2, "num_key_value_heads": 4,
 }  # fmt: skip
 IDS = torch.arange(14).view(2, 7)
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -104,6 +107,21 @@ def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for roundings of bf16 on the way, which a router may amplify for single tokens."""
     error = (actual.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
     assert error.median() < 0.02, error
+
+
+def test_speculative_outputs_are_the_models_own(checkpoint: tuple[str, Path]) -> None:
+    model = load_model(checkpoint[1], packed=True)
+    assert any(p.dtype in (torch.uint8, torch.float8_e4m3fn) for p in model.parameters())
+
+    def outputs(drafter: Any, gamma: int) -> list[list[int]]:
+        decoder = SpeculativeDecoder(model, drafter, gamma, max_batch_size=2, max_length=64)
+        lean = decoder.runner._lean
+        assert lean is not None and lean.whole if checkpoint[0] == "fp8" else lean is None
+        prompts = [[1, 2, 3], [9, 8]]
+        greedy = SamplingParams(max_new_tokens=12, ignore_eos=True)
+        return [output.token_ids for output in decoder.generate(prompts, greedy)]
+
+    assert outputs(build_drafter("ngram", model), 3) == outputs(None, 0)
 
 
 def test_outside_the_block_nothing_has_changed(checkpoint: tuple[str, Path]) -> None:
