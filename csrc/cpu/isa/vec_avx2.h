@@ -97,17 +97,18 @@ inline Vec widen_bytes(const uint8_t* p) {
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
-// kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
-// exponent is eight less, all but NaN are exact.
-inline Vec widen_e4m3(const uint8_t* p) {
-    const __m128i bits =
-        _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
-    const __m128i magnitude = _mm_and_si128(bits, _mm_set1_epi16(0x3f80));
-    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3f80));
+// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
+// exponent is eight less, all others are exact.
+inline void widen_e4m3(const uint8_t* p, Vec& a, Vec& b) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    const __m256i largest = _mm256_set1_epi16(0x3f80);
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(shifted, largest), largest);
     // The sign of the byte is in the upper half of the word before it is shifted.
-    const __m128i wide = _mm_and_si128(bits, _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
-    // Of a NaN all bits are set.
-    return mul(_mm256_cvtph_ps(_mm_or_si128(wide, nan)), splat(256.0f));
+    const __m256i sign_too = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
+    const __m256i numbers = _mm256_or_si256(_mm256_and_si256(shifted, sign_too), nan);
+    a = mul(_mm256_cvtph_ps(_mm256_castsi256_si128(numbers)), splat(256.0f));
+    b = mul(_mm256_cvtph_ps(_mm256_extracti128_si256(numbers, 1)), splat(256.0f));
 }
 
 // Thirty-two codes of four bits in the order of their weights.

@@ -108,17 +108,19 @@ inline Vec widen_bytes(const uint8_t* p) {
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
-// exponent is eight less, all but NaN are exact.
-inline Vec widen_e4m3(const uint8_t* p) {
-    const __m256i bits = _mm256_slli_epi16(
-        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
-    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(0x3f80));
-    const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x3f80));
+// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
+// exponent is eight less, all others are exact.
+inline void widen_e4m3(const uint8_t* p, Vec& a, Vec& b) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i shifted = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);
+    const __m512i largest = _mm512_set1_epi16(0x3f80);
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(shifted, largest), largest);
     // The sign of the byte is in the upper half of the word before it is shifted.
-    const __m256i wide = _mm256_and_si256(bits, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
-    const __m256i half_bits = _mm256_mask_set1_epi16(wide, nan, -1);
-    return mul(_mm512_cvtph_ps(half_bits), splat(256.0f));
+    const __m512i sign_too = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
+    const __m512i numbers =
+        _mm512_mask_mov_epi16(_mm512_and_si512(shifted, sign_too), nan, _mm512_set1_epi16(0x7fff));
+    a = mul(_mm512_cvtph_ps(_mm512_castsi512_si256(numbers)), splat(256.0f));
+    b = mul(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(numbers, 1)), splat(256.0f));
 }
 
 // Words that hold thirty-two codes of four bits in the order of their weights, with other bits above

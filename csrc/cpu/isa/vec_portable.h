@@ -111,15 +111,15 @@ inline Vec widen_bytes(const uint8_t* p) {
     return Vec{lane(0), lane(1), lane(2), lane(3)};
 }
 
-// kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity.
-inline Vec widen_e4m3(const uint8_t* p) {
-    const auto lane = [p](int i) {
-        // As fp16, of which the exponent is eight less, all but NaN are exact.
-        const int magnitude = p[i] & 0x7f, sign = (p[i] & 0x80) << 8;
-        if (magnitude == 0x7f) return NAN;
-        return 256 * widened(half{static_cast<uint16_t>(sign | magnitude << 7)});
-    };
-    return Vec{lane(0), lane(1), lane(2), lane(3)};
+// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
+// exponent is eight less, all others are exact.
+inline void widen_e4m3(const uint8_t* p, Vec& a, Vec& b) {
+    half numbers[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) {
+        const int magnitude = (p[i] & 0x7f) == 0x7f ? 0x7fff : (p[i] & 0x7f) << 7;
+        numbers[i] = {static_cast<uint16_t>((p[i] & 0x80) << 8 | magnitude)};
+    }
+    a = mul(load(numbers), splat(256.0f)), b = mul(load(numbers + kLanes), splat(256.0f));
 }
 
 // Sixteen numbers, rounded to W, by a code of four bits.

@@ -52,34 +52,30 @@ class Fp8Block {
 public:
     using Place = RunPlace;
 
-    explicit Fp8Block(const StoredRow& row) : row_(row) {}
+    explicit Fp8Block(const StoredRow& row)
+        : codes_(row.data), scales_(row.scales), whole_(row.depth / kRun * kRun) {
+        if (whole_ < row.depth) std::memcpy(last_, codes_ + whole_, row.depth - whole_);
+    }
 
-    const uint8_t* codes(const Place& at) const { return row_.data + at.k; }
+    const uint8_t* codes(const Place& at) const { return codes_ + at.k; }
 
     void decode(const Place& at, X* out) {
-        const uint8_t* codes = row_.data + at.k;
-        const Vec scale = splat(load_at<float>(row_.scales + at.k / kSquare * sizeof(float)));
-        if (row_.depth - at.k >= kRun) {
-            scale_codes(codes, scale, out);
-        } else {
-            uint8_t padded[kRun] = {};
-            std::memcpy(padded, codes, row_.depth - at.k);
-            scale_codes(padded, scale, out);
+        const Vec scale = splat(load_at<float>(scales_ + at.k / kSquare * sizeof(float)));
+        const uint8_t* codes = at.k < whole_ ? codes_ + at.k : last_;
+#pragma GCC unroll 4
+        for (int i = 0; i < kRun; i += 2 * kLanes) {
+            Vec a, b;
+            widen_e4m3(codes + i, a, b);
+            store_pair(out + i, mul(a, scale), mul(b, scale));
         }
     }
 
 private:
     static constexpr int64_t kSquare = 128;
 
-    static void scale_codes(const uint8_t* codes, Vec scale, X* out) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kRun; i += 2 * kLanes) {
-            store_pair(out + i, mul(widen_e4m3(codes + i), scale),
-                       mul(widen_e4m3(codes + i + kLanes), scale));
-        }
-    }
-
-    const StoredRow row_;
+    const uint8_t *codes_, *scales_;
+    const int64_t whole_;      // weights of whole runs
+    uint8_t last_[kRun] = {};  // those after them
 };
 
 }  // namespace moesd::MOESD_ISA

@@ -145,6 +145,13 @@ public:
 
     void decode(const Place& at, X* out) {
         const uint8_t* block = blocks_ + at.block;
+        if (at.enters) {
+            const Vec d = splat(load_at<half>(block + 208));
+#pragma GCC unroll 4
+            for (int i = 0; i < 16; i += kLanes) {
+                store(scales_ + i, mul(d, widen_bytes(block + 192 + i)));
+            }
+        }
         const uint8_t* lower = block + at.run / 4 * 64 + at.run % 2 * kRun;
         const uint8_t* upper = block + 128 + at.run / 4 * kRun;
         alignas(32) uint8_t codes[kRun];
@@ -154,11 +161,7 @@ public:
             case 2: join<2>(lower, upper, codes); break;
             default: join<3>(lower, upper, codes);
         }
-        const float d = widened(load_at<half>(block + 208));
-        const auto scale = [&](int i) {
-            return splat(d * static_cast<float>(static_cast<int8_t>(block[192 + 2 * at.run + i])));
-        };
-        const Vec scales[2] = {scale(0), scale(1)};
+        const Vec scales[2] = {splat(scales_[2 * at.run]), splat(scales_[2 * at.run + 1])};
 #pragma GCC unroll 4
         for (int i = 0; i < kRun; i += 2 * kLanes) {
             store_pair(out + i, mul(widen_bytes(codes + i), scales[i / 16]),
@@ -176,6 +179,7 @@ private:
     }
 
     const uint8_t* blocks_;
+    alignas(64) float scales_[16];
 };
 
 }  // namespace moesd::MOESD_ISA
