@@ -19,7 +19,7 @@ def test_names_are_those_of_the_table():
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
-        ("int8", {"weight_format": "int5"}, ValueError, "one of .*plain, .*got int5"),
+        ("int8", {"weight_format": "int5"}, ValueError, "one of plain .*got int5"),
         ("int8", {"scale": None}, TypeError, "scale must be given in the format int8, got None"),
         ("q8_0", {"scale": torch.ones(1)}, TypeError, "scale must be None in the format q8_0"),
         ("int8", {"w": torch.zeros(5, 64)}, TypeError, "w must be Char .*int8, got Float"),
