@@ -18,6 +18,7 @@ from moesd_kernels.formats import WEIGHT_FORMATS
 
 from .reference import fused_experts_reference, fused_experts_torch
 from .spec import ExpertsSpec, ExpertsWeights, TopK
+from .triton.formats import NUMBERS
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,14 @@ def _load_cuda() -> Run:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", frozenset({"cuda"}), SINGLE, _triton_reason, _load_triton),
+        Backend(
+            "triton",
+            frozenset({"cuda"}),
+            SINGLE,
+            _triton_reason,
+            _load_triton,
+            formats=frozenset(NUMBERS),
+        ),
         Backend(
             "cpu",
             frozenset({"cpu"}),

@@ -65,13 +65,6 @@ def known_rows(block, ids_ptr, blocks_ptr, E, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(w_ptr, first_n, rows, offs_k, stride_wn, stride_wk):
-    """Pointers [rows, BLOCK_K] to a weight tile; only the first row's offset can pass 2**31."""
-    base = w_ptr + first_n.to(tl.int64) * stride_wn
-    return base + rows[:, None] * stride_wn + offs_k[None, :] * stride_wk
-
-
-@triton.jit
 def bias_tile(bias_ptr, e, stride_be, offs_n, mask):
     """Bias of an expert's rows, as a ``[1, N]`` fp32 tile."""
     bias_ptrs = bias_ptr + e.to(tl.int64) * stride_be + offs_n

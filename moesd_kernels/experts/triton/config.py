@@ -52,7 +52,10 @@ SINGLE_ROW_BYTES = 512
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """One grouped product as the model sees it: ``experts`` x [rows, K] x ``[N, K]`` (x
-    streams)."""
+    streams).
+
+    Activations have ``itemsize`` bytes, and so do weights unless they are stored in fewer bits.
+    """
 
     experts: float
     rows: float
@@ -61,6 +64,12 @@ class Gemm:
     streams: int
     itemsize: int
     may_split: bool
+    weight_bits: int | None = None
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of a stored weight, without its scales."""
+        return self.itemsize if self.weight_bits is None else self.weight_bits / 8
 
 
 def select_config(
@@ -75,7 +84,7 @@ def select_config(
 
     Args:
         shape: the layer and the number of tokens entering it.
-        dtype: of activations and weights.
+        dtype: of activations, and of weights that are not quantised.
         device: what the tiles must fit.
         batch_invariant: give up choosing by T.
 
@@ -89,7 +98,9 @@ def select_config(
             return hopper_tiles(shape, dtype, device)
         fixed = model_choice(replace(shape, T=READ_ONCE_TOKENS), dtype, device)
         return fixed.with_group_m(group_rows(shape, fixed.block_m))
-    tuned = tuned_tiles(device.name, shape.layer, str(dtype), shape.T)
+    tuned = None
+    if shape.weight_bits is None:  # nobody has tuned quantised weights
+        tuned = tuned_tiles(device.name, shape.layer, str(dtype), shape.T)
     if tuned is not None:
         return tuned.with_block_m(min(tuned.block_m, block_rows(shape)))
     return model_choice(shape, dtype, device)
@@ -120,7 +131,7 @@ def hopper_tiles(shape: LayerShape, dtype: torch.dtype, device: Device) -> Layer
     block_m = likely_rows(shape)
     group_m = group_rows(shape, block_m)
     gate_up, down = (
-        Gemm(1.0, 1.0, N, K, streams, dtype.itemsize, False)
+        Gemm(1.0, 1.0, N, K, streams, dtype.itemsize, False, shape.weight_bits)
         for N, K, streams in ((shape.I, shape.H, 1 + shape.gated), (shape.H, shape.I, 1))
     )
 
@@ -181,9 +192,9 @@ def _model_config(
 ) -> LayerTiles:
     active = shape.E * (1.0 - (1.0 - min(1.0, shape.K / shape.E)) ** shape.T)
     rows = shape.T * shape.K / active
-    itemsize = dtype.itemsize
-    gate_up = Gemm(active, rows, shape.I, shape.H, 1 + shape.gated, itemsize, False)
-    down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True)
+    itemsize, bits = dtype.itemsize, shape.weight_bits
+    gate_up = Gemm(active, rows, shape.I, shape.H, 1 + shape.gated, itemsize, False, bits)
+    down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True, bits)
     group_m = group_rows(shape, READ_ONCE_TOKENS)
 
     def best(gemm: Gemm) -> TileConfig:
@@ -223,9 +234,12 @@ def _candidates(gemm: Gemm, block_m: int, group_m: int, device: Device) -> Itera
 
 
 def shared_bytes(gemm: Gemm, config: TileConfig) -> int:
-    """Shared memory of one program: every stage of activations and weights."""
-    columns = config.block_m + gemm.streams * config.block_n
-    return config.num_stages * columns * config.block_k * gemm.itemsize
+    """Shared memory of one program: every stage of activations and weights as stored; quantised
+    weights may go through it once more as numbers."""
+    weights = gemm.streams * config.block_n * config.block_k
+    stage = config.block_m * config.block_k * gemm.itemsize + math.ceil(weights * gemm.weight_bytes)
+    again = 0 if gemm.weight_bits is None else weights * gemm.itemsize
+    return config.num_stages * stage + again
 
 
 def fits(gemm: Gemm, config: TileConfig, device: Device, most: int = 64) -> bool:
@@ -238,13 +252,13 @@ def predicted_seconds(gemm: Gemm, config: TileConfig, device: Device) -> float:
     """Time of one product: DRAM, balance over processors, latency, cache traffic, arithmetic."""
     shared = shared_bytes(gemm, config)
     resident = max(1, min(device.shared_bytes // shared, 16 // config.num_warps))
-    stage = gemm.streams * config.block_n * config.block_k * gemm.itemsize
+    stage = gemm.streams * config.block_n * config.block_k * gemm.weight_bytes
     in_flight = resident * (config.num_stages - 1) * stage
     bandwidth = device.bandwidth * min(1.0, in_flight / BYTES_IN_FLIGHT)
 
     tiles = gemm.experts * math.ceil(gemm.N / config.block_n) * config.split_k
     k_each = math.ceil(gemm.K / (config.block_k * config.split_k)) * config.block_k
-    tile_bytes = gemm.streams * config.block_n * k_each * gemm.itemsize
+    tile_bytes = gemm.streams * config.block_n * k_each * gemm.weight_bytes
     # The multiprocessor with the most tiles, at the bandwidth it can draw for itself.
     deepest = math.ceil(tiles / device.sms)
     balance = deepest * tile_bytes * device.sms / (DRAW * bandwidth)
@@ -261,24 +275,25 @@ def predicted_seconds(gemm: Gemm, config: TileConfig, device: Device) -> float:
 
 
 def _single_gate_up(shape: LayerShape, itemsize: int, device: Device) -> TileConfig:
-    """Tiles of the one-token gate_up: 16 rows of each half a program, unless 8 balance better."""
-    block_n = min((16, 8), key=lambda n: _deepest(shape.K * math.ceil(shape.I / n), device) * n)
-    return _single(block_n, shape.H, itemsize, 4)
+    """Tiles of the one-token gate_up."""
+    return _single(shape, shape.K, shape.I, shape.H, itemsize, device)
 
 
 def _single_down(shape: LayerShape, itemsize: int, device: Device) -> TileConfig:
     """Tiles of the one-token down projection; few programs need more stages under way each."""
-    block_n = min((16, 8), key=lambda n: _deepest(math.ceil(shape.H / n), device) * n)
-    few = math.ceil(shape.H / block_n) <= 2 * device.sms
-    return _single(block_n, shape.I, itemsize, 8 if few else 4)
+    tile = _single(shape, 1, shape.H, shape.I, itemsize, device)
+    few = math.ceil(shape.H / tile.block_n) <= 2 * device.sms
+    return replace(tile, num_stages=8) if few else tile
 
 
-def _deepest(programs: int, device: Device) -> int:
-    """Programs of the multiprocessor that has most."""
-    return math.ceil(programs / device.sms)
-
-
-def _single(block_n: int, columns: int, itemsize: int, stages: int) -> TileConfig:
-    """A one-token tile: rows in pieces of 512 bytes, which a warp loads at once."""
+def _single(
+    shape: LayerShape, pairs: int, rows: int, columns: int, itemsize: int, device: Device
+) -> TileConfig:
+    """A one-token tile: 16 rows (of each half), unless 8 balance better, in pieces of 512 bytes,
+    which a warp loads at once. Of quantised rows twice as many columns fill as many threads."""
+    programs = {n: pairs * math.ceil(rows / n) for n in (16, 8)}
+    block_n = min(programs, key=lambda n: math.ceil(programs[n] / device.sms) * n)
     block_k = min(SINGLE_ROW_BYTES // itemsize, _next_power_of_2(max(64, columns)))
-    return TileConfig(block_m=16, block_n=block_n, block_k=block_k, num_stages=stages)
+    if shape.weight_bits is not None:
+        block_n, block_k = 8, 2 * SINGLE_ROW_BYTES // itemsize
+    return TileConfig(block_m=16, block_n=block_n, block_k=block_k, num_stages=4)

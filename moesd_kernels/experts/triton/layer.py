@@ -14,6 +14,7 @@ from .common import ACTIVATIONS, HAS_PDL, ROUTING_INLINE, ROUTING_PLANNED, ROUTI
 from .config import select_config
 from .device import device_of
 from .down_kernel import _down_kernel
+from .formats import matrices, stored_bits
 from .gate_up_kernel import _gate_up_kernel
 from .plan_kernel import max_blocks, plan, plan_sizes
 from .single_kernel import _down_combine_kernel, _gate_up_single_kernel
@@ -27,13 +28,14 @@ class Layer:
     """One call's weights and the flags the kernels are specialised on."""
 
     def __init__(self, weights: ExpertsWeights, spec: ExpertsSpec) -> None:
-        w_gate_up, w_down, gate_up_bias, down_bias = weights[:4]
+        w_gate_up, w_down = weights.gate_up, weights.down  # [E, 2I or I, H], [E, H, I]
         if spec.transposed:
             w_gate_up, w_down = w_gate_up.transpose(1, 2), w_down.transpose(1, 2)
-        self.w_gate_up, self.w_down = w_gate_up, w_down  # [E, 2I or I, H], [E, H, I]
-        self.gate_up_bias = None if gate_up_bias is None else gate_up_bias.contiguous()
-        self.down_bias = None if down_bias is None else down_bias.contiguous()
-        self.E, self.H, self.I = w_down.shape
+        stored = spec.weight_format, device_of(w_down.device).capability
+        self.gate_up = matrices(w_gate_up, weights.gate_up_scale, weights.gate_up_bias, *stored)
+        self.down = matrices(w_down, weights.down_scale, weights.down_bias, *stored)
+        self.E, self.H, self.I = *w_down.shape[:2], self.down.depth
+        self.weight_bits = stored_bits(spec.weight_format)
         self.gated = spec.gated
         limit, alpha = spec.activation_limit, spec.activation_alpha
         self.flags = {
@@ -63,7 +65,7 @@ class Layer:
         T, TOPK = ids.shape
         device = device_of(x.device)
         if config is None:
-            shape = LayerShape(self.E, TOPK, self.H, self.I, T, self.gated)
+            shape = LayerShape(self.E, TOPK, self.H, self.I, T, self.gated, self.weight_bits)
             config = select_config(shape, x.dtype, device, batch_invariant=batch_invariant)
         pdl = HAS_PDL and x.is_cuda and device.capability >= 90
         pairs = T * TOPK
@@ -103,11 +105,11 @@ class Layer:
         """
         tables, bound = (ids, ids), ids.shape[1]
         tile = config.single_gate_up
-        if tile and not batch_invariant and self.w_gate_up.stride(2) == 1:
+        if tile and not batch_invariant and self.gate_up.weight.stride(2) == 1:
             self._gate_up_single(x, act, ids, tile, pdl)
         else:
             self._gate_up(x, act, ids, tables, bound, ROUTING_SINGLE, config.gate_up, pdl)
-        if not batch_invariant and self.w_down.stride(2) == 1:
+        if not batch_invariant and self.down.weight.stride(2) == 1:
             self._down_combine(act, ids, weights, out, config.single_down, pdl)
             return
         partial = self._down(act, ids, tables, bound, ROUTING_SINGLE, config.down, pdl)
@@ -127,10 +129,11 @@ class Layer:
         sizes = {"N_PAD": 0, "E_PAD": 0, "CHUNKS": 0}
         if routing == ROUTING_INLINE:
             sizes = plan_sizes(ids.numel(), self.E)
-        w, bias = self.w_gate_up, self.gate_up_bias
+        w, scale, bias = self.gate_up.tensors()
         _gate_up_kernel[(bound * triton.cdiv(self.I, config.block_n),)](
             x,
             w,
+            scale,
             w if bias is None else bias,
             act,
             ids,
@@ -151,6 +154,7 @@ class Layer:
             ROUTING=routing,
             **self.flags,
             HAS_BIAS=bias is not None,
+            **self.gate_up.constexprs,
             EVEN_K=self.H % config.block_k == 0,
             **config.constexprs(),
             # The first launch of a call may not start before the work of others is complete.
@@ -172,11 +176,12 @@ class Layer:
         written."""
         shape = (config.split_k, ids.numel(), self.H)
         partial = torch.empty(shape, dtype=torch.float32, device=act.device)
-        w, bias = self.w_down, self.down_bias
+        w, scale, bias = self.down.tensors()
         steps = triton.cdiv(triton.cdiv(self.I, config.block_k), config.split_k)
         _down_kernel[(bound * triton.cdiv(self.H, config.block_n), config.split_k)](
             act,
             w,
+            scale,
             w if bias is None else bias,
             partial,
             ids,
@@ -191,6 +196,7 @@ class Layer:
             0 if bias is None else bias.stride(0),
             ROUTING=routing,
             HAS_BIAS=bias is not None,
+            **self.down.constexprs,
             EVEN_K=config.split_k * steps * config.block_k == self.I,
             SPLIT_K=config.split_k,
             **config.constexprs(),
@@ -223,10 +229,11 @@ class Layer:
     def _gate_up_single(
         self, x: Tensor, act: Tensor, ids: Tensor, config: TileConfig, pdl: bool
     ) -> None:
-        w, bias = self.w_gate_up, self.gate_up_bias
+        w, scale, bias = self.gate_up.tensors()
         _gate_up_single_kernel[(ids.shape[1] * triton.cdiv(self.I, config.block_n),)](
             x,
             w,
+            scale,
             w if bias is None else bias,
             act,
             ids,
@@ -240,6 +247,7 @@ class Layer:
             self.alpha,
             **self.flags,
             HAS_BIAS=bias is not None,
+            **self.gate_up.constexprs,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             STAGES=config.num_stages,
@@ -250,10 +258,11 @@ class Layer:
     def _down_combine(
         self, act: Tensor, ids: Tensor, weights: Tensor, out: Tensor, config: TileConfig, pdl: bool
     ) -> None:
-        w, bias = self.w_down, self.down_bias
+        w, scale, bias = self.down.tensors()
         _down_combine_kernel[(triton.cdiv(self.H, config.block_n),)](
             act,
             w,
+            scale,
             w if bias is None else bias,
             out,
             ids,
@@ -266,6 +275,7 @@ class Layer:
             0 if bias is None else bias.stride(0),
             TOPK=ids.shape[1],
             HAS_BIAS=bias is not None,
+            **self.down.constexprs,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             STAGES=config.num_stages,

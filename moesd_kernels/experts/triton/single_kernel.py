@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import glu, pdl_wait, prefetch
+from .formats.loader import load_weights, packed, scale_pointers
 
 LINE_BYTES = tl.constexpr(128)
 
@@ -16,29 +17,17 @@ LINE_BYTES = tl.constexpr(128)
 @triton.jit
 def _gate_up_single_kernel(
     x_ptr,  # [1, H]
-    w_ptr,  # [E, 2I, H] (or [E, I, H] when not GATED), rows contiguous
+    w_ptr,  # [E, 2I, H] (or [E, I, H] when not GATED), rows contiguous, as FORMAT stores it
+    scale_ptr,  # as FORMAT has it, or None
     bias_ptr,  # [E, 2I] or unused
     act_ptr,  # [K, I]
     ids_ptr,  # [K]
-    E,
-    H,
-    I,
-    stride_we,
-    stride_wn,
-    stride_be,
-    limit,
-    alpha,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_LIMIT: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    E, H, I, stride_we, stride_wn, stride_be, limit, alpha,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_ALPHA: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, FORMAT: tl.constexpr,
+    GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid: (K * cdiv(I, BLOCK_N),); each program makes BLOCK_N values of one pair."""
     pdl_wait(PDL)
     tiles = tl.cdiv(I, BLOCK_N)
@@ -51,18 +40,28 @@ def _gate_up_single_kernel(
     # Rows 2j and 2j + 1 of interleaved weights, else j and I + j.
     row = 2 * column if INTERLEAVED else column
     up_row = row + (1 if INTERLEAVED else I)
+    PACKED: tl.constexpr = packed(FORMAT)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     w_ptrs = w_ptr + e * stride_we + row.to(tl.int64) * stride_wn
     up_ptrs = w_ptr + e * stride_we + up_row.to(tl.int64) * stride_wn
+    R = 2 * I if GATED else I
+    s_ptrs = scale_pointers(scale_ptr, e, R, H, row, FORMAT, GROUP, BLOCK_K)
+    up_s_ptrs = scale_pointers(scale_ptr, e, R, H, up_row, FORMAT, GROUP, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_up = acc
     for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
-        mask = n_mask[:, None] & (k < H)[None, :]
-        w = tl.load(w_ptrs[:, None] + k[None, :], mask, 0.0, eviction_policy="evict_first")
+        at = (start // PACKED + tl.arange(0, BLOCK_K // PACKED))[None, :]
+        w = load_weights(
+            w_ptrs[:, None] + at, s_ptrs, n_mask[:, None], start, H, dtype, FORMAT, GROUP, False
+        )
         acc += w.to(tl.float32) * x
         if GATED:
-            w = tl.load(up_ptrs[:, None] + k[None, :], mask, 0.0, eviction_policy="evict_first")
+            w = load_weights(
+                up_ptrs[:, None] + at, up_s_ptrs, n_mask[:, None], start, H,
+                dtype, FORMAT, GROUP, False,
+            )  # fmt: skip
             acc_up += w.to(tl.float32) * x
     out, up = tl.sum(acc, 1), tl.sum(acc_up, 1)
     if HAS_BIAS:
@@ -110,24 +109,16 @@ def _prefetch_weights(
 @triton.jit
 def _down_combine_kernel(
     act_ptr,  # [K, I]
-    w_ptr,  # [E, H, I], rows contiguous
+    w_ptr,  # [E, H, I], rows contiguous, as FORMAT stores it
+    scale_ptr,  # as FORMAT has it, or None
     bias_ptr,  # [E, H] or unused
     out_ptr,  # [1, H]
     ids_ptr,  # [K]
     weights_ptr,  # [K]
-    E,
-    H,
-    I,
-    stride_we,
-    stride_wn,
-    stride_be,
-    TOPK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    E, H, I, stride_we, stride_wn, stride_be,
+    TOPK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid: (cdiv(H, BLOCK_N),); one token's K experts in order, so nothing is left to combine.
 
     The K loops over I are one loop: the pipeline does not drain between experts. Experts and their
@@ -142,22 +133,27 @@ def _down_combine_kernel(
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = column < H
     steps = tl.cdiv(I, BLOCK_K)
+    PACKED: tl.constexpr = packed(FORMAT)
     if PDL:
         _prefetch_weights(
-            w_ptr, ids_ptr, column, E, H, I, stride_we, stride_wn, TOPK, BLOCK_K, STAGES
-        )
+            w_ptr, ids_ptr, column, E, H, I // PACKED, stride_we, stride_wn,
+            TOPK, BLOCK_K // PACKED, STAGES,
+        )  # fmt: skip
     pdl_wait(PDL)
+    dtype: tl.constexpr = act_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for step in tl.range(0, TOPK * steps, num_stages=STAGES):
         pair = step // steps
-        k = (step - pair * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        start = (step - pair * steps) * BLOCK_K
+        k = start + tl.arange(0, BLOCK_K)
         e = tl.sum(tl.where(pairs == pair, experts, 0), 0)
         weight = tl.sum(tl.where(pairs == pair, weights, 0.0), 0)
-        k_mask = k < tl.where(e >= 0, I, 0)
-        a = tl.load(act_ptr + pair * I + k, mask=k_mask, other=0.0).to(tl.float32) * weight
-        w_ptrs = w_ptr + e * stride_we + column[:, None] * stride_wn + k[None, :]
-        w_mask = n_mask[:, None] & k_mask[None, :]
-        w = tl.load(w_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_first")
+        depth = tl.where(e >= 0, I, 0)
+        a = tl.load(act_ptr + pair * I + k, mask=k < depth, other=0.0).to(tl.float32) * weight
+        at = (start // PACKED + tl.arange(0, BLOCK_K // PACKED))[None, :]
+        w_ptrs = w_ptr + e * stride_we + column[:, None] * stride_wn + at
+        s_ptrs = scale_pointers(scale_ptr, e, H, I, column, FORMAT, GROUP, BLOCK_K)
+        w = load_weights(w_ptrs, s_ptrs, n_mask[:, None], start, depth, dtype, FORMAT, GROUP, False)
         acc += w.to(tl.float32) * a[None, :]
     out = tl.sum(acc, 1)
     if HAS_BIAS:

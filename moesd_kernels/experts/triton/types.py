@@ -35,7 +35,10 @@ B200 = Device("NVIDIA B200", 100, 148, 232448, 7.0e12, 2.0e15)
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """A layer's dimensions and the tokens entering it."""
+    """A layer's dimensions and the tokens entering it.
+
+    ``weight_bits`` are those of a stored weight without its scales; None for the activations'.
+    """
 
     E: int
     K: int
@@ -43,6 +46,7 @@ class LayerShape:
     I: int
     T: int
     gated: bool = True
+    weight_bits: int | None = None
 
     @property
     def layer(self) -> tuple[int, int, int, int, bool]:

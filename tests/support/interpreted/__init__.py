@@ -15,8 +15,12 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and workspaces start poisoned: a value that was never written is seen."""
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
         # A place or number this large lies outside every table.
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**28)
+        return tensor.fill_(
+            1 if tensor.dtype == torch.bool else min(2**28, torch.iinfo(tensor.dtype).max)
+        )
 
     for name in ("empty", "empty_like"):
         made = getattr(torch, name)
@@ -42,6 +46,26 @@ def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return None  # what a launch would restore; calls within one do not
 
     monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
+@pytest.fixture(autouse=True)
+def exact_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's bf16, which are bits to it, become fp32 and back as on hardware: what it
+    does by itself loses subnormals and rounds ties up."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    others = interpreter._convert_float
+
+    def convert(numbers: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return numbers.astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.ascontiguousarray(numbers, np.float32)).bfloat16()
+            return rounded.view(torch.uint16).numpy()
+        return others(numbers, source, target, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 @pytest.fixture

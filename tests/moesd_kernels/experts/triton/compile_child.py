@@ -24,6 +24,7 @@ from moesd_kernels.experts.triton.combine_kernel import _combine_kernel
 from moesd_kernels.experts.triton.combine_norm import _combine_norm_kernel
 from moesd_kernels.experts.triton.config import model_choice, select_config
 from moesd_kernels.experts.triton.down_kernel import _down_kernel
+from moesd_kernels.experts.triton.formats import NUMBERS
 from moesd_kernels.experts.triton.gate_up_kernel import _gate_up_kernel
 from moesd_kernels.experts.triton.layer import MAX_PAIRS
 from moesd_kernels.experts.triton.plan_kernel import _plan_kernel, plan_sizes
@@ -70,6 +71,9 @@ PLAIN = {
     "HAS_ALPHA": False,
     "EVEN_K": True,
     "stride_wk": 1,
+    "FORMAT": NUMBERS["plain"],
+    "GROUP": 1,
+    "scale_ptr": None,
 }
 
 

@@ -1,6 +1,7 @@
 """What interpreted tests share."""
 
 import torch
+from support.interpreted import exact_bfloat16 as exact_bfloat16
 from support.interpreted import patched_once as patched_once
 from support.interpreted import poisoned_empty as poisoned_empty
 
