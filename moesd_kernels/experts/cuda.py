@@ -83,6 +83,8 @@ def _refusal(
     x: Tensor, weights: ExpertsWeights, routing: TopK, spec: ExpertsSpec, batch_invariant: bool
 ) -> str | None:
     """What this kernel does not have that the call needs, or None."""
+    if spec.weight_format != "plain":
+        return f"it reads plain weights, got {spec.weight_format}"
     unusual = [o.name for o in OPTIONS if getattr(spec, o.name) != o.default]
     unusual += [n for n in ("gate_up_bias", "down_bias") if getattr(weights, n) is not None]
     if unusual:

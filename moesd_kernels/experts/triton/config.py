@@ -98,10 +98,8 @@ def select_config(
             return hopper_tiles(shape, dtype, device)
         fixed = model_choice(replace(shape, T=READ_ONCE_TOKENS), dtype, device)
         return fixed.with_group_m(group_rows(shape, fixed.block_m))
-    tuned = None
-    if shape.weight_bits is None:  # nobody has tuned quantised weights
-        tuned = tuned_tiles(device.name, shape.layer, str(dtype), shape.T)
-    if tuned is not None:
+    tuned = tuned_tiles(device.name, shape.layer, str(dtype), shape.T)
+    if tuned is not None and shape.weight_bits is None:  # nobody has tuned quantised weights
         return tuned.with_block_m(min(tuned.block_m, block_rows(shape)))
     return model_choice(shape, dtype, device)
 
@@ -211,10 +209,12 @@ def _model_config(
 
 def _candidates(gemm: Gemm, block_m: int, group_m: int, device: Device) -> Iterator[TileConfig]:
     """Tiles worth considering; fp32 multiplies without matrix instructions and needs small ones."""
-    half = gemm.itemsize == 2
+    half, quantised = gemm.itemsize == 2, gemm.weight_bits is not None
     # Blackwell's accumulators come from a memory of their own into registers all at once.
     most = 128 if device.capability < 100 else 64
-    for block_n in (128, 64, 32) if half else (32, 16):
+    if quantised:  # Codes become numbers in registers. On Blackwell eight warps are given few.
+        most = 64 if device.capability < 100 else 1024
+    for block_n in ((128, 64, 32) if half else (32, 16))[quantised:]:
         for block_k in (128, 64) if half else (32,):
             for stages in (4, 3, 5) if half else (3,):
                 for split in (1, 2, 4, 8) if gemm.may_split else (1,):

@@ -24,7 +24,7 @@ from moesd_kernels.experts.triton.combine_kernel import _combine_kernel
 from moesd_kernels.experts.triton.combine_norm import _combine_norm_kernel
 from moesd_kernels.experts.triton.config import model_choice, select_config
 from moesd_kernels.experts.triton.down_kernel import _down_kernel
-from moesd_kernels.experts.triton.formats import NUMBERS
+from moesd_kernels.experts.triton.formats import NUMBERS, stored_bits
 from moesd_kernels.experts.triton.gate_up_kernel import _gate_up_kernel
 from moesd_kernels.experts.triton.layer import MAX_PAIRS
 from moesd_kernels.experts.triton.plan_kernel import _plan_kernel, plan_sizes
@@ -62,6 +62,8 @@ TYPES = {
 }
 # Multiples of 16 in every real model, as the launcher finds out by itself.
 DIVISIBLE = ("H", "I", "stride_xt", "stride_we", "stride_wn", "stride_be", "stride_ot")
+# Of a launch that finds its rows in tables; none of them changes a tile.
+SIZES = {"TOPK": 8, "N_PAD": 0, "E_PAD": 0, "CHUNKS": 0, "SPLIT_K": 1, "ROUTING": 0}
 PLAIN = {
     "ACTIVATION": 0,
     "GATED": True,
@@ -111,7 +113,46 @@ def jobs(arch):
     for shared in (False, True):
         sizes = {"TOPK": 8, "SPLIT_K": 1, "SUMMED": False, "SHARED": shared, "BLOCK_H": 4096}
         add("combine_norm", sizes, {"num_warps": 8})
-    return list(found.values())
+    return [*found.values(), *quantised_jobs(arch)]
+
+
+# Layers whose weights are quantised: sizes, format, group and the types of weights and scales.
+QUANTISED = (
+    ((128, 8, 2048, 768), "fp8_block", 128, "*fp8e4nv", "*fp32"),  # Qwen3-30B
+    ((32, 4, 2880, 2880), "mxfp4", 32, "*u8", "*u8"),  # gpt-oss-20b
+    ((8, 2, 4096, 14336), "int4", 64, "*u8", "*bf16"),  # Mixtral
+    ((8, 2, 4096, 14336), "int8", 128, "*i8", "*bf16"),
+)
+# What is compiled of which; int8 and one token's kernels on Hopper only.
+QUANTISED_TOKENS = {"gate_up": (16, 64, None, None), "down": (None, None, 320, 64)}
+
+
+def quantised_jobs(arch):
+    """A few (kernel, constexprs, options) of each format; every one takes as long as a plain one.
+
+    Before Hopper's generation E4M3 codes are bytes to the kernels.
+    """
+    gpt_oss = {"INTERLEAVED": True, "HAS_LIMIT": True, "HAS_ALPHA": True, "EVEN_K": False}
+    for place, (layer, name, group, weight, scale) in enumerate(
+        QUANTISED[: 4 if arch == 90 else 3]
+    ):
+        types = {"w_ptr": "*u8" if arch < 90 and name == "fp8_block" else weight}
+        types |= {"scale_ptr": scale, "FORMAT": NUMBERS[name], "GROUP": group}
+        types |= gpt_oss if name == "mxfp4" else {}
+        for kernel, tokens in QUANTISED_TOKENS.items():
+            if tokens[place] is not None:
+                shape = LayerShape(*layer, tokens[place], weight_bits=stored_bits(name))
+                tile = getattr(select_config(shape, torch.bfloat16, DEVICES[arch]), kernel)
+                yield kernel, SIZES | types | tile.constexprs(), tile.options()
+        if arch == 90 and name in ("fp8_block", "mxfp4"):
+            shape = LayerShape(*layer, 1, weight_bits=stored_bits(name))
+            chosen = select_config(shape, torch.bfloat16, DEVICES[arch])
+            for kernel, tile in (
+                ("gate_up_single", chosen.single_gate_up),
+                ("down_combine", chosen.single_down),
+            ):
+                constexprs, options = single(tile)
+                yield kernel, types | constexprs, options
 
 
 def candidate_jobs():
@@ -129,15 +170,7 @@ def candidate_jobs():
                     job = (kernel, *single(tile))
                 elif name in ("gate_up", "down") and tile.block_m > 16:
                     # 16 rows are the code of 32 with half the accumulators.
-                    extra = {
-                        "TOPK": 8,
-                        "N_PAD": 0,
-                        "E_PAD": 0,
-                        "CHUNKS": 0,
-                        "SPLIT_K": 1,
-                        "ROUTING": 0,
-                    }
-                    job = (name, extra | tile.constexprs(), tile.options())
+                    job = (name, SIZES | tile.constexprs(), tile.options())
                 else:
                     continue
                 found.setdefault(str(job), job)
@@ -227,6 +260,7 @@ def compile_one(arch, kernel, constexprs, options):
         "constexprs": constexprs | options,
         "shared": done.metadata.shared,
         "shared_limit": DEVICES[arch].shared_bytes,
+        "bytewise": "evict_first" in "".join(re.findall(r"ld\.global\S*\.b8", ptx)),
         "copy_bytes": sorted({int(size, 0) for size in re.findall(COPY, ptx)}),
         "mma": sorted(set(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx))),
         "dependent_launch": "griddepcontrol.wait" in ptx,

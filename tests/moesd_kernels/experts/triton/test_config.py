@@ -18,6 +18,7 @@ from moesd_kernels.experts.triton.config import (
     hopper_tiles,
     predicted_seconds,
     select_config,
+    shared_bytes,
 )
 from moesd_kernels.experts.triton.types import A100, B200, H200, LayerShape, LayerTiles, TileConfig
 
@@ -46,6 +47,33 @@ def test_choices_fit_the_device(name, device):
             assert fits(gate_up, chosen.gate_up, device, most)
             assert fits(down, chosen.down, device, most)
             assert min(chosen.gate_up.block_n, chosen.down.block_n, chosen.block_m) >= 16
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
+def test_choices_for_quantised_weights_fit_the_device(device, bits):
+    """Codes of 8 or 4 bits in the stages, and once their numbers beside them."""
+    for T in TOKENS:
+        for dtype in DTYPES:
+            shape = LayerShape(*LAYERS["qwen3-30b"], T, weight_bits=bits)
+            chosen = select_config(shape, dtype, device)
+            gate_up = Gemm(1, 1, shape.I, shape.H, 2, dtype.itemsize, False, bits)
+            down = Gemm(1, 1, shape.H, shape.I, 1, dtype.itemsize, True, bits)
+            most = 128 if chosen.block_m == 128 and device.capability == 90 else 64
+            assert fits(gate_up, chosen.gate_up, device, most)
+            assert fits(down, chosen.down, device, most)
+            for tile in (chosen.gate_up, chosen.down, chosen.single_gate_up, chosen.single_down):
+                assert tile.block_k % 32 == 0
+
+
+def test_quantised_weights_are_fewer_bytes():
+    plain, quantised = Gemm(8, 4, 768, 2048, 2, 2, False), Gemm(8, 4, 768, 2048, 2, 2, False, 4)
+    tile = TileConfig(16, 64, 128, num_stages=4)
+    numbers = 2 * 64 * 128 * 2
+    stage = 16 * 128 * 2
+    assert shared_bytes(plain, tile) == 4 * (stage + numbers)
+    assert shared_bytes(quantised, tile) == 4 * (stage + numbers // 4) + numbers
+    assert predicted_seconds(quantised, tile, A100) < predicted_seconds(plain, tile, A100)
 
 
 @pytest.mark.parametrize("T", range(1, READ_ONCE_TOKENS + 1))
@@ -192,6 +220,8 @@ def test_tuned_file_overrides_the_model(tuned_file, block_m, used):
     assert select_config(shape, torch.float16, H200) != chosen
     invariant = select_config(shape, torch.bfloat16, H200, batch_invariant=True)
     assert invariant.gate_up != chosen.gate_up
+    quantised = dataclasses.replace(shape, weight_bits=8)
+    assert select_config(quantised, torch.bfloat16, H200).gate_up != chosen.gate_up
 
 
 def test_the_nearest_entry_in_proportion_serves_up_to_twice_as_many(tuned_file):

@@ -8,6 +8,7 @@ ours: the tiles, their order and the sums between them. test_gpu.py tests the in
 import numpy as np
 import pytest
 import torch
+from support.formats import quantised_case
 from support.oracle import check_rows, layer_case
 
 from moesd_kernels.experts.triton import fused_experts_triton
@@ -53,3 +54,13 @@ def test_permutation(full):
     order = torch.randperm(T, generator=torch.Generator().manual_seed(3))
     got = case.rows(order).run(fused_experts_triton, batch_invariant=True)
     assert torch.equal(got, whole[order])
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "mxfp4"])
+def test_prefix_with_quantised_weights(name):
+    case, plain = quantised_case(name, T, 1, 2, 32, 32)
+    whole = case.run(fused_experts_triton, batch_invariant=True)
+    check_rows(plain, whole)
+    for rows in (1, 33):
+        part = case.rows(slice(rows)).run(fused_experts_triton, batch_invariant=True)
+        assert torch.equal(part, whole[:rows])
