@@ -5,6 +5,7 @@ is bit for bit what it would load had the weights been dequantised before. The c
 are put together as bf16 numbers two at a time; steps that are exact in bf16 are rounded to it in
 between, which costs no accuracy and lets the compiler use its packed instructions. Everything
 happens in registers, in the layout of the matrix instruction's operand where it has one there.
+Not run on a GPU yet.
 """
 
 import triton

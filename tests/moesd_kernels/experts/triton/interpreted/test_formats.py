@@ -21,7 +21,7 @@ from moesd_kernels.formats import dequantize
 SMALL = TileConfig(block_m=16, block_n=64, block_k=64)
 SINGLE = TileConfig(block_m=16, block_n=64, block_k=128)
 CONFIG = LayerTiles(SMALL, SMALL, SINGLE, SINGLE)
-FORMATS = [("fp8_block", 128), ("mxfp4", 32), ("int8", 128), ("int4", 32), ("int4", 64)]
+FORMATS = [("fp8_block", 128), ("mxfp4", 32), ("int8", 128), ("int4", 32)]
 
 
 def check(stored, plain, config=CONFIG, **options):
