@@ -14,7 +14,8 @@ The folders, each importing only from those below it:
 - ``paper``: the paper's tables in kind: its rows with ours beside them, and its data sets whole.
 - ``tuning``: tiles of the expert kernels: candidates, search, the table.
 - ``runs``: what is measured: one point of the layer, one batch of the decoder, fits.
-- ``peers``: transformers, vLLM on a CPU, vLLM's Triton kernel.
+- ``peers``: transformers, vLLM on a CPU, vLLM's Triton kernel, llama.cpp.
+- ``gguf``: files of our models for llama.cpp.
 - ``measure``: clocks, CUDA graphs, ceilings, the machine's description, lines.
 - ``workloads``: shapes, routings, random models, prompts, the paper's rows.
 
