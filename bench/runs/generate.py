@@ -75,6 +75,7 @@ class Settings:
 
 def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     """Tokens per second of every variant: the fields of its ``generate`` lines."""
+    llama_cpp = _llama_cpp(settings)  # before a model is loaded in vain
     prompts = _prompts(settings, batch)
     target = _target(settings)
     variants: dict[str, Run] = {"ours": _ours(settings, target, prompts, None)}
@@ -85,7 +86,6 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     vllm = _vllm(settings, batch)
     if vllm:
         variants["vLLM"] = vllm.run
-    llama_cpp = _llama_cpp(settings)
     if llama_cpp:
         variants[LLAMA_CPP] = llama_cpp.run
     outputs: dict[str, list[list[int]]] = {}
