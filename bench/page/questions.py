@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.page.runs import largest_run, runs_of
-from bench.pictures import decode, engine, kernels, trained
+from bench.pictures import decode, engine, formats, kernels, trained
 from bench.pictures.gallery import Draw
 from bench.pictures.style import Lines, inline_svg
 from bench.runs.cells import TRAINED
@@ -66,11 +66,11 @@ def _element(svg: str) -> str:
 
 
 def _cells(lines: Lines) -> list[Lines]:
-    """Decode lines of one run and target each."""
-    cells: dict[tuple[int, str], Lines] = defaultdict(list)
+    """Decode lines of one run, target and weight format each."""
+    cells: dict[tuple[int, str, str], Lines] = defaultdict(list)
     for number, run in enumerate(runs_of(lines)):
         for line in run:
-            cells[number, line["target"]].append(line)
+            cells[number, line["target"], formats.stored_as(line)].append(line)
     return list(cells.values())
 
 
@@ -106,6 +106,12 @@ def _most_common_target(lines: Lines) -> Lines:
 def _compared(lines: Lines) -> Lines:
     """Layer lines beside a peer, where there are any: the others are of other questions."""
     return [line for line in lines if line["ratio"]] or lines
+
+
+def _largest_gamma(lines: Lines) -> Lines:
+    """Of the longest drafts measured, and the single steps they are held against."""
+    longest = max((line["gamma"] for line in lines), default=0)
+    return [line for line in lines if line["gamma"] in (0, longest)]
 
 
 QUESTIONS = (
@@ -146,6 +152,14 @@ QUESTIONS = (
         "decode",
         decode.draw_target_efficiency,
         largest_run,
+    ),
+    Question(
+        "How nearly free with fewer bits per weight?",
+        "Target efficiency of a model's weight formats: with fewer bytes there is less time in "
+        "which draft tokens ride along.",
+        "decode",
+        formats.draw_model_formats,
+        _largest_gamma,
     ),
     Question(
         "Does the model predict it?",
@@ -197,5 +211,13 @@ QUESTIONS = (
         "has it.",
         "kernel",
         kernels.draw_efficiency_map,
+    ),
+    Question(
+        "How nearly free is it for the layer with fewer bits per weight?",
+        "The layer's target efficiency over the batch, a curve per weight format; dashed: as the "
+        "roofline has it.",
+        "kernel",
+        formats.draw_layer_formats,
+        _largest_gamma,
     ),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.pictures.formats import PLAIN, stored_as
 from bench.pictures.style import Lines, axes, heat_map, ink, legend, of_device, save
 from bench.runs.cells import Cells, group_cells
 from bench.runs.fitting import fit_cells
@@ -145,6 +146,7 @@ def _fitted(cells: Cells) -> Callable[[Observation], float] | None:
 def _name(cells: Cells) -> str:
     line = cells.lines[0]
     name = line["target"].rstrip("/").rsplit("/", 1)[-1]
+    name += "" if stored_as(line) == PLAIN else f" {line['weight_format']}"
     return f"{name} {line['drafter']}" if line.get("drafter") else name
 
 

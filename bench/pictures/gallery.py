@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.measure.record import read_lines
-from bench.pictures import decode, engine, kernels, trained
+from bench.pictures import decode, engine, formats, kernels, trained
 from bench.pictures.style import Lines
 from bench.runs.cells import TRAINED
 
@@ -16,6 +16,7 @@ PICTURES: dict[str, tuple[str, Draw]] = {
     "roofline-share": ("kernel", kernels.draw_roofline_share),
     "peer-ratios": ("kernel", kernels.draw_peer_ratios),
     "layer-efficiency": ("kernel", kernels.draw_efficiency_map),
+    "layer-formats": ("kernel", formats.draw_layer_formats),
     "trained-speedup": (TRAINED, trained.draw_speedups),
     "trained-acceptance": (TRAINED, trained.draw_acceptance),
     "trained-predicted": (TRAINED, decode.draw_predicted),
@@ -24,6 +25,7 @@ PICTURES: dict[str, tuple[str, Draw]] = {
     "predicted": ("decode", decode.draw_predicted),
     "activation": ("decode", decode.draw_activation),
     "map": ("decode", decode.draw_map),
+    "formats": ("decode", formats.draw_model_formats),
     "tokens-per-second": ("generate", engine.draw_tokens_per_second),
     "automatic": ("auto", engine.draw_automatic),
 }

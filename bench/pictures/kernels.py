@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from bench.pictures.formats import PLAIN, stored_as
 from bench.pictures.style import Lines, axes, heat_map, ink, legend, log_y, of_device, save
 
 LABELS = {
@@ -24,6 +25,7 @@ def _by_layer(lines: Lines) -> dict[str, Lines]:
     layers: dict[str, Lines] = defaultdict(list)
     for line in sorted(lines, key=lambda line: line["T"]):
         words = [",".join(map(str, line["shape"])), line["dtype"], line["routing"]]
+        words += [line["weight_format"]] if stored_as(line) != PLAIN else []
         # A back-end asked for by name and tiles found by tuning are pictures of their own.
         words += [line["backend"]] if line["backend"] != "auto" else []
         words += ["tuned"] if line.get("tuned") else []
@@ -75,9 +77,10 @@ def draw_roofline_share(lines: Lines, out: Path) -> list[Path]:
 
 
 def draw_peer_ratios(lines: Lines, out: Path) -> list[Path]:
-    """Seconds of each peer over ours at every T: median over shapes, and their range."""
+    """Seconds of each peer over ours at every T, plain weights: median over shapes, and range."""
     ratios: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in sorted(lines, key=lambda line: line["T"]):
+    plain = [line for line in lines if stored_as(line) == PLAIN]
+    for line in sorted(plain, key=lambda line: line["T"]):
         for name, ratio in line["ratio"].items():
             ratios[name][line["T"]].append(ratio)
     if not ratios:
