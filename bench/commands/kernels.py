@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> None:
     )
     ceilings = measure_ceilings(device)
     recorder = Recorder(args.out, device)
-    vllm = VllmExperts(args.vllm_python, torch.get_num_threads()) if args.vllm_python else None
+    vllm = None
+    if args.vllm_python:
+        vllm = VllmExperts(args.vllm_python, torch.get_num_threads(), args.weight_format)
     try:
         for shape in shapes:
             benchmark = LayerBenchmark(shape, settings, ceilings, recorder, vllm)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.page.runs import largest_run
+from bench.pictures.formats import PLAIN, stored_as
 from bench.pictures.style import of_acceptance
 from bench.runs.cells import DECODE, TRAINED
 
@@ -119,11 +120,12 @@ def _share_of_roofline(lines: list[Line]) -> Number | None:
 
 
 def _with_grouped(lines: list[Line]) -> list[Line]:
-    """The points of one run that were compared with grouped_mm."""
+    """The points of one run that were compared with grouped_mm, on the same plain weights."""
     compared = [
         line
         for line in _of_kind(lines, "kernel")
         if "grouped_mm" in line["ratio"] and "grouped_mm" not in line["not_captured"]
+        if stored_as(line) == PLAIN
     ]
     return largest_run(compared)
 

@@ -18,6 +18,7 @@ LABELS = {
     "vllm_triton": "vLLM fused_moe (Triton)",
     "vllm_triton_h200": "vLLM fused_moe, tiles of an H200",
     "batch_invariant": "moesd, batch_invariant",
+    "plain": "moesd, plain weights",
 }
 
 
