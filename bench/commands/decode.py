@@ -8,6 +8,8 @@ row was live are counted, so neither admission nor a shrinking tail blurs a cell
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from bench.gguf.contents import PLAIN, contents_of
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.record import Recorder
 from bench.runs.decode import measure_batch
@@ -22,6 +25,7 @@ from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
 from bench.workloads.arguments import add_machine, numbers
 from bench.workloads.models import load_subject
+from moesd_kernels import quantize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--weight-format",
+        default=PLAIN,
+        choices=(PLAIN, "int8", "int4"),
+        help="of the target, which is quantised here; a GGUF file has its own",
+    )
     add_machine(parser)
 
 
@@ -48,17 +58,19 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     recorder = Recorder(args.out, args.device)
-    table = Table(title=f"{args.target} {args.dtype}, alpha {args.alpha}")
+    stored = _weight_format(args)
+    table = Table(title=f"{args.target} {args.dtype}, {stored} weights, alpha {args.alpha}")
     heads = ("K", "B", "gamma", "T_T(B,1) ms", "T_T(B,γ) ms", "T_D ms", "T_reject ms", "sigma")
     for head in (*heads, "efficiency", "speedup"):
         table.add_column(head, justify="right")
     probe = CeilingProbe(dtype) if torch.device(args.device).type == "cpu" else None
-    target, draft = load_subject(args.target, args.draft, dtype, args.device)
+    load = partial(_load, args, dtype)
+    target, draft = load()
     # Described with the target's own K: cells carry theirs where it is overridden.
     setup = describe_subject(Subject(target, draft, alpha=None), args.device, probe)
     for top_k in numbers(args.num_experts_per_token) if args.num_experts_per_token else [None]:
         if top_k is not None:
-            target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
+            target, draft = load(top_k)
         subject = Subject(target, draft, None if args.no_replay else args.alpha)
         for batch in tqdm(numbers(args.batch_sizes), desc=f"K={subject.top_k}", disable=None):
             for pair in measure_batch(
@@ -75,9 +87,31 @@ def run(args: argparse.Namespace) -> None:
                     **cell_fields(args.target, subject, pair),
                     **memory_speed(pair, setup),
                     **setup,
+                    weight_format=stored,
                 )
                 table.add_row(*_row(line))
     Console(width=120).print(table)
+
+
+def _weight_format(args: argparse.Namespace) -> str:
+    """How the target's weights are stored.
+
+    Raises:
+        ValueError: a file's are to be stored otherwise.
+    """
+    if not args.target.endswith(".gguf"):
+        return args.weight_format
+    if args.weight_format != PLAIN:
+        raise ValueError(f"{args.target} has a format of its own, got {args.weight_format}")
+    return contents_of(Path(args.target)).weight_format
+
+
+def _load(args: argparse.Namespace, dtype: torch.dtype, top_k: int | None = None) -> Any:
+    """Target and draft."""
+    target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
+    if args.weight_format != PLAIN:
+        quantize(target, args.weight_format)
+    return target, draft
 
 
 def _row(line: dict[str, Any]) -> list[str]:

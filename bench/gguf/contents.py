@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+PLAIN = "plain"
+
 
 class Contents(NamedTuple):
     """A file in a line.
@@ -37,4 +39,4 @@ def contents_of(file: Path) -> Contents:
         weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
     (most, _), *_ = weights.most_common(1)
     plain = most in ("f32", "f16", "bf16")
-    return Contents(file.name, file.stat().st_size, "plain" if plain else most)
+    return Contents(file.name, file.stat().st_size, PLAIN if plain else most)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.gguf.contents import contents_of
+from bench.gguf.contents import PLAIN, contents_of
 from bench.measure.timer import interleaved, summarize
 from bench.peers.generate_transformers import TransformersGenerate
 from bench.peers.llama_cpp import LlamaCpp, mean_length
@@ -137,7 +137,7 @@ def _weight_fields(settings: Settings, name: str) -> dict[str, Any]:
     ours = settings.pair.target if settings.pair else None
     file = settings.gguf if name == LLAMA_CPP else ours
     if file is None or file.suffix != ".gguf":
-        return {"weight_format": "plain"}
+        return {"weight_format": PLAIN}
     contents = contents_of(file)
     return {"weight_format": contents.weight_format, "gguf": contents._asdict()}
 

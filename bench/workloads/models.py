@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from decoder.checkpoint.folder import model_folder
+from decoder.model.loading import load_model as load_file
 
 INIT_STD = 0.05
 # Queries and keys three times as large as a normalised input's make attention sharp. With flat
@@ -155,7 +156,15 @@ def load_subject(
 
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device | str, **config: Any) -> Any:
-    """A causal LM from disk, in evaluation mode; ``config`` overrides its configuration."""
+    """A causal LM from disk, in evaluation mode; ``config`` overrides its configuration.
+
+    Raises:
+        ValueError: an override for a GGUF file, whose configuration is its own.
+    """
+    if path.endswith(".gguf"):
+        if config:
+            raise ValueError(f"{path} is run as it is, got {config}")
+        return load_file(path, dtype=dtype, device=device)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_folder(path), dtype=dtype, trust_remote_code=False, use_safetensors=True, **config
     )
