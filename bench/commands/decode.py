@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.gguf.contents import PLAIN, contents_of
+from bench.gguf.contents import PLAIN, contents_of, require_own_format
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.record import Recorder
 from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
-from bench.workloads.arguments import add_machine, numbers
+from bench.workloads.arguments import add_machine, add_target_format, numbers
 from bench.workloads.models import load_subject
 from moesd_kernels import quantize
 
@@ -43,12 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--weight-format",
-        default=PLAIN,
-        choices=(PLAIN, "int8", "int4"),
-        help="of the target, which is quantised here; a GGUF file has its own",
-    )
+    add_target_format(parser)
     add_machine(parser)
 
 
@@ -94,16 +89,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _weight_format(args: argparse.Namespace) -> str:
-    """How the target's weights are stored.
-
-    Raises:
-        ValueError: a file's are to be stored otherwise.
-    """
-    if not args.target.endswith(".gguf"):
-        return args.weight_format
-    if args.weight_format != PLAIN:
-        raise ValueError(f"{args.target} has a format of its own, got {args.weight_format}")
-    return contents_of(Path(args.target)).weight_format
+    """How the target's weights are stored."""
+    require_own_format(args.target, args.weight_format)
+    if args.target.endswith(".gguf"):
+        return contents_of(Path(args.target)).weight_format
+    return args.weight_format
 
 
 def _load(args: argparse.Namespace, dtype: torch.dtype, top_k: int | None = None) -> Any:

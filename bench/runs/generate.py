@@ -22,7 +22,7 @@ from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.independent import IndependentDrafter
-from moesd_kernels import accelerate
+from moesd_kernels import accelerate, quantize
 
 VOCAB_SIZE = 4096  # of random prompts
 RANDOM = "moe-310m"
@@ -46,6 +46,7 @@ class Settings:
         vllm_python: python of an environment with vLLM, which is then a peer, or None.
         llama_cpp: folder of llama.cpp's programs, which is then a peer, or None.
         gguf: the file it runs on.
+        weight_format: our target is quantised to, "int8" or "int4"; peers keep theirs.
     """
 
     pair: TrainedPair | None
@@ -62,6 +63,7 @@ class Settings:
     vllm_python: str | None
     llama_cpp: Path | None = None
     gguf: Path | None = None
+    weight_format: str = PLAIN
 
     def __post_init__(self) -> None:
         if self.llama_cpp and self.gguf is None:
@@ -78,6 +80,8 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     llama_cpp = _llama_cpp(settings)  # before a model is loaded in vain
     prompts = _prompts(settings, batch)
     target = _target(settings)
+    if settings.weight_format != PLAIN:
+        quantize(target, settings.weight_format)
     variants: dict[str, Run] = {"ours": _ours(settings, target, prompts, None)}
     for name, gamma in _speculative(settings).items():
         variants[name] = _ours(settings, target, prompts, gamma)
@@ -137,9 +141,14 @@ def _weight_fields(settings: Settings, name: str) -> dict[str, Any]:
     ours = settings.pair.target if settings.pair else None
     file = settings.gguf if name == LLAMA_CPP else ours
     if file is None or file.suffix != ".gguf":
-        return {"weight_format": PLAIN}
+        return {"weight_format": settings.weight_format if name in _ours_of(settings) else PLAIN}
     contents = contents_of(file)
     return {"weight_format": contents.weight_format, "gguf": contents._asdict()}
+
+
+def _ours_of(settings: Settings) -> set[str]:
+    """Our variants' names."""
+    return {"ours", *_speculative(settings)}
 
 
 def _fields(

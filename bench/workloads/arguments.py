@@ -43,6 +43,16 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_target_format(parser: argparse.ArgumentParser) -> None:
+    """In what format the target's weights are stored before it is measured."""
+    parser.add_argument(
+        "--weight-format",
+        default="plain",
+        choices=("plain", "int8", "int4"),
+        help="of the target, which is quantised here; a GGUF file has its own",
+    )
+
+
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Where to measure, with how many threads, and where the lines go."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

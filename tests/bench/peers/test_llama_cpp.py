@@ -92,7 +92,12 @@ def test_ours_at_several_gammas_beside_it_in_one_run(folder, capsys):
     out = folder / "lines.jsonl"
     flags = ["--preset=embedded", "--batch-sizes=2", "--new-tokens=6", "--rounds=1", "--gamma=1,2"]
     flags += [f"--prompts={folder / 'prompts.jsonl'}", "--device=cpu", f"--out={out}"]
-    flags += ["--drafter=ngram", "--no-transformers", f"--llama-cpp={folder}"]
+    flags += [
+        "--weight-format=int8",
+        "--drafter=ngram",
+        "--no-transformers",
+        f"--llama-cpp={folder}",
+    ]
     texts = [json.dumps({"prompt": "def add(a, b):" * n}) for n in (1, 2)]
     (folder / "prompts.jsonl").write_text("\n".join(texts))
     assert main(["generate", *flags]) == 2
@@ -106,7 +111,8 @@ def test_ours_at_several_gammas_beside_it_in_one_run(folder, capsys):
     assert theirs["identical_to_ours"] is None and ours["identical_to_ours"] == 2
     assert theirs["tokens_per_s"]["median"] == pytest.approx(2 * 6 / 2.25)
     assert theirs["llama_cpp"] == "1.2 (commit abc)" and theirs["gguf"]["file"] == "m.gguf"
-    assert "gguf" not in ours and ours["weight_format"] == theirs["weight_format"] == "plain"
+    assert "gguf" not in ours and theirs["weight_format"] == "plain"
+    assert {line["weight_format"] for name, line in lines.items() if "ours" in name} == {"int8"}
     asked = json.loads((folder / "asked.json").read_text())
     assert asked["-npp"] == str(ours["prompt_tokens"]) and asked["-ntg"] == "5"
     assert "llama.cpp" in capsys.readouterr().out
