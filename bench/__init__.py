@@ -15,9 +15,9 @@ The folders, each importing only from those below it:
 - ``tuning``: tiles of the expert kernels: candidates, search, the table.
 - ``runs``: what is measured: one point of the layer, one batch of the decoder, fits.
 - ``peers``: transformers, vLLM on a CPU, vLLM's Triton kernel, llama.cpp.
-- ``gguf``: files of our models for llama.cpp.
 - ``measure``: clocks, CUDA graphs, ceilings, the machine's description, lines.
 - ``workloads``: shapes, routings, random models, prompts, the paper's rows.
+- ``gguf``: files of our models for llama.cpp, written and read.
 
 ``results`` holds lines worth keeping, a folder per device. A new measurement is a function in
 ``runs`` that returns a line's fields, a module in ``commands`` that writes it with

@@ -6,6 +6,7 @@ acceptance is set by the replay drafter instead of a real draft's skill.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from bench.gguf.reader import read_gguf
 from decoder.checkpoint.folder import model_folder
-from decoder.model.loading import load_model as load_file
 
 INIT_STD = 0.05
 # Queries and keys three times as large as a normalised input's make attention sharp. With flat
@@ -164,7 +165,7 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device | str, **conf
     if path.endswith(".gguf"):
         if config:
             raise ValueError(f"{path} is run as it is, got {config}")
-        return load_file(path, dtype=dtype, device=device)
+        return read_gguf(Path(path), dtype).to(device)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_folder(path), dtype=dtype, trust_remote_code=False, use_safetensors=True, **config
     )

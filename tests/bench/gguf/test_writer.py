@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from bench.gguf.__main__ import main, quantised_file
 from bench.gguf.writer import write_gguf
 from bench.workloads.models import random_model
 from decoder import embedded
@@ -138,16 +137,3 @@ def embedded_draft():
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(embedded.draft_path(), trust_remote_code=False)
-
-
-def test_the_command_names_the_files_and_what_failed(tmp_path, capsys):
-    assert quantised_file(tmp_path / "smol-bf16.gguf", "Q4_0") == tmp_path / "smol-q4_0.gguf"
-    file = tmp_path / "embedded-bf16.gguf"
-    broken = tmp_path / "llama-quantize"
-    broken.write_text("#!/bin/sh\necho no such type\nexit 3\n")
-    broken.chmod(0o755)
-    flags = ["--types=Q8_0", f"--llama-cpp={tmp_path}"]
-    assert main(["embedded", str(file), *flags]) == 2
-    said = capsys.readouterr()
-    assert f"{file}: 0.02 GB, token ids only" in said.out
-    assert "llama-quantize ended with exit code 3: no such type" in said.err

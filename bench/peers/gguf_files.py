@@ -1,4 +1,4 @@
-"""``python -m bench.gguf MODEL FILE``: one of our models for llama.cpp, in bf16 and quantised.
+"""``python -m bench.peers.gguf_files MODEL FILE``: a model of ours as files for llama.cpp.
 
 MODEL is a trained pair's name, ``moe-310m`` or a folder. Each of ``--types`` becomes a file of its
 own beside FILE, made by llama.cpp's ``llama-quantize``, all its matrices alike (``--pure``). Where
@@ -29,7 +29,7 @@ RANDOM = "moe-310m"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files and say what is in them; returns the process exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gguf", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.peers.gguf_files", description=__doc__)
     parser.add_argument("model", help=f"{', '.join(PAIRS)}, {RANDOM}, or a folder")
     parser.add_argument("file", type=Path, help="the bf16 file, such as smol-bf16.gguf")
     parser.add_argument("--types", default="", help="for example Q8_0,Q4_0,Q4_K")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stored = quantize(args.llama_cpp, args.file, target, name)
             print(f"{target}: {target.stat().st_size / 1e9:.2f} GB, matrices {stored}")
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"python -m bench.gguf: {error}", file=sys.stderr)
+        print(f"python -m bench.peers.gguf_files: {error}", file=sys.stderr)
         return 2
     return 0
 
