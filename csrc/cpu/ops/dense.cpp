@@ -72,8 +72,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
     const int64_t packed = kernels().panels ? panel_rows(args.tokens, 1) : args.tokens;
     args.threads = team_size(args.tokens * args.depth * args.features);
     const int64_t floats = packed * align_depth(args.depth);
-    const int64_t decoded =
-        kernels().panels && !is_plain(weight_format) ? args.threads * decoded_size(args.depth) : 0;
+    const int64_t decoded = decoded_elements(args.w, args.threads, args.depth);
     args.packed_x = static_cast<float*>(scratch(floats * sizeof(float) + decoded * sizeof(bf16)));
     args.decoded = reinterpret_cast<bf16*>(args.packed_x + floats);
     args.out = out.mutable_data_ptr();

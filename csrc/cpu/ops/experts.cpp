@@ -41,7 +41,7 @@ struct Weights {
 Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
                         const OptTensor& gate_up_bias, const OptTensor& down_bias, bool gated,
                         bool transposed, c10::string_view format, const OptTensor& gate_up_scale,
-                        const OptTensor& down_scale) {
+                        const OptTensor& down_scale, const Tensor& out) {
     TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [T, H], got ", hidden.sizes());
     TORCH_CHECK_VALUE(w_down.dim() == 3, "w_down must be [E, H, I], got ", w_down.sizes());
     TORCH_CHECK_VALUE(is_plain(format) || (!transposed && w_gate_up.dim() == 3),
@@ -65,6 +65,7 @@ Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Ten
         check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
     }
     if (down_bias) check_like(*down_bias, "down_bias", {experts, hidden_size}, hidden, "hidden");
+    check_like(out, "out", hidden.sizes(), hidden, "hidden");
     return weights;
 }
 
@@ -151,8 +152,7 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
              const OptTensor& down_scale, Tensor& out) {
     const Weights weights =
         checked_weights(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed,
-                        weight_format, gate_up_scale, down_scale);
-    check_like(out, "out", hidden.sizes(), hidden, "hidden");
+                        weight_format, gate_up_scale, down_scale, out);
     const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
     const int64_t experts = weights.experts, inter = weights.inter;
     check_routing(topk_ids, topk_weights, tokens);
@@ -169,10 +169,8 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
     const int64_t acc = (tokens * hidden_size + 15) / 16 * 16;
     const int threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
-    const int64_t decoded = panels && !is_plain(weight_format)
-                                ? threads * decoded_size(std::max(hidden_size, inter)) / 2
-                                : 0;
-    const size_t floats = packed_x + packed_act + acc + decoded;
+    const int64_t decoded = decoded_elements(weights.down, threads, std::max(hidden_size, inter));
+    const size_t floats = packed_x + packed_act + acc + decoded / 2;
     auto* memory =
         static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8));
     auto* cursor = reinterpret_cast<int64_t*>(memory + floats);
@@ -180,7 +178,7 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     plan.fill(topk_ids, topk_weights, experts, cursor);
 
     ExpertsArgs args{};
-    args.threads = threads;
+    args.threads = threads, args.run = run_team;
     args.dtype = storage_dtype(hidden, "hidden");
     args.activation = parse_activation(activation);
     args.gated = gated, args.interleaved = interleaved, args.transposed = transposed;
@@ -198,7 +196,6 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.acc = args.packed_act + packed_act;
     args.decoded = reinterpret_cast<bf16*>(args.acc + acc);
     args.out = out.mutable_data_ptr();
-    args.run = run_team;
     if (phases.active) {
         args.enter_phase = [](void* ctx, const char* name) {
             static_cast<PhaseScopes*>(ctx)->enter(name);

@@ -39,6 +39,12 @@ StoredWeights stored_weights(const at::Tensor& w, const char* name, const OptTen
                              const char* like_name);
 bool is_plain(c10::string_view format);
 
+// Elements of scratch in which a team holds decoded weights, where kernels compute in tiles.
+inline int64_t decoded_elements(const StoredWeights& w, int threads, int64_t depth) {
+    const bool needed = kernels().panels && w.format != WeightFormat::kPlain;
+    return needed ? threads * decoded_size(depth) : 0;
+}
+
 // An uninitialised tensor. at::empty takes as long to find its kernel as some of these ops take.
 inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
     return at::Tensor(at::detail::empty_cpu(sizes, dtype));
