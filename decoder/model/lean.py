@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Layers of exactly: norm, attention (maybe with per-head norms), add, norm, mlp, add.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen2Moe", "Qwen3Moe", "Mixtral")
-_SQUARE = 128  # rows of FP8 weights that share a scale
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cosines depend on the position alone
 
 
@@ -46,21 +45,24 @@ class LeanForward:
     def __init__(
         self, model: Any, cache: RaggedCache, windows: dict[int, int], max_length: int
     ) -> None:
-        base = model.base_model
+        base, self._walk = model.base_model, kernels.walk()
+        walk = self._walk
         self._embedding: Tensor = base.embed_tokens.weight
         # Of each layer's input, then the final one: each follows an addition, except the first.
-        self._norms = [_norm(layer.input_layernorm) for layer in base.layers] + [_norm(base.norm)]
+        norms = [*(layer.input_layernorm for layer in base.layers), base.norm]
+        self._norms = list(map(walk.norm_of, norms))
         self._mlps = [layer.mlp for layer in base.layers]
-        self._stack = kernels.layer_stack(model)
+        self._stack = walk.layer_stack(model)
         # Whether the stack has every MLP, and the head is a matrix alone.
         head = model.get_output_embeddings()
-        self.head = kernels.head_of(model)
-        self.whole = kernels.runs_linear(head)
+        self.head = walk.head_of(model)
+        self.whole = walk.runs_linear(head)
         for layer, following in zip(base.layers, self._norms[1:], strict=True):
-            _add_attention(self._stack, layer, following, windows)
-            self.whole &= kernels.set_mlp(self._stack, layer.mlp)
+            window = windows.get(id(layer.self_attn), 0)
+            walk.add_attention(self._stack, layer, following, window)
+            self.whole &= walk.set_mlp(self._stack, layer.mlp)
         if self.whole:
-            _tell_format(self._stack, "head", *kernels.stored_weight(head)[1:])
+            walk.tell_format(self._stack, "head", *walk.stored_weight(head)[1:])
         # Whether it can also walk from step to step; on a GPU graphs spare the interpreter.
         on_gpu = kernels.on_gpu(self._embedding.device)
         self.walks_steps = self.whole and head.bias is None and not on_gpu
@@ -98,7 +100,7 @@ class LeanForward:
         kept: dict[int, Tensor] = {}
         x = torch.embedding(self._embedding, input_ids.reshape(-1))  # [T, H]
         weight, eps = self._norms[0]
-        states = kernels.rms_norm(x, weight, eps)
+        states = self._walk.rms_norm(x, weight, eps)
         keys, values = self._slabs()
         cos, sin = self._angles(position_ids.reshape(-1))
         written, positions, rows = self._cache.write_index, placement.positions, placement.rows
@@ -106,7 +108,7 @@ class LeanForward:
         for stop in stops:
             while layer < stop:
                 # By position: the stack's arguments have no names (csrc/cpu/ops/layers.cpp).
-                x, states, layer = kernels.run_layers(
+                x, states, layer = self._walk.run_layers(
                     self._stack, placement.view_length, x, states, cos, sin, written, positions,
                     rows, keys, values, layer, stop, walked, columns, most=most_experts,
                 )  # fmt: skip
@@ -114,7 +116,7 @@ class LeanForward:
                     delta = self._mlps[layer](states.view(B, -1, H)).reshape(-1, H)
                     layer += 1
                     weight, eps = self._norms[layer]
-                    x, states = kernels.add_rms_norm(x, delta, weight, eps)
+                    x, states = self._walk.add_rms_norm(x, delta, weight, eps)
             kept[stop] = x.view(B, -1, H)
         kept[self.num_layers] = last = states.view(B, -1, H)
         return last, [kept[index] for index in wanted]
@@ -122,7 +124,7 @@ class LeanForward:
     def equals(self, states: Tensor, step: Step, placement: Placement) -> bool:
         """Whether this gives the ``states`` ``[R, Q, H]`` of the model's base for a step."""
         ours = self(step.input_ids, step.positions.clamp(min=0), placement)[0]
-        return kernels.same_states(ours[step.checked], states[step.checked])
+        return self._walk.same_states(ours[step.checked], states[step.checked])
 
     def continue_greedily(
         self, input_ids: Tensor, positions: Tensor, rows: Tensor, head: Tensor, count: int
@@ -188,7 +190,10 @@ def lean_forward(
 
 def watched_tensors(model: Any) -> list[Tensor]:
     """Weights that a lean forward has joined, and so holds apart from the model's parameters."""
-    return [t for layer in model.base_model.layers for part in _projections(layer) for t in part]
+    parts = (
+        part for layer in model.base_model.layers for part in kernels.walk().projections(layer)
+    )
+    return [tensor for part in parts for tensor in part]
 
 
 def _obstacle(base: Any, family: str) -> str | None:
@@ -199,7 +204,7 @@ def _obstacle(base: Any, family: str) -> str | None:
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are hooks on all modules"
-    expected = {base: "Model", base.rotary_emb: "RotaryEmbedding"}
+    walk, expected = kernels.walk(), {base: "Model", base.rotary_emb: "RotaryEmbedding"}
     linears, norms = [], [base.norm]
     for layer in base.layers:
         attention = layer.self_attn
@@ -209,94 +214,22 @@ def _obstacle(base: Any, family: str) -> str | None:
         norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None))]
     embedding, own = base.embed_tokens, type(base).__module__
     other = [m for m, name in expected.items() if type(m).__name__ != family + name]
-    other += [m for m in expected if type(m).__module__ != own or not kernels.is_plain(m)]
+    other += [m for m in expected if type(m).__module__ != own or not walk.is_plain(m)]
     # Somebody may have put another forward into a class.
     other += [m for m in expected if type(m).forward.__module__ != own]
-    if type(embedding) is not nn.Embedding or embedding.max_norm or not kernels.is_plain(embedding):
+    if type(embedding) is not nn.Embedding or embedding.max_norm or not walk.is_plain(embedding):
         other.append(embedding)
-    other += [m for m in (base.layers,) if not kernels.is_plain(m)]
-    other += [m for m in linears if not kernels.runs_linear(m)]
-    other += [m for m in norms if not kernels.runs_norm(m)]
+    other += [m for m in (base.layers,) if not walk.is_plain(m)]
+    other += [m for m in linears if not walk.runs_linear(m)]
+    other += [m for m in norms if not walk.runs_norm(m)]
     if other:
         names = {module: name for name, module in base.named_modules()}
         return (
             f"{names[other[0]] or 'the model'} ({type(other[0]).__name__}) has a hook, an adapter, "
             "a forward or a class of its own, or weights that our kernels do not take"
         )
-    for layer in base.layers:
-        if len(set(_formats(layer))) > 1:
-            return "queries, keys and values are in more than one weight format"
-        if not _scales_join(layer):
-            return "the scales of queries, keys and values are not those of all their rows together"
-        for parameters in _projections(layer):
-            if not kernels.may_join(parameters):
-                return "weights share memory with other tensors, as of a state dict that is held"
-    return None
-
-
-def _add_attention(
-    stack: Any, layer: Any, following: tuple[Tensor, float], windows: dict[int, int]
-) -> None:
-    """Append a layer with its attention half to the stack."""
-    attention = layer.self_attn
-    weights, scales, biases = _projections(layer)
-    query_heads, kv_heads = (weight.shape[0] // attention.head_dim for weight in weights[:2])
-    has_norms = getattr(attention, "q_norm", None) is not None
-    q_weight, q_eps = _norm(attention.q_norm) if has_norms else (None, 0.0)
-    k_weight, k_eps = _norm(attention.k_norm) if has_norms else (None, 0.0)
-    post_weight, post_eps = _norm(layer.post_attention_layernorm)
-    next_weight, next_eps = following
-    stack.add_layer(
-        kernels.joined(weights),
-        kernels.joined(biases) if biases else None,
-        q_weight,
-        k_weight,
-        attention.o_proj.weight,
-        attention.o_proj.bias,
-        post_weight,
-        next_weight,
-        [q_eps, k_eps, post_eps, next_eps],
-        attention.scaling,
-        windows.get(id(attention), 0),
-        query_heads,
-        kv_heads,
-    )
-    _tell_format(stack, "qkv", kernels.joined(scales) if scales else None, _formats(layer)[0])
-    _tell_format(stack, "out", *kernels.stored_weight(attention.o_proj)[1:])
-
-
-def _tell_format(stack: Any, name: str, scale: Tensor | None, weight_format: str) -> None:
-    """Tell the stack how a weight of the layer added last, or the head, is stored."""
-    if weight_format != "plain":  # which they are until they are said not to be
-        stack.set_format(name, scale, weight_format)
-
-
-def _norm(module: Any) -> tuple[Tensor, float]:
-    return module.weight, module.variance_epsilon
-
-
-def _linears(layer: Any) -> list[Any]:
-    """The projections to queries, keys and values."""
-    attention = layer.self_attn
-    return [attention.q_proj, attention.k_proj, attention.v_proj]
-
-
-def _formats(layer: Any) -> list[str]:
-    return [kernels.stored_weight(linear)[2] for linear in _linears(layer)]
-
-
-def _scales_join(layer: Any) -> bool:
-    """Whether scales follow each other as rows do: one a row, or one for each whole square."""
-    stored = [kernels.stored_weight(linear) for linear in _linears(layer)[:-1]]
-    return all(s is None or w.shape[0] in (len(s), _SQUARE * len(s)) for w, s, _ in stored)
-
-
-def _projections(layer: Any) -> list[list[nn.Parameter]]:
-    """Weights of queries, keys and values, and their scales and biases if there are any."""
-    linears = _linears(layer)
-    stored = [kernels.stored_weight(linear) for linear in linears]
-    beside = [[scale for _, scale, _ in stored], [linear.bias for linear in linears]]
-    return [[weight for weight, _, _ in stored], *([] if None in part else part for part in beside)]
+    obstacles = (walk.joining_obstacle(layer) for layer in base.layers)
+    return next(filter(None, obstacles), None)
 
 
 def _resolved(layers: Sequence[int] | None, count: int) -> list[int]:

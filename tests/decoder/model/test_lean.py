@@ -9,7 +9,7 @@ from support.tiny import MOE_VOCAB, ragged_prompts
 
 from decoder.model import kernels
 from decoder.model.runner import ModelRunner
-from moesd_kernels.hooks.joined import joined
+from moesd_kernels.hooks.walk.joined import joined
 
 ops = pytest.importorskip("moesd_kernels.dense.ops")
 torch.set_num_threads(1)

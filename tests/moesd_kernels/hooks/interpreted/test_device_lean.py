@@ -13,8 +13,8 @@ import moesd_kernels
 from decoder.drafters.self_draft import ReducedRouting, find_experts
 from decoder.model import kernels
 from decoder.model.runner import ModelRunner
-from moesd_kernels.hooks import device_stack
-from moesd_kernels.hooks.device_stack import DeviceStack
+from moesd_kernels.hooks.walk import by_device, device_stack
+from moesd_kernels.hooks.walk.device_stack import DeviceStack
 
 SHAPE = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -44,7 +44,8 @@ ROWS = 3
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     """Tensors of the CPU pass for a GPU's, whose kernels are interpreted."""
-    monkeypatch.setattr(kernels, "on_gpu", lambda device: True)
+    for place in (kernels, by_device):
+        monkeypatch.setattr(place, "on_gpu", lambda device: True)
 
 
 def build(family, batch_invariant=False):

@@ -14,10 +14,10 @@ from torch import nn
 from moesd_kernels.experts.backends import BACKENDS
 from moesd_kernels.experts.spec import ExpertsSpec
 
-from .dense import fused_router_of, runs_linear
-from .experts import settings_of, spec_of
-from .mlps import gated_activation_of
-from .packed import scale_of, stored_weight
+from ..dense import fused_router_of, runs_linear
+from ..experts import settings_of, spec_of
+from ..mlps import gated_activation_of
+from ..packed import scale_of, stored_weight
 
 
 def layer_stack() -> Any:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights
 
+from ..experts import ModuleSpec, settings_of, spec_of
+from ..mlps import gated_mlp_forward
+from ..norms import NormRule, recognise_norm
+from ..routers import recognise_router
+from ..shadow import DTYPES, is_unshadowed
 from .device_stack import Mlp, Moe
-from .experts import ModuleSpec, settings_of, spec_of
 from .joined import joined, may_join
-from .mlps import gated_mlp_forward
-from .norms import NormRule, recognise_norm
-from .routers import recognise_router
-from .shadow import DTYPES, is_unshadowed
 
 _MAX_EXPERTS = 1024
 _SHARED = ("gate", "experts", "shared_expert", "shared_expert_gate")
