@@ -56,7 +56,7 @@ def layer_stack(model: nn.Module) -> Any:
         from .device_stack import DeviceStack
 
         return DeviceStack(settings_of(model).batch_invariant)
-    from .layer_stack import layer_stack
+    from .cpu_stack import layer_stack
 
     return layer_stack()
 
@@ -96,7 +96,7 @@ def set_mlp(stack: Any, module: nn.Module) -> bool:
         block = block_of(module, stack.batch_invariant)
         stack.set_block(block)
         return block is not None
-    from .layer_stack import set_mlp
+    from .cpu_stack import set_mlp
 
     return set_mlp(stack, module)
 

@@ -34,7 +34,7 @@ def mlp_of(family, accelerate=True, **changes):
 
 
 def stack_of_one():
-    from moesd_kernels.hooks.walk.layer_stack import layer_stack
+    from moesd_kernels.hooks.walk.cpu_stack import layer_stack
 
     stack, ones = layer_stack(), torch.ones(32)
     joined, out = torch.randn(64, 32), torch.randn(32, 32)
@@ -55,14 +55,14 @@ def stack_of_one():
     ],
 )
 def test_known_mlps(family, changes, known):
-    from moesd_kernels.hooks.walk.layer_stack import set_mlp
+    from moesd_kernels.hooks.walk.cpu_stack import set_mlp
 
     assert set_mlp(stack_of_one(), mlp_of(family, **changes)) == known
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3Moe"])
 def test_modules_that_do_not_run_our_kernels_are_left_alone(family):
-    from moesd_kernels.hooks.walk.layer_stack import set_mlp
+    from moesd_kernels.hooks.walk.cpu_stack import set_mlp
 
     assert not set_mlp(stack_of_one(), mlp_of(family, accelerate=False))
 
@@ -113,7 +113,7 @@ def test_errors(changes, message):
 
 
 def test_an_mlp_needs_a_layer():
-    from moesd_kernels.hooks.walk.layer_stack import layer_stack, set_mlp
+    from moesd_kernels.hooks.walk.cpu_stack import layer_stack, set_mlp
 
     with pytest.raises((ValueError, RuntimeError), match="a layer to have been added"):
         set_mlp(layer_stack(), mlp_of("Llama"))
