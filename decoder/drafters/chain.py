@@ -170,7 +170,7 @@ class Chains:
             return [draft.tokens, draft.lengths]
 
         place = None if probs is None else probs.data_ptr()
-        key = *key, gamma, reach, self._sampler.draft_plan, place
+        key = *key, gamma, reach, self._sampler.plan(self._dtype), place
         padding = [graphs.spare_row, NOWHERE, 0, 0]
         tokens, lengths = graphs.call(key, run, inputs, padding)
         return Draft(tokens, None if probs is None else probs[: len(tokens)], lengths)

@@ -99,7 +99,7 @@ class RoundSteps:
 
     def graphs(self, sequences: Sequence[ActiveSequence]) -> StepGraphs | None:
         """What a round of these rows is captured in, or ``None``."""
-        if not self._runner.static or self._sampler.plan is None:
+        if not self._runner.static or self._sampler.has_processors:
             return None
         asked = any(sequence.request.params.logprobs is not None for sequence in sequences)
         return None if asked else self._runner.graphs
@@ -164,7 +164,7 @@ class RoundSteps:
                 if given.data_ptr() != probs.data_ptr():
                     probs[: len(given)].copy_(given)
         where = None if probs is None else (probs.data_ptr(), probs.dtype)
-        key = "decide", self._sampler.plan, logits.data_ptr(), logits.dtype, where
+        key = "decide", self._sampler.plan(logits.dtype), logits.data_ptr(), logits.dtype, where
         run = partial(self._decide, logits, probs)
         report, accepted, tokens, counts = graphs.call(key, run, inputs, padding)
         return report, Verdict(accepted, tokens), counts
@@ -218,7 +218,8 @@ class RoundSteps:
         padding = [*self._nowhere, 0, 0, 0]
         if drafted is not None:
             inputs, padding = [*inputs, drafted], [*padding, 0]
-        return graphs.call(("commit", self._sampler.plan), self._commit, inputs, padding)
+        key = "commit", self._sampler.plan(self._runner.logits_dtype)
+        return graphs.call(key, self._commit, inputs, padding)
 
     def _commit(
         self,

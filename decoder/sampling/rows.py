@@ -118,6 +118,22 @@ class RowTable:
         )
 
 
+def check_request(
+    params: SamplingParams, prompt_ids: Iterable[int], stop_ids: Iterable[int], vocab_size: int
+) -> None:
+    """Raises a ValueError: an id outside the vocabulary, or more log-probabilities than it has."""
+    for name, ids in (
+        ("prompt ids", prompt_ids),
+        ("logit_bias ids", params.logit_bias or ()),
+        ("stop ids", stop_ids),
+    ):
+        outside = [i for i in ids if not 0 <= i < vocab_size]
+        if outside:
+            raise ValueError(f"{name} must be in [0, {vocab_size}), got {outside[0]}")
+    if (params.logprobs or 0) > vocab_size:
+        raise ValueError(f"logprobs must be <= {vocab_size}, got {params.logprobs}")
+
+
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
     """The number of tokens that top-k keeps, 0 where it keeps all."""
     restricts = not params.greedy and 0 < params.top_k < vocab_size

@@ -25,7 +25,7 @@ from .logprobs import TokenLogprobs, token_logprobs
 from .penalties import Adjustments
 from .processors import LogitsProcessor, ProcessorTable
 from .rng import Stream
-from .rows import RowTable
+from .rows import RowTable, check_request
 from .verdict import assemble, leading, residual
 
 VerifierName = Literal["standard", "block", "coupled"]
@@ -90,16 +90,7 @@ class Sampler:
             ValueError: an id outside the vocabulary, or more log-probabilities than it has.
         """
         stop_ids = set(stop_ids)
-        for name, ids in (
-            ("prompt ids", prompt_ids),
-            ("logit_bias ids", params.logit_bias or ()),
-            ("stop ids", stop_ids),
-        ):
-            outside = [i for i in ids if not 0 <= i < self.vocab_size]
-            if outside:
-                raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {outside[0]}")
-        if (params.logprobs or 0) > self.vocab_size:
-            raise ValueError(f"logprobs must be <= {self.vocab_size}, got {params.logprobs}")
+        check_request(params, prompt_ids, stop_ids, self.vocab_size)
         self._table.admit(row, params)
         self._adjustments.admit(row, params, prompt_ids, stop_ids)
         self._processors.admit(row, process, stop_ids)
@@ -120,14 +111,19 @@ class Sampler:
         return self.all_greedy(rows) and not self._adjustments.active
 
     @property
-    def plan(self) -> Hashable | None:
-        """What a graph of these methods holds; ``None`` where a request has Python of its own."""
-        return None if self._processors.active else self.draft_plan
+    def has_processors(self) -> bool:
+        """Whether a request's own Python looks at the target's logits: no graph may hold that."""
+        return self._processors.active
 
-    @property
-    def draft_plan(self) -> Hashable:
-        """``plan`` for draft logits, which no request's processor sees."""
-        return self._table.features, self._adjustments.plan
+    def plan(self, dtype: torch.dtype) -> Hashable:
+        """What a graph of these methods on logits of ``dtype`` holds, besides any processors.
+
+        Kernels find a row's truncation in its tables, as another graph's operations are chosen by
+        all that some row asks for.
+        """
+        by_kernels = kernels.sampling_ops(self.device, dtype) is not None
+        features = self._table.features
+        return features.any_sampled if by_kernels else features, self._adjustments.plan
 
     def draft_probs(self, batch: int, gamma: int, dtype: torch.dtype) -> Tensor:
         """Where graphs leave and find a draft's distributions ``[batch, gamma, V]``."""

@@ -31,7 +31,8 @@ class GreedySampler:
         undefined = torch.zeros_like(positions, dtype=torch.bool)
         return SimpleNamespace(probs=None, argmax=logits.float().argmax(-1), undefined=undefined)
 
-    draft_plan = "greedy"
+    def plan(self, dtype: torch.dtype) -> str:
+        return "greedy"
 
     def all_greedy(self, rows: Tensor) -> bool:
         return True

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.device import sampling_ops
 from support.device.fake_graphs import fake_graphs
 from support.device.operations import OperationLog
 from support.eagle_reference import LAYER, H, random_layer, save
@@ -19,6 +20,7 @@ from decoder.drafters.independent import IndependentDrafter
 from decoder.drafters.ngram import NgramDrafter
 from decoder.drafters.self_draft import SelfDrafter
 from decoder.drafters.suffix import SuffixDrafter
+from decoder.model import kernels
 
 BAD = 96  # a token that a model may have no numbers for
 GREEDY = SamplingParams(max_new_tokens=9)
@@ -97,6 +99,31 @@ def test_rounds_in_graphs_give_the_same_tokens(monkeypatch, tmp_path, name, mix)
     assert captured > 3
     assert outputs_of(engine, MIXES[mix]) == expected, "now every shape is replayed"
     assert len(graphs) <= captured + 1, "a draft model's prefill, which it first caught up with"
+
+
+def test_kernels_need_no_graph_of_their_own_for_other_truncations(monkeypatch, tmp_path):
+    """What a row's rules are is in its tables: only whether any row draws at all is in a graph."""
+    common = {"max_new_tokens": 40, "temperature": 0.8, "ignore_eos": True}
+    plain, truncating = (
+        [SamplingParams(seed=row, **(common | rules)) for row, rules in enumerate(mix)]
+        for mix in (
+            [{}, {}, {}],
+            [{"temperature": 0.0}, {"top_k": 9, "top_p": 0.6, "temperature": 1.0}, {"min_p": 0.1}],
+        )
+    )
+    expected = outputs_of(engine_of("independent", tmp_path, "coupled", static=False), truncating)
+    graphs = fake_graphs(monkeypatch)
+    monkeypatch.setattr(kernels, "sampling_ops", lambda device, dtype: sampling_ops)
+    engine, made = engine_of("independent", tmp_path, "coupled", static=True), []
+    for mix in (plain, plain, truncating):  # the draft model's prefill comes with the second
+        for prompt, params in zip(ragged_prompts(3), mix, strict=True):
+            engine.add(prompt, params)
+        for _ in range(4):
+            engine.step()
+        made.append(len(graphs))
+        engine.clear()
+    assert made[0] > 3 and made[2] == made[1]
+    assert outputs_of(engine, truncating) == expected
 
 
 @pytest.mark.parametrize("name", ["none", "eagle"])
