@@ -15,7 +15,7 @@ from decoder.errors import UserError
 from decoder.gamma.base import AUTO as GAMMA_AUTO
 from decoder.requests.params import shown
 
-from .options import OneLineParser, add_model_arguments, draft_flag, given_draft_options
+from .options import OURS, OneLineParser, add_model_arguments, draft_flag, given_draft_options
 
 # vLLM's keys of --speculative-config: the flag that each one sets, and what its value is.
 _SPECULATIVE_KEYS: dict[str, tuple[str, type]] = {
@@ -46,6 +46,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if hasattr(args, "drafter"):
         _check_paths(args)
         _check_drafting(args)
+        if args.batch_invariant and args.experts_implementation != OURS:
+            raise UserError(
+                f"--batch-invariant is read by --experts-implementation {OURS} only, "
+                f"got {shown(args.experts_implementation)}"
+            )
     return args
 
 

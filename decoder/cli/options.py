@@ -182,6 +182,10 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts-implementation", type=types.text, default=OURS, metavar="NAME",
         help=f"{OURS} (default) or one of transformers' own, which turn our dense kernels off",
     )  # fmt: skip
+    group.add_argument(
+        "--batch-invariant", action="store_true",
+        help="on a GPU, rows' bits do not depend on the batch (a CPU's never do)",
+    )  # fmt: skip
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument(
         "--attention", "--attn-implementation", choices=ATTENTION, default=ATTENTION[0],

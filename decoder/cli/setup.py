@@ -78,6 +78,7 @@ class Setup:
             max_length=args.max_length,
             max_gamma=args.max_gamma or DEFAULT_MAX_GAMMA,
             kernels=self._kernels,
+            batch_invariant=args.batch_invariant,
             attention=args.attention,
             static=False if args.enforce_eager else "auto",
         )

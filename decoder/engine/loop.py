@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from decoder.drafters import Drafter, DraftOptions, build_drafter
+from decoder.drafters import Drafter, DraftOptions
 from decoder.drafters.table import checked_drafter
 from decoder.errors import UserError
 from decoder.gamma.base import DEFAULT_MAX_GAMMA, Controller
 from decoder.model import loading
-from decoder.model.kernels import AttentionName, accelerate
+from decoder.model.kernels import AttentionName
 from decoder.model.runner import ModelRunner
 from decoder.requests.outputs import Output, Progress, failure, unread
 from decoder.requests.params import SamplingParams
@@ -32,7 +32,7 @@ from decoder.sampling.sampler import VerifierName
 from .metrics import DecoderStats
 from .recovery import output_of
 from .rounds import Rounds
-from .settings import checked_length, make_controller
+from .settings import checked_length, loaded, make_controller, use_kernels
 from .target import takes_target
 
 Params = SamplingParams | Sequence[SamplingParams]
@@ -56,6 +56,8 @@ class SpeculativeDecoder:
             no part in it: a row drafts what it has room for.
         max_gamma: longest draft that ``"auto"`` considers.
         kernels: let ``moesd_kernels`` run what it can of the target.
+        batch_invariant: on a GPU compute every row in one order whatever it is decoded beside, so
+            that the target's bits do not depend on the batch; a CPU's kernels always do.
         attention: ``"auto"`` or ``"portable"``.
         static: run steps in fixed-size buffers, as CUDA graphs on a GPU; ``"auto"`` does so there.
 
@@ -76,13 +78,13 @@ class SpeculativeDecoder:
         max_length: int | None = None,
         max_gamma: int = DEFAULT_MAX_GAMMA,
         kernels: bool = True,
+        batch_invariant: bool = False,
         attention: AttentionName = "auto",
         static: bool | Literal["auto"] = "auto",
     ) -> None:
         if max_batch_size < 1:
             raise UserError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        if kernels:
-            accelerate(target)
+        use_kernels(target, kernels, batch_invariant)
         self.tokenizer = tokenizer
         self.drafter: Drafter = checked_drafter(drafter)
         self.controller = make_controller(gamma, max_gamma, self.drafter)
@@ -129,12 +131,9 @@ class SpeculativeDecoder:
         Raises:
             UserError: something that cannot be loaded, or does not go together.
         """
-        model, tokenizer = loading.load_with_tokenizer(
-            target, dtype=dtype, device=device, experts=experts, packed=kernels
-        )
-        told = replace(draft_options or DraftOptions(), kernels=kernels, tokenizer=tokenizer)
-        made = build_drafter(drafter, model, draft, told)
-        return cls(model, made, tokenizer=tokenizer, kernels=kernels, **options)
+        told = replace(draft_options or DraftOptions(), kernels=kernels)
+        parts = loaded(target, draft, drafter, told, dtype, device, experts)
+        return cls(*parts[:2], tokenizer=parts[2], kernels=kernels, **options)
 
     def add(self, prompt: Prompt | Request, params: SamplingParams | None = None) -> Request:
         """Queue a request; a later ``step`` starts it when enough rows are free.

@@ -1,16 +1,51 @@
-"""Reading the decoder's settings: draft-length control and the longest row."""
+"""Reading the decoder's settings: what runs, draft-length control and the longest row."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from decoder.drafters import Drafter, NoDrafter
+import torch
+
+from decoder.drafters import Drafter, DraftOptions, NoDrafter, build_drafter
 from decoder.errors import UserError
 from decoder.gamma.auto import AutoGamma
 from decoder.gamma.base import AUTO, Controller, FixedGamma
+from decoder.model import loading
+from decoder.model.kernels import accelerate
 from decoder.model.loading import context_length
 
 _ACCELERATOR_MAX_LENGTH = 4096  # KV is allocated up front there
+
+
+def loaded(
+    target: str | Path,
+    draft: str | Path | None,
+    drafter: str,
+    options: DraftOptions,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    experts: str | None,
+) -> tuple[Any, Drafter, Any]:
+    """A target, its drafter and its tokenizer; see ``SpeculativeDecoder.from_paths``."""
+    model, tokenizer = loading.load_with_tokenizer(
+        target, dtype=dtype, device=device, experts=experts, packed=options.kernels
+    )
+    made = build_drafter(drafter, model, draft, replace(options, tokenizer=tokenizer))
+    return model, made, tokenizer
+
+
+def use_kernels(target: Any, kernels: bool, batch_invariant: bool) -> None:
+    """Let ``moesd_kernels`` run what it can of the target, or not.
+
+    Raises:
+        UserError: rows are to be independent of the batch, and our kernels are not to run.
+    """
+    if batch_invariant and not kernels:
+        raise UserError("batch_invariant is of moesd's own kernels, which are turned off")
+    if kernels:
+        accelerate(target, batch_invariant)
 
 
 def make_controller(gamma: Any, max_gamma: int, drafter: Drafter) -> Controller:

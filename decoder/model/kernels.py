@@ -27,10 +27,11 @@ QUANTIZED = ("int8", "int4")  # weight formats that plain weights can be turned 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def accelerate(model: torch.nn.Module) -> bool:
+def accelerate(model: torch.nn.Module, batch_invariant: bool = False) -> bool:
     """Let ``moesd_kernels`` run the model's experts, linears, norms and routers.
 
-    With the settings of an earlier ``moesd_kernels.accelerate``, if its owner has called that.
+    With the settings of an earlier ``moesd_kernels.accelerate``, if its owner has called that, and
+    ``batch_invariant`` where either asks for it.
 
     Returns:
         Whether it did; when it could not, one log line says why and the model is unchanged.
@@ -44,7 +45,9 @@ def accelerate(model: torch.nn.Module) -> bool:
         import moesd_kernels
         from moesd_kernels.hooks.experts import settings_of
 
-        moesd_kernels.accelerate(model, **settings_of(model)._asdict())
+        backend, invariant = settings_of(model)
+        invariant |= batch_invariant
+        moesd_kernels.accelerate(model, backend=backend, batch_invariant=invariant)
     except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         names = type(model).__name__, type(error).__name__
         logger.warning("moesd_kernels not used for %s (%s: %s)", *names, error)
@@ -192,3 +195,10 @@ def walk() -> Any:
     from moesd_kernels.hooks import walk
 
     return walk
+
+
+def is_batch_invariant(model: torch.nn.Module) -> bool:
+    """Whether that was asked for when the model was accelerated."""
+    from moesd_kernels.hooks.experts import settings_of
+
+    return settings_of(model).batch_invariant

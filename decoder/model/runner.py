@@ -13,7 +13,7 @@ from torch import Tensor
 from decoder.errors import UserError
 
 from . import attention as ragged
-from . import kernels, probe
+from . import kernels, probe, support
 from .attention import Placement
 from .cache import RaggedCache, cache_argument
 from .graphs import StepGraphs
@@ -80,6 +80,7 @@ class ModelRunner:
         graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda)
         self._graphs = graphs if self.static else None
         self._proven = self._split_head, self._lean is not None
+        support.warn_of_library_products(model, self._lean is not None and self._lean.whole)
         self._watch = self._look()
 
     @torch.inference_mode()

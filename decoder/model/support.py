@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 
 from decoder.errors import UserError
 
+from . import kernels
+
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_attn_implementation_internal"
@@ -153,6 +155,21 @@ def warn_of_row_dependence(model: torch.nn.Module) -> None:
         logger.warning(
             "outputs may depend on what is decoded beside them: %s%s",
             *(found[0], f" and {len(found) - 1} more modules" if len(found) > 1 else ""),
+        )
+
+
+def warn_of_library_products(model: torch.nn.Module, all_ours: bool) -> None:
+    """Say where rows depend on the batch though they were not to.
+
+    Args:
+        model: a model with an embedding.
+        all_ours: whether every linear layer of its forward runs on our kernels.
+    """
+    device = next(model.parameters()).device
+    if not all_ours and kernels.on_gpu(device) and kernels.is_batch_invariant(model):
+        logger.warning(
+            "batch_invariant: not the linear layers of %s that run as modules, on cuBLAS",
+            type(model).__name__,
         )
 
 

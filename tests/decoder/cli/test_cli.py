@@ -78,7 +78,7 @@ def test_an_interrupted_run_keeps_what_finished(models, tmp_path, monkeypatch):
 def test_text_output_and_aliases(models, capsys):
     arguments = ("--prompt", "w7 w8", "--max-tokens", "5", "--num-speculative-tokens", "2",
                  "--assistant-model", str(models / "draft"), "--max-num-seqs", "1",
-                 "--color", "always")  # fmt: skip
+                 "--batch-invariant", "--color", "always")  # fmt: skip
     assert run(models, *arguments) == 0
     shown = capsys.readouterr().out
     assert "w7 w8" in shown

@@ -41,6 +41,7 @@ FLAGS = [
     (["--color", "red"], "red"),
     (["--verifier", "none"], "--verifier"),
     (["--experts-implementation", HALF], "--experts-implementation"),
+    (["--batch-invariant", "--experts-implementation", "eager"], "--batch-invariant is read by"),
     (["--target", ""], "--target"),
     (["--target", "nowhere"], "nowhere"),
     (["--target", "/no/such/model"], "/no/such/model"),
