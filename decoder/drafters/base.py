@@ -18,6 +18,7 @@ from torch import Tensor
 from decoder.round import Draft, StepState, Verdict
 
 if TYPE_CHECKING:
+    from decoder.model.graphs import StepGraphs
     from decoder.model.runner import ModelRunner
     from decoder.sampling import Sampler
 
@@ -89,6 +90,11 @@ class StatelessDrafter:
 
     def release(self, rows: Sequence[int]) -> None:
         pass
+
+
+def graphs_of(runner: ModelRunner | None) -> StepGraphs | None:
+    """What a drafter's own steps run in; ``None`` where there are no graphs, or it is unbound."""
+    return runner.graphs if runner is not None and runner.static else None
 
 
 def empty_draft(state: StepState, gamma: int) -> Draft:

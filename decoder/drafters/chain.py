@@ -116,6 +116,17 @@ class DraftChain:
         return Draft(self._tokens, probs, lengths)
 
 
+def shared_probs(sampler: Sampler, probs: Tensor, batch: int) -> Tensor:
+    """A draft's distributions ``[B, G, V]`` where graphs of ``batch`` rows look for them.
+
+    Those of a chain in a graph are there; others are copied.
+    """
+    shared = sampler.draft_probs(batch, probs.shape[1], probs.dtype)
+    if probs.data_ptr() != shared.data_ptr():
+        shared[: len(probs)].copy_(probs)
+    return shared
+
+
 # Of ``rows``, ``lengths``, ``current`` and ``previous`` ``[B]``.
 Steps = Callable[[Reach, Tensor, Tensor, Tensor, Tensor], DraftChain]
 

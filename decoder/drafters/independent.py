@@ -93,8 +93,8 @@ class IndependentDrafter:
     def _draft(self, state: StepState, gamma: int) -> Draft:
         limit, lag = self._limit, self._lag(state)
         longest = max(state.host_lengths)
-        fits = longest + gamma <= limit
-        if fits and self._same_ids and self._sampler.takes_argmax(state.rows):
+        walks = not self.runner.static and self._same_ids and longest + gamma <= limit
+        if walks and self._sampler.takes_argmax(state.rows):
             known = state.rows, state.lengths, state.current, state.previous
             tokens, positions = _opening(lag, state.tokens, *known)
             whole = self.runner.continue_greedily(tokens, state.rows, positions, gamma, longest)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from decoder.round import Draft, StepState
+from decoder.sampling.distribution import one_hot_where
 
-from .base import Drafter, StatelessDrafter
+from .base import Drafter, StatelessDrafter, graphs_of
+from .chain import shared_probs
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
@@ -96,22 +98,24 @@ class NgramDrafter(StatelessDrafter):
 
     def match(self, state: StepState, gamma: int) -> tuple[Tensor, Tensor]:
         """Proposed tokens ``[B, gamma]`` and match length ``[B]`` (0: nothing to propose)."""
-        width = max(state.host_lengths) + 1
-        runner = self._runner
-        graphs = runner.graphs if runner is not None and runner.static else None
+        graphs, run = graphs_of(self._runner), self.lookup
+        history, width = state.tokens, max(state.host_lengths) + 1
         if graphs is None:
-            return self._match(state.tokens[:, :width], gamma, state.rows, state.lengths)
-        history = state.tokens[:, : graphs.view(width)]
-        run = partial(self._match, history, gamma)
-        key = self.name, history.data_ptr(), history.shape[1], gamma
-        copied, matched = graphs.call(key, run, [state.rows, state.lengths], [graphs.spare_row, 0])
+            return run(history, width, gamma, state.rows, state.lengths)
+        width = graphs.view(width)
+        key = self.name, history.data_ptr(), width, gamma
+        inputs, padding = [state.rows, state.lengths], [graphs.spare_row, 0]
+        copied, matched = graphs.call(key, partial(run, history, width, gamma), inputs, padding)
         return copied, matched
 
-    def _match(
-        self, history: Tensor, gamma: int, rows: Tensor, lengths: Tensor
+    def lookup(
+        self, history: Tensor, width: int, gamma: int, rows: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``match`` in ``history [max_batch_size + 1, S]``, with none in a row of one token."""
-        own = history.index_select(0, rows)
+        """``match`` in ``history [max_batch_size + 1, S]`` before position ``width``.
+
+        On tensors alone, so that a graph may hold it; a row of one token has no match.
+        """
+        own = history[:, :width].index_select(0, rows)
         match = longest_recent_match(own, lengths, self.min_ngram, self.max_ngram)
         end = torch.where(match.length > 0, match.end, lengths - 1).clamp(min=0)
         return continue_from(own, lengths, end, gamma), match.length
@@ -143,6 +147,8 @@ class HybridDrafter:
                 f"threshold {threshold} can never be reached with max_ngram {self.ngram.max_ngram}"
             )
         self.threshold = threshold
+        self._runner: ModelRunner | None = None
+        self._sampler: Sampler | None = None
         self.name = f"{model.name}+ngram"
 
     @property
@@ -150,6 +156,7 @@ class HybridDrafter:
         return self.model.hidden_layers
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
+        self._runner, self._sampler = runner, sampler
         self.model.bind(runner, sampler, max_gamma)
         self.ngram.bind(runner, sampler, max_gamma)
 
@@ -158,24 +165,47 @@ class HybridDrafter:
     ) -> None:
         self.model.admit(rows, token_ids, lengths, hidden)
 
+    @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
         drafted = self.model.propose(state, gamma)
-        gamma = drafted.gamma  # fewer where no row has room for more
-        copied, matched = self.ngram.match(state, gamma)
-        override = matched >= self.threshold  # [B]
         # The model's cache now holds drafts that may not be the ones verified.
         forget = getattr(self.model, "forget_drafts", None)
         if forget is not None:
             forget(state)
-        probs = drafted.probs
+        inputs = [state.rows, state.lengths, drafted.tokens, drafted.lengths]
+        graphs, probs = graphs_of(self._runner), drafted.probs
+        history, width = state.tokens, max(state.host_lengths) + 1
+        if graphs is None:
+            tokens, lengths = self._override(history, width, probs, *inputs)
+            return Draft(tokens, probs, lengths)
+        width, place = graphs.view(width), None
         if probs is not None:
-            one_hot = torch.zeros_like(probs).scatter_(2, copied[..., None], 1.0)
-            probs = torch.where(override[:, None, None], one_hot, probs)
-        return Draft(
-            torch.where(override[:, None], copied, drafted.tokens),
-            probs,
-            torch.where(override, gamma, drafted.lengths),
-        )
+            assert self._sampler is not None
+            probs = shared_probs(self._sampler, probs, graphs.bucket(len(state.host_rows)))
+            place = probs.data_ptr(), probs.dtype
+        run = partial(self._override, history, width, probs)
+        key = self.name, history.data_ptr(), width, place
+        tokens, lengths = graphs.call(key, run, inputs, [graphs.spare_row, 0, 0, 0])
+        return Draft(tokens, None if probs is None else probs[: len(tokens)], lengths)
+
+    def _override(
+        self,
+        history: Tensor,
+        width: int,
+        probs: Tensor | None,
+        rows: Tensor,
+        lengths: Tensor,
+        drafted: Tensor,
+        counts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and their number in a draft of ``drafted [B, G]``, whose ``probs`` are changed."""
+        gamma = drafted.shape[1]  # fewer than asked for where no row has room for more
+        copied, matched = self.ngram.lookup(history, width, gamma, rows, lengths)
+        override = matched >= self.threshold  # [B]
+        if probs is not None:
+            one_hot_where(override, copied, probs)
+        tokens = torch.where(override[:, None], copied, drafted)
+        return tokens, torch.where(override, gamma, counts)
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
         self.model.commit(state_before, verdict, hidden)

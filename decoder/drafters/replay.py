@@ -23,7 +23,7 @@ from torch import Tensor
 from decoder.errors import UserError
 from decoder.round import Draft, StepState
 
-from .base import Drafter
+from .base import Drafter, graphs_of
 
 if TYPE_CHECKING:
     from decoder.model.runner import ModelRunner
@@ -116,7 +116,7 @@ class ReplayDrafter:
         if self.cost is not None:
             self.cost.propose(state, gamma)
         self._reserve(max(state.host_lengths) + 1 + gamma)
-        graphs = self._runner.graphs if self._runner.static else None
+        graphs = graphs_of(self._runner)
         inputs = [state.rows, state.lengths]
         if graphs is None:
             tokens, lengths = self._proposal(gamma, *inputs)
@@ -151,17 +151,29 @@ class ReplayDrafter:
         if self._recording.keys().isdisjoint(state_before.host_rows):
             return
         self._reserve(max(state_before.host_lengths) + 2)
-        # Rows being recorded draft nothing, so exactly one token is emitted per round.
-        rows, start = state_before.rows, state_before.lengths
-        unrecorded = self._end[rows] == 0
-        emitted = torch.where(unrecorded, verdict.tokens[:, 0], self._tokens[rows, start + 1])
-        self._tokens[rows, start + 1] = emitted
-        self._tokens[rows, start] = torch.where(
-            unrecorded, state_before.current, self._tokens[rows, start]
-        )
+        graphs = graphs_of(self._runner)
+        inputs = [state_before.rows, state_before.lengths, state_before.current, verdict.tokens]
+        if graphs is None:
+            self._record(*inputs)
+        else:
+            key = "record", self._tokens.data_ptr(), self._tokens.shape[1]
+            graphs.call(key, self._record, inputs, [graphs.spare_row, 0, 0, 0])
         for row, length in state_before.rows_and_lengths():
             if row in self._recording:
                 self._last[row] = length + 1
+
+    def _record(
+        self, rows: Tensor, lengths: Tensor, current: Tensor, emitted: Tensor
+    ) -> list[Tensor]:
+        """Write ``current [B]`` and the first of ``emitted [B, G + 1]`` where nothing is recorded.
+
+        Rows being recorded draft nothing, so exactly one token is emitted per round.
+        """
+        unrecorded, following = self._end[rows] == 0, lengths + 1
+        for places, tokens in ((following, emitted[:, 0]), (lengths, current)):
+            kept = torch.where(unrecorded, tokens, self._tokens[rows, places])
+            self._tokens.index_put_((rows, places), kept)
+        return []
 
     def release(self, rows: Sequence[int]) -> None:
         if self.cost is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from decoder.drafters.base import within
+from decoder.drafters.chain import shared_probs
 from decoder.errors import reason
 from decoder.model.capture import SharedMemory
 from decoder.model.graphs import StepGraphs
@@ -159,10 +160,7 @@ class RoundSteps:
         if draft is not None:
             inputs, padding = [*inputs, draft.tokens, draft.lengths], [*padding, 0, 0]
             if draft.probs is not None:
-                given = draft.probs
-                probs = self._sampler.draft_probs(len(logits), draft.gamma, given.dtype)
-                if given.data_ptr() != probs.data_ptr():
-                    probs[: len(given)].copy_(given)
+                probs = shared_probs(self._sampler, draft.probs, len(logits))
         where = None if probs is None else (probs.data_ptr(), probs.dtype)
         key = "decide", self._sampler.plan(logits.dtype), logits.data_ptr(), logits.dtype, where
         run = partial(self._decide, logits, probs)

@@ -17,7 +17,7 @@ from support.tiny import VOCAB, random_prompts, tiny_model
 from decoder import SamplingParams
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
-from decoder.drafters.ngram import NgramDrafter
+from decoder.drafters.ngram import HybridDrafter, NgramDrafter
 from decoder.drafters.replay import ReplayDrafter
 from decoder.drafters.self_draft import SelfDrafter
 from decoder.drafters.suffix import SuffixDrafter
@@ -51,6 +51,7 @@ DRAFTERS: dict[str, Callable[[Path], Any]] = {
     "self": lambda _: SelfDrafter(1),
     "eagle": eagle,
     "ngram": lambda _: NgramDrafter(3, 1),
+    "hybrid": lambda folder: HybridDrafter(independent(folder), NgramDrafter(3, 1), 2),
     "replay": lambda _: ReplayDrafter(0.5, recordings()),
 }
 
@@ -146,10 +147,12 @@ def story(rows: Rows) -> list[Draft | None]:
 @torch.no_grad()
 def test_chains_in_graphs_are_those_without(name, params, target, graphs, tmp_path):
     torch.manual_seed(0)
-    plain = story(Rows(target, DRAFTERS[name](tmp_path), params, False))
+    by_operation = Rows(target, DRAFTERS[name](tmp_path), params, False)
+    plain = story(by_operation)
     assert not graphs
     torch.manual_seed(0)
-    captured = story(Rows(target, DRAFTERS[name](tmp_path), params, True))
+    in_graphs = Rows(target, DRAFTERS[name](tmp_path), params, True)
+    captured = story(in_graphs)
     assert sum(graph.replays for graph in graphs) > len(graphs) > 0
     for got, want in zip(captured, plain, strict=True):
         assert (got is None) == (want is None)
@@ -164,6 +167,11 @@ def test_chains_in_graphs_are_those_without(name, params, target, graphs, tmp_pa
             torch.testing.assert_close(got.probs[valid], want.probs[valid], rtol=1e-4, atol=1e-6)
     proposed = {int(n) for draft in plain if draft is not None for n in draft.lengths}
     assert {2, 3} <= proposed
+    if name == "replay":
+        for rows in (by_operation, in_graphs):
+            rows.drop(2)
+        assert in_graphs.drafter.recordings == by_operation.drafter.recordings
+        assert len(in_graphs.drafter.recordings[tuple(text_of(1)[:3])]) > 4
     if name == "short context":
         assert 0 in proposed, "a row outgrows it"
 

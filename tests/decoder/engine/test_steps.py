@@ -17,7 +17,8 @@ from support.tiny import ragged_prompts, tiny_moe
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
-from decoder.drafters.ngram import NgramDrafter
+from decoder.drafters.ngram import HybridDrafter, NgramDrafter
+from decoder.drafters.replay import ReplayDrafter
 from decoder.drafters.self_draft import SelfDrafter
 from decoder.drafters.suffix import SuffixDrafter
 from decoder.model import kernels
@@ -43,6 +44,8 @@ DRAFTERS: dict[str, Any] = {
     "self": lambda _: SelfDrafter(),
     "ngram": lambda _: NgramDrafter(2, 1),
     "suffix": lambda _: SuffixDrafter(),
+    "hybrid": lambda _: HybridDrafter(IndependentDrafter(tiny_moe(seed=1, layers=1)), threshold=1),
+    "recording": lambda _: ReplayDrafter(0.7),
 }
 
 
@@ -51,8 +54,9 @@ def engine_of(name: str, folder: Path, verifier: str = "standard", **options: An
     target = tiny_moe()
     target.set_experts_implementation("batched_mm")  # the eager experts look at their tokens
     drafter = DRAFTERS[name](folder)
-    if isinstance(drafter, IndependentDrafter):
-        drafter.model.set_experts_implementation("batched_mm")
+    model = getattr(drafter, "model", None)
+    if model is not None:
+        getattr(model, "model", model).set_experts_implementation("batched_mm")
     options = {"max_batch_size": 3, "max_length": 60, "attention": "portable"} | options
     return SpeculativeDecoder(target, drafter, 4, verifier, kernels=False, **options)
 
@@ -87,6 +91,7 @@ MIXES = {
         ("eagle", "greedy"),
         ("eagle", "mixed"),
         ("self", "sampled"),
+        ("hybrid", "sampled"),
     ],
 )
 def test_rounds_in_graphs_give_the_same_tokens(monkeypatch, tmp_path, name, mix):
