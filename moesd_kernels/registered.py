@@ -34,11 +34,22 @@ def register_kernels() -> None:
 
 
 def implementation(name: str) -> Callable[..., Any]:
-    """The operator on tensors of a GPU, whichever is current: Triton launches on that one."""
+    """The operator on tensors of a GPU, whichever is current."""
 
-    def run(first: Tensor, *arguments: Any) -> Any:
+    @guarded
+    def run(*arguments: Any) -> Any:
         function = getattr(import_module(f"moesd_kernels.dense.triton.{OPERATORS[name]}"), name)
+        return function(*arguments)
+
+    return run
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the device of its first tensor current: Triton launches on that one."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *arguments: Any, **options: Any) -> Any:
         with torch.cuda.device(first.device if first.is_cuda else -1):
-            return function(first, *arguments)
+            return function(first, *arguments, **options)
 
     return run

@@ -118,8 +118,9 @@ def ragged_attention_op(
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     if attention == "auto" and on_gpu(device) and dtype in _DTYPES:
         from moesd_kernels.dense.triton import attention as kernels
+        from moesd_kernels.registered import guarded
 
-        return _guarded(kernels.ragged_attention)
+        return guarded(kernels.ragged_attention)
     ops = _cpu_ops(device, dtype) if attention == "auto" else None
     _check_instruction_set(ops)
     return None if ops is None else ops.ragged_attention.default
@@ -130,8 +131,9 @@ def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | 
     """``logits [..., V] -> (places [...], undefined [...])`` in one op, or ``None``."""
     if on_gpu(device) and dtype in _DTYPES:
         from moesd_kernels.dense.triton.argmax_kernel import argmax
+        from moesd_kernels.registered import guarded
 
-        return _guarded(argmax)
+        return guarded(argmax)
     ops = _cpu_ops(device, dtype)
     return None if ops is None else ops.argmax.default
 
@@ -142,9 +144,10 @@ def sampling_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
     if not on_gpu(device) or dtype not in _DTYPES:
         return None
     from moesd_kernels.dense.triton.sampling import ops
+    from moesd_kernels.registered import guarded
 
     names = ("probs", "race", "rejection", "agree")
-    return SimpleNamespace(**{name: _guarded(getattr(ops, name)) for name in names})
+    return SimpleNamespace(**{name: guarded(getattr(ops, name)) for name in names})
 
 
 @functools.cache
@@ -157,17 +160,6 @@ def on_gpu(device: torch.device) -> bool:
     except ImportError:
         return False
     return kernels.unavailable_reason() is None
-
-
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the device of its first tensor current: Triton launches on that one."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, *arguments: Any, **options: Any) -> Any:
-        with torch.cuda.device(first.device if first.is_cuda else -1):
-            return function(first, *arguments, **options)
-
-    return run
 
 
 def _cpu_ops(device: torch.device, dtype: torch.dtype) -> Any | None:

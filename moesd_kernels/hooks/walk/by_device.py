@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesd_kernels.experts import triton as kernels
+from moesd_kernels.registered import guarded
 
 from ..experts import settings_of
 from ..shadow import is_unshadowed, shadow_of
@@ -19,17 +20,6 @@ from ..shadow import is_unshadowed, shadow_of
 def on_gpu(device: torch.device) -> bool:
     """Whether tensors of this device have Triton kernels."""
     return device.type == "cuda" and kernels.unavailable_reason() is None
-
-
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the device of its first tensor current: Triton launches on that one."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, *arguments: Any, **options: Any) -> Any:
-        with torch.cuda.device(first.device if first.is_cuda else -1):
-            return function(first, *arguments, **options)
-
-    return run
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
