@@ -1,12 +1,26 @@
-"""Distinct experts per layer and step, counted while a model runs, so that N(t) meets reality."""
+"""What a run does beside taking time: distinct experts of a layer, operations of a round."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class OperationCount(TorchDispatchMode):
+    """Counts what PyTorch is asked to do in a block, views included; not what a graph replays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 class ExpertCounter:

@@ -9,6 +9,8 @@ the real one; outputs are the recording by construction and prove nothing. Never
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,10 @@ class ForcedSampler(Sampler):
 
     replay: ReplayDrafter
     agreed: Tensor  # [2] int64: positions compared, and those where the target agreed
+
+    def plan(self, dtype: torch.dtype) -> Hashable:
+        """The sampler's own, and where the recordings are."""
+        return super().plan(dtype), self.replay.place
 
     def verify(self, target: Probs, draft: Draft, rows: Tensor, positions: Tensor) -> Verdict:
         """The sampler's own verification, replaced by the recording where there is one."""

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.measure.telemetry import OperationCount
 from bench.runs.cells import load_cells, setup_fields
 from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields
 from bench.runs.fitting import fit_cells, record_errors
-from bench.runs.subject import Subject
+from bench.runs.subject import Subject, drafter_for
 from bench.suite.progress import FILE
 from bench.suite.session import OutOfTimeError, Session
 from bench.suite.sizes import DRAFT, fitting_preset
 from bench.tuning.compiling import Job
 from bench.workloads.models import random_model
+from bench.workloads.prompts import random_prompts
 from bench.workloads.scaling import scaled_config
 from bench.workloads.shapes import Shape
+from decoder import SamplingParams, SpeculativeDecoder
 from decoder.model.kernels import AttentionName
 from decoder.model.runner import ModelRunner
 from decoder.perf_model.config_spec import spec_from_config
@@ -34,7 +38,8 @@ SIGMA, SIGMA_GAMMA = 0.90, 4
 CELL_S = 8.0
 PROFILED_ROWS = (1, 5)
 FORMS: tuple[AttentionName, ...] = ("auto", "portable")
-PROFILED_BATCH = 8
+PROFILED_BATCH, PROFILED_PROMPT = 8, 32
+PROFILED_GAMMAS = (0, SIGMA_GAMMA)
 TOP_KERNELS = 25
 DESIGN = "d-optimal"
 
@@ -133,8 +138,13 @@ def profile_steps(session: Session) -> None:
     """Kernels of one replayed forward of the target: how many, how long, which; of 1 and 5 rows.
 
     On the kernels of a decode step, and without them: module by module, as transformers has it.
+    Then of whole rounds, with what PyTorch is asked for beside the graphs.
     """
     name, measured, _ = subject(session)
+    for gamma in PROFILED_GAMMAS:
+        if not session.lines.find("round", target=name, gamma=gamma):
+            session.need(CELL_S)
+            _profile_rounds(session, name, measured, gamma)
     model = accelerate(measured.target)
     for attention in FORMS:
         todo = [
@@ -162,6 +172,22 @@ def _profile_steps(
             runner.forward(ids, rows, positions, max_position=60)
 
         session.lines.write("step", **what, queries=queries, **_profiled(session, step))
+
+
+def _profile_rounds(session: Session, name: str, measured: Subject, gamma: int) -> None:
+    drafter = drafter_for(replace(measured, alpha=None)) if gamma else None
+    options = {"max_batch_size": PROFILED_BATCH, "max_length": 320}
+    decoder = SpeculativeDecoder(measured.target, drafter, gamma, **options)
+    params = SamplingParams(max_new_tokens=128, ignore_eos=True)
+    for prompt in random_prompts(PROFILED_BATCH, PROFILED_PROMPT, decoder.runner.vocab_size):
+        decoder.add(prompt, params)
+    for _ in range(2):  # the prefill, and a round in which the draft model catches up
+        decoder.step()
+    found = _profiled(session, decoder.step)
+    with OperationCount() as operations:
+        decoder.step()
+    what = {"target": name, "B": PROFILED_BATCH, "gamma": gamma, "operations": operations.count}
+    session.lines.write("round", **what, **found)
 
 
 def _profiled(session: Session, step: Any) -> dict[str, Any]:

@@ -141,6 +141,19 @@ def _steps(lines: Lines) -> Figure:
     return (_listed(steps), None) if steps else None
 
 
+def _rounds(lines: Lines) -> Figure:
+    """Operations of a round beside its graphs, without a draft and with one."""
+    rounds = lines.find("round")
+    if not rounds:
+        return None
+    text = "; ".join(
+        f"γ = {x['gamma']}: {x['operations']} operations, {x['kernels']} kernels, "
+        f"{x['busy_ms']:.1f} of {x['wall_ms']:.1f} ms"
+        for x in rounds
+    )
+    return text, max(x["operations"] for x in rounds) <= 10
+
+
 def _listed(steps: Iterable[Line]) -> str:
     return "; ".join(
         f"{x['queries']} rows{_by_modules(x)}: {x['kernels']} kernels, "
@@ -169,4 +182,5 @@ BARS: tuple[tuple[str, str, Callable[[Lines], Figure]], ...] = (
     ("speculative / plain, sigma 0.90, γ = 4, best B", ">= 2.0x", _speedup),
     ("B x γ map, model fitted on 21 cells: held-out median error", "<= 5 %", _map),
     ("one replayed forward, B = 8", "-", _steps),
+    ("operations beside the graphs of a round, B = 8", "<= 10", _rounds),
 )

@@ -36,8 +36,13 @@ KERNELS = Selection((LAYER_TESTS,), named="not cuda_backend")
 CUDA = Selection((LAYER_TESTS,), named="cuda_backend")
 DENSE = Selection(
     tuple(
-        f"tests/moesd_kernels/dense/triton/test_{name}_gpu.py"
-        for name in ("small", "linear", "attention")
+        f"tests/moesd_kernels/dense/triton/{name}"
+        for name in (
+            "test_small_gpu.py",
+            "test_linear_gpu.py",
+            "test_attention_gpu.py",
+            "sampling/test_gpu.py",
+        )
     )
 )
 DECODER = Selection(("tests/decoder/test_gpu.py",))

@@ -121,7 +121,7 @@ class ReplayDrafter:
         if graphs is None:
             tokens, lengths = self._proposal(gamma, *inputs)
         else:
-            key = "replay", gamma, self.alpha, self._tokens.data_ptr(), self._tokens.shape[1]
+            key = "replay", gamma, self.alpha, self.place
             run = partial(self._proposal, gamma)
             tokens, lengths = graphs.call(key, run, inputs, [graphs.spare_row, 0])
         return Draft(tokens, None, lengths)
@@ -138,6 +138,11 @@ class ReplayDrafter:
         corrupted = (recorded + shift) % self._vocab_size
         remaining = (self._end[rows] - lengths - 1).clamp(0, gamma)
         return torch.where(noise < self.alpha, recorded, corrupted), remaining
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where recordings are, which grow: of what a graph of ``recorded`` reads."""
+        return self._tokens.data_ptr(), self._tokens.shape[1]
 
     def recorded(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Recorded tokens at ``positions`` ``[B, Q]`` of rows ``[B]``, and where there are any."""
@@ -156,8 +161,7 @@ class ReplayDrafter:
         if graphs is None:
             self._record(*inputs)
         else:
-            key = "record", self._tokens.data_ptr(), self._tokens.shape[1]
-            graphs.call(key, self._record, inputs, [graphs.spare_row, 0, 0, 0])
+            graphs.call(("record", self.place), self._record, inputs, [graphs.spare_row, 0, 0, 0])
         for row, length in state_before.rows_and_lengths():
             if row in self._recording:
                 self._last[row] = length + 1

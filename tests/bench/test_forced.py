@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.device.fake_graphs import fake_graphs
 from support.tiny import ragged_prompts, tiny_moe
 
 from bench.runs.decode import measure_batch
@@ -59,6 +60,25 @@ def test_acceptance_is_the_coins_on_a_text_the_target_would_never_write():
     assert real.stats.sigma < 0.3 < 0.7 < imposed.stats.sigma
     agreement = sampler.agreement()
     assert agreement is not None and agreement < 0.2
+
+
+def test_graphs_follow_recordings_that_outgrow_their_place(monkeypatch):
+    fake_graphs(monkeypatch)
+    target = tiny_moe()
+    target.set_experts_implementation("batched_mm")  # the eager experts look at their tokens
+    replay = ReplayDrafter(0.9)
+    options = {"max_batch_size": 3, "kernels": False, "attention": "portable", "static": True}
+    decoder = SpeculativeDecoder(target, replay, GAMMA, **options)
+    force(decoder, replay)
+    generator = torch.Generator().manual_seed(1)
+    for seed, length in ((0, NEW), (1, 300)):
+        prompts = ragged_prompts(3, seed=seed)
+        for prompt in prompts:
+            text = torch.randint(6, 97, (length,), generator=generator).tolist()
+            replay.recordings[tuple(prompt)] = text
+        outputs = outputs_of(decoder, prompts)
+        recorded = [replay.recordings[tuple(prompt)][1 : NEW - 1] for prompt in prompts]
+        assert [output[1:-1] for output in outputs] == recorded, "the last is drawn without a draft"
 
 
 def test_without_a_comparison_there_is_no_agreement():

@@ -140,12 +140,12 @@ def test_time_ends_the_suite_and_keeps_what_was_found(tmp_path, monkeypatch):
 
 
 def test_pieces_have_distinct_names_and_the_named_tests_exist():
-    from bench.suite.testing import CUDA, DECODER, FIRST, KERNELS, MEMORY
+    from bench.suite.testing import CUDA, DECODER, DENSE, FIRST, KERNELS, MEMORY
 
     for sizes in (FULL, DRY):
         names = [piece.name for piece in run_book(sizes)]
         assert len(set(names)) == len(names)
-    for selection in (CUDA, DECODER, FIRST, KERNELS, MEMORY):
+    for selection in (CUDA, DECODER, DENSE, FIRST, KERNELS, MEMORY):
         assert all((ROOT / file).exists() for file in selection.files)
 
 
