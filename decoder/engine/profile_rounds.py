@@ -17,6 +17,7 @@ from decoder.errors import RequestFailed
 from decoder.gamma.auto import AutoGamma
 from decoder.gamma.base import FixedGamma
 from decoder.gamma.step_cost import measure_costs
+from decoder.model.capture import captured
 from decoder.requests.params import SamplingParams
 
 from .loop import SpeculativeDecoder
@@ -38,12 +39,15 @@ class RoundLog(FixedGamma):
 
     Attributes:
         rounds: gamma, live rows, tokens emitted, seconds by phase.
+        capturing: places of those in which graphs were captured.
     """
 
     def __init__(self, gamma: int = 0, max_gamma: int = 0) -> None:
         super().__init__(gamma)
         self.max_gamma = max(gamma, max_gamma)
         self.rounds: list[tuple[int, int, int, Mapping[str, float]]] = []
+        self.capturing: set[int] = set()
+        self._captured = captured()
 
     def observe(
         self,
@@ -54,11 +58,21 @@ class RoundLog(FixedGamma):
         times: Mapping[str, float],
     ) -> None:
         """Keep the round."""
+        if captured() > self._captured:
+            self.capturing.add(len(self.rounds))
+            self._captured = captured()
         self.rounds.append((gamma, batch, sum(accepted) + batch, dict(times)))
 
     def full(self, batch: int) -> list[tuple[int, Mapping[str, float]]]:
-        """(emitted, seconds by phase) of rounds with ``batch`` live rows; the first warms up."""
-        return [(emitted, t) for _, live, emitted, t in self.rounds if live == batch][1:]
+        """(emitted, seconds by phase) of rounds with ``batch`` live rows that captured nothing.
+
+        But for the first, which warms up.
+        """
+        return [
+            (emitted, times)
+            for place, (_, live, emitted, times) in enumerate(self.rounds)
+            if live == batch and place not in self.capturing
+        ][1:]
 
 
 class NoProfile(Exception):

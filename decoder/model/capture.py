@@ -24,6 +24,12 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 # Calls kept. A run of a hundred rows that end one by one has some sixty shapes of rounds, of four
 # calls each; what is dropped is captured again when it comes back.
 MAX_ENTRIES = 256
+_captured = 0
+
+
+def captured() -> int:
+    """Calls that this process has captured so far, each of which took longer than a round."""
+    return _captured
 
 
 def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
@@ -156,6 +162,8 @@ class CapturedCalls:
         except RuntimeError as error:
             error.add_note("decoding is captured in CUDA graphs; static=False runs without them")
             raise
+        global _captured
+        _captured += 1
         entry.outputs = results
         self._pool = entry.graph.pool()
 

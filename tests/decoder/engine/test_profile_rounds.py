@@ -7,6 +7,7 @@ from decoder import SamplingParams, SpeculativeDecoder, profile_rounds
 from decoder.drafters import ReplayDrafter
 from decoder.drafters.base import StatelessDrafter, empty_draft
 from decoder.drafters.independent import IndependentDrafter
+from decoder.engine import profile_rounds as profiling
 from decoder.gamma.step_cost import CorrectedCost
 
 torch.set_num_threads(1)
@@ -61,3 +62,14 @@ def test_left_alone_when_there_is_nothing_to_profile():
     before = silent.controller
     assert not profile_rounds(silent, budget_s=60) and silent.controller is before
     assert len(silent.generate([[7, 8, 9]], SamplingParams(max_new_tokens=4))) == 1
+
+
+def test_a_full_round_that_captured_a_graph_is_left_out(monkeypatch):
+    captures = iter([0, 1, 1, 1, 2, 2, 2, 2])  # asked again where there are more
+    monkeypatch.setattr(profiling, "captured", lambda: next(captures))
+    log = profiling.RoundLog(2)
+    for place, made in enumerate((True, False, True, False)):
+        log.observe(2, 3, [2] * 3, [place] * 3, {"verify": float(place)})
+        assert (place in log.capturing) == made
+    log.observe(2, 2, [2] * 2, [1] * 2, {"verify": 9.0})
+    assert log.full(3) == [(12, {"verify": 3.0})], "of the others, the first warms up"

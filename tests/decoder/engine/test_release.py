@@ -80,7 +80,8 @@ def test_a_released_decoder_leaves_nothing_behind(name, static, tmp_path):
         options = {"static": static, "kernels": kernels, "attention": attention}
         engine = SpeculativeDecoder(target, drafter, 3, max_batch_size=3, max_length=60, **options)
         engine.generate(ragged_prompts(5), SamplingParams(max_new_tokens=10))
-        found = parts(engine, "decoder", {"decoder": weakref.ref(engine)}, [target])
+        kept = [target, target.get_output_embeddings()]
+        found = parts(engine, "decoder", {"decoder": weakref.ref(engine)}, kept)
         assert "decoder.runner.cache.ragged_layers" in found and "decoder.sampler" in found
         del engine, drafter
         assert [path for path, ref in found.items() if ref() is not None] == []
