@@ -108,7 +108,7 @@ def test_rounds_in_graphs_give_the_same_tokens(monkeypatch, tmp_path, name, mix)
 
 def test_kernels_need_no_graph_of_their_own_for_other_truncations(monkeypatch, tmp_path):
     """What a row's rules are is in its tables: only whether any row draws at all is in a graph."""
-    common = {"max_new_tokens": 40, "temperature": 0.8, "ignore_eos": True}
+    common = {"max_new_tokens": 24, "temperature": 0.8, "ignore_eos": True}
     plain, truncating = (
         [SamplingParams(seed=row, **(common | rules)) for row, rules in enumerate(mix)]
         for mix in (
