@@ -176,8 +176,9 @@ def _profile_steps(
 
 def _profile_rounds(session: Session, name: str, measured: Subject, gamma: int) -> None:
     drafter = drafter_for(replace(measured, alpha=None)) if gamma else None
-    options = {"max_batch_size": PROFILED_BATCH, "max_length": 320}
-    decoder = SpeculativeDecoder(measured.target, drafter, gamma, **options)
+    decoder = SpeculativeDecoder(
+        measured.target, drafter, gamma, max_batch_size=PROFILED_BATCH, max_length=320
+    )
     params = SamplingParams(max_new_tokens=128, ignore_eos=True)
     for prompt in random_prompts(PROFILED_BATCH, PROFILED_PROMPT, decoder.runner.vocab_size):
         decoder.add(prompt, params)

@@ -61,12 +61,26 @@ def row_rope(
     """What a model needs for rows of ``max_length`` tokens, drafts included; mostly nothing."""
     modules = []
     for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for layer_type in kinds if isinstance(kinds, dict) else [None]:
+        for layer_type in _layer_types(module):
             original = _original_length(module, layer_type)
             if original is not None and max_length >= original and module not in modules:
                 modules.append(module)
     return RowRope(modules, max_batch_size, device) if modules else None
+
+
+def looks_at_positions(model: nn.Module) -> bool:
+    """Whether frequencies are chosen by positions, on the host: no graph can hold that."""
+    return any(
+        _original_length(module, layer_type) is not None
+        for module in model.modules()
+        for layer_type in _layer_types(module)
+    )
+
+
+def _layer_types(module: nn.Module) -> list[str | None]:
+    """What a rotary module has frequencies for; of any other module, nothing."""
+    kinds = getattr(module, "rope_type", None)
+    return list(kinds) if isinstance(kinds, dict) else [None]
 
 
 def _kind(module: Any, layer_type: str | None) -> str:

@@ -19,7 +19,7 @@ from .cache import RaggedCache, cache_argument
 from .graphs import StepGraphs
 from .lean import LeanForward, lean_forward, watched_tensors
 from .prefill import ForwardOutput, gather, prefill
-from .rope import row_rope
+from .rope import looks_at_positions, row_rope
 from .support import attention_configs, attention_named, check_same, check_supported, hidden_dtype
 from .watch import Watch, is_bare
 
@@ -78,7 +78,7 @@ class ModelRunner:
             self._op = None
             self._split_head = self._probe()
         graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda)
-        self._graphs = graphs if self.static else None
+        self._graphs = graphs if self.static and not looks_at_positions(model) else None
         self._proven = self._split_head, self._lean is not None
         support.warn_of_library_products(model, self._lean is not None and self._lean.whole)
         self._watch = self._look()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.decoding import decoder
+from support.device.fake_graphs import fake_graphs
 from support.tiny import VOCAB, perturbed, randomize
 
 from decoder import SamplingParams
@@ -74,8 +75,9 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def outputs(case: str, drafter: Any, gamma: int, rows: int) -> list[list[int]]:
-    made = decoder(model_of(case), drafter, gamma, max_batch_size=rows, max_length=60)
+def outputs(case: str, drafter: Any, gamma: int, rows: int, **options: Any) -> list[list[int]]:
+    options = {"max_batch_size": rows, "max_length": 60} | options
+    made = decoder(model_of(case), drafter, gamma, **options)
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
     return [list(o.token_ids) for o in made.generate(prompts(), params)]
 
@@ -115,6 +117,18 @@ def test_logits_of_a_row_do_not_depend_on_a_longer_one(case: str) -> None:
         one = slice(column, column + 1)
         single = alone.forward(ids[:1, one], torch.tensor([0]), positions[:1, one]).logits[0, 0]
         torch.testing.assert_close(together[column], single, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama", "dynamic"])
+@pytest.mark.parametrize("length", [20, 60])
+def test_no_graph_holds_what_is_chosen_on_the_host(
+    case: str, length: int, monkeypatch: Any
+) -> None:
+    """Also where no row can reach the length at which something changes."""
+    monkeypatch.setattr(f"{__name__}.LENGTHS", (8, 3))
+    expected = outputs(case, "ngram", 3, rows=2, max_length=length)
+    fake_graphs(monkeypatch)
+    assert outputs(case, "ngram", 3, rows=2, max_length=length, static=True) == expected
 
 
 def test_the_model_keeps_its_own_forward() -> None:
