@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+from moesd_kernels.hooks.loading import GgufFile
 
 PLAIN = "plain"
 
@@ -38,15 +41,12 @@ def contents_of(file: Path) -> Contents:
     """Read a file's header.
 
     Raises:
-        ImportError: the package ``gguf`` is not installed.
+        ValueError: it is none of a GGUF file that is read here.
     """
-    from gguf import GGUFReader
-
-    matrices = [tensor for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1]
+    matrices = [tensor for tensor in GgufFile(file).tensors.values() if len(tensor.shape) > 1]
     experts = [tensor for tensor in matrices if "_exps." in tensor.name] or matrices
     weights: Counter[str] = Counter()
     for tensor in experts:
-        weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+        weights[tensor.kind if tensor.packed else PLAIN] += math.prod(tensor.shape)
     (most, _), *_ = weights.most_common(1)
-    plain = most in ("f32", "f16", "bf16")
-    return Contents(file.name, file.stat().st_size, PLAIN if plain else most)
+    return Contents(file.name, file.stat().st_size, most)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gguf.families import (
+from bench.gguf.tokens import add_tokens
+from moesd_kernels.hooks.loading.gguf.families import (
     FAMILIES,
     GATE_AND_UP,
     GATE_UP,
@@ -26,7 +27,8 @@ from bench.gguf.families import (
     K,
     Q,
 )
-from bench.gguf.tokens import add_tokens
+
+_WRITTEN = ("mixtral", "qwen3_moe")
 
 
 def write_gguf(model: Any, file: Path, tokenizer: Any | None = None) -> bool:
@@ -66,9 +68,9 @@ def write_gguf(model: Any, file: Path, tokenizer: Any | None = None) -> bool:
 
 
 def _family(config: Any) -> Family:
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(f"expected one of {', '.join(FAMILIES)}, got {config.model_type}")
+    if config.model_type not in _WRITTEN:
+        raise ValueError(f"expected one of {', '.join(_WRITTEN)}, got {config.model_type}")
+    family = FAMILIES[config.model_type]
     got = {name: getattr(config, name, value) for name, value in family.wanted.items()}
     if got != family.wanted:
         raise ValueError(f"llama.cpp's {family.architecture} wants {family.wanted}, got {got}")

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from bench.gguf.reader import read_gguf
 from decoder.checkpoint.folder import model_folder
+from moesd_kernels import load_gguf
 
 INIT_STD = 0.05
 # Queries and keys three times as large as a normalised input's make attention sharp. With flat
@@ -165,7 +165,7 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device | str, **conf
     if path.endswith(".gguf"):
         if config:
             raise ValueError(f"{path} is run as it is, got {config}")
-        return read_gguf(Path(path), dtype).to(device)
+        return load_gguf(Path(path), dtype).to(device)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_folder(path), dtype=dtype, trust_remote_code=False, use_safetensors=True, **config
     )

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from bench.gguf.reader import read_gguf
 from decoder.drafters.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.drafters.table import canonical_name, drafter_kind
 from decoder.model.loading import load_model, load_tokenizer
-from decoder.smol.gguf_file import DenseFile
 
 # Packages with ``target_path()`` and ``draft_of(drafter)``, imported when one is asked for.
 PAIRS = {"smol": "decoder.smol", "embedded": "decoder.embedded"}
@@ -49,8 +47,6 @@ class TrainedPair:
 
     def load_target(self, dtype: torch.dtype, device: torch.device | str) -> Any:
         """The target."""
-        if self.target.suffix == ".gguf":
-            return read_gguf(self.target, dtype).to(device)
         disable_progress_bar()
         return load_model(self.target, dtype=dtype, device=device)
 
@@ -64,6 +60,4 @@ class TrainedPair:
 
     def load_tokenizer(self) -> Any:
         """The target's tokenizer."""
-        if self.target.suffix == ".gguf":
-            return DenseFile(self.target).tokenizer()
         return load_tokenizer(self.target)

@@ -1,0 +1,188 @@
+"""``load_gguf``: a model out of a GGUF file whose matrices stay in the file's blocks.
+
+Rows of blocks are moved as they are. The embedding, which is looked up, is unpacked, and a head
+that shares its matrix reads the blocks. Every name and shape is compared with the file's before
+memory is taken for any.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesd_kernels.formats import WEIGHT_FORMATS, QuantizedLinear
+from moesd_kernels.hooks.quantize import hold_quantized
+
+from .config import config_of, end_tokens
+from .families import EMBEDDING, GATE_AND_UP, GATE_UP, HEAD, LAYER, OUTSIDE, SHARED_GATE, K, Q
+from .file import GgufFile
+
+logger = logging.getLogger(__name__)
+
+_LAYERS = "model.layers."
+_FREQUENCIES = "rope_freqs.weight"
+_DOWN = "mlp.experts.down_proj"
+
+
+def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A causal LM in evaluation mode; ``accelerate`` it: its forwards unpack at each call without.
+
+    Args:
+        file: a GGUF file of a family in ``FAMILIES``.
+        dtype: of hidden states, norms, biases and the embedding.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a damaged file, another architecture, a type of tensors that is not read, or
+            tensors that are not those of the model that the metadata describes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = GgufFile(file)
+    config, family = config_of(source)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    names = _names_in_file(model, source)
+    heads = {Q: config.num_attention_heads, K: config.num_key_value_heads}
+    rotary = type(model.model.rotary_emb)(config=config)  # its buffers are in no file
+    if _FREQUENCIES in source.tensors:
+        _slow_down(rotary, source)
+    model.model.rotary_emb = rotary
+    split = 0
+    for name, theirs in names.items():
+        owner, _, leaf = name.rpartition(".")
+        part = name.removeprefix(_LAYERS).partition(".")[2]
+        paired = heads.get(part) if family.rotary_pairs else None
+        if part == _DOWN:
+            split += _fill_experts(model.get_submodule(owner), source, names, owner, dtype)
+        elif name == EMBEDDING or part == GATE_UP:
+            continue
+        elif type(module := model.get_submodule(owner)) is nn.Linear and leaf == "weight":
+            _fill_linear(model, owner, module, source, theirs[0], paired, dtype)
+        else:
+            own = model.get_parameter(name)
+            setattr(module, leaf, _parameter(source.values(theirs[0], dtype).view(own.shape)))
+    _fill_embedding(model, source, dtype)
+    if split:
+        logger.warning(
+            "the experts of %d layers are unpacked: their projections are in more than one format",
+            split,
+        )
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = end_tokens(source)
+    return model.eval()
+
+
+def _names_in_file(model: Any, source: GgufFile) -> dict[str, list[str]]:
+    """The file's tensors of each of the model's weights.
+
+    Raises:
+        ValueError: one is missing, left over, or of another shape than the metadata says.
+    """
+    names, left = {}, set(source.tensors) - {_FREQUENCIES}
+    for name, own in model.named_parameters():
+        layer, _, part = name.removeprefix(_LAYERS).partition(".")
+        if name in OUTSIDE:
+            theirs = [OUTSIDE[name]]
+        else:
+            parts = GATE_AND_UP if part == GATE_UP else (LAYER[part],)
+            theirs = [f"blk.{layer}.{one}" for one in parts]
+        shape = tuple(own.shape)
+        if part == GATE_UP:
+            shape = (shape[0], shape[1] // 2, shape[2])
+        elif part == SHARED_GATE:
+            shape = shape[1:]
+        for one in theirs:
+            if one not in source.tensors:
+                raise ValueError(f"{source.path} has no {one}, which its metadata asks for")
+            if (got := source.tensors[one].shape) != shape:
+                raise ValueError(
+                    f"{source.path}: {one} must be {shape} as its metadata says, got {got}"
+                )
+        left -= set(theirs)
+        names[name] = theirs
+    if left:
+        raise ValueError(
+            f"{source.path} has {len(left)} tensors that are none of its model's: {min(left)}"
+        )
+    return names
+
+
+def _slow_down(rotary: Any, source: GgufFile) -> None:
+    """Divide the rotary embedding's frequencies as a file tells, which is how Llama 3.1 has it."""
+    factors = source.values(_FREQUENCIES, torch.float32)
+    if factors.shape != rotary.inv_freq.shape:
+        want, got = tuple(rotary.inv_freq.shape), tuple(factors.shape)
+        raise ValueError(f"{source.path}: {_FREQUENCIES} must be {want}, got {got}")
+    rotary.inv_freq = rotary.inv_freq / factors
+    rotary.original_inv_freq = rotary.inv_freq.clone()
+
+
+def _fill_linear(
+    model: Any,
+    owner: str,
+    module: nn.Linear,
+    source: GgufFile,
+    name: str,
+    paired: int | None,
+    dtype: torch.dtype,
+) -> None:
+    """Let a linear layer keep its blocks, or have the file's numbers."""
+    stored = source.tensors[name]
+    weight = source.tensor(name)
+    if paired is not None:
+        weight = _halved(weight, paired)
+    if not stored.packed:
+        module.weight = _parameter(weight.to(dtype).view(module.weight.shape))
+        return
+    quantized = QuantizedLinear(weight, None, None, WEIGHT_FORMATS[stored.kind])
+    quantized.bias = module.bias  # assigned later, or already
+    model.set_submodule(owner, quantized)
+
+
+def _fill_experts(
+    experts: Any, source: GgufFile, names: dict[str, list[str]], owner: str, dtype: torch.dtype
+) -> bool:
+    """Both projections, packed where they can be; whether different formats kept them from it."""
+    gate_up, (down,) = names[f"{owner}.gate_up_proj"], names[f"{owner}.down_proj"]
+    kinds = {source.tensors[name].kind for name in (*gate_up, down)}
+    if len(kinds) == 1 and (kind := min(kinds)) in WEIGHT_FORMATS:
+        weights = [source.tensor(name) for name in (*gate_up, down)]
+        stored = {"gate_up_proj": torch.cat(weights[:2], dim=1), "down_proj": weights[2]}
+        hold_quantized(experts, kind, {name: (held, None) for name, held in stored.items()})
+        return False
+    numbers = [source.values(name, dtype) for name in gate_up]
+    experts.gate_up_proj = _parameter(torch.cat(numbers, dim=1))
+    del numbers
+    experts.down_proj = _parameter(source.values(down, dtype))
+    return any(kind in WEIGHT_FORMATS for kind in kinds)
+
+
+def _fill_embedding(model: Any, source: GgufFile, dtype: torch.dtype) -> None:
+    """The table that is looked up; a head that shares it reads its blocks where it has any."""
+    name = OUTSIDE[EMBEDDING]
+    stored = source.tensors[name]
+    model.get_input_embeddings().weight = _parameter(source.values(name, dtype))
+    if not model.config.tie_word_embeddings:
+        return
+    if not stored.packed:
+        model.tie_weights()
+        return
+    model.config.tie_word_embeddings = False
+    getattr(model, "all_tied_weights_keys", {}).pop(HEAD, None)
+    head = QuantizedLinear(source.tensor(name), None, None, WEIGHT_FORMATS[stored.kind])
+    model.set_output_embeddings(head)
+
+
+def _halved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection, or their blocks, with rotary pairs half a head apart."""
+    pairs = weight.view(heads, -1, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
