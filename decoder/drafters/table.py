@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from decoder.checkpoint.folder import is_gguf, model_folder
+from decoder.checkpoint.gguf_tokenizer import has_gguf_tokenizer
 from decoder.checkpoint.tokenizer_files import has_tokenizer
 from decoder.errors import UserError
 
@@ -86,7 +87,7 @@ class DrafterKind:
 
 
 def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter:
-    from decoder.model.kernels import accelerate, quantized
+    from decoder.model.kernels import accelerate, gguf_file, quantized
     from decoder.model.support import hidden_dtype
 
     from .independent import IndependentDrafter
@@ -99,7 +100,7 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
         device = target.get_input_embeddings().weight.device
         dtype = hidden_dtype(target)
         model = load_model(draft, dtype=dtype, device=device, packed=options.kernels)
-        if is_gguf(draft) or has_tokenizer(draft):
+        if has_gguf_tokenizer(gguf_file(draft)) if is_gguf(draft) else has_tokenizer(draft):
             tokenizer = load_tokenizer(draft)
             require_fitting_tokenizer(tokenizer, model)
         draft = model

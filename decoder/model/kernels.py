@@ -77,6 +77,13 @@ def load_gguf(file: Path, dtype: torch.dtype) -> Any:
     return moesd_kernels.load_gguf(file, dtype)
 
 
+def gguf_file(file: Path) -> Any:
+    """A GGUF file, its header read and checked (``moesd_kernels.hooks.loading.GgufFile``)."""
+    from moesd_kernels.hooks.loading import GgufFile
+
+    return GgufFile(file)
+
+
 def cache_folder(name: str) -> Path:
     """This user's folder ``name`` of the cache, made where it is not there.
 

@@ -20,12 +20,14 @@ from decoder.checkpoint.folder import (
     is_gguf,
     model_folder,
     read_json,
+    require_content,
     running_no_code,
 )
+from decoder.checkpoint.gguf_tokenizer import gguf_tokenizer
 from decoder.checkpoint.tokenizer_files import require_tokenizer_files
 from decoder.checkpoint.weights import few, require_whole_experts, tensor_headers, weight_files
 from decoder.errors import UserError, explained
-from decoder.model.kernels import keeping_quantized, load_gguf
+from decoder.model.kernels import gguf_file, keeping_quantized, load_gguf
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -68,6 +70,7 @@ def load_model(
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if is_gguf(path):
         with explained(f"cannot load model {str(path)!r}"):
+            require_content(Path(path))
             return load_gguf(Path(path), torch.bfloat16 if wanted == "auto" else wanted).to(device)
     folder = model_folder(path)
     with explained(f"cannot load model {str(path)!r}"):
@@ -108,11 +111,9 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     if is_gguf(path):
-        file = Path(path)
         with explained(f"cannot load tokenizer {str(path)!r}"):
-            return AutoTokenizer.from_pretrained(
-                file.parent, gguf_file=file.name, trust_remote_code=False
-            )
+            require_content(Path(path))
+            return gguf_tokenizer(gguf_file(Path(path)))
     folder = model_folder(path, "tokenizer")
     with explained(f"cannot load tokenizer {str(path)!r}"), running_no_code(folder):
         require_tokenizer_files(folder)

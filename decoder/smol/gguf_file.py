@@ -1,7 +1,7 @@
 """A dense Llama out of a GGUF file: configuration, weights and tokenizer.
 
-transformers can do this as well, but reads the whole file four times over, half a minute where this
-takes seconds, and forgets that this vocabulary takes digits one by one (``tokenizer.ggml.pre``).
+All of its weights in fp32, which is what the real model's are made from; a model that is run keeps
+the file's blocks (``moesd_kernels.load_gguf``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decoder.checkpoint.gguf_tokenizer import gguf_tokenizer
 from decoder.errors import UserError
+from decoder.model.kernels import gguf_file
 
 _MODEL = {
     "token_embd": "model.embed_tokens",
@@ -29,7 +31,6 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_SPECIAL = 3  # gguf.TokenType.CONTROL
 
 
 class DenseFile:
@@ -44,7 +45,7 @@ class DenseFile:
         """
         from gguf import GGUFReader
 
-        self._reader = GGUFReader(file)
+        self._path, self._reader = file, GGUFReader(file)
         kinds = tuple(
             self._field(key)
             for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -108,43 +109,7 @@ class DenseFile:
 
     def tokenizer(self) -> Any:
         """A fast tokenizer with its chat template."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        tokens = self._field("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        tokenizer.decoder = decoders.ByteLevel()
-        kinds = zip(tokens, self._field("tokenizer.ggml.token_type"), strict=True)
-        tokenizer.add_special_tokens(
-            [
-                AddedToken(token, special=True, normalized=False)
-                for token, kind in kinds
-                if kind == _SPECIAL
-            ]
-        )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            chat_template=self._field("tokenizer.chat_template"),
-            model_max_length=self._field("llama.context_length"),
-            clean_up_tokenization_spaces=False,
-            **{
-                f"{name}_token": tokens[self._field(f"tokenizer.ggml.{key}_token_id")]
-                for name, key in (
-                    ("bos", "bos"),
-                    ("eos", "eos"),
-                    ("unk", "unknown"),
-                    ("pad", "padding"),
-                )
-            },
-        )
+        return gguf_tokenizer(gguf_file(self._path))
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:
