@@ -24,8 +24,8 @@ _NOT_FROM_HUB = ("*/*", "consolidated*")  # other formats' copies of the same we
 _LFS_POINTER = b"version https://git-lfs"
 # transformers takes such a folder for a distributed checkpoint, whatever its index says.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_GGUF = ".gguf"
 _FOREIGN = {
-    ".gguf": "GGUF",
     ".onnx": "ONNX",
     ".h5": "TensorFlow",
     ".msgpack": "Flax",
@@ -64,7 +64,7 @@ def model_folder(name: str | Path, what: str = "model") -> Path:
 
 def is_gguf(path: str | Path) -> bool:
     """Whether this is a GGUF file, which holds a whole model and its tokenizer."""
-    return Path(path).suffix == ".gguf" and Path(path).is_file()
+    return Path(path).suffix == _GGUF and Path(path).is_file()
 
 
 def inside(folder: Path, file: Path) -> bool:
@@ -111,9 +111,13 @@ def running_no_code(folder: Path) -> Iterator[None]:
 
 
 def foreign_format(entries: list[Path]) -> str | None:
-    """The format of a model's files where it is another than safetensors."""
-    formats = [_FOREIGN[entry.suffix] for entry in entries if entry.suffix in _FOREIGN]
-    return formats[0] if formats else None
+    """What to say where a model's files are in another format than safetensors."""
+    for entry in entries:
+        if entry.suffix == _GGUF:
+            return f"a GGUF file is given by its own path, such as {entry}"
+        if entry.suffix in _FOREIGN:
+            return f"{_FOREIGN[entry.suffix]} is not supported: expected safetensors"
+    return None
 
 
 def could_be_hub_name(text: str) -> bool:
@@ -157,4 +161,4 @@ def _require_a_model(folder: Path, entries: list[Path], what: str) -> None:
 
 def _hint(entries: list[Path]) -> str:
     found = foreign_format(entries)
-    return f"; {found} is not supported: expected safetensors" if found else ""
+    return f"; {found}" if found else ""

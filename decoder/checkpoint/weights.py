@@ -64,7 +64,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     found = foreign_format(entries)
     if found:
-        raise UserError(f"{folder}: {found} is not supported: expected safetensors")
+        raise UserError(f"{folder}: {found}")
     raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
 
 

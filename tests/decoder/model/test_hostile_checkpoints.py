@@ -179,10 +179,13 @@ ELSEWHERE = {
         together(written("shard-00001-model-00001-of-00001.safetensors", b""), bomb(".metadata")),
         "distributed checkpoint",
     ),
-    "GGUF": (together(removed(WEIGHTS), written("m.gguf", b"GGUF")), "GGUF is not supported"),
+    "GGUF": (
+        together(removed(WEIGHTS), written("m.gguf", b"GGUF")),
+        "a GGUF file is given by its own path",
+    ),
     "GGUF alone": (
         together(removed(WEIGHTS, "config.json"), written("m.gguf", b"GGUF")),
-        "GGUF is not supported",
+        "a GGUF file is given by its own path",
     ),
     "ONNX": (together(removed(WEIGHTS), written("model.onnx", b"x")), "ONNX is not supported"),
     "TensorFlow": (together(removed(WEIGHTS), written("tf_model.h5", b"x")), "TensorFlow is not"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .families import EMBEDDING, FAMILIES, HEAD, OUTSIDE, Family
 from .file import GgufFile
 
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-_LARGEST = 2**31 - 1
+_LARGEST = {"max_position_embeddings": 2**31 - 1}
+_LARGEST_SIZE = 2**19  # of any other: with three of them a tensor's bytes stay below 2**63
+_LEAST_TENSORS = 9  # of a layer
 
 
 def config_of(source: GgufFile) -> tuple[Any, Family]:
@@ -38,13 +41,11 @@ def config_of(source: GgufFile) -> tuple[Any, Family]:
         if name not in source.tensors:
             raise ValueError(f"{source.path} has no {name}")
     sizes = {name: _size(source, architecture, name, key) for name, key in family.sizes.items()}
-    if sizes["num_hidden_layers"] > len(source.tensors):  # before as many are made
-        raise ValueError(
-            f"{source.path} has {len(source.tensors)} tensors, too few for "
-            f"{sizes['num_hidden_layers']} layers"
-        )
+    _require_sane(source, sizes)
     _require_plain_rotation(source, architecture, sizes["head_dim"])
     theta = source.field(f"{architecture}.rope.freq_base", float, 1e4)
+    if not 0 < theta < math.inf:
+        raise ValueError(f"{source.path}: rope.freq_base must be positive, got {theta}")
     fields = {
         **sizes,
         **family.wanted,
@@ -72,7 +73,10 @@ def _size(source: GgufFile, architecture: str, name: str, key: str) -> int | flo
     key = f"{architecture}.{key}"
     default: int | None = None
     if name == "rms_norm_eps":
-        return float(source.field(key, float))
+        eps = float(source.field(key, float))
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"{source.path}: {key} must be a small number, got {eps}")
+        return eps
     if name == "vocab_size":
         default = source.tensors[OUTSIDE[EMBEDDING]].shape[0]
     elif name == "num_key_value_heads":
@@ -83,8 +87,9 @@ def _size(source: GgufFile, architecture: str, name: str, key: str) -> int | flo
             source, architecture
         )
     size: int = source.field(key, int, default)
-    if not 0 < size <= _LARGEST:
-        raise ValueError(f"{source.path}: {key} must be in [1, {_LARGEST}], got {size}")
+    largest = _LARGEST.get(name, _LARGEST_SIZE)
+    if not 0 < size <= largest:
+        raise ValueError(f"{source.path}: {key} must be in [1, {largest}], got {size}")
     return size
 
 
@@ -92,6 +97,29 @@ def _shared_out(source: GgufFile, architecture: str) -> int:
     """The hidden size, over the heads."""
     hidden = source.field(f"{architecture}.embedding_length", int)
     return int(hidden // max(1, source.field(f"{architecture}.attention.head_count", int)))
+
+
+def _require_sane(source: GgufFile, sizes: dict[str, Any]) -> None:
+    """Refuse sizes that fit no model, before one is made of them."""
+    layers = sizes["num_hidden_layers"]
+    if layers * _LEAST_TENSORS > len(source.tensors):
+        raise ValueError(
+            f"{source.path} has {len(source.tensors)} tensors, too few for {layers} layers"
+        )
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if heads % kv_heads:
+        raise ValueError(
+            f"{source.path}: attention.head_count must be a multiple of head_count_kv, "
+            f"got {heads} and {kv_heads}"
+        )
+    if sizes["head_dim"] % 2:
+        raise ValueError(f"{source.path}: heads must have an even size, got {sizes['head_dim']}")
+    experts = sizes.get("num_experts", sizes.get("num_local_experts"))
+    if experts is not None and sizes["num_experts_per_tok"] > experts:
+        raise ValueError(
+            f"{source.path}: expert_used_count must be in [1, {experts}], "
+            f"got {sizes['num_experts_per_tok']}"
+        )
 
 
 def _require_plain_rotation(source: GgufFile, architecture: str, head: int | float) -> None:

@@ -166,10 +166,10 @@ def _read_start(cursor: Cursor, start: bytes) -> tuple[int, int]:
 
 def _named(cursor: Cursor, known: dict[str, Any]) -> str:
     name = cursor.text()
-    if not name or name in known:
-        raise ValueError(
-            f"{cursor.what} has {name!r} twice" if name else f"{cursor.what} has no name"
-        )
+    if not name:
+        raise ValueError(f"{cursor.what} has no name")
+    if name in known:
+        raise ValueError(f"{cursor.what} has {name!r} twice")
     return name
 
 
