@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gguf
 import torch
 from support.formats import stored_weight
+from torch import Tensor
 
 from moesd_kernels.formats import WEIGHT_FORMATS
 
@@ -24,14 +27,26 @@ class Sizes(NamedTuple):
     heads: int = 4
     kv_heads: int = 2
     experts: int = 0
+    shared: int = 512
     tied: bool = True
 
 
-def write_gguf(file: Path, architecture: str, kinds: dict[str, str], **sizes: Any) -> Path:
-    """A file whose matrices have the formats of ``kinds`` by part of their names, else ``""``'s."""
+def write_gguf(
+    file: Path,
+    architecture: str,
+    kinds: dict[str, str],
+    metadata: Callable[[Any], None] = lambda writer: None,
+    added: Mapping[str, Tensor] = MappingProxyType({}),
+    **sizes: Any,
+) -> Path:
+    """A file whose matrices have the formats of ``kinds`` by part of their names, else ``""``'s.
+
+    ``metadata`` may write more of it, and ``added`` are tensors of no size in ``sizes``.
+    """
     s = Sizes(**sizes)
     writer: Any = gguf.GGUFWriter(file, architecture)
     _write_metadata(writer, s)
+    metadata(writer)
     seeds = itertools.count()
     matrices, others = _tensors(architecture, s)
     for name, shape in matrices.items():
@@ -44,6 +59,8 @@ def write_gguf(file: Path, architecture: str, kinds: dict[str, str], **sizes: An
         g = torch.Generator().manual_seed(next(seeds))
         drawn = torch.randn(*shape, generator=g)
         tensor = 1 + 0.1 * drawn if len(shape) == 1 else drawn * shape[-1] ** -0.5
+        writer.add_tensor(name, tensor.numpy())
+    for name, tensor in added.items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -74,6 +91,7 @@ def _write_metadata(writer: Any, s: Sizes) -> None:
         writer.add_expert_count(s.experts)
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(s.inter)
+        writer.add_expert_shared_feed_forward_length(s.shared)
 
 
 _Shapes = dict[str, tuple[int, ...]]
@@ -95,8 +113,14 @@ def _tensors(architecture: str, s: Sizes) -> tuple[_Shapes, _Shapes]:
         rows = {"q": s.heads, "k": s.kv_heads, "v": s.kv_heads}
         matrices |= {f"{block}attn_{n}.weight": (count * width, H) for n, count in rows.items()}
         matrices[f"{block}attn_output.weight"] = (H, s.heads * width)
+        if architecture.startswith("qwen2"):
+            others |= {f"{block}attn_{n}.bias": (count * width,) for n, count in rows.items()}
         if s.experts:
             others[f"{block}ffn_gate_inp.weight"] = (s.experts, H)
+        if architecture == "qwen2moe":
+            others[f"{block}ffn_gate_inp_shexp.weight"] = (H,)
+            shared = {"gate": (s.shared, H), "up": (s.shared, H), "down": (H, s.shared)}
+            matrices |= {f"{block}ffn_{part}_shexp.weight": size for part, size in shared.items()}
         sizes = {"gate": (I, H), "up": (I, H), "down": (H, I)}
         for part, size in sizes.items():
             matrices[f"{block}ffn_{part}{suffix}.weight"] = (*leading, *size)

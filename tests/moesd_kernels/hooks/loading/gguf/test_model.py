@@ -24,6 +24,8 @@ IDS = torch.arange(14).view(2, 7)
 FILES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "llama-q8_0": ("llama", {"": "q8_0"}, {}),
     "llama-q4_k": ("llama", {"": "q4_k", "output": "q6_k"}, {"tied": False}),
+    "qwen2-q4_1": ("qwen2", {"": "q4_1"}, {}),
+    "qwen2moe-q8_0": ("qwen2moe", {"": "q8_0"}, {"experts": 4}),
     "qwen3moe-q4_0": ("qwen3moe", {"": "q4_0"}, {"experts": 4}),
     "qwen3moe-mixed": ("qwen3moe", {"": "q4_k", "attn_v": "q6_k"}, {"experts": 4, "tied": False}),
 }
@@ -45,6 +47,7 @@ def unpacked(file: Path) -> Any:
         dtype=torch.float32,
         trust_remote_code=False,
         **({"moe_intermediate_size": 256} if "moe" in file.name else {}),
+        **({"shared_expert_intermediate_size": 512} if "qwen2moe" in file.name else {}),
     ).eval()
 
 
@@ -52,7 +55,8 @@ def unpacked(file: Path) -> Any:
 def test_packed_is_what_transformers_unpacks(file: Path) -> None:
     kept, theirs = load_gguf(file, torch.float32), unpacked(file)
     layers = [m for m in kept.modules() if isinstance(m, QuantizedLinear)]
-    assert len(layers) == 4 * 2 + 1 + (0 if "moe" in file.name else 3 * 2)
+    dense = 0 if "qwen3moe" in file.name else 3 * 2
+    assert len(layers) == 4 * 2 + 1 + dense
     table = kept.get_input_embeddings().weight.nbytes
     assert sum(p.nbytes for p in kept.parameters()) - table < 1.05 * file.stat().st_size
     expected = theirs(IDS).logits
@@ -108,3 +112,21 @@ def test_other_architectures_are_named(tmp_path: Path) -> None:
     file = gguf_file.write_gguf(tmp_path / "model.gguf", "falcon", {"": "q8_0"})
     with pytest.raises(ValueError, match=r"that are read are llama, .*, got 'falcon'"):
         load_gguf(file)
+
+
+def test_frequencies_of_a_file_slow_the_rotary_embedding_down(tmp_path: Path) -> None:
+    plain = gguf_file.write_gguf(tmp_path / "a.gguf", "llama", {"": "q8_0"})
+    factors = torch.linspace(1, 8, 32)
+    slowed = gguf_file.write_gguf(
+        tmp_path / "b.gguf", "llama", {"": "q8_0"}, added={"rope_freqs.weight": factors}
+    )
+    before, after = (load_gguf(file).model.rotary_emb.inv_freq for file in (plain, slowed))
+    assert torch.equal(after, before / factors)
+
+
+def test_a_turn_of_a_chat_ends_a_text_too(tmp_path: Path) -> None:
+    def ends(writer: Any) -> None:
+        writer.add_eot_token_id(7)
+
+    file = gguf_file.write_gguf(tmp_path / "a.gguf", "llama", {"": "q8_0"}, metadata=ends)
+    assert load_gguf(file).generation_config.eos_token_id == [5, 7]
