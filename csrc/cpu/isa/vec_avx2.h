@@ -184,6 +184,12 @@ private:
     Vec low_, high_;
 };
 
+// A palette of seven bits is not worth its look-ups here.
+template <class W>
+class SignedPalette;
+template <class W>
+constexpr bool kHasSignedPalette = false;
+
 // v with every lane rounded to what storing it would keep.
 inline Vec rounded(Vec v, const float*) { return v; }
 inline Vec rounded(Vec v, const half*) {

@@ -182,6 +182,39 @@ private:
     Vec numbers_;
 };
 
+// The numbers of a code of seven bits, rounded to W, which an eighth bit negates.
+template <class W>
+class SignedPalette {
+public:
+    explicit SignedPalette(const Vec (&v)[8]) {
+        static_assert(sizeof(W) == 2);
+        alignas(64) W numbers[128];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            store_pair(numbers + 32 * i, v[2 * i], v[2 * i + 1]);
+            numbers_[i] = _mm512_load_si512(numbers + 32 * i);
+        }
+    }
+
+    // The numbers of thirty-two codes.
+    void look_up(const uint8_t* codes, W* out) const {
+        const __m512i words =
+            _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        const __m512i low = _mm512_permutex2var_epi16(numbers_[0], words, numbers_[1]);
+        const __m512i high = _mm512_permutex2var_epi16(numbers_[2], words, numbers_[3]);
+        const __mmask32 is_high = _mm512_test_epi16_mask(words, _mm512_set1_epi16(64));
+        const __m512i numbers = _mm512_mask_blend_epi16(is_high, low, high);
+        const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+        constexpr int kAXorBAndC = 0x78;
+        _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(numbers, words, sign, kAXorBAndC));
+    }
+
+private:
+    __m512i numbers_[4];
+};
+template <class W>
+constexpr bool kHasSignedPalette = sizeof(W) == 2;
+
 // v with every lane rounded to what storing it would keep.
 inline Vec rounded(Vec v, const float*) { return v; }
 inline Vec rounded(Vec v, const half*) {

@@ -146,6 +146,12 @@ private:
     W numbers_[16];
 };
 
+// A palette of seven bits is not worth its look-ups here.
+template <class W>
+class SignedPalette;
+template <class W>
+constexpr bool kHasSignedPalette = false;
+
 // v with every lane rounded to what storing it would keep.
 template <class W>
 inline Vec rounded(Vec v, const W*) {

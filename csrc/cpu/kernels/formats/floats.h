@@ -46,11 +46,86 @@ private:
     const uint8_t *codes_, *scales_;
 };
 
+// E4M3 numbers times a scale.
+template <class X, bool Palette = kHasSignedPalette<X>>
+class ScaledE4m3 {
+public:
+    explicit ScaledE4m3(float scale) : scale_(splat(scale)) {}
+
+    void decode(const uint8_t* codes, X* out) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < kRun; i += 2 * kLanes) {
+            Vec a, b;
+            widen_e4m3(codes + i, a, b);
+            store_pair(out + i, mul(a, scale_), mul(b, scale_));
+        }
+    }
+
+private:
+    Vec scale_;
+};
+
+// Those that are not negative, times the scale, are looked up.
+template <class X>
+class ScaledE4m3<X, true> {
+public:
+    explicit ScaledE4m3(float scale) : palette_(scaled(splat(scale))) {}
+
+    void decode(const uint8_t* codes, X* out) const { palette_.look_up(codes, out); }
+
+private:
+    struct Numbers {
+        alignas(64) float of[128];
+
+        constexpr Numbers() : of() {
+            for (int code = 0; code < 127; ++code) {
+                const int exponent = code / 8, fraction = code % 8;
+                of[code] = exponent == 0 ? fraction / 512.0f : (8 + fraction) / 1024.0f;
+                for (int i = 1; i <= exponent; ++i) of[code] *= 2;
+            }
+            of[127] = __builtin_nanf("");
+        }
+    };
+    static constexpr Numbers kNumbers{};
+
+    static SignedPalette<X> scaled(Vec scale) {
+        Vec values[128 / kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < 128 / kLanes; ++i) {
+            values[i] = mul(load(kNumbers.of + i * kLanes), scale);
+        }
+        return SignedPalette<X>(values);
+    }
+
+    SignedPalette<X> palette_;
+};
+
 // E4M3 numbers times the fp32 scale of their square; a row may end within a run.
 template <class X>
 class Fp8Block {
+    static constexpr int64_t kSquare = 128;
+
 public:
-    using Place = RunPlace;
+    // Most rows that are read together are in the square of the first.
+    struct Place {
+        int64_t k;
+        const int64_t depth;
+        const uint8_t* const scales;
+        ScaledE4m3<X> numbers;
+
+        Place(int64_t weight, const StoredRow& row)
+            : k(weight), depth(row.depth), scales(row.scales), numbers(scale(scales)) {}
+
+        void next() {
+            k += kRun;
+            if (k % kSquare == 0) numbers = ScaledE4m3<X>(scale(scales));
+        }
+
+        // Of the row's square here; past the depth there is none.
+        float scale(const uint8_t* row_scales) const {
+            return k < depth ? load_at<float>(row_scales + k / kSquare * sizeof(float)) : 0.0f;
+        }
+    };
 
     explicit Fp8Block(const StoredRow& row)
         : codes_(row.data), scales_(row.scales), whole_(row.depth / kRun * kRun) {
@@ -60,19 +135,12 @@ public:
     const uint8_t* codes(const Place& at) const { return codes_ + at.k; }
 
     void decode(const Place& at, X* out) {
-        const Vec scale = splat(load_at<float>(scales_ + at.k / kSquare * sizeof(float)));
         const uint8_t* codes = at.k < whole_ ? codes_ + at.k : last_;
-#pragma GCC unroll 4
-        for (int i = 0; i < kRun; i += 2 * kLanes) {
-            Vec a, b;
-            widen_e4m3(codes + i, a, b);
-            store_pair(out + i, mul(a, scale), mul(b, scale));
-        }
+        if (scales_ == at.scales) at.numbers.decode(codes, out);
+        else ScaledE4m3<X, false>(at.scale(scales_)).decode(codes, out);
     }
 
 private:
-    static constexpr int64_t kSquare = 128;
-
     const uint8_t *codes_, *scales_;
     const int64_t whole_;      // weights of whole runs
     uint8_t last_[kRun] = {};  // those after them

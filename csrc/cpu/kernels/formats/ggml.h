@@ -144,23 +144,8 @@ public:
     const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
 
     void decode(const Place& at, X* out) {
-        const uint8_t* block = blocks_ + at.block;
-        if (at.enters) {
-            const Vec d = splat(load_at<half>(block + 208));
-#pragma GCC unroll 4
-            for (int i = 0; i < 16; i += kLanes) {
-                store(scales_ + i, mul(d, widen_bytes(block + 192 + i)));
-            }
-        }
-        const uint8_t* lower = block + at.run / 4 * 64 + at.run % 2 * kRun;
-        const uint8_t* upper = block + 128 + at.run / 4 * kRun;
-        alignas(32) uint8_t codes[kRun];
-        switch (at.run % 4) {
-            case 0: join<0>(lower, upper, codes); break;
-            case 1: join<1>(lower, upper, codes); break;
-            case 2: join<2>(lower, upper, codes); break;
-            default: join<3>(lower, upper, codes);
-        }
+        if (at.enters) take(blocks_ + at.block);
+        const uint8_t* codes = codes_ + at.run * kRun;
         const Vec scales[2] = {splat(scales_[2 * at.run]), splat(scales_[2 * at.run + 1])};
 #pragma GCC unroll 4
         for (int i = 0; i < kRun; i += 2 * kLanes) {
@@ -170,16 +155,35 @@ public:
     }
 
 private:
-    template <int Run>
-    static void join(const uint8_t* lower, const uint8_t* upper, uint8_t* codes) {
-        for (int i = 0; i < kRun; ++i) {
-            const int code = (lower[i] >> Run / 2 * 4 & 15) | (upper[i] >> 2 * Run & 3) << 4;
-            codes[i] = static_cast<uint8_t>(code - 32);
+    using Bytes = uint8_t __attribute__((vector_size(kRun)));
+    using Words = uint16_t __attribute__((vector_size(kRun)));  // whose shifts are one instruction
+
+    void take(const uint8_t* block) {
+        const Vec d = splat(load_at<half>(block + 208));
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += kLanes) {
+            store(scales_ + i, mul(d, widen_bytes(block + 192 + i)));
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            Words upper;
+            std::memcpy(&upper, block + 128 + half * kRun, kRun);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                Words lower;
+                std::memcpy(&lower, block + (2 * half + i) * kRun, kRun);
+                const Words first = (lower & 0x0f0f) | (upper << (4 - 2 * i) & 0x3030);
+                const Words second = (lower >> 4 & 0x0f0f) | (upper >> 2 * i & 0x3030);
+                const Bytes codes[2] = {(Bytes)first - 32, (Bytes)second - 32};
+                std::memcpy(codes_ + (4 * half + i) * kRun, &codes[0], kRun);
+                std::memcpy(codes_ + (4 * half + 2 + i) * kRun, &codes[1], kRun);
+            }
         }
     }
 
     const uint8_t* blocks_;
     alignas(64) float scales_[16];
+    alignas(64) uint8_t codes_[8 * kRun];  // q - 32
 };
 
 }  // namespace moesd::MOESD_ISA
