@@ -1,7 +1,7 @@
 """Models and tokenizers from paths, with errors that fit on one line.
 
 Nothing in a folder is run and no answer is read from standard input: code that comes with a model
-is refused, and so are weights in any format but safetensors (``docs/security.md``).
+is refused, and so are weights in any format but safetensors and GGUF (``docs/security.md``).
 """
 
 from __future__ import annotations
