@@ -6,8 +6,9 @@ import pytest
 import torch
 from support.formats import stored_weight
 
+from moesd_kernels import fused_experts
 from moesd_kernels.dense import ops
-from moesd_kernels.formats import WEIGHT_FORMATS
+from moesd_kernels.formats import WEIGHT_FORMATS, dequantize
 
 pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 
@@ -42,3 +43,23 @@ def test_errors(name, change, error, message):
     call = {"w": w, "scale": scale, "weight_format": name} | change
     with pytest.raises(error, match=message):
         ops.linear(torch.ones(3, 64), **call)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [0.37, -3e38, 1e-45, 0.0])
+def test_fp8_rows_of_two_squares(dtype, scale):
+    """Up rows begin within a square of 128 rows, so those that are read together have two scales;
+    they hold every code but NaN's.
+    """
+    depth, inter = 256, 96
+    codes = torch.arange(2 * inter)[:, None] + torch.arange(depth)
+    gate_up = torch.where(codes % 128 == 127, 0, codes).byte().view(torch.float8_e4m3fn)[None]
+    scales = torch.tensor([[[1e-3, scale], [scale, 2.1]]])
+    down, ids = torch.eye(depth, inter, dtype=dtype)[None], torch.zeros(3, 1, dtype=torch.long)
+    x, weights = torch.eye(depth, dtype=dtype)[[0, 77, 200]], torch.ones(3, 1)
+    down_8, one = down.to(torch.float8_e4m3fn), torch.ones(1, 2, 1)
+    options = {"gate_up_scale": scales, "down_scale": one, "weight_format": "fp8_block"}
+    out = fused_experts(x, gate_up, down_8, ids, weights, backend="cpu", **options)
+    plain = dequantize(gate_up, scales, "fp8_block", dtype)
+    expected = fused_experts(x, plain, down, ids, weights, backend="cpu")
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
