@@ -1,0 +1,98 @@
+// Look-ups of weights by their codes, with AVX-512; a part of vec_avx512.h.
+#pragma once
+
+namespace moesd::MOESD_ISA {
+
+// Words that hold thirty-two codes of four bits in the order of their weights, with other bits above
+// them.
+template <Nibbles N>
+inline __m512i nibbles(const uint8_t* codes) {
+    if constexpr (N == Nibbles::kLow || N == Nibbles::kHigh) {
+        const __m512i words =
+            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        return N == Nibbles::kHigh ? _mm512_srli_epi16(words, 4) : words;
+    }
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    if constexpr (N == Nibbles::kAdjacent) {  // a byte in the lower word, and shifted in the upper
+        const __m512i lower = _mm512_cvtepu8_epi32(bytes);
+        return _mm512_or_si512(lower, _mm512_slli_epi32(lower, 12));
+    }
+    const __m256i words = _mm256_cvtepu8_epi16(bytes);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
+}
+
+// Sixteen numbers, rounded to W, by a code of four bits; twice, so that a fifth bit changes nothing.
+template <class W>
+class Palette {
+public:
+    Palette() = default;
+    explicit Palette(const Vec (&v)[1]) {
+        static_assert(sizeof(W) == 2);
+        alignas(64) W numbers[32];
+        store_pair(numbers, v[0], v[0]);
+        numbers_ = _mm512_load_si512(numbers);
+    }
+
+    // The numbers of thirty-two codes.
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, W* out) const {
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(nibbles<N>(codes), numbers_));
+    }
+
+private:
+    __m512i numbers_;
+};
+
+template <>
+class Palette<float> {
+public:
+    Palette() = default;
+    explicit Palette(const Vec (&v)[1]) : numbers_(v[0]) {}
+
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, float* out) const {
+        const __m512i words = nibbles<N>(codes);
+        const __m256i first = _mm512_castsi512_si256(words);
+        const __m256i last = _mm512_extracti64x4_epi64(words, 1);
+        store(out, _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(first), numbers_));
+        store(out + kLanes, _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(last), numbers_));
+    }
+
+private:
+    Vec numbers_;
+};
+
+// The numbers of a code of seven bits, rounded to W, which an eighth bit negates.
+template <class W>
+class SignedPalette {
+public:
+    explicit SignedPalette(const Vec (&v)[8]) {
+        static_assert(sizeof(W) == 2);
+        alignas(64) W numbers[128];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            store_pair(numbers + 32 * i, v[2 * i], v[2 * i + 1]);
+            numbers_[i] = _mm512_load_si512(numbers + 32 * i);
+        }
+    }
+
+    // The numbers of thirty-two codes.
+    void look_up(const uint8_t* codes, W* out) const {
+        const __m512i words =
+            _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        const __m512i low = _mm512_permutex2var_epi16(numbers_[0], words, numbers_[1]);
+        const __m512i high = _mm512_permutex2var_epi16(numbers_[2], words, numbers_[3]);
+        const __mmask32 is_high = _mm512_test_epi16_mask(words, _mm512_set1_epi16(64));
+        const __m512i numbers = _mm512_mask_blend_epi16(is_high, low, high);
+        const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+        constexpr int kAXorBAndC = 0x78;
+        _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(numbers, words, sign, kAXorBAndC));
+    }
+
+private:
+    __m512i numbers_[4];
+};
+template <class W>
+constexpr bool kHasSignedPalette = sizeof(W) == 2;
+
+}  // namespace moesd::MOESD_ISA
