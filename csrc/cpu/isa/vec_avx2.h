@@ -97,8 +97,8 @@ inline Vec widen_bytes(const uint8_t* p) {
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
-// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
-// exponent is eight less, all others are exact.
+// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which
+// the exponent is eight less, all others are exact.
 inline void widen_e4m3(const uint8_t* p, Vec& a, Vec& b) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);

@@ -108,8 +108,8 @@ inline Vec widen_bytes(const uint8_t* p) {
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
-// exponent is eight less, all others are exact.
+// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which
+// the exponent is eight less, all others are exact.
 inline void widen_e4m3(const uint8_t* p, Vec& a, Vec& b) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m512i shifted = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);

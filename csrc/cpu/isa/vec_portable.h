@@ -111,8 +111,8 @@ inline Vec widen_bytes(const uint8_t* p) {
     return Vec{lane(0), lane(1), lane(2), lane(3)};
 }
 
-// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which the
-// exponent is eight less, all others are exact.
+// 2 * kLanes numbers of FP8, E4M3: 0x7f and 0xff are NaN, there is no infinity. As fp16, of which
+// the exponent is eight less, all others are exact.
 inline void widen_e4m3(const uint8_t* p, Vec& a, Vec& b) {
     half numbers[2 * kLanes];
     for (int i = 0; i < 2 * kLanes; ++i) {

@@ -31,8 +31,8 @@ Activation parse_activation(c10::string_view name);
 using OptTensor = std::optional<at::Tensor>;
 
 // The weights of these sizes ([..., R, C], C the depth of the products) that lie in w and scale.
-// Raises ValueError for unknown formats, and ValueError or TypeError, with the names of the tensors,
-// where these are not the format's; plain weights have the dtype of `like`.
+// Raises ValueError for unknown formats, and ValueError or TypeError, with the names of the
+// tensors, where these are not the format's; plain weights have the dtype of `like`.
 StoredWeights stored_weights(const at::Tensor& w, const char* name, const OptTensor& scale,
                              const char* scale_name, c10::string_view format,
                              std::vector<int64_t> sizes, const at::Tensor& like,

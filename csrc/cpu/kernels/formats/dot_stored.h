@@ -79,9 +79,9 @@ public:
         }
     }
 
-    // A group of four rows at a time, as plain weights are taken: where the activation rows are few,
-    // along whole weight rows; where they are more, all groups of a block of the depth, so that the
-    // activations of that block stay in a cache.
+    // A group of four rows at a time, as plain weights are taken: where the activation rows are
+    // few, along whole weight rows; where they are more, all groups of a block of the depth, so
+    // that the activations of that block stay in a cache.
     void multiply(const uint8_t* next) const {
         const int64_t depth_step = others(0).block, end = others(0).whole;
         const int64_t quarter = (rows_ + 3) / 4;

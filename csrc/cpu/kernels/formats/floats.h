@@ -12,8 +12,8 @@ struct RunPlace {
     void next() { k += kRun; }
 };
 
-// E2M1 numbers, the fourth bit the sign; two in a byte, the low half first, and for each run a power
-// of two, 2^(s - 127), of which 255 is NaN.
+// E2M1 numbers, the fourth bit the sign; two in a byte, the low half first, and for each run a
+// power of two, 2^(s - 127), of which 255 is NaN.
 template <class X>
 class Mxfp4 {
 public:

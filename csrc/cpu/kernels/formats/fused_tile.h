@@ -1,5 +1,6 @@
 // dot_tile for weights that are decoded in registers, run by run, as they are multiplied: for the
-// few activation rows that wait for memory, a buffer between the two would cost as much as the sums.
+// few activation rows that wait for memory, a buffer between the two would cost as much as the
+// sums.
 #pragma once
 
 #include "../dot_rows.h"
@@ -9,8 +10,8 @@ namespace moesd::MOESD_ISA {
 
 constexpr int kFusedTokens = 4;  // more would leave no registers to decode in
 
-// Whether a decoded run is a step of the dot products, and these read weights as they are. (With AMX
-// bf16 weights go to tiles.)
+// Whether a decoded run is a step of the dot products, and these read weights as they are. (With
+// AMX bf16 weights go to tiles.)
 template <class X>
 #if defined(MOESD_AVX512_BF16) && !defined(MOESD_AMX)
 constexpr bool kFused = std::is_same_v<X, bf16>;

@@ -3,8 +3,8 @@
 
 namespace moesd::MOESD_ISA {
 
-// Words that hold thirty-two codes of four bits in the order of their weights, with other bits above
-// them.
+// Words that hold thirty-two codes of four bits in the order of their weights, with other bits
+// above them.
 template <Nibbles N>
 inline __m512i nibbles(const uint8_t* codes) {
     if constexpr (N == Nibbles::kLow || N == Nibbles::kHigh) {
@@ -21,7 +21,8 @@ inline __m512i nibbles(const uint8_t* codes) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
 }
 
-// Sixteen numbers, rounded to W, by a code of four bits; twice, so that a fifth bit changes nothing.
+// Sixteen numbers, rounded to W, by a code of four bits; twice, so that a fifth bit changes
+// nothing.
 template <class W>
 class Palette {
 public:
