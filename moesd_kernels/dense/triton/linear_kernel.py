@@ -182,20 +182,31 @@ def _linear_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), m_mask[:, None] & (column < N)[None, :])
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight_format: str = "plain",
+) -> Tensor:
     """x times w transposed, plus bias: fp32 sums in an order fixed by K, the result in x.dtype.
 
     Args:
         x: ``[T, K]`` in float32, bfloat16 or float16, any strides.
         w: ``[N, K]`` in x.dtype, rows contiguous.
         bias: ``[N]`` in x.dtype, or None.
+        scale: of other formats.
+        weight_format: "plain"; the operator knows more of them on a CPU.
 
     Returns:
         ``[T, N]`` contiguous.
 
     Raises:
         TypeError, ValueError: dtypes or shapes differ from these.
+        NotImplementedError: another format.
     """
+    if scale is not None or weight_format != "plain":
+        raise NotImplementedError(f"linear reads plain weights on a GPU, got {weight_format}")
     if bias is not None:
         check_like(bias, "bias", w.shape[:1], x.dtype)
     return _launch(x, w, bias, w.shape[0], PLAIN)
