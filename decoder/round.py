@@ -118,9 +118,9 @@ class Verdict(NamedTuple):
         accepted: ``[B]`` int64, how many drafted tokens k are kept.
         tokens: ``[B, G + 1]`` int64, the emitted tokens: k drafts, the next token at index k, then
             -1.
-        texts: ``tokens`` on the host, once they are there: to read them would be to wait again.
+        host_tokens: ``tokens`` on the host, once they are there: reading them would wait again.
     """
 
     accepted: Tensor
     tokens: Tensor
-    texts: list[list[int]] | None = None
+    host_tokens: list[list[int]] | None = None

@@ -144,6 +144,10 @@ class Chains:
         self._sampler, self._limit = sampler, limit
         self._dtype = torch.promote_types(runner.dtype, torch.float32)  # of distributions
 
+    def longest(self, state: StepState, gamma: int) -> int:
+        """The most of ``gamma`` tokens that some row has positions for."""
+        return max(rooms(state, gamma, self._limit))
+
     def draft(
         self,
         graphs: StepGraphs | None,

@@ -20,9 +20,10 @@ from decoder.errors import UserError
 from decoder.model.attention import Placement, placed
 from decoder.model.cache import RaggedCache
 from decoder.model.kernels import accelerate, ragged_attention_op
+from decoder.model.rope import looks_at_positions
 from decoder.round import Draft, StepState
 
-from .base import empty_draft, rooms, usable_length, within
+from .base import empty_draft, usable_length, within
 from .chain import Chains, DraftChain, Reach
 from .eagle_config import EagleCheckpoint
 from .eagle_head import EagleHead
@@ -84,9 +85,7 @@ class EagleDrafter:
         self._limit = usable_length("EAGLE head", own, runner.max_length)
         self._chains = Chains(runner, sampler, self._limit)
         self._runner = runner
-        # Frequencies that depend on lengths are chosen on the host.
-        lengthwise = self.head.rotary.rope_type in ("dynamic", "longrope")
-        self._capturable = runner.static and not lengthwise
+        self._capturable = runner.static and not looks_at_positions(self.head)
         # As the target's cache: graphs want it where it is.
         whole = self._limit if runner.static else None
         self.cache = RaggedCache(runner.max_batch_size, self._limit, whole)
@@ -126,10 +125,10 @@ class EagleDrafter:
     @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
         self._refreshed = False
-        room = rooms(state, gamma, self._limit)
-        if not any(room):
+        longest = self._chains.longest(state, gamma)
+        if not longest:
             return empty_draft(state, gamma)
-        gamma, graphs, W = max(room), self._graphs, self._behind(state, 0)
+        gamma, graphs, W = longest, self._graphs, self._behind(state, 0)
         if graphs is not None:
             W = 1 << (W - 1).bit_length()  # what is not behind is padding, and each W a graph
         self.cache.reserve(min(max(state.host_lengths) + gamma - 1, self._limit))

@@ -17,7 +17,7 @@ from torch import Tensor
 from decoder.model.loading import context_length
 from decoder.round import Draft, StepState
 
-from .base import empty_draft, rooms, usable_length
+from .base import empty_draft, usable_length
 from .chain import Chains, DraftChain, Reach
 from .vocab import fit_vocab, require_same_vocabulary
 
@@ -80,10 +80,9 @@ class IndependentDrafter:
     @torch.inference_mode()
     def propose(self, state: StepState, gamma: int) -> Draft:
         self._drafting = True
-        room = rooms(state, gamma, self._limit)
-        if not any(room):
+        longest = self._chains.longest(state, gamma)
+        if not longest:
             return empty_draft(state, gamma)
-        longest = max(room)
         draft = self._draft(state, longest)
         # Only now: a round that failed on the way is drafted again from where it was.
         for row, length in state.rows_and_lengths():

@@ -263,7 +263,7 @@ class Rounds:
         """Every row takes what was decided; returns those that could not."""
         verdict, report = verified.verdict, verified.report
         drafted = verified.drafted if verified.gamma else None
-        known = verdict._replace(texts=[row[3:] for row in report])
+        known = verdict._replace(host_tokens=[row[3:] for row in report])
         learn = partial(self.drafter.commit, self.batch.state, known, verified.hidden)
         self._tolerance.call("the drafter's commit", learn, None)
         self._mark("draft")

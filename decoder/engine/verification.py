@@ -109,10 +109,10 @@ class Verification:
             return self._by_operation(state, sequences, draft, hidden_layers)
         logits, hidden = self.steps.forward(graphs, state, draft, hidden_layers)
         self._clock.mark("verify")
-        report, verdict, drafted = self.steps.decide(graphs, logits, state, draft)
-        on_host: list[list[int]] = report.tolist()
+        found, verdict, drafted = self.steps.decide(graphs, logits, state, draft)
+        report: list[list[int]] = found.tolist()
         self._clock.mark("sample")
-        return Verified(verdict, drafted, hidden, on_host, [[] for _ in sequences], graphs)
+        return Verified(verdict, drafted, hidden, report, [[] for _ in sequences], graphs)
 
     def _by_operation(
         self,

@@ -114,7 +114,7 @@ class SuffixDrafter:
         return Draft(packed[:, :gamma], None, packed[:, gamma])
 
     def commit(self, state_before: StepState, verdict: Verdict, hidden: Tensor | None) -> None:
-        emitted = verdict.tokens.tolist() if verdict.texts is None else verdict.texts
+        emitted = verdict.host_tokens or verdict.tokens.tolist()
         for (row, length), tokens in zip(state_before.rows_and_lengths(), emitted, strict=True):
             self._read(state_before, row, length)
             self._extend(row, length + 1, [token for token in tokens if token >= 0])
