@@ -7,7 +7,8 @@ import json
 import re
 
 import torch
-from compile_child import ACCESS, COPY, DEVICES, compiled, resources
+from code_facts import COPY, code_facts, compiled
+from compile_child import DEVICES
 
 from moesd_kernels.dense.triton.attention import NUM_WARPS, UNROLL, num_stages, tile_of
 from moesd_kernels.dense.triton.attention_kernel import _attend_kernel, _combine_blocks_kernel
@@ -67,19 +68,13 @@ def compile_one(arch, name, dtype, constexprs, options):
     done = compiled(function, arch, values, options, type_of, is_divisible)
     ptx = done.asm["ptx"]
     return {
-        "arch": arch,
-        "kernel": name,
-        "case": f"{dtype} {constexprs}",
+        **code_facts(arch, name, f"{dtype} {constexprs}", done, options["num_warps"]),
         "split": bool(values.get("SPLIT")),
         "shared": done.metadata.shared,
         "shared_limit": DEVICES[arch].shared_bytes,
         "copy_bytes": sorted({int(size, 0) for size in re.findall(COPY, ptx)}),
         "mma": sorted(set(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx))),
         "reductions": row_reductions(done.asm["ttgir"]),
-        "dependent_launch": "griddepcontrol.wait" in ptx,
-        "early": sorted(set(re.findall(ACCESS, ptx.partition("griddepcontrol.wait")[0]))),
-        "threads": 32 * options["num_warps"],
-        **resources(done.asm["cubin"]),
     }
 
 

@@ -7,7 +7,8 @@ import json
 import re
 
 import torch
-from compile_child import ACCESS, COPY, DEVICES, compiled, resources
+from code_facts import ACCESS, COPY, compiled, resources
+from compile_child import DEVICES
 
 from moesd_kernels.dense.triton.linear_config import Product, linear_tiles
 from moesd_kernels.dense.triton.linear_kernel import PLAIN, _linear_kernel

@@ -4,9 +4,8 @@ One JSON line a kernel.
 """
 
 import json
-import re
 
-from compile_child import ACCESS, compiled, resources
+from code_facts import code_facts, compiled
 
 from moesd_kernels.dense.triton import activation_kernel, argmax_kernel
 from moesd_kernels.dense.triton.activation_kernel import _act_kernel
@@ -86,18 +85,10 @@ def compile_one(arch, name, dtype, constexprs, options):
 
     done = compiled(function, arch, values, options, type_of, is_divisible)
     ptx = done.asm["ptx"]
-    loads = re.findall(r"ld\.global\S*?\.v(\d)\.b32", ptx)
     return {
-        "arch": arch,
-        "kernel": name,
-        "case": f"{dtype} {constexprs}",
-        "widest_load": max(map(int, loads), default=1),
-        "dependent_launch": "griddepcontrol.wait" in ptx,
-        "early": sorted(set(re.findall(ACCESS, ptx.partition("griddepcontrol.wait")[0]))),
+        **code_facts(arch, name, f"{dtype} {constexprs}", done, options["num_warps"]),
         "fused": "fma.rn.f32" in ptx,
         "warp_reductions": ptx.count("redux.sync"),
-        "threads": 32 * options["num_warps"],
-        **resources(done.asm["cubin"]),
     }
 
 

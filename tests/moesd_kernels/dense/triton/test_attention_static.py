@@ -1,6 +1,7 @@
 """Ragged attention compiled without a GPU: no spills, wide copies, one order of sums."""
 
 import pytest
+from support.device.compiled import code_problems, title
 
 
 def test_compiled_kernels(facts_of):
@@ -26,17 +27,10 @@ def test_blocks_held_follow_from_shared_memory(shared_bytes, stages):
 
 def problems_of(fact):
     """What is wrong with one compiled kernel, in words."""
-    name = f"sm_{fact['arch']} {fact['kernel']} {fact['case']}"
-    if fact["stack"] or fact["local"]:
-        yield f"{name}: spills {fact['stack']} + {fact['local']} bytes"
-    if fact["reg"] * fact["threads"] > 65536:
-        yield f"{name}: {fact['reg']} registers of {fact['threads']} threads fit no multiprocessor"
+    name = title(fact)
+    yield from code_problems(fact)
     if fact["shared"] > fact["shared_limit"]:
         yield f"{name}: {fact['shared']} bytes of shared memory, limit {fact['shared_limit']}"
-    if fact["dependent_launch"] != (fact["arch"] >= 90):
-        yield f"{name}: programmatic dependent launch is {fact['dependent_launch']}"
-    if fact["arch"] >= 90 and fact["early"]:
-        yield f"{name}: {fact['early']} before the dependency wait"
     if fact["kernel"] == "attend":
         # The instruction of 16 rows, whatever the tile: see Plan.
         if fact["mma"] != ["mma.sync"]:

@@ -1,5 +1,7 @@
 """Norms, rope, activation, routers and argmax compiled without a GPU: no spills, wide loads."""
 
+from support.device.compiled import code_problems, title
+
 # Of 16 bytes: four of 32 bits.
 WIDE = {"norm", "rope", "act", "part"}
 
@@ -13,19 +15,12 @@ def test_compiled_kernels(facts_of):
 
 def problems_of(fact):
     """What is wrong with one compiled kernel, in words."""
-    name = f"sm_{fact['arch']} {fact['kernel']} {fact['case']}"
-    if fact["stack"] or fact["local"]:
-        yield f"{name}: spills {fact['stack']} + {fact['local']} bytes"
-    if fact["reg"] * fact["threads"] > 65536:
-        yield f"{name}: {fact['reg']} registers of {fact['threads']} threads fit no multiprocessor"
-    if fact["kernel"] in WIDE and fact["widest_load"] != 4:
-        yield f"{name}: widest load is of {fact['widest_load']} words, expected 4"
-    if fact["dependent_launch"] != (fact["arch"] >= 90):
-        yield f"{name}: programmatic dependent launch is {fact['dependent_launch']}"
+    name = title(fact)
     # Weights of a norm, which no launch of a step writes.
     early = ["prefetch"] if fact["kernel"] in ("norm", "norm_route") else []
-    if fact["arch"] >= 90 and fact["early"] != early:
-        yield f"{name}: {fact['early']} before the dependency wait, expected {early}"
+    yield from code_problems(fact, early)
+    if fact["kernel"] in WIDE and fact["widest_load"] != 4:
+        yield f"{name}: widest load is of {fact['widest_load']} words, expected 4"
     if fact["kernel"] == "rope" and fact["fused"]:
         yield f"{name}: a product is added unrounded"
     if fact["kernel"] == "topk" and not fact["warp_reductions"]:

@@ -8,16 +8,11 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from code_facts import ACCESS, COPY, compiled, resources
 
 from bench.tuning.search import CANDIDATES, search_steps
 from moesd_kernels.experts.triton.combine_kernel import _combine_kernel
@@ -227,20 +222,6 @@ def variant_jobs():
     yield "plan", sizes | {"BLOCK_M": 16, "ids_ptr": "*i32", "variant": "int32 ids"}, {}
 
 
-def compiled(function, arch, values, options, type_of, is_divisible):
-    """A kernel compiled for ``sm_<arch>``: arguments are constants of ``values``, or of a type."""
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(function.arg_names):
-        if name in values and not isinstance(values[name], str):
-            signature[name], constants[(index,)] = "constexpr", values[name]
-            continue
-        signature[name] = type_of(name)
-        if is_divisible(name):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
 def compile_one(arch, kernel, constexprs, options):
     """Compile one kernel; what its code and resource usage say."""
     function = KERNELS[kernel]
@@ -267,23 +248,6 @@ def compile_one(arch, kernel, constexprs, options):
         "early": sorted(set(re.findall(ACCESS, ptx.partition("griddepcontrol.wait")[0]))),
         **resources(done.asm["cubin"]),
     }
-
-
-COPY = r"cp\.async\.c[ag]\.shared\.global[^\[]*\[[^\]]*\], *\[[^\]]*\], *(0x\w+|\d+)"
-ACCESS = r"\b(prefetch|ld|st|atom|red|cp\.async)\.\S*global"
-
-
-def resources(cubin):
-    """Registers, and bytes of stack and local memory: what a spill would use."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return {name.lower(): int(found[name]) for name in ("REG", "STACK", "LOCAL")}
 
 
 def main():

@@ -1,9 +1,8 @@
 """Child of test_static.py: compiles the sampler's kernels without a GPU. One JSON line a kernel."""
 
 import json
-import re
 
-from compile_child import ACCESS, compiled, resources
+from code_facts import code_facts, compiled
 
 from moesd_kernels.dense.triton.sampling import (
     accept_kernel,
@@ -76,18 +75,10 @@ def compile_one(arch, name, constexprs, options, dtype):
     values = {"PDL": arch >= 90} | constexprs
     done = compiled(KERNELS[name], arch, values, options, type_of, is_divisible)
     ptx = done.asm["ptx"]
-    loads = re.findall(r"ld\.global\S*?\.v(\d)\.b32", ptx)
     return {
-        "arch": arch,
-        "kernel": name,
-        "case": f"{dtype} {constexprs}",
-        "widest_load": max(map(int, loads), default=1),
-        "dependent_launch": "griddepcontrol.wait" in ptx,
-        "early": sorted(set(re.findall(ACCESS, ptx.partition("griddepcontrol.wait")[0]))),
+        **code_facts(arch, name, f"{dtype} {constexprs}", done, options["num_warps"]),
         "fused": "fma.rn.f32" in ptx or "fma.rn.f64" in ptx,
         "approximate_log": "lg2.approx" in ptx,
-        "threads": 32 * options["num_warps"],
-        **resources(done.asm["cubin"]),
     }
 
 

@@ -1,5 +1,7 @@
 """The sampler's kernels compiled without a GPU, for a vocabulary of 151,936: no spills."""
 
+from support.device.compiled import code_problems, title
+
 # Those that stream the vocabulary, by loads of 16 bytes: four of 32 bits.
 WIDE = {"probs", "race", "mass", "residual"}
 # Their products and sums round one by one, as in PyTorch.
@@ -15,17 +17,10 @@ def test_compiled_kernels(facts_of):
 
 def problems_of(fact):
     """What is wrong with one compiled kernel, in words."""
-    name = f"sm_{fact['arch']} {fact['kernel']} {fact['case']}"
-    if fact["stack"] or fact["local"]:
-        yield f"{name}: spills {fact['stack']} + {fact['local']} bytes"
-    if fact["reg"] * fact["threads"] > 65536:
-        yield f"{name}: {fact['reg']} registers of {fact['threads']} threads fit no multiprocessor"
+    name = title(fact)
+    yield from code_problems(fact)
     if fact["kernel"] in WIDE and fact["widest_load"] != 4:
         yield f"{name}: widest load is of {fact['widest_load']} words, expected 4"
-    if fact["dependent_launch"] != (fact["arch"] >= 90):
-        yield f"{name}: programmatic dependent launch is {fact['dependent_launch']}"
-    if fact["arch"] >= 90 and fact["early"]:
-        yield f"{name}: {fact['early']} before the dependency wait"
     if fact["kernel"] in UNFUSED and fact["fused"]:
         yield f"{name}: a product is added unrounded"
     if fact["approximate_log"]:
