@@ -84,6 +84,13 @@ def gguf_file(file: Path) -> Any:
     return GgufFile(file)
 
 
+def gguf_dense_weights(source: Any) -> dict[str, Tensor]:
+    """fp32 weights of a ``gguf_file`` without experts, by transformers' names."""
+    from moesd_kernels.hooks.loading import dense_weights
+
+    return dense_weights(source)
+
+
 def cache_folder(name: str) -> Path:
     """This user's folder ``name`` of the cache, made where it is not there.
 

@@ -9,28 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from decoder.checkpoint.gguf_tokenizer import gguf_tokenizer
 from decoder.errors import UserError
-from decoder.model.kernels import gguf_file
+from decoder.model.kernels import gguf_dense_weights, gguf_file
 
-_MODEL = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_HEAD = "lm_head.weight"
 
 
 class DenseFile:
@@ -81,37 +66,14 @@ class DenseFile:
         """fp32 weights under transformers' names for a Llama.
 
         Raises:
-            UserError: a tensor that such a model does not have.
+            UserError: a head of its own.
+            ValueError: a tensor that such a model does not have, or lacks.
         """
-        heads = {
-            "attn_q": self._field("llama.attention.head_count"),
-            "attn_k": self._field("llama.attention.head_count_kv"),
-        }
-        weights = {}
-        for stored in self._file.tensors:
-            weight = self._file.values(stored, torch.float32)
-            key = stored.removesuffix(".weight")
-            block, _, part = key.rpartition(".")
-            if part in heads:
-                weight = _half_split(weight, heads[part])
-            if key in _MODEL:
-                name = _MODEL[key]
-            elif part in _LAYER and block.startswith("blk."):
-                name = f"model.layers.{block.removeprefix('blk.')}.{_LAYER[part]}"
-            else:
-                raise UserError(f"a tied Llama has no tensor {stored}")
-            weights[f"{name}.weight"] = weight
+        weights = gguf_dense_weights(self._file)
+        if _HEAD in weights:
+            raise UserError(f"a tied Llama has no tensor {_HEAD}")
         return weights
 
     def tokenizer(self) -> Any:
         """A fast tokenizer with its chat template."""
         return gguf_tokenizer(self._file)
-
-
-def _half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection as transformers' rotary embedding pairs them.
-
-    GGUF has the two of a pair side by side, transformers half a head apart.
-    """
-    pairs = weight.view(heads, -1, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .gguf import GgufFile, load_gguf
+from .gguf import GgufFile, dense_weights, load_gguf
 from .keep import keep_quantized
 
-__all__ = ["GgufFile", "keep_quantized", "load_gguf"]
+__all__ = ["GgufFile", "dense_weights", "keep_quantized", "load_gguf"]

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .file import GgufFile
-from .model import load_gguf
+from .model import dense_weights, load_gguf
 
-__all__ = ["GgufFile", "load_gguf"]
+__all__ = ["GgufFile", "dense_weights", "load_gguf"]

@@ -18,7 +18,18 @@ from moesd_kernels.formats import WEIGHT_FORMATS, QuantizedLinear
 from moesd_kernels.hooks.quantize import hold_quantized
 
 from .config import config_of, end_tokens
-from .families import EMBEDDING, GATE_AND_UP, GATE_UP, HEAD, LAYER, OUTSIDE, SHARED_GATE, K, Q
+from .families import (
+    EMBEDDING,
+    GATE_AND_UP,
+    GATE_UP,
+    HEAD,
+    LAYER,
+    OUTSIDE,
+    SHARED_GATE,
+    Family,
+    K,
+    Q,
+)
 from .file import GgufFile
 
 logger = logging.getLogger(__name__)
@@ -47,7 +58,6 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     names = _names_in_file(model, source)
-    heads = {Q: config.num_attention_heads, K: config.num_key_value_heads}
     rotary = type(model.model.rotary_emb)(config=config)  # its buffers are in no file
     if _FREQUENCIES in source.tensors:
         _slow_down(rotary, source)
@@ -56,7 +66,7 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     for name, theirs in names.items():
         owner, _, leaf = name.rpartition(".")
         part = name.removeprefix(_LAYERS).partition(".")[2]
-        paired = heads.get(part) if family.rotary_pairs else None
+        paired = _paired_heads(name, config, family)
         if part == _DOWN:
             split += _fill_experts(model.get_submodule(owner), source, names, owner, dtype)
         elif name == EMBEDDING or part == GATE_UP:
@@ -75,6 +85,33 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     if model.generation_config is not None:
         model.generation_config.eos_token_id = end_tokens(source)
     return model.eval()
+
+
+def dense_weights(source: GgufFile) -> dict[str, Tensor]:
+    """All weights of a model without experts, unpacked to fp32, by transformers' names.
+
+    Raises:
+        ValueError: as ``load_gguf``, or a model with experts.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, family = config_of(source)
+    if family.sparse:
+        raise ValueError(f"{source.path} must hold a model without experts")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights = {}
+    for name, (theirs,) in _names_in_file(model, source).items():
+        weight, heads = source.values(theirs, torch.float32), _paired_heads(name, config, family)
+        weights[name] = weight if heads is None else _halved(weight, heads)
+    return weights
+
+
+def _paired_heads(name: str, config: Any, family: Family) -> int | None:
+    """Heads of a projection whose rotary pairs a file has side by side, else None."""
+    heads = {Q: config.num_attention_heads, K: config.num_key_value_heads}
+    part = name.removeprefix(_LAYERS).partition(".")[2]
+    return heads.get(part) if family.rotary_pairs else None
 
 
 def _names_in_file(model: Any, source: GgufFile) -> dict[str, list[str]]:
