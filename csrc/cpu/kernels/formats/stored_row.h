@@ -1,11 +1,14 @@
-// What every weight format's decoder has in common.  A decoder is a class template `Format<X>`,
-// made of a row, whose decode(place, out) writes the kRun weights of a place as X. A
-// `Format<X>::Place(k, row)` stands at weight k, a multiple of kRun, of any row like that one, and
-// moves on by a run with next(); rows that are read together share one.  A decoded weight is its
-// format's definition in fp32 arithmetic, step by step and without fused operations, rounded once
-// to X: what moesd_kernels/formats gives. (Where AVX-512-BF16 rounds activations, it rounds
-// weights, too: what is too small for a normal bf16 becomes zero, which is what its dot products
-// take it for.)
+// What every weight format's decoder has in common.
+//
+// A decoder is a class template `Format<X>`, made of a row, whose decode(place, out) writes the
+// kRun weights of a place as X. A `Format<X>::Place(k, row)` stands at weight k, a multiple of
+// kRun, of any row like that one, and moves on by a run with next(); rows that are read together
+// share one.
+//
+// A decoded weight is its format's definition in fp32 arithmetic, step by step and without fused
+// operations, rounded once to X: what moesd_kernels/formats gives. (Where AVX-512-BF16 rounds
+// activations, it rounds weights, too: what is too small for a normal bf16 becomes zero, which is
+// what its dot products take it for.)
 #pragma once
 
 #include "../dot.h"
