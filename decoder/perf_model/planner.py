@@ -44,6 +44,11 @@ class BatchPlan:
         """The fastest gamma."""
         return max(self.cells, key=lambda cell: cell.speedup)
 
+    @property
+    def pays(self) -> bool:
+        """Whether some gamma gains 2 % or more."""
+        return self.best.speedup >= _MARGIN
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -165,7 +170,7 @@ def _paying_ranges(plans: Sequence[BatchPlan]) -> tuple[tuple[int, int], ...]:
     ranges: list[tuple[int, int]] = []
     inside = False
     for plan in plans:
-        if plan.best.speedup < _MARGIN:
+        if not plan.pays:
             inside = False
         elif inside:
             ranges[-1] = (ranges[-1][0], plan.batch)

@@ -1,0 +1,143 @@
+"""What a plan is made of: the models, the machine and the grid that the arguments name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from decoder.builtin import BUILTIN
+from decoder.perf_model.model_spec import EXPERTS_ONLY, WEIGHT_BYTES
+
+if TYPE_CHECKING:
+    from decoder.perf_model.forward_model import ForwardModel
+    from decoder.perf_model.hardware.machine import Machine
+    from decoder.perf_model.model_spec import ModelSpec
+    from decoder.perf_model.profile import Profile
+
+_MAX_VALUES = 4096  # of a range
+
+
+def parse_range(text: str, doubling: bool = False) -> list[int]:
+    """``"1,4,8"`` or ``"0..8"``; with ``doubling`` a range steps 1, 2, 4, … and its end.
+
+    Raises:
+        ValueError: not whole numbers, a range that runs backwards, or one of too many values.
+    """
+    values: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        try:
+            low, high = int(first), int(last) if dots else int(first)
+        except ValueError:
+            raise ValueError(f"expected numbers like 1,2,4 or 1..8, got {text!r}") from None
+        if high < low:
+            raise ValueError(f"a range must increase, got {part!r}")
+        if not doubling and high - low >= _MAX_VALUES:
+            raise ValueError(f"a range may have {_MAX_VALUES} values, got {part!r}")
+        if not doubling:
+            values.extend(range(low, high + 1))
+            continue
+        while low < high:
+            values.append(low)
+            low = max(2 * low, 1)
+        values.append(high)
+    return sorted(set(values))
+
+
+def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]:
+    """The forward model that the arguments describe, and the profile behind it if any."""
+    from decoder.perf_model.activation import IidActivation
+    from decoder.perf_model.forward_model import ForwardModel
+
+    machine, profile = _machine(args.machine, args.dtype)
+    if profile is not None and not args.target:
+        model = profile.model
+    else:
+        if not args.target:
+            raise ValueError("--target is needed unless --machine is a profile")
+        target = _spec(args.target, args.dtype)
+        draft = _draft(args.draft, args.target, target, args.dtype)
+        if profile is not None:
+            profile.check_target(target)
+            model = replace(profile.model, draft=draft if args.draft else profile.model.draft)
+        else:
+            products = args.dtype if args.dtype in ("fp16", "fp32") else "bf16"
+            model = ForwardModel(target, machine, draft, dtype=products)
+    if args.top_k_experts:
+        if model.target.moe is None:
+            raise ValueError(f"--top-k-experts needs a model with experts, got {model.target.name}")
+        model = model.with_top_k(args.top_k_experts)
+    if args.launch_us:
+        model = replace(model, machine=replace(model.machine, launch=args.launch_us * 1e-6))
+    if args.independent_experts:
+        model = replace(model, activation=IidActivation())
+    return model, profile
+
+
+def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
+    from decoder.perf_model.hardware.machine import named_machine
+    from decoder.perf_model.profile import load_profile
+
+    if name == "this":
+        import torch
+
+        from decoder.model.loading import DTYPES
+        from decoder.perf_model.hardware.measure_machine import measure_machine
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # fp8 products are not measured: their weights are, in bytes.
+        return measure_machine(device, DTYPES.get(dtype or "", torch.bfloat16)), None
+    if name.endswith(".json") or Path(name).is_file():
+        profile = load_profile(name)
+        return profile.model.machine, profile
+    return named_machine(name), None
+
+
+def _spec(name: str, dtype: str | None) -> ModelSpec:
+    from decoder.perf_model.config_spec import spec_from_config
+    from decoder.perf_model.presets import is_preset, preset_spec
+
+    path = BUILTIN[name].target_path() if name in BUILTIN else Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        folder = name if name in BUILTIN else path.parent.name
+        label = folder if path.name == "config.json" else path.stem
+        spec = spec_from_config(config, label)
+    elif is_preset(name) or not path.suffix:
+        spec = preset_spec(name)
+    else:
+        raise ValueError(f"no such file or architecture: {name!r}")
+    return _stored_in(spec, dtype)
+
+
+def _stored_in(spec: ModelSpec, dtype: str | None) -> ModelSpec:
+    """The model with weights of this dtype; as it is without one."""
+    if dtype is None:
+        return spec
+    size = WEIGHT_BYTES[dtype]
+    return spec.with_weight_bytes(2.0 if dtype in EXPERTS_ONLY else size, size)
+
+
+def _draft(
+    name: str | None, target_name: str, target: ModelSpec, dtype: str | None
+) -> ModelSpec | None:
+    from decoder.perf_model.model_spec import eagle_spec
+    from decoder.perf_model.presets import is_preset, paper_draft_spec
+
+    if name == "none":
+        return None
+    if name is None and target_name in BUILTIN:
+        name = str(BUILTIN[target_name].draft_of("auto"))
+    if name is None and is_preset(target_name):
+        return _stored_in(paper_draft_spec(target_name), dtype)
+    if name is None or name == "eagle":
+        return eagle_spec(target)
+    return _spec(name, dtype)
