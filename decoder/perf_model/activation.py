@@ -118,6 +118,16 @@ class MeasuredActivation:
         return [u for u in self.unions if self.top_k <= u.distinct < 0.995 * self.num_experts]
 
 
+def tokens_alike(
+    activation: ActiveExperts, per_sequence: int, num_experts: int, top_k: int
+) -> float:
+    """How many neighbouring tokens of a sequence count as one independent token; at least 1."""
+    active = float(activation(1, per_sequence, num_experts, top_k))
+    if active >= num_experts:
+        return 1.0
+    return max(1.0, per_sequence / float(effective_tokens(active, num_experts, top_k)))
+
+
 def fit_activation(unions: Iterable[Union], num_experts: int, top_k: int) -> CorrelatedActivation:
     """Least-squares ``exponent`` and ``skew`` of ``CorrelatedActivation`` in log effective tokens.
 

@@ -3,21 +3,22 @@
 Differences from the paper's ten parameters: B * (gamma + 1) tokens are charged; dense products,
 expert products, attention and the output head have their own rooflines with a smooth maximum;
 expert unions may be correlated; the KV cache is read (long contexts); launches and per-token work
-are explicit; remote or offloaded experts travel over a link. With parameters straight from a
-``Machine`` it needs no measurement of the model at all; ``forward_fit`` adjusts them.
+are explicit; offloaded experts travel over a link, and experts may be spread over ranks. With
+parameters straight from a ``Machine`` it needs no measurement of the model at all; ``forward_fit``
+adjusts them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from decoder.perf_model.hardware.machine import Machine, RowCurve
+from decoder.perf_model.hardware.link import Link
+from decoder.perf_model.hardware.machine import Machine, RowCurve, smooth_max
 
 from . import theory
-from .activation import ActiveExperts, CorrelatedActivation
+from .activation import ActiveExperts, CorrelatedActivation, tokens_alike
 from .model_spec import LayerSpec, ModelSpec
+from .parallel.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +48,16 @@ class Adjustments:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """Experts that are not in local memory: a documented extension, not validated by measurement.
+class RankTimes:
+    """Seconds of one target forward over ranks, on the rank that all others wait for.
 
     Args:
-        bandwidth: bytes/s over the link.
-        remote_share: share of active experts that must come over it (offload: 1 - cache hit rate;
-            the weights travel).
-        token_share: share of routed rows that travel instead (expert parallelism with ``n`` ranks:
-            1 - 1 / n; activations travel there and back, experts stay).
-        latency: seconds per MoE layer (all-to-all start-up).
+        forward: all of it.
+        collective: in the collectives of all MoE layers, without the wait for the busiest rank.
     """
 
-    bandwidth: float
-    remote_share: float = 0.0
-    token_share: float = 0.0
-    latency: float = 0.0
+    forward: float
+    collective: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +94,7 @@ class ForwardModel:
         dtype: of the matrix products, a key of ``Machine.flops``.
         sharpness: exponent of the smooth maximum of memory and compute time; large is a hard max.
         activation: distinct experts for (sequences, tokens per sequence).
+        ranks: over which the experts are spread, each rank a ``machine``; batches are of all ranks.
     """
 
     target: ModelSpec
@@ -109,15 +105,17 @@ class ForwardModel:
     activation: ActiveExperts = field(default_factory=CorrelatedActivation)
     sharpness: float = 3.0
     link: Link | None = None
+    ranks: Ranks | None = None
 
     def round_times(self, batch: int, gamma: int, context: int = 512) -> RoundTimes:
         """Times of a round of ``batch`` rows with ``gamma`` drafts at ``context`` cached tokens."""
         draft = 0.0
         if self.draft is not None and gamma > 0:
             base = self.forward_time(self.draft, batch, 1, context)
-            base += self._logits_time(self.draft.vocab, batch, 6)
+            base += self._logits_time(self.draft.vocab, self._local(batch), 6)
             draft = self.adjust.draft * base
-            draft += (self.adjust.draft_token - 1.0) * self._token_time(self.draft, batch)
+            per_token = self._token_time(self.draft, self._local(batch))
+            draft += (self.adjust.draft_token - 1.0) * per_token
         return RoundTimes(
             ar=self.forward_time(self.target, batch, 1, context),
             verify=self.forward_time(self.target, batch, gamma + 1, context),
@@ -147,18 +145,30 @@ class ForwardModel:
         self, spec: ModelSpec, sequences: int, per_sequence: int, context: int = 512
     ) -> float:
         """Seconds of one forward of ``spec`` over ``sequences * per_sequence`` tokens."""
-        tokens = sequences * per_sequence
+        local = self._local(sequences)
+        tokens = local * per_sequence
         total = self._dense_time(spec.head * spec.dense_bytes, spec.head, tokens)
         total += 4 * self.adjust.launch * self.machine.launch
         for layer, count in spec.layer_groups:
-            total += count * self._layer_time(spec, layer, sequences, per_sequence, context)
+            total += count * self._layer_time(spec, layer, local, per_sequence, context)
+            if layer.num_experts:
+                total += count * self._expert_time(spec, layer, sequences, per_sequence)
         return total + self.adjust.token * self._token_time(spec, tokens)
+
+    def rank_times(self, batch: int, gamma: int, context: int = 512) -> RankTimes:
+        """A verify forward of ``gamma + 1`` tokens a row; zeros in collectives without ranks."""
+        collective = sum(
+            count * self._collective_time(self.target, layer, batch, gamma + 1)
+            for layer, count in self.target.layer_groups
+            if layer.num_experts
+        )
+        return RankTimes(self.forward_time(self.target, batch, gamma + 1, context), collective)
 
     def sample_time(self, batch: int, gamma: int) -> float:
         """Seconds to turn logits into tokens: two passes over fp32 logits and a few launches."""
         launches = 6 if gamma == 0 else 20
         return self.adjust.reject * self._logits_time(
-            self.target.vocab, batch * (gamma + 1), launches
+            self.target.vocab, self._local(batch) * (gamma + 1), launches
         )
 
     def _logits_time(self, vocab: int, rows: int, launches: int) -> float:
@@ -171,10 +181,7 @@ class ForwardModel:
         params = layer.attention + layer.dense
         time = self._dense_time(params * spec.dense_bytes, params, tokens)
         time += self.adjust.launch * (layer.launches * self.machine.launch) + self.machine.sync
-        time += self._attention_time(spec, layer, sequences, tokens, context)
-        if layer.num_experts:
-            time += self._expert_time(spec, layer, sequences, per_sequence)
-        return time
+        return time + self._attention_time(spec, layer, sequences, tokens, context)
 
     def _dense_time(self, size: float, params: float, tokens: float) -> float:
         return params * self._per_param(
@@ -191,8 +198,7 @@ class ForwardModel:
     ) -> float:
         """Active experts, each read once and multiplied with its mean number of rows."""
         machine = self.machine
-        active = float(self.activation(sequences, per_sequence, layer.num_experts, layer.top_k))
-        routed = sequences * per_sequence * layer.top_k
+        active, routed = self.expert_load(layer, sequences, per_sequence)
         per_param = self._per_param(
             machine.expert_curve,
             spec.expert_bytes,
@@ -204,9 +210,33 @@ class ForwardModel:
         time = active * layer.expert * per_param
         if self.link is not None:
             weights = self.link.remote_share * active * layer.expert * spec.expert_bytes
-            rows = self.link.token_share * routed * spec.hidden * 2 * 2.0  # there and back, bf16
-            time += (weights + rows) / self.link.bandwidth + self.link.latency
-        return time
+            time += weights / self.link.bandwidth
+        return time + self._collective_time(spec, layer, sequences, per_sequence)
+
+    def expert_load(
+        self, layer: LayerSpec, sequences: int, per_sequence: int
+    ) -> tuple[float, float]:
+        """Distinct experts of a layer and rows routed to them; of the rank that has most."""
+        experts, top_k = layer.num_experts, layer.top_k
+        active = float(self.activation(sequences, per_sequence, experts, top_k))
+        routed = float(sequences * per_sequence * top_k)
+        if self.ranks is None:
+            return active, routed
+        alike = tokens_alike(self.activation, per_sequence, experts, top_k)
+        return self.ranks.busiest(active, routed, alike, experts)
+
+    def _collective_time(
+        self, spec: ModelSpec, layer: LayerSpec, sequences: int, per_sequence: int
+    ) -> float:
+        if self.ranks is None:
+            return 0.0
+        _, rows = self.expert_load(layer, sequences, per_sequence)
+        size = 4.0 if self.dtype == "fp32" else 2.0
+        return self.ranks.collective_seconds(sequences * per_sequence, rows, spec.hidden, size)
+
+    def _local(self, sequences: int) -> int:
+        """Sequences whose attention one rank computes."""
+        return sequences if self.ranks is None else self.ranks.local(sequences)
 
     def _attention_time(
         self, spec: ModelSpec, layer: LayerSpec, sequences: int, tokens: int, context: int
@@ -215,7 +245,7 @@ class ForwardModel:
         seen = min(context, layer.window or context)
         memory = sequences * seen * layer.kv_width * spec.kv_bytes / self.machine.bandwidth
         compute = 4.0 * tokens * seen * layer.query_width / self.machine.peak(self.dtype)
-        return self.adjust.attention * _smooth_max(memory, compute, self.sharpness)
+        return self.adjust.attention * smooth_max(memory, compute, self.sharpness)
 
     def _token_time(self, spec: ModelSpec, tokens: float) -> float:
         """Norms, rotary, residuals: about 40 passes over a token's hidden state per layer."""
@@ -238,9 +268,9 @@ class ForwardModel:
         memory, compute = multipliers
         if curve is None:
             floor = memory * bytes_per_param / bandwidth
-            return _smooth_max(floor, compute * 2.0 * rows / flops, self.sharpness)
+            return smooth_max(floor, compute * 2.0 * rows / flops, self.sharpness)
         floor = curve.seconds[0]
-        return memory * floor + compute * max(_interpolate(curve, rows) - floor, 0.0)
+        return memory * floor + compute * max(curve.at(rows) - floor, 0.0)
 
     def with_top_k(self, top_k: int | None) -> ForwardModel:
         """The same model with another K for the target."""
@@ -251,18 +281,3 @@ class ForwardModel:
     def at_memory_speed(self, speed: float | None) -> ForwardModel:
         """The same model while memory is ``speed`` times as fast; ``None`` is as described."""
         return self if speed is None else replace(self, machine=self.machine.at_memory_speed(speed))
-
-
-def _smooth_max(a: float, b: float, sharpness: float) -> float:
-    high, low = max(a, b), min(a, b)
-    if high <= 0.0:
-        return 0.0
-    return high * (1.0 + (low / high) ** sharpness) ** (1.0 / sharpness)
-
-
-def _interpolate(curve: RowCurve, rows: float) -> float:
-    """Linear in rows inside the curve; beyond its end proportional to rows."""
-    last = curve.rows[-1]
-    if rows > last:
-        return curve.seconds[-1] * rows / last
-    return float(np.interp(max(rows, curve.rows[0]), curve.rows, curve.seconds))

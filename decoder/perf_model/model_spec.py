@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -125,6 +126,13 @@ class ModelSpec:
         """Bytes of all weights."""
         experts = sum(layer.num_experts * layer.expert for layer in self.layers)
         return (self.total_params - experts) * self.dense_bytes + experts * self.expert_bytes
+
+    def weight_bytes_per_rank(self, ranks: int) -> float:
+        """Bytes of what the fullest of ``ranks`` holds that share each layer's experts."""
+        away = sum(
+            (x.num_experts - math.ceil(x.num_experts / ranks)) * x.expert for x in self.layers
+        )
+        return self.weight_bytes - away * self.expert_bytes
 
     def kv_cache_bytes(self, context: int) -> float:
         """Bytes of one sequence's cache at ``context`` tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import theory
@@ -28,6 +28,7 @@ class Cell:
     speedup: float
     tokens_per_second: float
     break_even_alpha: float | None  # None: no acceptance rate is enough
+    collective_share: float | None = None  # of the verify forward; None without ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def make_plan(
     return Plan(
         target=model.target.name,
         draft=model.draft.name if model.draft else "none (drafting costs nothing)",
-        machine=model.machine.name,
+        machine=_machine(model),
         alpha=alpha,
         context=context,
         batches=plans,
@@ -140,7 +141,8 @@ def _plan_batch(
     model: ForwardModel, batch: int, gammas: Sequence[int], alpha: float, context: int
 ) -> BatchPlan:
     step = model.round_cost(batch, 0, context)
-    cells = [Cell(batch, 0, 1.0, 1.0, batch / step, 0.0)]
+    share = _collective_share(model, batch, 0, context)
+    cells = [Cell(batch, 0, 1.0, 1.0, batch / step, 0.0, share)]
     for gamma in gammas:
         if gamma == 0:
             continue
@@ -156,6 +158,7 @@ def _plan_batch(
                 speedup=speedup,
                 tokens_per_second=speedup * batch / step,
                 break_even_alpha=None if threshold != threshold else threshold,
+                collective_share=_collective_share(model, batch, gamma, context),
             )
         )
     moe = model.target.moe
@@ -164,6 +167,13 @@ def _plan_batch(
         active = model.activation(batch, 1, moe.num_experts, moe.top_k)
         share = float(active) / moe.num_experts
     return BatchPlan(batch, step, share, tuple(cells))
+
+
+def _collective_share(model: ForwardModel, batch: int, gamma: int, context: int) -> float | None:
+    if model.ranks is None:
+        return None
+    times = model.rank_times(batch, gamma, context)
+    return times.collective / times.forward
 
 
 def _paying_ranges(plans: Sequence[BatchPlan]) -> tuple[tuple[int, int], ...]:
@@ -180,11 +190,19 @@ def _paying_ranges(plans: Sequence[BatchPlan]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
+def _machine(model: ForwardModel) -> str:
+    name = model.machine.name
+    return name if model.ranks is None else f"{model.ranks.count} ranks of {name} (prediction)"
+
+
 def _error(profile: Profile | None) -> float | None:
     return profile.held_out.p90 if profile is not None and profile.held_out else None
 
 
 def _basis(model: ForwardModel, profile: Profile | None) -> str:
+    if model.ranks is not None:
+        alone = _basis(replace(model, ranks=None), profile)
+        return f"a prediction: no run over ranks stands behind it. One rank is {alone}"
     if profile is None:
         return (
             f"zero-measurement: machine rates alone ({model.machine.source or 'given'}); no run of "
@@ -204,7 +222,7 @@ def _basis(model: ForwardModel, profile: Profile | None) -> str:
 def _notes(
     model: ForwardModel, plans: Sequence[BatchPlan], context: int, profile: Profile | None
 ) -> list[str]:
-    notes = []
+    notes = _rank_notes(model, plans[-1])
     moe = model.target.moe
     if moe is not None:
         threshold = theory.full_activation_threshold(moe.num_experts, moe.top_k)
@@ -212,22 +230,50 @@ def _notes(
             f"{moe.num_experts} experts, {moe.top_k} per token: {threshold} independent tokens "
             "activate 95 % of them; below that, verification loads more experts than a plain step"
         )
-    weights = model.target.weight_bytes + (model.draft.weight_bytes if model.draft else 0.0)
-    memory = model.machine.memory_bytes
-    cache = model.target.kv_cache_bytes(context)
-    if memory and weights > memory:
-        notes.append(
-            f"weights of {weights / 1e9:.0f} GB do not fit the {memory / 1e9:.0f} GB of "
-            f"{model.machine.name}: the numbers are for one with its rates and enough memory"
-        )
-    elif memory and cache and (memory - weights) / cache < plans[-1].batch:
-        fits = int((memory - weights) / cache)
-        notes.append(f"caches of {context} tokens fit for about {fits} sequences")
-    largest = plans[-1].batch
+    notes.extend(_memory_notes(model, plans[-1].batch, context))
     if profile is not None:
         notes.extend(profile.warnings)
         if abs(context - profile.context) > max(256, profile.context):
             notes.append(f"fitted at a context of {profile.context}, asked for {context}")
-    if moe is not None and plans[0].active_share is not None and largest == plans[0].batch:
+    if moe is not None and plans[0].active_share is not None and len(plans) == 1:
         notes.append("one batch size only: the inverted U over B cannot show")
     return notes
+
+
+def _memory_notes(model: ForwardModel, batch: int, context: int) -> list[str]:
+    ranks = 1 if model.ranks is None else model.ranks.count
+    weights = model.target.weight_bytes_per_rank(ranks)
+    weights += model.draft.weight_bytes if model.draft else 0.0
+    memory = model.machine.memory_bytes
+    cache = model.target.kv_cache_bytes(context)
+    if memory and weights > memory:
+        return [
+            f"weights of {weights / 1e9:.0f} GB do not fit the {memory / 1e9:.0f} GB of "
+            f"{model.machine.name}: the numbers are for one with its rates and enough memory"
+        ]
+    rows = batch if model.ranks is None else model.ranks.local(batch)
+    if memory and cache and (memory - weights) / cache < rows:
+        fits = int((memory - weights) / cache) * (batch // rows)
+        return [f"caches of {context} tokens fit for about {fits} sequences"]
+    return []
+
+
+def _rank_notes(model: ForwardModel, largest: BatchPlan) -> list[str]:
+    ranks, moe = model.ranks, model.target.moe
+    if ranks is None or moe is None:
+        return []
+    how = {
+        "all-reduce": "attention is replicated (every rank computes it for all of B), and each MoE "
+        "layer's outputs are summed by an all-reduce",
+        "all-to-all": "attention is data-parallel (each rank computes it for its share of B), and "
+        "each MoE layer's rows travel to their experts and back",
+    }
+    _, rows = model.expert_load(moe, largest.batch, 1)
+    mean = largest.batch * moe.top_k / ranks.count
+    return [
+        f"{ranks.held(moe.num_experts)} of {moe.num_experts} experts per layer and all other "
+        f"weights on each of {ranks.count} ranks; {how[ranks.exchange]} over {ranks.network.name}, "
+        f"{ranks.network.bandwidth / 1e9:g} GB/s and {ranks.network.latency * 1e6:g} µs a message",
+        f"a plain step at B = {largest.batch} gives the busiest rank {rows / mean:.2f} times the "
+        "mean rows, experts being equally popular; all ranks wait for it",
+    ]

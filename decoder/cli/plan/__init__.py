@@ -12,8 +12,10 @@ from typing import Any
 from decoder.cli import flag_types as types
 from decoder.errors import explained
 from decoder.perf_model.model_spec import WEIGHT_BYTES
+from decoder.perf_model.parallel.network import NETWORKS
+from decoder.perf_model.parallel.ranks import EXCHANGES, MAX_RANKS
 
-from .inputs import build_model, parse_range
+from .inputs import DEFAULT_LINK, build_model, parse_range
 from .vllm_table import speculative_config
 
 FORMATS = ("text", "json", "vllm")
@@ -66,7 +68,32 @@ def add_parser(subparsers: Any) -> None:
         "--format", choices=FORMATS, default="text",
         help="text; one JSON object; or what vLLM's --speculative-config takes (default: text)",
     )  # fmt: skip
+    _add_rank_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("expert parallelism (a prediction)")
+    group.add_argument(
+        "--ranks", type=types.whole(1, MAX_RANKS),
+        help="over which each layer's experts are spread; --machine is one of them",
+    )  # fmt: skip
+    group.add_argument(
+        "--exchange", choices=EXCHANGES,
+        help="all-reduce: attention replicated, as generate --parallel expert does (default); "
+        "all-to-all: attention data-parallel",
+    )  # fmt: skip
+    group.add_argument(
+        "--link", choices=NETWORKS, help=f"what joins the ranks (default: {DEFAULT_LINK})"
+    )
+    group.add_argument(
+        "--link-bandwidth", type=types.number(1e-3, 1e6), metavar="GB_PER_S",
+        help="per rank and direction, instead of the link's",
+    )  # fmt: skip
+    group.add_argument(
+        "--link-latency", type=types.number(0, 1e6), metavar="US",
+        help="microseconds per message, instead of the link's",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

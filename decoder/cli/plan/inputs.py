@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from decoder.perf_model.forward_model import ForwardModel
     from decoder.perf_model.hardware.machine import Machine
     from decoder.perf_model.model_spec import ModelSpec
+    from decoder.perf_model.parallel.ranks import Ranks
     from decoder.perf_model.profile import Profile
 
+DEFAULT_LINK = "ib-400"
 _MAX_VALUES = 4096  # of a range
 
 
@@ -70,11 +72,33 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
         if model.target.moe is None:
             raise ValueError(f"--top-k-experts needs a model with experts, got {model.target.name}")
         model = model.with_top_k(args.top_k_experts)
+    model = replace(model, ranks=_ranks(args, model.target))
     if args.launch_us:
         model = replace(model, machine=replace(model.machine, launch=args.launch_us * 1e-6))
     if args.independent_experts:
         model = replace(model, activation=IidActivation())
     return model, profile
+
+
+def _ranks(args: argparse.Namespace, target: ModelSpec) -> Ranks | None:
+    from decoder.perf_model.parallel.network import NETWORKS
+    from decoder.perf_model.parallel.ranks import EXCHANGES, Ranks
+
+    if args.ranks is None:
+        for name in ("exchange", "link", "link_bandwidth", "link_latency"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is read with --ranks only")
+        return None
+    if target.moe is None:
+        raise ValueError(f"--ranks needs a model with experts to spread, got {target.name}")
+    network = NETWORKS[args.link or DEFAULT_LINK]
+    if args.link_bandwidth is not None:
+        network = replace(network, name="the given link", bandwidth=args.link_bandwidth * 1e9)
+    if args.link_latency is not None:
+        network = replace(network, name="the given link", latency=args.link_latency * 1e-6)
+    ranks = Ranks(args.ranks, network, args.exchange or EXCHANGES[0])
+    ranks.check_experts(target.moe.num_experts)
+    return ranks
 
 
 def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:

@@ -18,6 +18,9 @@ def print_plan(plan: Plan) -> None:
     console.print(_summary_table(plan))
     console.print(_grid(plan, "Speedup over plain decoding", "speedup", 2))
     console.print(_grid(plan, "Target efficiency T(B, 1) / T(B, γ + 1)", "target_efficiency", 2))
+    if plan.batches[0].cells[0].collective_share is not None:
+        title = "Share of collectives in a verify step of γ + 1 tokens"
+        console.print(_grid(plan, title, "collective_share", 2))
     console.print(_answer(plan))
     error = "unknown" if plan.error is None else f"± {plan.error:.0%} (90 % of held-out points)"
     console.print(f"[bold]How sure:[/bold] {error}; {plan.basis}.")

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 _COPY_EFFICIENCY = 4.3 / 4.8
 _COMPUTE_EFFICIENCY = 790 / 989
 _GRAPH_LAUNCH = 2.5e-6
@@ -40,6 +42,13 @@ class RowCurve:
             )
         if min(self.seconds) <= 0 or self.rows[0] <= 0:
             raise ValueError(f"rows and seconds must be positive, got {self}")
+
+    def at(self, rows: float) -> float:
+        """Linear in rows inside the curve; beyond its end proportional to rows."""
+        last = self.rows[-1]
+        if rows > last:
+            return self.seconds[-1] * rows / last
+        return float(np.interp(max(rows, self.rows[0]), self.rows, self.seconds))
 
     def at_memory_speed(self, speed: float) -> RowCurve:
         """The curve while memory is ``speed`` times as fast.
@@ -160,6 +169,14 @@ class Machine:
             return cls(**fields)
         except TypeError as error:
             raise ValueError(f"not a machine description: {error}") from error
+
+
+def smooth_max(memory: float, compute: float, sharpness: float) -> float:
+    """A roofline with a rounded ridge, in seconds; a large sharpness is the plain maximum."""
+    high, low = max(memory, compute), min(memory, compute)
+    if high <= 0.0:
+        return 0.0
+    return high * (1.0 + (low / high) ** sharpness) ** (1.0 / sharpness)
 
 
 def _is_finite(value: object) -> bool:

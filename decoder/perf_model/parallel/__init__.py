@@ -1,0 +1,1 @@
+"""Expert parallelism over many ranks, as arithmetic: networks, the busiest rank, collectives."""
