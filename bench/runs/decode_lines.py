@@ -12,7 +12,7 @@ from bench.measure.machine import machine_with_kernels
 from bench.runs.cells import setup_fields
 from bench.runs.decode import Pair
 from bench.runs.subject import Subject
-from decoder.drafters.eagle_config import EagleCheckpoint
+from decoder.drafters.heads.eagle_config import EagleCheckpoint
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import ModelSpec, eagle_spec
 

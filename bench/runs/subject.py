@@ -9,7 +9,7 @@ from typing import Any
 from decoder import SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.eagle import EagleDrafter
-from decoder.drafters.eagle_config import EagleCheckpoint
+from decoder.drafters.heads.eagle_config import EagleCheckpoint
 from decoder.drafters.independent import IndependentDrafter
 from decoder.engine.profile_rounds import RoundLog
 from decoder.sampling.sampler import VerifierName

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from bench.workloads.models import INIT_STD
-from decoder.drafters.eagle_config import EagleCheckpoint, EagleConfig
+from decoder.drafters.heads.eagle_config import EagleCheckpoint, EagleConfig
 from decoder.perf_model.presets import preset_config
 
 WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_dim")

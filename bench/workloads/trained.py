@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from decoder.drafters.eagle_loader import is_eagle_checkpoint, load_eagle
+from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.drafters.table import canonical_name, drafter_kind
 from decoder.model.loading import load_model, load_tokenizer
 

@@ -49,6 +49,22 @@ class Reach(NamedTuple):
         return self.view or min(self.longest + step + 1, self.limit)
 
 
+class Texts(NamedTuple):
+    """The rows that a chain is drafted for.
+
+    Attributes:
+        reach: which positions its steps stand at.
+        history: ``[rows, S]`` tokens of all rows, by position.
+        rows: ``[B]``.
+        lengths: ``[B]``, of the texts but for the current token.
+    """
+
+    reach: Reach
+    history: Tensor
+    rows: Tensor
+    lengths: Tensor
+
+
 class DraftChain:
     """Draws one drafted token per step and keeps it with the distribution it came from.
 
@@ -71,10 +87,15 @@ class DraftChain:
         self._undefined: list[Tensor] = []
         self._step = 0
 
+    @property
+    def drawn(self) -> Tensor:
+        """The tokens drafted so far, ``[B, n]``: a view."""
+        return self._tokens[:, : self._step]
+
     def draw(self, logits: Tensor) -> Tensor:
         """Next drafted token ``[B, 1]`` from ``[B, 1, V]`` logits of the target's vocabulary."""
         # Penalties count the tokens drafted so far, as they will when the target verifies.
-        prefix = self._tokens[:, : self._step] if self._step else None
+        prefix = self.drawn if self._step else None
         dist = self._sampler.distribution(logits, self._rows, self._positions, prefix)
         assert dist.undefined is not None
         self._undefined.append(dist.undefined)

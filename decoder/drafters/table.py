@@ -272,8 +272,8 @@ def checked_drafter(drafter: Drafter | None) -> Drafter:
 
 def _kind_of(draft: Any) -> DrafterKind:
     """What a draft is: a directory is looked into."""
-    from .eagle_config import EagleCheckpoint
-    from .eagle_loader import is_eagle_checkpoint
+    from .heads.eagle_config import EagleCheckpoint
+    from .heads.eagle_loader import is_eagle_checkpoint
 
     is_path = isinstance(draft, Path)
     if is_path and is_gguf(draft):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 H, HEADS, KV_HEADS, D, INNER = 32, 4, 2, 8, 48
@@ -60,6 +60,16 @@ def save(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path
     (path / "config.json").write_text(json.dumps(config))
     save_file(tensors, path / "model.safetensors")
     return path
+
+
+def split_files(path: Path, count: int = 2) -> None:
+    """Spread a folder's weights over files with an index, as large checkpoints are."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    place = {name: f"model-{1 + i % count}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(place.values()):
+        save_file({n: t for n, t in tensors.items() if place[n] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:

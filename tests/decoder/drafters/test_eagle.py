@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import eagle_reference as reference
 from support.eagle_reference import LAYER, H, norm, random_layer, rms, save
 from support.scripted import GreedySampler, Script
@@ -70,6 +71,29 @@ def eagle1_case(path: Path, target: Any, *, layout: str) -> Case:
     )
 
 
+def with_targets_lm_head(w: Any, tensors: Any, config: Any, target: Any, ids: Tensor) -> None:
+    del tensors["lm_head.weight"]
+    w["lm_head.weight"] = target.get_output_embeddings().weight[ids]
+
+
+def with_ids(w: Any, tensors: Any, config: Any, target: Any, ids: Tensor) -> None:
+    tensors["d2t"] = ids
+
+
+def with_last_feature(w: Any, tensors: Any, config: Any, target: Any, ids: Tensor) -> None:
+    config["eagle_config"] = {"use_aux_hidden_state": False}
+    del tensors["fc.weight"]
+    w["fc.weight"] = torch.eye(H)
+
+
+# What some publishers do otherwise: changes of the reference's weights, the file and its config.
+UNLIKE: dict[str, Callable[..., None]] = {
+    "targets-lm_head": with_targets_lm_head,
+    "ids": with_ids,
+    "last-feature": with_last_feature,
+}
+
+
 def eagle3_case(path: Path, target: Any, *, layout: str) -> Case:
     w = random_layer("midlayer", 2 * H, 1) | {
         "midlayer.hidden_norm.weight": norm(H, 11),
@@ -85,6 +109,8 @@ def eagle3_case(path: Path, target: Any, *, layout: str) -> Case:
     }
     config: dict[str, Any] = {**LAYER, "draft_vocab_size": DRAFT_VOCAB}
     extra = {}
+    if layout in UNLIKE:
+        UNLIKE[layout](w, tensors, config, target, targets.values)
     if layout == "nested-ids":  # counts layer outputs: the same layers as the default
         ids = [1, DEPTH // 2 - 1, DEPTH - 4]
         config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": ids}
@@ -134,6 +160,7 @@ CASES = [
     (eagle1_case, "two-layers"),
     (eagle1_case, "speculators"),
     (eagle3_case, "midlayer"),
+    *((eagle3_case, layout) for layout in UNLIKE),
     (eagle3_case, "nested-ids"),
     (eagle3_case, "qk-norm"),
     (eagle3_case, "speculators"),
@@ -188,6 +215,31 @@ def test_drafts_what_the_equations_say(
     for gamma in (3, 1, 0, 0, 4, 6, 2):
         accepted = torch.randint(0, gamma + 1, (4,), generator=generator).tolist()
         check_round(script, case, target, gamma, accepted)
+
+
+@torch.no_grad()
+def test_a_parallel_head_reads_a_mask_where_nothing_is_drafted_yet(
+    target: Any, runner: ModelRunner, tmp_path: Path
+) -> None:
+    case = eagle3_case(tmp_path / "chain", target, layout="midlayer")
+    tensors = load_file(case.path / "model.safetensors")
+    tensors["mask_hidden"] = linear(1, 3 * H, 40)[None]
+    layers = {k.replace("midlayer.", "layers.0."): v for k, v in tensors.items()}
+    config = {"speculators_model_type": "peagle", "transformer_layer_config": LAYER}
+    path = save(tmp_path / "mask", {**config, "mask_token_id": 5}, layers)
+    script = start(case._replace(path=path), target, runner, 3)
+    assert script.features is not None
+    embedding = target.get_input_embeddings().weight.detach()
+    masked = case.fuse(tensors["mask_hidden"][0])
+    for gamma, accepted in ((3, [3, 0, 1]), (0, [0, 0, 0]), (4, [2, 4, 0]), (1, [0, 1, 0])):
+        starts = list(script.lengths)
+        draft = script.round(gamma, accepted)
+        for row, length in enumerate(starts if draft else []):
+            tokens = torch.tensor([*script.sequences[row][1 : length + 1], *[5] * (gamma - 1)])
+            known = case.fuse(script.features[row][:length])
+            out = case.step(embedding[tokens], torch.cat([known, masked.expand(gamma - 1, -1)]))
+            assert draft is not None
+            assert draft.tokens[row].tolist() == [case.read(h) for h in out[length - 1 :]]
 
 
 @torch.no_grad()

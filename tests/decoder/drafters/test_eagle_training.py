@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from decoder.drafters.eagle_head import EagleHead
-from decoder.drafters.eagle_loader import is_eagle_checkpoint, load_eagle
+from decoder.drafters.heads.eagle_head import EagleHead
+from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.model.attention import Placement
 from decoder.model.cache import RaggedCache
 from training.eagle import CONFIG, Eagle, save_eagle

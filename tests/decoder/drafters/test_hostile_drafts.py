@@ -22,7 +22,7 @@ from support.hostile.folders import (
 )
 
 from decoder.drafters import build_drafter
-from decoder.drafters.eagle_loader import load_eagle
+from decoder.drafters.heads.eagle_loader import load_eagle
 from decoder.engine.loop import SpeculativeDecoder
 
 KEY = "eagle_aux_hidden_state_layer_ids"

@@ -19,7 +19,7 @@ import decoder
 from decoder import smol
 from decoder.checkpoint.folder import read_json
 from decoder.checkpoint.weights import INDEX, tensor_headers, weight_files
-from decoder.drafters.eagle_loader import load_eagle
+from decoder.drafters.heads.eagle_loader import load_eagle
 from decoder.errors import UserError
 from decoder.model.loading import load_model, load_tokenizer
 from decoder.smol import build

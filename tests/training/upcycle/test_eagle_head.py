@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
-from decoder.drafters.eagle_head import EagleHead
-from decoder.drafters.eagle_loader import is_eagle_checkpoint, load_eagle
+from decoder.drafters.heads.eagle_head import EagleHead
+from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.model.attention import Placement
 from decoder.model.cache import RaggedCache
 from training.upcycle.eagle_head import Eagle3, head_config, save_head, start_from_dense

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.eagle_reference import LAYER, H, norm, random_layer, save
+from support.eagle_reference import LAYER, H, norm, random_layer, save, split_files
 
-from decoder.drafters.eagle_loader import is_eagle_checkpoint, load_eagle
+from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 
 
 def eagle1_tensors() -> dict[str, torch.Tensor]:
@@ -36,10 +36,25 @@ def test_original_eagle1_is_told_from_a_llama_by_its_tensors(tmp_path: Path) -> 
     assert not is_eagle_checkpoint(tmp_path / "nothing")
 
 
+def test_a_plain_name_and_two_files_hold_an_eagle3_head(tmp_path: Path) -> None:
+    config = {**LAYER, "architectures": ["LlamaForCausalLM"]}
+    tensors = {f"model.{name}": tensor for name, tensor in eagle3_tensors().items()}
+    whole = load_eagle(save(tmp_path / "one", config, tensors))
+    split_files(save(tmp_path / "two", config, tensors))
+    assert is_eagle_checkpoint(tmp_path / "two")
+    found = load_eagle(tmp_path / "two")
+    assert found.config == whole.config and found.weights.keys() == whole.weights.keys()
+    next((tmp_path / "two").glob("*-2.safetensors")).unlink()
+    for read in (is_eagle_checkpoint, load_eagle):
+        with pytest.raises(ValueError, match=r"names 'model-2.safetensors', which is missing"):
+            read(tmp_path / "two")
+
+
 @pytest.mark.parametrize(
     "config",
     [
         {"speculators_model_type": "eagle3"},
+        {**LAYER, "architectures": ["Eagle3Speculator"]},
         {**LAYER, "architectures": ["LlamaForCausalLMEagle3"]},
     ],
 )
@@ -58,6 +73,25 @@ def test_eagle3_is_canonical(tmp_path: Path) -> None:
     assert "layers.0.hidden_norm.weight" in checkpoint.weights
     assert not any("midlayer" in name or name == "t2d" for name in checkpoint.weights)
     assert checkpoint.config.rope["rope_scaling"]["factor"] == 2.0
+
+
+IDS = [1, 9, 40, 63]
+MARKED = torch.zeros(64, dtype=torch.bool).scatter(0, torch.tensor([0, 2, 3]), True)
+MAPS: dict[str, tuple[list[int], torch.Tensor | None, list[int]]] = {
+    "offsets, some negative": ([3, 1, -2, 4], None, [3, 2, 0, 7]),
+    "offsets over the whole vocabulary": ([0] * 64, None, list(range(64))),
+    "ids, as no offset leads there": (IDS, None, IDS),
+    "ids, as the mask says": ([0, 2, 3], MARKED, [0, 2, 3]),
+    "offsets, as the mask says": ([0, 1, 1], MARKED, [0, 2, 3]),
+}
+
+
+@pytest.mark.parametrize(("d2t", "t2d", "expected"), MAPS.values(), ids=MAPS)
+def test_what_a_map_of_tokens_holds(tmp_path: Path, d2t: Any, t2d: Any, expected: Any) -> None:
+    tensors = eagle3_tensors(len(d2t)) | {"d2t": torch.tensor(d2t, dtype=torch.int32)}
+    tensors |= {} if t2d is None else {"t2d": t2d}
+    found = load_eagle(save(tmp_path, LAYER, tensors)).draft_to_target
+    assert found is not None and found.tolist() == expected
 
 
 def test_the_two_conventions_of_feature_layer_ids(tmp_path: Path) -> None:
@@ -94,8 +128,12 @@ def broken(change: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             tensors["d2t"] = torch.arange(5)
         case "d2t missing":
             del tensors["d2t"]
-        case "lm_head missing":
-            del tensors["lm_head.weight"]
+        case "t2d":
+            tensors["t2d"] = torch.arange(64) > 50
+        case "another kind":
+            config = {"speculators_model_type": "eagle", "transformer_layer_config": config}
+        case "no mask token":
+            config["parallel_drafting"] = True
         case "type":
             config = {"speculators_model_type": "mtp", "transformer_layer_config": config}
     return config, tensors
@@ -111,8 +149,10 @@ def broken(change: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         ("shape", r"q_proj.weight must be \(32, 64\)|k_proj.weight must be \(8, 64\)"),
         ("d2t", "got 8 and 5"),
         ("d2t missing", "lm_head covers 8 tokens but there is no d2t"),
-        ("lm_head missing", "has d2t but no lm_head"),
-        ("type", "must be 'eagle' or 'eagle3', got 'mtp'"),
+        ("t2d", "d2t must lead to the 13 tokens that t2d marks, got other 8"),
+        ("another kind", "says that it holds eagle, its tensors are those of eagle3"),
+        ("no mask token", "needs mask_token_id or pard_token or ptd_token_id, got None"),
+        ("type", "must be one of 'eagle', 'eagle3', 'peagle', got 'mtp'"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, change: str, message: str) -> None:

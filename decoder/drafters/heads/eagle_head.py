@@ -23,7 +23,6 @@ from decoder.model.attention import Placement, ragged_attention
 from decoder.model.cache import RaggedCache
 
 from .eagle_config import EagleCheckpoint, EagleConfig
-from .vocab import fit_vocab
 
 
 def _part(weights: dict[str, Tensor], name: str, eps: float) -> nn.Module | None:
@@ -175,20 +174,39 @@ class EagleHead(nn.Module):
         )
         self.norm = _part(weights, "norm", eps) or _part(weights, "pre_lm_head_layernorm", eps)
         self.lm_head = _part(weights, "lm_head", eps)
+        if self.lm_head is None and embedding.shape[1] != config.hidden_size:
+            raise UserError(
+                f"the EAGLE head brings no lm_head, and its states have width "
+                f"{config.hidden_size}, the target's {embedding.shape[1]}"
+            )
         self.rotary = _rotary(config, device)
         mapping = checkpoint.draft_to_target
         self.draft_to_target = None if mapping is None else mapping.to(device)
+        mask = weights.get("mask_hidden")
+        self._mask = None if mask is None else mask.flatten()
+
+    @property
+    def embedding(self) -> Tensor:
+        """``[V, H]``, its own or the target's."""
+        return self._shared[0]
+
+    @property
+    def masked(self) -> Tensor:
+        """What stands for a hidden state that there is not yet, ``[H]``; of P-EAGLE alone."""
+        assert self._mask is not None
+        return self.fuse(self._mask)
 
     @property
     def feature_size(self) -> int:
         """Width of the concatenated target features that ``fuse`` expects."""
-        assert isinstance(self.fc, nn.Linear)
+        if not isinstance(self.fc, nn.Linear):
+            return self.config.hidden_size
         embedding_width = 0 if self.config.kind == "eagle3" else self.config.hidden_size
         return self.fc.in_features - embedding_width
 
     def fuse(self, features: Tensor) -> Tensor:
         """Target features ``[B, Q, n * H_t]`` to what ``forward`` takes in their place."""
-        if self.config.kind == "eagle1":
+        if self.config.kind == "eagle1" or self.fc is None:
             return features
         if self.input_norm is not None:
             features = self.input_norm(features)
@@ -196,23 +214,12 @@ class EagleHead(nn.Module):
             chunks = features.chunk(len(self.fc_norm), dim=-1)
             pairs = zip(self.fc_norm, chunks, strict=True)
             features = torch.cat([norm(chunk) for norm, chunk in pairs], dim=-1)
-        assert self.fc is not None
         return self.fc(features)
 
     def forward(
         self, tokens: Tensor, hidden: Tensor, cache: RaggedCache, placement: Placement
     ) -> Tensor:
-        """One pass over pairs ``(token_{t+1}, hidden_t)`` at positions ``t``.
-
-        Args:
-            tokens: ``[B, Q]`` int64 target token ids.
-            hidden: ``[B, Q, H]`` fused features, or this function's own earlier output.
-            cache: this head's cache, already told rows and positions by ``select``.
-            placement: the same rows and positions for attention.
-
-        Returns:
-            ``[B, Q, H]``, to be read by ``logits`` and fed back as ``hidden``.
-        """
+        """See ``Head``: pairs ``(token_{t+1}, hidden_t)`` at positions ``t``."""
         embeds = nn.functional.embedding(tokens, self._shared[0])
         if self.config.kind == "eagle1":
             if self.embedding_layernorm is not None:
@@ -227,14 +234,17 @@ class EagleHead(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
-        """``[B, Q, H]`` to logits over target ids ``[B, Q, vocab_size]``, -inf off the draft's."""
+        """See ``Head``: -inf for a token that ``draft_to_target`` does not lead to."""
         if self.norm is not None and not self.config.norm_output:
             hidden = self.norm(hidden)
+        mapping = self.draft_to_target
         scores = (self._shared[1] if self.lm_head is None else self.lm_head)(hidden)
-        if self.draft_to_target is not None:
-            full = scores.new_full((*scores.shape[:-1], vocab_size), -torch.inf)
-            return full.index_copy_(-1, self.draft_to_target, scores)
-        return fit_vocab(scores, vocab_size)
+        if mapping is None:
+            return scores
+        if self.lm_head is None:  # the target's scores of all its tokens
+            scores = scores[..., mapping]
+        full = scores.new_full((*scores.shape[:-1], vocab_size), -torch.inf)
+        return full.index_copy_(-1, mapping, scores)
 
 
 def _rotary(config: EagleConfig, device: torch.device) -> nn.Module:

@@ -30,6 +30,7 @@ class EagleConfig:
         norm_output: the hidden state handed to the next draft step is the one after ``norm``.
         windows: per layer, how many latest positions it sees; 0 is all.
         rope: configuration keys that transformers' rotary embedding reads.
+        mask_token: what P-EAGLE reads where nothing is drafted yet; ``None``: drafts one by one.
     """
 
     kind: Kind
@@ -45,6 +46,7 @@ class EagleConfig:
     feature_layers: tuple[int, ...] | None
     norm_before_residual: bool = False
     norm_output: bool = False
+    mask_token: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "num_layers"):
@@ -129,8 +131,9 @@ def _expected(
     features = None if fc is None or fc.ndim != 2 else fc.shape[1]
     norms = [name for name in weights if name.startswith("fc_norm.")]
     chunk = None if features is None or not norms else features // len(norms)
-    needed: dict[str, Shape] = {"fc.weight": (H, 2 * H if config.kind == "eagle1" else None)}
+    needed: dict[str, Shape] = {}
     optional: dict[str, Shape] = {
+        "fc.weight": (H, 2 * H if config.kind == "eagle1" else None),
         "fc.bias": (H,),
         "norm.weight": (H,),
         "pre_lm_head_layernorm.weight": (H,),
@@ -143,6 +146,8 @@ def _expected(
     }
     if config.kind == "eagle3":
         needed["norm.weight"] = (H,)
+    if config.mask_token is not None:
+        needed["mask_hidden"] = (1, 1, features or H)
     for index in range(config.num_layers):
         for name, shape, must in _layer(config, weights, f"layers.{index}."):
             (needed if must else optional)[name] = shape
@@ -186,9 +191,7 @@ def _check_vocabulary(checkpoint: EagleCheckpoint, vocab_size: int, path: Path) 
                 "that says which"
             )
         return
-    if head is None:
-        raise UserError(f"EAGLE head in {path} has d2t but no lm_head of its own")
-    if head.shape[0] != mapped.numel():
+    if head is not None and head.shape[0] != mapped.numel():
         raise UserError(
             f"EAGLE head in {path}: lm_head and d2t must agree on the draft vocabulary, "
             f"got {head.shape[0]} and {mapped.numel()}"
