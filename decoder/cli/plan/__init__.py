@@ -68,6 +68,10 @@ def add_parser(subparsers: Any) -> None:
         "--format", choices=FORMATS, default="text",
         help="text; one JSON object; or what vLLM's --speculative-config takes (default: text)",
     )  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_const", dest="format", const="json",
+        help="as --format json, under the name that other commands have for it",
+    )  # fmt: skip
     _add_rank_arguments(parser)
     parser.set_defaults(run=run)
 

@@ -24,7 +24,7 @@ def run(*arguments: str) -> int:
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    assert run(*arguments, "--format", "json") == 0
+    assert run(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
 
 
