@@ -2,7 +2,8 @@
 
 Every round starts by feeding the last two tokens, not one: after a round in which all drafts were
 accepted the draft model has never seen its own last proposal, and rewriting the position before it
-otherwise is harmless. The shape is the same either way, so there is no branch and no sync.
+otherwise is harmless. The shape is the same either way, so there is no branch and no sync. A model
+with recurrent state has not settled that position either.
 """
 
 from __future__ import annotations
@@ -55,8 +56,14 @@ class IndependentDrafter:
         require_same_vocabulary(sampler.vocab_size, draft_size, *self._tokenizers)
         self._limit = usable_length("draft model", context_length(self.model), runner.max_length)
         self.runner = ModelRunner(
-            self.model, runner.max_batch_size, self._limit, static=runner.static
+            self.model,
+            runner.max_batch_size,
+            self._limit,
+            static=runner.static,
+            longest_draft=max_gamma,
         )
+        # A recurrent state takes in what it is fed once and no more.
+        self._stateful = self.runner.cache.recurrent is not None
         self._sampler = sampler
         self._chains = Chains(self.runner, sampler, self._limit)
         self._last_id = draft_size - 1
@@ -72,8 +79,12 @@ class IndependentDrafter:
         if not self._drafting:  # prompts are caught up with when drafts are wanted, maybe never
             self.release(rows.tolist())
             return
-        known = self._known(token_ids[:, : self._limit])
-        self.runner.prefill(rows, known, lengths.clamp(max=self._limit))
+        # The last token is read again when drafting starts.
+        before = lengths.clamp(max=self._limit) - 1
+        some = before > 0
+        if bool(some.any()):
+            known = self._known(token_ids[:, : int(before.max())])
+            self.runner.prefill(rows[some], known[some], before[some])
         for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
             self._synced[row] = length
 
@@ -130,6 +141,7 @@ class IndependentDrafter:
                 reach.place(positions, step),
                 reach.length(step),
                 logits_positions=None if step else last,
+                settled=lengths - 1,
             )
             tokens = chain.draw(fit_vocab(logits, self._sampler.vocab_size))
         return chain
@@ -162,7 +174,7 @@ class IndependentDrafter:
             (row, length) for row, length in state.rows_and_lengths() if length < self._limit
         ]
         lag = max(length - 1 - self._synced[row] for row, length in lengths)
-        if lag > _INLINE_LAG:
+        if lag > (0 if self._stateful else _INLINE_LAG):
             self._catch_up(state, lengths)
             lag = 0
         return max(lag, 0)
@@ -172,6 +184,8 @@ class IndependentDrafter:
         device = state.rows.device
         behind = [(row, self._synced[row], length - 1) for row, length in lengths]
         behind = [span for span in behind if span[1] < span[2]]
+        if self._stateful:  # what fails on the way has left states that nobody knows
+            self.release([row for row, _, _ in behind])
         rows, start, stop = torch.tensor(behind, device=device).unbind(1)
         no_logits = torch.zeros(len(behind), 0, dtype=torch.int64, device=device)
         backlog = max(stop - start for _, start, stop in behind)
@@ -185,6 +199,7 @@ class IndependentDrafter:
                 torch.where(positions < stop[:, None], positions, -1),
                 logits_positions=no_logits,
                 max_position=max(stop for _, _, stop in behind) - 1,
+                settled=torch.minimum(start + first + len(step), stop),
             )
 
     def _known(self, tokens: Tensor) -> Tensor:

@@ -157,7 +157,12 @@ class SelfDrafter(StatelessDrafter):
             for step in range(gamma):
                 positions = reach.place(lengths[:, None] + step, step)
                 logits, _ = runner.run(
-                    token, rows, positions, reach.length(step), most_experts=self.top_k
+                    token,
+                    rows,
+                    positions,
+                    reach.length(step),
+                    most_experts=self.top_k,
+                    settled=lengths,
                 )
                 token = chain.draw(logits)
         if self._reduced.calls == calls and not runner.limits_experts:

@@ -93,7 +93,7 @@ class SpeculativeDecoder:
         # No row has room for a longer one.
         longest_draft = min(getattr(self.controller, "max_gamma", max_gamma), self.max_length)
         self.runner = ModelRunner(
-            target, max_batch_size, self.max_length, attention=attention, static=static
+            target, max_batch_size, self.max_length, attention, static, longest_draft
         )
         self.sampler = Sampler(max_batch_size, self.runner.vocab_size, self.runner.device, verifier)
         self.drafter.bind(self.runner, self.sampler, max(longest_draft, 1))

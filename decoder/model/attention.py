@@ -94,10 +94,17 @@ class Placement:
         return self._biases[key]
 
 
-def portable(
-    rows: Tensor, positions: Tensor, length: int, limit: int, windows: dict[int, int]
+def place(
+    rows: Tensor,
+    positions: Tensor,
+    length: int,
+    limit: int,
+    op: RaggedOp | None,
+    windows: dict[int, int],
 ) -> Placement:
-    """A placement without a kernel, that looks at whole blocks of ``length`` positions or more."""
+    """A placement that looks at ``length`` positions, without a kernel at whole blocks of them."""
+    if op is not None:
+        return Placement(rows, positions, length, op, windows)
     identity = on_host(rows.device) and rows.tolist() == list(range(len(rows)))
     view = min(whole_blocks(length), limit)
     return Placement(None if identity else rows, positions, view, None, windows)

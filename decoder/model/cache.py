@@ -4,8 +4,8 @@ Invariant: place in the row == absolute position == RoPE position, and a query a
 exactly the positions <= p. Rolling back rejected tokens is therefore a smaller length and nothing
 else: they lie beyond every later query until they are written again.
 
-This file stores keys and values. It does not mask (``attention.py``) and does not know lengths
-(``engine/batch.py``).
+This file stores keys and values, and passes layers with a recurrent state on to ``recurrent/``. It
+does not mask (``attention.py``) and does not know lengths (``engine/batch.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .recurrent.states import RecurrentStates
 
 _BUCKET = 256  # positions are added in multiples of it, doubling
 ROW_BLOCK = 64  # a row is whole blocks: a GPU's attention takes views of them without padding
@@ -33,16 +35,22 @@ class RaggedCache(Cache):
         max_length: most tokens a row may hold.
         initial_length: tokens a row can hold before the first growth; ``None`` picks a small one.
             Growing moves the slabs, so CUDA graphs need ``initial_length=max_length``.
+        recurrent: of a model with layers that have no keys and values.
     """
 
     def __init__(
-        self, max_batch_size: int, max_length: int, initial_length: int | None = None
+        self,
+        max_batch_size: int,
+        max_length: int,
+        initial_length: int | None = None,
+        recurrent: RecurrentStates | None = None,
     ) -> None:
         # Layers appear as the model first writes to them; the list keeps their precise type.
         self.ragged_layers: list[RaggedLayer] = []
         # Weakly: slabs of gigabytes go when the cache does, not when the collector next runs.
         self._new_layer = partial(RaggedLayer, weakref.proxy(self))
         super().__init__(layer_class_to_replicate=self._new_layer)  # type: ignore[arg-type]
+        self.recurrent = recurrent
         self.num_rows = max_batch_size
         self.max_length = max_length
         self.row_length = whole_blocks(min(initial_length or _BUCKET - 1, max_length) + 1)
@@ -87,17 +95,51 @@ class RaggedCache(Cache):
             for slab in (layer.keys, layer.values):
                 if slab is not None:
                     slab[row, start:] = 0
+        if self.recurrent is not None:
+            self.recurrent.scrub(row, start)
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         slabs = [slab for layer in self.ragged_layers for slab in (layer.keys, layer.values)]
-        return sum(slab.nbytes for slab in slabs if slab is not None)
+        held = sum(slab.nbytes for slab in slabs if slab is not None)
+        return held + (self.recurrent.nbytes() if self.recurrent is not None else 0)
+
+    # transformers' interface of recurrent layers: told that nothing is there yet, they take the
+    # whole of a forward at once, through functions that find the states by themselves.
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        return False
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> Tensor:
+        """Note which layer it is that computes next; inputs ``[B, C, Q]`` are returned as given."""
+        if self.recurrent is None:
+            raise NotImplementedError("a recurrent layer in a model that was taken to have none")
+        self.recurrent.enter(layer_idx, state_idx)
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> Tensor:
+        return recurrent_states
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What a model's forward calls its cache: transformers 5.24 renames it, remote code may not."""
-    new, old = "cache", "past_key_values"
-    return new if new in inspect.signature(model.forward).parameters else old
+    """What a model's forward calls its cache.
+
+    transformers 5.24 renames it, remote code may not; Mamba has always had a name of its own.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in taken), "past_key_values")
 
 
 def whole_blocks(length: int) -> int:

@@ -140,6 +140,18 @@ def ragged_attention_op(
     return None if ops is None else ops.ragged_attention.default
 
 
+def recurrent_operators() -> Any:
+    """The operators of layers with a recurrent state: ``moesd_kernels.dense.recurrent``.
+
+    Raises:
+        UserError: there are none.
+    """
+    with explained("models with recurrent state need moesd_kernels"):
+        from moesd_kernels.dense import recurrent
+
+        return recurrent
+
+
 @functools.cache
 def argmax_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """``logits [..., V] -> (places [...], undefined [...])`` in one op, or ``None``."""

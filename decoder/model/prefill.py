@@ -69,6 +69,7 @@ def prefill(
             hidden_layers=hidden_layers,
             logits_positions=(last - start).clamp(max=stop - start - 1),
             max_position=stop - 1,
+            settled=lengths[index].clamp(max=stop),
         )
         if logits is None:
             logits = out.logits.new_zeros(len(sorted_lengths), 1, out.logits.shape[-1])

@@ -23,6 +23,7 @@ from decoder.errors import UserError
 from .cache import RaggedCache
 
 LENGTH = 5  # tokens of each row
+TRIED = 4  # of a row at once, the longest draft that is taken back among them
 _UNKNOWN_MASK = -1
 _SENSITIVITIES = 2  # every layer rounds, not the first one's input alone; few tokens are looked at
 
@@ -88,7 +89,7 @@ def steps(ids: Tensor) -> tuple[Step, Step]:
     R, device = len(ids), ids.device
     first = torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1]], device=device)[:R]
     second = torch.tensor([[2, 3, 4], [2, -1, -1]], device=device)[:R]
-    drafted = ids[:, :4].clone()
+    drafted = ids[:, :TRIED].clone()
     drafted[0, 2:] = ids[0, :2]
     order = torch.arange(R, device=device)
     return (
@@ -146,7 +147,8 @@ def window_of(mask: Tensor | None) -> int:
 def check_layers(model: Any, calls: int, cache: RaggedCache) -> None:
     """Refuse a model whose cached layers are not all attended to by the interface."""
     written = sum(layer.is_initialized for layer in cache.ragged_layers)
-    if not calls or calls < written:
+    recurrent = cache.recurrent is not None and cache.recurrent.layers
+    if calls < written or not (calls or recurrent):
         raise refusal(model, f"{calls} attention calls for {written} cached layers")
 
 

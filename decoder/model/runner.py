@@ -20,7 +20,7 @@ from .graphs import StepGraphs
 from .lean import LeanForward, lean_forward, watched_tensors
 from .prefill import ForwardOutput, gather, prefill
 from .rope import looks_at_positions, row_rope
-from .support import attention_configs, attention_named, check_same, check_supported, hidden_dtype
+from .support import attention_configs, attention_named, check_same, hidden_dtype, recurrent_states
 from .watch import Watch, is_bare
 
 _STATIC_QUERIES = 32  # wider forwards are prefill
@@ -35,8 +35,8 @@ class ModelRunner:
         max_batch_size: cache rows.
         max_length: most tokens per row, drafts included.
         attention: ``"auto"`` uses the kernel when there is one, ``"portable"`` never does.
-        static: run forwards in fixed-size buffers (``graphs.py``); ``"auto"`` does so, with
-            capture, on CUDA.
+        static: run forwards in fixed-size buffers (``graphs.py``); ``"auto"`` on CUDA, captured.
+        longest_draft: that a row of a model with recurrent state has room for.
 
     Raises:
         UserError: the architecture cannot be run over a ragged cache, with the reason.
@@ -49,20 +49,21 @@ class ModelRunner:
         max_length: int,
         attention: kernels.AttentionName = "auto",
         static: bool | Literal["auto"] = "auto",
+        longest_draft: int = 0,
     ) -> None:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        check_supported(self.model)
+        states = recurrent_states(model, max_batch_size, max(longest_draft + 1, probe.TRIED))
         self._cache_argument = cache_argument(self.model)
-        self._head = self.model.get_output_embeddings()
-        self._base = self.model.base_model
+        self._head, self._base = self.model.get_output_embeddings(), self.model.base_model
         self.device = self.model.get_input_embeddings().weight.device
         self.dtype, self.vocab_size = hidden_dtype(self.model), int(self._head.weight.shape[0])
         self.max_batch_size, self.max_length = max_batch_size, max_length
         cuda = self.device.type == "cuda"
         self.static = cuda if static == "auto" else bool(static)
         # Growing would move the slabs under captured graphs.
-        self.cache = RaggedCache(max_batch_size, max_length, max_length if self.static else None)
+        whole = max_length if self.static else None
+        self.cache = RaggedCache(max_batch_size, max_length, whole, states)
         self._op = kernels.ragged_attention_op(self.device, self.dtype, attention)
         self._windows: dict[int, int] = {}
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
@@ -77,8 +78,8 @@ class ModelRunner:
                 raise
             self._op = None
             self._split_head = self._probe()
-        graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda)
-        self._graphs = graphs if self.static and not looks_at_positions(model) else None
+        fixed = self.static and states is None and not looks_at_positions(model)
+        self._graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda) if fixed else None
         self._proven = self._split_head, self._lean is not None
         support.warn_of_library_products(model, self._lean is not None and self._lean.whole)
         self._watch = self._look()
@@ -93,6 +94,7 @@ class ModelRunner:
         hidden_layers: Sequence[int] | None = None,
         logits_positions: Tensor | None = None,
         max_position: int | None = None,
+        settled: Tensor | None = None,
     ) -> ForwardOutput:
         """Write the tokens' keys and values at their positions and return logits.
 
@@ -105,15 +107,16 @@ class ModelRunner:
             logits_positions: ``[B, n]`` int64 indices into Q; ``None`` is all of them. ``n = 0``
                 computes no logits.
             max_position: largest position, when the caller knows it: spares a device sync.
+            settled: ``[B]`` int64, how many of a row's tokens are never taken back: with recurrent
+                state, all but ``longest_draft + 1`` or more. ``None`` is those before these.
         """
         graphs = self.graphs
         length = (int(positions.max()) if max_position is None else max_position) + 1
         self.cache.reserve(length)
-        run = self.run
+        inputs = input_ids, rows, positions, length, hidden_layers, logits_positions
         if graphs is not None and input_ids.shape[1] <= _STATIC_QUERIES:
-            run = partial(graphs.forward, self.run)
-        logits, hidden = run(input_ids, rows, positions, length, hidden_layers, logits_positions)
-        return ForwardOutput(logits, hidden)
+            return ForwardOutput(*graphs.forward(self.run, *inputs))
+        return ForwardOutput(*self.run(*inputs, settled=settled))
 
     @torch.inference_mode()
     def prefill(
@@ -198,6 +201,7 @@ class ModelRunner:
         hidden_layers: Sequence[int] | None = None,
         logits_positions: Tensor | None = None,
         most_experts: int | None = None,
+        settled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """``forward`` on tensors alone: no host synchronisation, so that a graph may hold it.
 
@@ -212,10 +216,11 @@ class ModelRunner:
             states, kept = self._lean(
                 input_ids, position_ids, placement, hidden_layers, columns, most_experts
             )
-            wanted = gather(states, logits_positions) if columns is None else states
-            logits = self._lean.head(wanted)
+            logits = self._lean.head(
+                gather(states, logits_positions) if columns is None else states
+            )
         else:
-            with self._ragged(placement, rows):
+            with self._ragged(placement, rows, settled):
                 logits, kept = self._model_forward(
                     input_ids, position_ids, hidden_layers, logits_positions
                 )
@@ -240,26 +245,23 @@ class ModelRunner:
         return logits, [out.hidden_states[layer] for layer in hidden_layers or ()]
 
     def _inputs(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
-        return {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            self._cache_argument: self.cache,
-            "attention_mask": self._no_mask,
-            "use_cache": True,
-        }
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": True}
+        inputs[self._cache_argument] = self.cache
+        # Without attention that reads it, it would be taken for one that hides padding.
+        return inputs | {"attention_mask": self._no_mask} if self._windows else inputs
 
     @contextmanager
-    def _ragged(self, placement: Placement, rows: Tensor) -> Iterator[None]:
+    def _ragged(self, placement: Placement, rows: Tensor, settled: Tensor | None) -> Iterator[None]:
         """The model's own layers read the cache inside, as ``placement`` says."""
-        rope = nullcontext() if self._rope is None else self._rope.used(rows, placement.positions)
-        with ragged.placed(placement), attention_named(ragged.NAME, self._configs), rope:
+        where, recurrent = (rows, placement.positions), self.cache.recurrent
+        rope = nullcontext() if self._rope is None else self._rope.used(*where)
+        states = nullcontext() if recurrent is None else recurrent.running(*where, settled)
+        with ragged.placed(placement), attention_named(ragged.NAME, self._configs), rope, states:
             yield
 
     def _placed(self, rows: Tensor, positions: Tensor, length: int) -> Placement:
         self.cache.select(rows, positions)
-        if self._op is not None:
-            return Placement(rows, positions, length, self._op, self._windows)
-        return ragged.portable(rows, positions, length, self.max_length + 1, self._windows)
+        return ragged.place(rows, positions, length, self.max_length + 1, self._op, self._windows)
 
     @torch.inference_mode()
     def _probe(self) -> bool:
@@ -269,6 +271,7 @@ class ModelRunner:
         with probe.refusing(self.model):
             ids = probe.sample(self.model, self.vocab_size, self.max_batch_size)
             first, second = probe.steps(ids)
+            self._windows.clear()  # no mask is given before the model has shown its own
             learned, placement = self._tried(self.model, first, learn=True)
             self.logits_dtype = learned.logits.dtype
             probe.check_layers(self.model, placement.calls, self.cache)
@@ -293,7 +296,5 @@ class ModelRunner:
         placement = self._placed(step.rows, step.positions, probe.LENGTH)
         placement.probing = learn
         inputs = self._inputs(step.input_ids, step.positions.clamp(min=0))
-        if learn:
-            del inputs["attention_mask"]
-        with self._ragged(placement, step.rows):
+        with self._ragged(placement, step.rows, None):
             return model(**inputs), placement

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from decoder.errors import UserError
 
 from . import kernels
+from .recurrent.functions import adapt
+from .recurrent.states import RecurrentStates
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,8 @@ _ATTRIBUTE = "_attn_implementation_internal"
 _thread = threading.local()
 # By name: their packages need not be installed. The last is the class of a weight of torchao's.
 _ROW_DEPENDENT = {"Linear8bitLt", "Float8Linear", "LinearActivationQuantizedTensor"}
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+_WITHOUT_STATE = {"full_attention", "sliding_attention", "mlp", "moe"}
+_WITH_STATE = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 
 
 def check_loaded(model: Any) -> None:
@@ -39,27 +42,49 @@ def check_loaded(model: Any) -> None:
         )
 
 
-def check_supported(model: Any) -> None:
-    """Refuse models whose past cannot be rolled back by masking.
+def recurrent_states(model: Any, num_rows: int, undecided: int) -> RecurrentStates | None:
+    """Room for what layers of a model keep instead of keys and values, if there are any.
+
+    Args:
+        num_rows: cache rows.
+        undecided: most tokens of a row that may yet be taken back.
 
     Raises:
-        UserError: recurrent, chunked or encoder-decoder architectures.
+        UserError: what ``check_supported`` says, or there are no operators for them.
+    """
+    if not check_supported(model):
+        return None
+    device = model.get_input_embeddings().weight.device
+    return RecurrentStates(num_rows, undecided, kernels.recurrent_operators(), device)
+
+
+def check_supported(model: Any) -> bool:
+    """Refuse models whose past can be rolled back neither by masking nor by replaying.
+
+    Returns:
+        Whether it has layers with a recurrent state.
+
+    Raises:
+        UserError: chunked, encoder-decoder or unknown recurrent architectures.
     """
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder model; expected a decoder-only causal LM")
     layers = set(getattr(config, "layer_types", None) or ())
-    exotic = sorted(layers - _SUPPORTED_LAYERS)
-    if exotic or getattr(model, "_is_stateful", False):
-        kinds = ", ".join(exotic) or "recurrent state"
+    exotic = layers - _WITHOUT_STATE - _WITH_STATE
+    stateful = layers & _WITH_STATE or (not layers and getattr(model, "_is_stateful", False))
+    if exotic or (stateful and not adapt(model)):
+        kinds = ", ".join(sorted(exotic or layers & _WITH_STATE)) or "recurrent state"
         raise UserError(
             f"{name} has {kinds} layers, whose state cannot be rolled back when drafted tokens are "
-            f"rejected; supported are {' and '.join(sorted(_SUPPORTED_LAYERS))}"
+            "rejected; supported are attention that masking rolls back, and delta rules, Mamba and "
+            "short convolutions of transformers' linear-attention cache"
         )
     if getattr(model.get_output_embeddings(), "weight", None) is None:
         raise UserError(f"{name} has no language-model head of one matrix; expected a causal LM")
     check_runs_whole(model)
+    return bool(stateful)
 
 
 def hidden_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -86,8 +86,8 @@ def quantise(model):
     model.model.layers[1].mlp.experts = Fp8Experts(model.config)
 
 
-def recurrent(model):
-    model._is_stateful = True
+def chunked(model):
+    model.config.layer_types = ["chunked_attention"] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def recurrent(model):
         (None, None, {"max_length": 10**6}, UserError, "1000000"),
         (None, None, {"verifier": "quick"}, ValueError, "quick"),
         (quantise, None, {}, UserError, "RuntimeError: expected a GPU"),
-        (recurrent, None, {}, UserError, "recurrent state"),
+        (chunked, None, {}, UserError, "chunked_attention"),
     ],
-    ids=["drafter", "length", "verifier", "fp8", "recurrent"],
+    ids=["drafter", "length", "verifier", "fp8", "chunked"],
 )
 def test_a_refusal_leaves_the_model_as_found(prepare, drafter, options, error, message, caplog):
     model = build()

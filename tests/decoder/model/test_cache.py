@@ -81,8 +81,10 @@ def test_overrides_nothing_of_transformers_by_accident():
     cache.update(states(1, 1), states(1, 1), 0)
     interface = {"lazy_initialization", "update", "get_mask_sizes", "get_seq_length"}
     interface |= {"get_max_length", "is_compileable"}
+    recurrent = {"get_conv_state", "get_recurrent_state", "has_previous_state"}
+    recurrent |= {"update_conv_state", "update_recurrent_state"}
     for ours, base, meant in (
-        (cache, Cache, set()),
+        (cache, Cache, recurrent & set(dir(Cache))),  # 5.17 has not yet all of them
         (cache.layers[0], CacheLayerMixin, interface),
     ):
         named = {name for name in vars(type(ours)) | vars(ours) if not name.startswith("__")}

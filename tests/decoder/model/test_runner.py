@@ -140,14 +140,14 @@ def test_sinks_take_probability_and_give_nothing():
     torch.testing.assert_close(out[0, 0, :, 0], torch.tensor([1.0, 0.75]))
 
 
-def test_refuses_what_masking_cannot_roll_back():
-    from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
+def test_refuses_what_cannot_be_rolled_back():
+    from transformers import AutoModelForCausalLM, BloomConfig, RwkvConfig
 
-    mamba = AutoModelForCausalLM.from_config(
-        MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1)
+    rwkv = AutoModelForCausalLM.from_config(
+        RwkvConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2)
     )
     with pytest.raises(UserError, match="state cannot be rolled back"):
-        ModelRunner(mamba, 1, 16)
+        ModelRunner(rwkv, 1, 16)
     bloom = AutoModelForCausalLM.from_config(
         BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2)
     )

@@ -90,6 +90,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {  # by model_type, wherever a config ne
     "inkling2_vision": {"text_hidden_size": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "mistral4": {"head_dim": 16},

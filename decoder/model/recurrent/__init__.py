@@ -1,0 +1,1 @@
+"""Layers that keep a state instead of keys and values, rolled back by replaying."""
