@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ def busiest_rows(rows: float, alike: float, ranks: int) -> float:
 
 
 def _expected_maximum(
-    cdf: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    cdf: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
     mean: float,
     deviation: float,
     ranks: int,

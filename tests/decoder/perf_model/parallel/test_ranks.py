@@ -101,7 +101,7 @@ def test_networks_and_exchanges_are_checked() -> None:
         Network("none", 0.0, 0.0)
     with pytest.raises(ValueError, match="latency must be finite and >= 0, got -1"):
         Network("early", 1e9, -1.0)
-    with pytest.raises(ValueError, match="exchange must be one of .* got 'gossip'"):
+    with pytest.raises(ValueError, match=r"exchange must be one of .* got 'gossip'"):
         Ranks(2, IB, "gossip")  # type: ignore[arg-type]
 
 
