@@ -4,11 +4,12 @@
 #include <torch/library.h>
 
 // What moesd::experts computes from, and how; ExpertsOp (experts_op.h) is the same in C++.
+// `weight_format` is that of w_gate_up.
 #define MOESD_EXPERTS                                                                         \
     "Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "  \
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, " \
     "bool transposed, float? activation_limit, float? activation_alpha, str weight_format, "  \
-    "Tensor? gate_up_scale, Tensor? down_scale"
+    "str down_format, Tensor? gate_up_scale, Tensor? down_scale"
 
 TORCH_LIBRARY(moesd, m) {
     m.def("experts(" MOESD_EXPERTS ", Tensor(a!) out) -> ()");

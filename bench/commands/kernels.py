@@ -25,6 +25,7 @@ from bench.runs.layer_record import Settings, efficiency
 from bench.workloads.arguments import add_machine, numbers
 from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
+from bench.workloads.stored import formats_of
 from moesd_kernels.formats import WEIGHT_FORMATS
 
 
@@ -48,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight-format",
         default="plain",
-        choices=WEIGHT_FORMATS,
-        help="of our weights; all others, and ours again as 'plain', get the numbers in --dtype",
+        type=_weight_format,
+        help=f"of our weights, one of {', '.join(WEIGHT_FORMATS)}, or A+B where down has another: "
+        "all others, and ours again as 'plain', get the numbers in --dtype",
     )
     add_machine(parser)
     parser.add_argument("--backend", default="auto")
@@ -57,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds per point")
+
+
+def _weight_format(text: str) -> str:
+    try:
+        formats_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def run(args: argparse.Namespace) -> None:

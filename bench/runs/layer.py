@@ -20,6 +20,7 @@ from bench.peers.vllm_experts import VllmExperts
 from bench.runs.layer_record import Samples, Settings, layer_fields
 from bench.workloads.layer import Batch, Layer, make_batch, make_layer
 from bench.workloads.shapes import Shape
+from bench.workloads.stored import formats_of
 from moesd_kernels import fused_experts
 
 if TYPE_CHECKING:
@@ -75,11 +76,13 @@ class LayerBenchmark:
         if layer.stored is None:
             return self._plain(layer, hidden, ids, weights)
         stored, scales = layer.stored[:2], layer.stored[4:]
+        weight_format, down_format = formats_of(self.settings.weight_format)
         return fused_experts(
             *(hidden, *stored, ids, weights),
             gate_up_scale=scales[0],
             down_scale=scales[1],
-            weight_format=self.settings.weight_format,
+            weight_format=weight_format,
+            down_format=down_format,
             backend=self.settings.backend,
             batch_invariant=self.settings.batch_invariant,
         )

@@ -14,6 +14,7 @@ from bench.measure.ceilings import Ceilings
 from bench.measure.timer import summarize
 from bench.workloads.layer import floor_seconds, layer_bytes
 from bench.workloads.shapes import Shape
+from bench.workloads.stored import formats_of
 from moesd_kernels.formats import WEIGHT_FORMATS
 
 
@@ -46,7 +47,11 @@ class Settings:
     @property
     def weight_bytes(self) -> float:
         """Bytes of one of our weights, its share of the scales included."""
-        return WEIGHT_FORMATS[self.weight_format].bits(plain_bits=8 * self.dtype.itemsize) / 8
+        first, second = (
+            WEIGHT_FORMATS[name].bits(plain_bits=8 * self.dtype.itemsize)
+            for name in formats_of(self.weight_format)
+        )
+        return (2 * first + second) / 3 / 8  # gate and up have twice the weights of down
 
     def __post_init__(self) -> None:
         if self.fused_moe_source and not self.graph:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.workloads.routing import distinct_experts, route
 from bench.workloads.shapes import Shape
-from bench.workloads.stored import stored_weight
+from bench.workloads.stored import formats_of, stored_weight
 from moesd_kernels.experts.spec import ExpertsWeights
 from moesd_kernels.formats import dequantize
 
@@ -19,7 +19,7 @@ class Layer:
     """Weights of one layer in transformers' layout: ``[E, 2I, H]`` and ``[E, H, I]``.
 
     Attributes:
-        stored: both in a quantised format, of which the plain ones are the numbers, or None.
+        stored: both as they are stored, of which the plain ones are the numbers, or None: plain.
     """
 
     shape: Shape
@@ -45,24 +45,30 @@ def make_layer(
     seed: int,
     weight_format: str = "plain",
 ) -> Layer:
-    """Random weights scaled so that outputs keep the input's magnitude; never zeros."""
+    """Random weights scaled so that outputs keep the input's magnitude; never zeros.
+
+    ``weight_format`` is as ``formats_of`` takes it.
+    """
     E, _, H, I = shape
     generator = torch.Generator(device).manual_seed(seed)
     if weight_format != "plain":
-        gate_up = stored_weight(weight_format, E, 2 * I, H, generator=generator)
-        down = stored_weight(weight_format, E, H, I, generator=generator)
-        stored = ExpertsWeights(gate_up[0], down[0], gate_up_scale=gate_up[1], down_scale=down[1])
-        numbers = [dequantize(*pair, weight_format, dtype) for pair in (gate_up, down)]
+        weights, scales, numbers = [], [], []
+        for name, rows, depth in zip(formats_of(weight_format), (2 * I, H), (H, I), strict=True):
+            weight, scale = stored_weight(name, E, rows, depth, generator=generator)
+            numbers.append(dequantize(weight, scale, name, dtype))
+            weights.append(numbers[-1] if name == "plain" else weight)
+            scales.append(scale)
+        stored = ExpertsWeights(weights[0], weights[1], None, None, *scales)
         return Layer(shape, numbers[0], numbers[1], stored)
 
-    def weight(rows: int, columns: int) -> Tensor:
+    def plain(rows: int, columns: int) -> Tensor:
         # Filled expert by expert: a normal_ over gigabytes would hold an fp32 copy of them.
         out = torch.empty(E, rows, columns, dtype=dtype, device=device)
         for expert in out:
             expert.normal_(0.0, columns**-0.5, generator=generator)
         return out
 
-    return Layer(shape, weight(2 * I, H), weight(H, I))
+    return Layer(shape, plain(2 * I, H), plain(H, I))
 
 
 def make_batch(

@@ -16,13 +16,29 @@ _SPREAD = {"q8_0": 74.0, "q4_0": 4.6, "q4_1": 4.6, "q4_k": 256.0, "q6_k": 1365.0
 _HALVES = {"q4_1": ((0, 1.0), (2, -7.5)), "q4_k": ((0, 1.0), (2, 7.5)), "q6_k": ((208, 1.0),)}
 
 
+def formats_of(name: str) -> tuple[str, str]:
+    """The weight formats of an expert's first projection and of its second.
+
+    Args:
+        name: of both, or of each: ``q4_k``, ``q4_k+q6_k``.
+
+    Raises:
+        ValueError: one is no key of ``WEIGHT_FORMATS``.
+    """
+    first, _, second = name.partition("+")
+    found = first, second or first
+    if not WEIGHT_FORMATS.keys() >= set(found):
+        raise ValueError(f"expected one or two of {', '.join(WEIGHT_FORMATS)}, got {name!r}")
+    return found
+
+
 def stored_weight(
     name: str, *shape: int, generator: torch.Generator, group: int = 32
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and scale in the format ``name`` for weights (..., R, C) of about N(0, 1 / C).
 
     Args:
-        name: a key of ``WEIGHT_FORMATS`` other than "plain".
+        name: a key of ``WEIGHT_FORMATS``; of "plain" the weights are in fp32.
         shape: (..., R, C); C is what the format can hold.
         generator: of the device the tensors are made on.
         group: weights per scale of int8 and int4.
@@ -30,6 +46,8 @@ def stored_weight(
     known, device = WEIGHT_FORMATS[name], generator.device
     *leading, R, C = shape
     random: dict[str, Any] = {"generator": generator, "device": device}
+    if name == "plain":
+        return torch.randn(*shape, **random) * C**-0.5, None
     if name in ("int8", "int4"):
         return quantize(torch.randn(*shape, **random) * C**-0.5, name, group)
     if name == "fp8_block":

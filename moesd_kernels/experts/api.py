@@ -38,8 +38,9 @@ def fused_experts(
     Args:
         hidden_states: ``[T, H]`` bf16, fp16 or fp32; T may be 0.
         w_gate_up: ``[E, 2I, H]``, gate rows first; ``[E, I, H]`` when not gated; not copied.
-        w_down: ``[E, H, I]``. In a quantised ``weight_format`` both are stored as that says, and
-            stand for what ``formats.dequantize`` gives in the dtype of ``hidden_states``.
+        w_down: ``[E, H, I]``. In a quantised ``weight_format`` (``down_format``) weights are stored
+            as that says, and stand for what ``formats.dequantize`` gives in the dtype of
+            ``hidden_states``.
         topk_ids: ``[T, K]`` int32 or int64; one outside [0, E) contributes nothing, a double twice.
         topk_weights: ``[T, K]`` fp32, bf16 or fp16; multiplied in fp32.
         gate_up_bias: ``[E, 2I]`` (or ``[E, I]``) in the dtype of ``hidden_states``.
@@ -70,7 +71,7 @@ def fused_experts(
         spec = _make_spec(**options) if options else DEFAULT_SPEC
     quick = _quick.get(backend)
     if quick is not None and out is None:
-        result = quick(*tensors, *spec.op_options, spec.weight_format, *scales)
+        result = quick(*tensors, *spec.op_options, *scales)
         if result is not None:
             return result
     weights = ExpertsWeights(w_gate_up, w_down, gate_up_bias, down_bias, *scales)
@@ -95,7 +96,7 @@ def _checked(
         needs_grad(x, *weights, *routing),
         all(weight is None or weight.is_contiguous() for weight in weights[:2] + weights[4:]),
         batch_invariant,
-        spec.weight_format,
+        spec.formats,
     )
     chosen = choose_backend(backend, traits)
     if chosen.quick is not None:
@@ -137,7 +138,7 @@ fused_experts.__signature__ = _public_signature()  # type: ignore[attr-defined]
 # torch.compile must not look into a back-end: it reads routing on the host or launches kernels of
 # its own. In eager mode the op is not used, because its dispatch costs as much as a small layer.
 _LIBRARY = torch.library.Library("moesd", "FRAGMENT")
-_SCHEMA_TYPES = {"str": "str", "bool": "bool", "float | None": "float?"}
+_SCHEMA_TYPES = {"str": "str", "bool": "bool", "float | None": "float?", "str | None": "str?"}
 _LIBRARY.define(
     "fused_experts(Tensor hidden_states, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, "
     "Tensor topk_weights, Tensor? gate_up_bias, Tensor? down_bias, Tensor? gate_up_scale, "
@@ -202,6 +203,6 @@ def _traced(
     if spec is None:
         values = [options.get(name, default) for name, default in _DEFAULTS.items()]
     else:
-        values = [*spec.op_options, spec.weight_format]
+        values = [*spec.op_options]
     result = torch.ops.moesd.fused_experts(*tensors, *values, backend, batch_invariant)
     return result if out is None else out.copy_(result)

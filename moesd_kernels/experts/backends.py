@@ -26,6 +26,7 @@ HALF = frozenset({torch.bfloat16, torch.float16})
 SINGLE = HALF | {torch.float32}
 ANY = SINGLE | {torch.float64}
 PLAIN = frozenset({"plain"})
+ALL_PLAIN = ("plain", "plain")
 EVERY_FORMAT = frozenset(WEIGHT_FORMATS)
 
 
@@ -66,7 +67,7 @@ class QuickRun(Protocol):
     ) -> Tensor | None:
         """The new ``[T, H]`` result; None where the call is another back-end's, or is wrong.
 
-        The last arguments are ``ExpertsSpec.op_options``, the weight format and the two scales.
+        The last arguments are ``ExpertsSpec.op_options`` and the two scales.
         Nothing is raised for arguments that do not fit together: those that the checks find are
         raised by them, with their names.
         """
@@ -113,7 +114,7 @@ class CallTraits(NamedTuple):
     needs_grad: bool = False
     contiguous: bool = True
     batch_invariant: bool = False
-    weight_format: str = "plain"
+    formats: tuple[str, str] = ALL_PLAIN
 
 
 def _cpu_reason() -> str | None:
@@ -232,8 +233,8 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
         return f"it runs on {'/'.join(sorted(backend.devices))} tensors, got {traits.device}"
     if traits.dtype not in backend.dtypes:
         return f"it takes {_listed(map(str, backend.dtypes))}, got {traits.dtype}"
-    if traits.weight_format not in backend.formats:
-        return f"it reads weights as {_listed(backend.formats)}, got {traits.weight_format}"
+    if not backend.formats.issuperset(traits.formats):
+        return f"it reads weights as {_listed(backend.formats)}, got {_stored(traits)}"
     if backend.compiled and traits.needs_grad:
         return "it has no backward pass, and an input requires gradients"
     if backend.compiled and not traits.contiguous:
@@ -245,6 +246,11 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
+
+
+def _stored(traits: CallTraits) -> str:
+    """The weight format, or both."""
+    return " and ".join(dict.fromkeys(traits.formats))
 
 
 @functools.lru_cache(maxsize=256)
@@ -281,6 +287,6 @@ def _log_choice(name: str, traits: CallTraits, refusals: list[str]) -> None:
     because = f" ({'; '.join(refusals)})" if refusals else ""
     # Falling back from a compiled kernel costs much speed, so it is said louder.
     level = logging.WARNING if refusals and not traits.needs_grad else logging.INFO
-    stored = "" if traits.weight_format == "plain" else f" with {traits.weight_format} weights"
+    stored = "" if traits.formats == ALL_PLAIN else f" with {_stored(traits)} weights"
     on, dtype = traits.device, traits.dtype
     logger.log(level, "experts on %s in %s%s use backend %r%s", on, dtype, stored, name, because)

@@ -45,7 +45,6 @@ def fused_experts_cpu(
         weights.gate_up_bias,
         weights.down_bias,
         *spec.op_options,
-        spec.weight_format,
         weights.gate_up_scale,
         weights.down_scale,
         result,

@@ -71,7 +71,6 @@ def fused_experts_cuda(
         weights.gate_up_bias,
         weights.down_bias,
         *spec.op_options,
-        spec.weight_format,
         None,
         None,
         result,
@@ -83,8 +82,8 @@ def _refusal(
     x: Tensor, weights: ExpertsWeights, routing: TopK, spec: ExpertsSpec, batch_invariant: bool
 ) -> str | None:
     """What this kernel does not have that the call needs, or None."""
-    if spec.weight_format != "plain":
-        return f"it reads plain weights, got {spec.weight_format}"
+    if spec.formats != ("plain", "plain"):
+        return f"it reads plain weights, got {' and '.join(spec.formats)}"
     unusual = [o.name for o in OPTIONS if getattr(spec, o.name) != o.default]
     unusual += [n for n in ("gate_up_bias", "down_bias") if getattr(weights, n) is not None]
     if unusual:

@@ -125,6 +125,7 @@ def _matrices(
 ) -> tuple[Tensor, Tensor]:
     """One expert's two matrices, ``[2I, H]`` and ``[H, I]``, in ``dtype``."""
     scales = (s if s is None else s[expert] for s in (weights.gate_up_scale, weights.down_scale))
-    stored = zip((weights.gate_up[expert], weights.down[expert]), scales, strict=True)
-    gate_up, down = (dequantize(w, scale, spec.weight_format, dtype) for w, scale in stored)
+    matrices = weights.gate_up[expert], weights.down[expert]
+    stored = zip(matrices, scales, spec.formats, strict=True)
+    gate_up, down = (dequantize(w, scale, name, dtype) for w, scale, name in stored)
     return (gate_up.T, down.T) if spec.transposed else (gate_up, down)

@@ -38,7 +38,7 @@ def check_arguments(
 
 def _expert_sizes(w_down: Tensor, spec: ExpertsSpec) -> tuple[int, int, int]:
     """E, H, and the width of the first projection: 2I when gated, I otherwise."""
-    E, H, I = *w_down.shape[:2], WEIGHT_FORMATS[spec.weight_format].depth(w_down)
+    E, H, I = *w_down.shape[:2], WEIGHT_FORMATS[spec.formats[1]].depth(w_down)
     if spec.transposed:
         H, I = I, H
     return E, H, 2 * I if spec.gated else I
@@ -48,8 +48,8 @@ def _check_dtypes(x: Tensor, weights: ExpertsWeights, routing: TopK, spec: Exper
     dtype = x.dtype
     if dtype not in FLOATS:
         raise TypeError(f"hidden_states must be bfloat16, float16 or float32, got {dtype}")
-    plain = spec.weight_format == "plain"
-    if plain and (weights.gate_up.dtype != dtype or weights.down.dtype != dtype):
+    plain = [w for w, name in zip(weights, spec.formats, strict=False) if name == "plain"]
+    if any(weight is not None and weight.dtype != dtype for weight in plain):
         raise TypeError(
             f"weights must have the dtype of hidden_states, {dtype}, "
             f"got w_gate_up {weights.gate_up.dtype} and w_down {weights.down.dtype}"
@@ -101,13 +101,13 @@ def _check_shapes(x: Tensor, weights: ExpertsWeights, routing: TopK, spec: Exper
 
 
 def _check_stored(weights: ExpertsWeights, spec: ExpertsSpec, sizes: tuple[int, int, int]) -> None:
-    """Raise unless both weights and their scales are what the format says."""
+    """Raise unless both weights and their scales are what their formats say."""
     E, H, width = sizes
     I = width // 2 if spec.gated else width
-    stored, transposed = WEIGHT_FORMATS[spec.weight_format], spec.transposed
-    gate_up, down = ((E, H, width), (E, I, H)) if transposed else ((E, width, H), (E, H, I))
-    check_weight("w_down", weights.down, weights.down_scale, stored, down)
-    check_weight("w_gate_up", weights.gate_up, weights.gate_up_scale, stored, gate_up)
+    up_format, down_format = (WEIGHT_FORMATS[name] for name in spec.formats)
+    gate_up, down = ((E, H, width), (E, I, H)) if spec.transposed else ((E, width, H), (E, H, I))
+    check_weight("w_down", weights.down, weights.down_scale, down_format, down)
+    check_weight("w_gate_up", weights.gate_up, weights.gate_up_scale, up_format, gate_up)
 
 
 def _check_bias(name: str, bias: Tensor, shape: tuple[int, int], like: Tensor) -> None:

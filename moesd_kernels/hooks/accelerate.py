@@ -118,11 +118,11 @@ def _switch_experts(model: Any, settings: Settings) -> list[nn.Module]:
     """Switch all experts behind transformers' interface; returns those that we compute."""
     experts = [m for m in model.modules() if _is_marked(m)]
     for module in experts:
-        refusal, spec, _, stored = spec_of(module)
-        if stored.refusal is not None or (stored.weight_format != "plain" and refusal is not None):
+        refusal, _, _, stored = spec_of(module)
+        if stored.refusal is not None or (not stored.plain and refusal is not None):
             raise NotImplementedError(f"moesd cannot run {type(module).__name__}: {refusal}")
         for weight in module.parameters(recurse=False):
-            if spec.weight_format == "plain" and weight.dtype not in _PLAIN:
+            if stored.plain and weight.dtype not in _PLAIN:
                 raise NotImplementedError(
                     "moesd has kernels for bfloat16, float16 and float32 experts and for those in "
                     f"{', '.join(WEIGHT_FORMATS)}, got {type(module).__name__} with weights in "

@@ -20,7 +20,7 @@ from moesd_kernels.experts.api import fused_experts, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
 from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
-from .packed import FORMAT, StoredExperts, scale_of, stored_experts
+from .packed import DOWN_FORMAT, FORMAT, StoredExperts, scale_of, stored_experts
 from .shadow import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Above this many tokens per expert a GPU is compute-bound and large-tile GEMMs win.
 LARGE_TOKENS_PER_EXPERT = 512
 
-_SOURCES = ("act_fn", "is_transposed", FORMAT, *LIMIT_NAMES, *ALPHA_NAMES)
+_SOURCES = ("act_fn", "is_transposed", FORMAT, DOWN_FORMAT, *LIMIT_NAMES, *ALPHA_NAMES)
 _OPTION_NAMES = tuple(option.name for option in OPTIONS)
 _PLAIN = (nn.Parameter, Tensor)
 _DEVICES = ("cpu", "cuda")
@@ -100,6 +100,7 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
         spec,
         transposed=getattr(experts, "is_transposed", False),
         weight_format=stored.weight_format,
+        down_format=stored.down_format,
     )
     return ModuleSpec(None, spec, getattr(experts, "has_bias", False), stored)
 
@@ -163,7 +164,7 @@ def experts_forward(
         computed, gated = {"spec": spec}, spec.gated
     w_gate_up = self.gate_up_proj if gated else self.up_proj
     w_down = self.down_proj
-    if stored.weight_format == "plain" and stored.refusal is None:
+    if stored.plain and stored.refusal is None:
         reason = refusal or _call_refusal(hidden_states, w_gate_up, w_down, top_k_weights)
         if reason is not None:
             return _hand_over(self, hidden_states, top_k_index, top_k_weights, reason)

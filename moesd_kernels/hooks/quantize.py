@@ -21,7 +21,7 @@ from moesd_kernels.formats import (
 from moesd_kernels.formats import quantize as quantize_weight
 
 from .experts import experts_forward, spec_of
-from .packed import FORMAT, SCALE
+from .packed import DOWN_FORMAT, FORMAT, SCALE
 
 logger = logging.getLogger(__name__)
 
@@ -165,12 +165,15 @@ def _quantize_experts(experts: Any, weight_format: str, group: int) -> bool:
 
 
 def hold_quantized(
-    experts: Any, weight_format: str, stored: Mapping[str, tuple[Tensor, Tensor | None]]
+    experts: Any,
+    weight_format: str,
+    stored: Mapping[str, tuple[Tensor, Tensor | None]],
+    down_format: str | None = None,
 ) -> None:
     """Let an experts module have these weights and scales, by the names of its projections."""
     for name, (weight, scale) in stored.items():
         _replace_projection(experts, name, weight, scale)
-    _become_quantized(experts, weight_format)
+    _become_quantized(experts, weight_format, down_format)
 
 
 def _replace_projection(experts: Any, name: str, weight: Tensor, scale: Tensor | None) -> None:
@@ -179,7 +182,8 @@ def _replace_projection(experts: Any, name: str, weight: Tensor, scale: Tensor |
     experts.register_parameter(f"{name}{SCALE}", beside)
 
 
-def _become_quantized(experts: Any, weight_format: str) -> None:
+def _become_quantized(experts: Any, weight_format: str, down_format: str | None = None) -> None:
     setattr(experts, FORMAT, weight_format)
+    setattr(experts, DOWN_FORMAT, down_format)
     experts.is_transposed = False
     experts.__class__ = _quantized_class(type(experts))

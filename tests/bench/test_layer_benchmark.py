@@ -138,12 +138,15 @@ def test_the_fused_moe_peer_is_one_more_call_and_says_what_it_ran(benchmark_of, 
     assert line["fused_moe"]["vllm_triton"]["BLOCK_SIZE_M"] == 4
 
 
-@pytest.mark.parametrize(("weight_format", "weight_bytes"), [("int4", 18 / 32), ("mxfp4", 17 / 32)])
+@pytest.mark.parametrize(
+    ("weight_format", "weight_bytes"),
+    [("int4", 18 / 32), ("mxfp4", 17 / 32), ("q4_0+q8_0", (2 * 18 + 34) / 96)],
+)
 def test_quantised_weights_are_counted_and_held_to_plain_ones(
     benchmark_of, weight_format, weight_bytes
 ):
     settings = replace(EAGERLY, weight_format=weight_format, dtype=torch.float32)
-    assert settings.weight_bytes == weight_bytes
+    assert settings.weight_bytes == pytest.approx(weight_bytes)
     line = benchmark_of(settings, Shape(16, 2, 64, 32)).measure(2, 3)
     assert line["weight_format"] == weight_format
     assert set(line["ratio"]) == {"plain", "grouped_mm"}

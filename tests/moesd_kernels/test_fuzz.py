@@ -189,21 +189,21 @@ def experts(d: Draw) -> None:
 
 
 def stored_experts(d: Draw) -> None:
-    """Weights of any format, to the bit the plain ones of the same values."""
+    """Weights of any one or two formats, to the bit the plain ones of the same values."""
     name, T, E, K = d.among(QUANTISED), d.among(COUNTS), d.among((1, 2, 5)), d.among((1, 2, 3))
-    H, I = d.depth(name, d.among(WIDTHS[1:])), d.depth(name, d.among(WIDTHS[1:16]))
+    second = d.among(QUANTISED) if d.chance(0.3) else name
+    H, I = d.depth(name, d.among(WIDTHS[1:])), d.depth(second, d.among(WIDTHS[1:16]))
     gated = d.chance(0.8)
     options, width = {"gated": gated, "interleaved": gated and d.chance(0.3)}, (1 + gated) * I
-    (up, up_scale), (down, down_scale) = d.stored(name, E, width, H), d.stored(name, E, H, I)
+    (up, up_scale), (down, down_scale) = d.stored(name, E, width, H), d.stored(second, E, H, I)
     if d.chance(0.3):
         options |= {"gate_up_bias": d.flat(E, width), "down_bias": d.flat(E, H)}
     x, ids, weights = d.any_layout(T, H), d.below(E + 2, T, K) - 1, torch.rand(T, K)
-    form = {"weight_format": name, "gate_up_scale": up_scale, "down_scale": down_scale}
-    call = lambda rows: fused_experts(
-        *(x[rows], up, down, ids[rows], weights[rows]), **options, **form, backend="cpu"
-    )
+    form = {"weight_format": name, "down_format": second, "backend": "cpu"}
+    form |= {"gate_up_scale": up_scale, "down_scale": down_scale}
+    call = lambda t: fused_experts(x[t], up, down, ids[t], weights[t], **options, **form)
     out = call(slice(None))
-    plain = dequantize(up, up_scale, name, d.dtype), dequantize(down, down_scale, name, d.dtype)
+    plain = dequantize(up, up_scale, name, d.dtype), dequantize(down, down_scale, second, d.dtype)
     same(out, fused_experts(x, *plain, ids, weights, **options, backend="cpu"))
     same(call(slice(-1, None)), out[-1:])
 

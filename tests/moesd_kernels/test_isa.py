@@ -41,7 +41,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     assert relative < 4 * torch.finfo(dtype).eps, (dtype, relative)
 import sys
 sys.path.insert(0, {tests!r})
-from support.formats import QUANTISED, quantised_case, stored_weight
+from support.formats import MIXTURES, QUANTISED, quantised_case, stored_weight
 from moesd_kernels.formats import WEIGHT_FORMATS, dequantize
 torch.set_num_threads(1)
 # A short depth, one of several blocks that end within a run, and for those that allow it, odd ones.
@@ -56,10 +56,12 @@ for name in QUANTISED:
                 out = ops.linear(rows, w, scale=scale, weight_format=name)
                 start = 4 if len(rows) == 1 else 0
                 assert torch.equal(out, plain[start : start + len(rows)]), (name, depth, dtype)
+for name, down in [(name, None) for name in QUANTISED] + MIXTURES:
     sizes, options = (13, 2, 3, 256, 256), dict(dtype=torch.bfloat16, bias=True, interleaved=True)
-    stored, plain = quantised_case(name, *sizes, **options)
+    stored, plain = quantised_case(name, *sizes, down=down, **options)
     out = fused_experts(*stored.tensors, **stored.options, backend="cpu")
-    assert torch.equal(out, fused_experts(*plain.tensors, **plain.options, backend="cpu")), name
+    expected = fused_experts(*plain.tensors, **plain.options, backend="cpu")
+    assert torch.equal(out, expected), (name, down)
 print("ok")
 """
 TESTS = str(Path(__file__).resolve().parents[1])

@@ -40,17 +40,20 @@ struct Weights {
 
 Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
                         const OptTensor& gate_up_bias, const OptTensor& down_bias, bool gated,
-                        bool transposed, c10::string_view format, const OptTensor& gate_up_scale,
-                        const OptTensor& down_scale, const Tensor& out) {
+                        bool transposed, c10::string_view format, c10::string_view down_format,
+                        const OptTensor& gate_up_scale, const OptTensor& down_scale,
+                        const Tensor& out) {
     TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [T, H], got ", hidden.sizes());
     TORCH_CHECK_VALUE(w_down.dim() == 3, "w_down must be [E, H, I], got ", w_down.sizes());
-    TORCH_CHECK_VALUE(is_plain(format) || (!transposed && w_gate_up.dim() == 3),
-                      "w_gate_up must be [E, ", gated ? "2I" : "I", ", ...] in the format ", format,
-                      ", got ", w_gate_up.sizes(), transposed ? " and transposed=True" : "");
+    TORCH_CHECK_VALUE(!transposed || (is_plain(format) && is_plain(down_format)),
+                      "transposed=True needs plain weights, got the formats ", format, " and ",
+                      down_format);
+    TORCH_CHECK_VALUE(w_gate_up.dim() == 3, "w_gate_up must be [E, ", gated ? "2I" : "I",
+                      ", ...], got ", w_gate_up.sizes());
     const int64_t hidden_size = hidden.size(1), experts = w_down.size(0);
     // A row of w_down has the size of its format.
-    const int64_t inter =
-        is_plain(format) ? w_down.size(transposed ? 1 : 2) : w_gate_up.size(1) / (gated ? 2 : 1);
+    const int64_t inter = is_plain(down_format) ? w_down.size(transposed ? 1 : 2)
+                                                : w_gate_up.size(1) / (gated ? 2 : 1);
     const int64_t up_rows = gated ? 2 * inter : inter;
     const auto sizes = [&](int64_t rows, int64_t depth) {
         return transposed ? std::vector<int64_t>{experts, depth, rows}
@@ -59,7 +62,7 @@ Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Ten
     const Weights weights{experts, inter,
                           stored_weights(w_gate_up, "w_gate_up", gate_up_scale, "gate_up_scale",
                                          format, sizes(up_rows, hidden_size), hidden, "hidden"),
-                          stored_weights(w_down, "w_down", down_scale, "down_scale", format,
+                          stored_weights(w_down, "w_down", down_scale, "down_scale", down_format,
                                          sizes(hidden_size, inter), hidden, "hidden")};
     if (gate_up_bias) {
         check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
@@ -148,11 +151,11 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
              const Tensor& topk_ids, const Tensor& topk_weights, const OptTensor& gate_up_bias,
              const OptTensor& down_bias, c10::string_view activation, bool gated, bool interleaved,
              bool transposed, std::optional<double> limit, std::optional<double> alpha,
-             c10::string_view weight_format, const OptTensor& gate_up_scale,
-             const OptTensor& down_scale, Tensor& out) {
+             c10::string_view weight_format, c10::string_view down_format,
+             const OptTensor& gate_up_scale, const OptTensor& down_scale, Tensor& out) {
     const Weights weights =
         checked_weights(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed,
-                        weight_format, gate_up_scale, down_scale, out);
+                        weight_format, down_format, gate_up_scale, down_scale, out);
     const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
     const int64_t experts = weights.experts, inter = weights.inter;
     check_routing(topk_ids, topk_weights, tokens);
@@ -169,7 +172,9 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
     const int64_t acc = (tokens * hidden_size + 15) / 16 * 16;
     const int threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
-    const int64_t decoded = decoded_elements(weights.down, threads, std::max(hidden_size, inter));
+    const int64_t longest = std::max(hidden_size, inter);
+    const int64_t decoded = std::max(decoded_elements(weights.gate_up, threads, longest),
+                                     decoded_elements(weights.down, threads, longest));
     const size_t floats = packed_x + packed_act + acc + decoded / 2;
     auto* memory =
         static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8));
@@ -216,8 +221,8 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
                       const OptTensor& gate_up_bias, const OptTensor& down_bias,
                       c10::string_view activation, bool gated, bool interleaved, bool transposed,
                       std::optional<double> limit, std::optional<double> alpha,
-                      c10::string_view weight_format, const OptTensor& gate_up_scale,
-                      const OptTensor& down_scale) {
+                      c10::string_view weight_format, c10::string_view down_format,
+                      const OptTensor& gate_up_scale, const OptTensor& down_scale) {
     const bool recording = at::GradMode::is_enabled();
     const auto served = [recording](const Tensor& t) {
         return t.is_cpu() && !(recording && t.requires_grad());
@@ -233,7 +238,7 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
     try {
         experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias,
                 activation, gated, interleaved, transposed, limit, alpha, weight_format,
-                gate_up_scale, down_scale, out);
+                down_format, gate_up_scale, down_scale, out);
     } catch (const c10::ValueError&) {
         return std::nullopt;
     } catch (const c10::TypeError&) {

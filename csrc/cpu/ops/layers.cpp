@@ -56,8 +56,8 @@ public:
             Moe{router, top_k, renormalize, cast, {gate_up}, {down}, std::move(activation)};
     }
     // How a weight of the layer added last is stored: "qkv", "out", of its MLP "gate", "up" or
-    // "down", of its experts "gate_up" or "down", which have one format. Or the "head", whose data
-    // continue_greedily is given.
+    // "down", of its experts "gate_up" or "down". Or the "head", whose data continue_greedily is
+    // given.
     void set_format(const std::string& weight, OptTensor scale, std::string format) {
         Weight& stored = weight_named(weight);
         stored.scale = std::move(scale), stored.format = std::move(format);

@@ -28,7 +28,8 @@ class ExpertsSpec:
         activation_limit: clamp before the activation: gate from above, up on both sides.
         activation_alpha: use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
         weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``.
-        op_options: all of them but ``weight_format``, in the order of the C++ schemas; derived.
+        down_format: of the down projection, where it has another; None where it is the same.
+        op_options: all of them, in the order of the C++ schemas; derived.
 
     Raises:
         ValueError: unknown activation or format, or options that exclude each other.
@@ -41,20 +42,22 @@ class ExpertsSpec:
     activation_limit: float | None = None
     activation_alpha: float | None = None
     weight_format: str = "plain"
+    down_format: str | None = None
     # Kept because a decode step cannot afford to put it together on every call.
     op_options: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "activation", canonical_activation(self.activation))
-        if self.weight_format not in WEIGHT_FORMATS:
-            raise ValueError(
-                f"weight_format must be one of {sorted(WEIGHT_FORMATS)}, got {self.weight_format!r}"
-            )
-        if self.transposed and self.weight_format != "plain":
-            raise ValueError(
-                "transposed=True needs weight_format='plain': a block of quantised weights lies "
-                f"along a row; got {self.weight_format!r}"
-            )
+        if self.down_format == self.weight_format:
+            object.__setattr__(self, "down_format", None)
+        for name, value in zip(("weight_format", "down_format"), self.formats, strict=True):
+            if value not in WEIGHT_FORMATS:
+                raise ValueError(f"{name} must be one of {sorted(WEIGHT_FORMATS)}, got {value!r}")
+            if self.transposed and value != "plain":
+                raise ValueError(
+                    f"transposed=True needs {name}='plain': a block of quantised weights lies "
+                    f"along a row; got {value!r}"
+                )
         limit, alpha = self.activation_limit, self.activation_alpha
         if not self.gated and (self.interleaved or limit is not None or alpha is not None):
             raise ValueError(
@@ -62,11 +65,16 @@ class ExpertsSpec:
                 f"gated=False, interleaved={self.interleaved}, activation_limit={limit}, "
                 f"activation_alpha={alpha}"
             )
-        values = (getattr(self, option.name) for option in OPTIONS)
-        object.__setattr__(self, "op_options", tuple(values)[:-1])
+        *values, _ = (getattr(self, option.name) for option in OPTIONS)
+        object.__setattr__(self, "op_options", (*values, self.formats[1]))
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Weight formats of the first projection and of the second."""
+        return self.weight_format, self.down_format or self.weight_format
 
 
-# The fields that a caller gives; `weight_format` is the last.
+# The fields that a caller gives; `down_format` is the last.
 OPTIONS = tuple(option for option in fields(ExpertsSpec) if option.init)
 # silu-gated experts in transformers' own layout: Mixtral, Qwen, OLMoE, DeepSeek and most others.
 DEFAULT_SPEC = ExpertsSpec()
@@ -81,7 +89,7 @@ class ExpertsWeights(NamedTuple):
         down: ``[E, H, I]``, likewise.
         gate_up_bias: ``[E, 2I]`` (or ``[E, I]``) or None.
         down_bias: ``[E, H]`` or None.
-        gate_up_scale: as the weight format asks, or None; down_scale: likewise.
+        gate_up_scale: as its weight format asks, or None; down_scale: likewise.
     """
 
     gate_up: Tensor

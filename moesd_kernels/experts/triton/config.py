@@ -99,7 +99,7 @@ def select_config(
         fixed = model_choice(replace(shape, T=READ_ONCE_TOKENS), dtype, device)
         return fixed.with_group_m(group_rows(shape, fixed.block_m))
     tuned = tuned_tiles(device.name, shape.layer, str(dtype), shape.T)
-    if tuned is not None and shape.weight_bits is None:  # nobody has tuned quantised weights
+    if tuned is not None and shape.weight_bits == (None, None):  # nobody has tuned quantised ones
         return tuned.with_block_m(min(tuned.block_m, block_rows(shape)))
     return model_choice(shape, dtype, device)
 
@@ -128,9 +128,10 @@ def hopper_tiles(shape: LayerShape, dtype: torch.dtype, device: Device) -> Layer
     """
     block_m = likely_rows(shape)
     group_m = group_rows(shape, block_m)
+    sizes = (shape.I, shape.H, 1 + shape.gated), (shape.H, shape.I, 1)
     gate_up, down = (
-        Gemm(1.0, 1.0, N, K, streams, dtype.itemsize, False, shape.weight_bits)
-        for N, K, streams in ((shape.I, shape.H, 1 + shape.gated), (shape.H, shape.I, 1))
+        Gemm(1.0, 1.0, N, K, streams, dtype.itemsize, False, bits)
+        for (N, K, streams), bits in zip(sizes, shape.weight_bits, strict=True)
     )
 
     def tile(gemm: Gemm, most: int) -> TileConfig:
@@ -190,9 +191,9 @@ def _model_config(
 ) -> LayerTiles:
     active = shape.E * (1.0 - (1.0 - min(1.0, shape.K / shape.E)) ** shape.T)
     rows = shape.T * shape.K / active
-    itemsize, bits = dtype.itemsize, shape.weight_bits
-    gate_up = Gemm(active, rows, shape.I, shape.H, 1 + shape.gated, itemsize, False, bits)
-    down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True, bits)
+    itemsize, (up_bits, down_bits) = dtype.itemsize, shape.weight_bits
+    gate_up = Gemm(active, rows, shape.I, shape.H, 1 + shape.gated, itemsize, False, up_bits)
+    down = Gemm(active, rows, shape.H, shape.I, 1, itemsize, True, down_bits)
     group_m = group_rows(shape, READ_ONCE_TOKENS)
 
     def best(gemm: Gemm) -> TileConfig:
@@ -276,24 +277,24 @@ def predicted_seconds(gemm: Gemm, config: TileConfig, device: Device) -> float:
 
 def _single_gate_up(shape: LayerShape, itemsize: int, device: Device) -> TileConfig:
     """Tiles of the one-token gate_up."""
-    return _single(shape, shape.K, shape.I, shape.H, itemsize, device)
+    return _single(shape.K, shape.I, shape.H, itemsize, shape.weight_bits[0], device)
 
 
 def _single_down(shape: LayerShape, itemsize: int, device: Device) -> TileConfig:
     """Tiles of the one-token down projection; few programs need more stages under way each."""
-    tile = _single(shape, 1, shape.H, shape.I, itemsize, device)
+    tile = _single(1, shape.H, shape.I, itemsize, shape.weight_bits[1], device)
     few = math.ceil(shape.H / tile.block_n) <= 2 * device.sms
     return replace(tile, num_stages=8) if few else tile
 
 
 def _single(
-    shape: LayerShape, pairs: int, rows: int, columns: int, itemsize: int, device: Device
+    pairs: int, rows: int, columns: int, itemsize: int, bits: int | None, device: Device
 ) -> TileConfig:
     """A one-token tile: 16 rows (of each half), unless 8 balance better, in pieces of 512 bytes,
     which a warp loads at once. Of quantised rows twice as many columns fill as many threads."""
     programs = {n: pairs * math.ceil(rows / n) for n in (16, 8)}
     block_n = min(programs, key=lambda n: math.ceil(programs[n] / device.sms) * n)
     block_k = min(SINGLE_ROW_BYTES // itemsize, _next_power_of_2(max(64, columns)))
-    if shape.weight_bits is not None:
+    if bits is not None:
         block_n, block_k = 8, 2 * SINGLE_ROW_BYTES // itemsize
     return TileConfig(block_m=16, block_n=block_n, block_k=block_k, num_stages=4)

@@ -31,11 +31,14 @@ class Layer:
         w_gate_up, w_down = weights.gate_up, weights.down  # [E, 2I or I, H], [E, H, I]
         if spec.transposed:
             w_gate_up, w_down = w_gate_up.transpose(1, 2), w_down.transpose(1, 2)
-        stored = spec.weight_format, device_of(w_down.device).capability
-        self.gate_up = matrices(w_gate_up, weights.gate_up_scale, weights.gate_up_bias, *stored)
-        self.down = matrices(w_down, weights.down_scale, weights.down_bias, *stored)
+        up_format, down_format = spec.formats
+        capability = device_of(w_down.device).capability
+        scale, bias = weights.gate_up_scale, weights.gate_up_bias
+        self.gate_up = matrices(w_gate_up, scale, bias, up_format, capability)
+        scale, bias = weights.down_scale, weights.down_bias
+        self.down = matrices(w_down, scale, bias, down_format, capability)
         self.E, self.H, self.I = *w_down.shape[:2], self.down.depth
-        self.weight_bits = stored_bits(spec.weight_format)
+        self.weight_bits = stored_bits(up_format), stored_bits(down_format)
         self.gated = spec.gated
         limit, alpha = spec.activation_limit, spec.activation_alpha
         self.flags = {

@@ -37,7 +37,8 @@ B200 = Device("NVIDIA B200", 100, 148, 232448, 7.0e12, 2.0e15)
 class LayerShape:
     """A layer's dimensions and the tokens entering it.
 
-    ``weight_bits`` are those of a stored weight without its scales; None for the activations'.
+    ``weight_bits`` are those of a stored weight of gate_up and of down, without scales; None for
+    the activations'.
     """
 
     E: int
@@ -46,7 +47,7 @@ class LayerShape:
     I: int
     T: int
     gated: bool = True
-    weight_bits: int | None = None
+    weight_bits: tuple[int | None, int | None] = (None, None)
 
     @property
     def layer(self) -> tuple[int, int, int, int, bool]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .fp8 import is_block_scaled, read_scale
 
-# Of a module of our own: its weight format, and what the name of a scale adds to its weight's.
-FORMAT, SCALE = "weight_format", "_scale"
+# Of a module of our own: its weight formats, and what the name of a scale adds to its weight's.
+FORMAT, DOWN_FORMAT, SCALE = "weight_format", "down_format", "_scale"
 
 
 class StoredExperts(NamedTuple):
@@ -18,20 +18,27 @@ class StoredExperts(NamedTuple):
 
     Attributes:
         weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``.
+        down_format: of the down projection, where it has another.
         scale: what a scale's name adds to its weight's.
         refusal: why we cannot read them, or None.
     """
 
     weight_format: str = "plain"
+    down_format: str | None = None
     scale: str = SCALE
     refusal: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether both are numbers in the dtype of the hidden states."""
+        return self.weight_format == "plain" and self.down_format is None
 
 
 def stored_experts(experts: nn.Module) -> StoredExperts:
     """How the projections of an experts module lie; plain, unless it says otherwise."""
     own = experts.__dict__.get(FORMAT)
     if own is not None:
-        return StoredExperts(own)
+        return StoredExperts(own, experts.__dict__.get(DOWN_FORMAT))
     fp8 = sys.modules.get("transformers.integrations.finegrained_fp8")
     if fp8 is None or not isinstance(experts, fp8.FP8Experts):
         return StoredExperts()
@@ -41,7 +48,7 @@ def stored_experts(experts: nn.Module) -> StoredExperts:
     ]
     if not all(is_block_scaled(weight, scale) for weight, scale in projections):
         return StoredExperts(refusal="its FP8 weights have no scale for each 128 x 128 of them")
-    return StoredExperts("fp8_block", "_scale_inv")
+    return StoredExperts("fp8_block", scale="_scale_inv")
 
 
 def scale_of(experts: Any, projection: str, stored: StoredExperts) -> Tensor | None:

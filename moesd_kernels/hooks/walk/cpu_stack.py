@@ -56,20 +56,21 @@ def _set_moe(stack: Any, block: Any) -> bool:
         *(block.gate.weight, rule.top_k, rule.renormalize, rule.cast),
         *(experts.gate_up_proj, experts.down_proj, spec.activation),
     )
-    for name in ("gate_up", "down"):
-        stack.set_format(name, scale_of(experts, f"{name}_proj", stored), spec.weight_format)
+    for name, stored_as in zip(("gate_up", "down"), spec.formats, strict=True):
+        stack.set_format(name, scale_of(experts, f"{name}_proj", stored), stored_as)
     return True
 
 
 def _plain_experts(experts: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether the C++ experts compute this module with none of their options but a format."""
+    """Whether the C++ experts compute this module with none of their options but formats."""
     weights: list[Any] = [getattr(experts, name, None) for name in ("gate_up_proj", "down_proj")]
     if not all(type(w) is nn.Parameter and w.is_contiguous() for w in weights):
         return False
     refusal, spec, has_bias, _ = spec_of(experts)
-    name = spec.weight_format
-    fits = name != "plain" or all(w.dtype == dtype for w in weights)
-    if not fits or refusal is not None or name not in BACKENDS["cpu"].formats:
+    named = zip(weights, spec.formats, strict=True)
+    fits = all(name != "plain" or weight.dtype == dtype for weight, name in named)
+    if not fits or refusal is not None or not BACKENDS["cpu"].formats.issuperset(spec.formats):
         return False
-    plain = not has_bias and spec == ExpertsSpec(spec.activation, weight_format=name)
+    stored = {name: getattr(spec, name) for name in ("weight_format", "down_format")}
+    plain = not has_bias and spec == ExpertsSpec(spec.activation, **stored)
     return plain and settings_of(experts).backend in ("auto", "cpu")

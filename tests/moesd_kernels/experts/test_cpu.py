@@ -240,7 +240,7 @@ def test_a_profiler_sees_the_phases(threads):
 def test_schema_and_fake():
     data = make(3, 4, 2, 32, 32, torch.bfloat16)
     arguments = (*data.values(), None, None, "silu", True, False, False, None, None)
-    arguments = (*arguments, "plain", None, None)
+    arguments = (*arguments, "plain", "plain", None, None)
     torch.library.opcheck(
         torch.ops.moesd.experts.default, (*arguments, torch.empty_like(data["hidden"]))
     )
@@ -262,7 +262,7 @@ def test_schema_and_fake():
 def test_errors(change, error, message):
     data = make(3, 4, 2, 32, 32, torch.float32)
     nothing = ("gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
-    plain = dict.fromkeys(nothing) | asdict(ExpertsSpec())
+    plain = dict.fromkeys(nothing) | asdict(ExpertsSpec()) | {"down_format": "plain"}
     del plain["op_options"]
     with pytest.raises(error, match=message):
         torch.ops.moesd.experts(**plain | data | change, out=torch.empty(3, 32))

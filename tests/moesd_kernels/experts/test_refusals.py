@@ -55,7 +55,7 @@ def test_errors_say_expected_and_got(name):
 
 def as_op(spec):
     """A spec as the operator takes it, without scales."""
-    return *spec.op_options, spec.weight_format, None, None
+    return *spec.op_options, None, None
 
 
 WRONG_TENSORS = [

@@ -22,9 +22,18 @@ def test_an_alias_is_the_same_spec():
     assert ExpertsSpec("swish") == ExpertsSpec()
 
 
+def test_a_down_projection_of_the_same_format_is_no_other_spec():
+    assert ExpertsSpec(weight_format="q4_k", down_format="q4_k") == ExpertsSpec(
+        weight_format="q4_k"
+    )
+    mixed = ExpertsSpec(weight_format="q4_k", down_format="q6_k")
+    assert mixed.formats == mixed.op_options[-2:] == ("q4_k", "q6_k")
+    assert dataclasses.replace(ExpertsSpec(), weight_format="int8").formats == ("int8", "int8")
+
+
 def test_a_replaced_field_is_checked_and_reaches_the_op():
     spec = dataclasses.replace(ExpertsSpec(), activation="swish", activation_limit=7.0)
-    assert spec.op_options == ("silu", True, False, False, 7.0, None)
+    assert spec.op_options == ("silu", True, False, False, 7.0, None, "plain", "plain")
     with pytest.raises(ValueError, match="got 'mish'"):
         dataclasses.replace(spec, activation="mish")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -36,7 +45,9 @@ def test_a_replaced_field_is_checked_and_reaches_the_op():
     [
         ({"activation": "mish"}, "activation must be one of .*'silu'.*, got 'mish'"),
         ({"weight_format": "int3"}, r"weight_format must be one of .*'plain'.*, got 'int3'"),
+        ({"down_format": "int3"}, r"down_format must be one of .*'plain'.*, got 'int3'"),
         ({"weight_format": "q4_0", "transposed": True}, "transposed=True needs .*; got 'q4_0'"),
+        ({"down_format": "q4_0", "transposed": True}, "needs down_format='plain'.*; got 'q4_0'"),
         ({"gated": False, "interleaved": True}, "need gated=True.* interleaved=True"),
         ({"gated": False, "activation_limit": 1.0}, "need gated=True.* activation_limit=1.0"),
         ({"gated": False, "activation_alpha": 1.0}, "need gated=True.* activation_alpha=1.0"),

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from support.formats import QUANTISED, quantised_case, stored_weight
+from support.formats import MIXTURES, QUANTISED, quantised_case, stored_weight
 from support.oracle import check_experts, make_case
 
 from moesd_kernels import available_backends, fused_experts
@@ -44,6 +44,27 @@ def test_equal_to_plain_weights_of_the_same_values(backend, name, dtype, variant
     check_experts(actual, plain, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "down"), MIXTURES)
+@pytest.mark.parametrize("backend", [b for b in HERE if BACKENDS[b].formats > {"q6_k"}])
+def test_two_formats_in_one_layer(backend, name, down, dtype):
+    stored, plain = quantised_case(
+        name, 7, 2, 3, 256, 512, down=down, dtype=dtype, **VARIANTS["gpt-oss"]
+    )
+    whole = fused_experts(*stored.tensors, **stored.options, backend=backend)
+    assert torch.equal(whole, fused_experts(*plain.tensors, **plain.options, backend=backend))
+    check_experts(whole, plain, f"{name} {down}")
+    if backend != "cpu":
+        return
+    x, *weights, ids, pair_weights = stored.tensors
+    for t in range(7):
+        rows = slice(t, t + 1)
+        alone = fused_experts(
+            x[rows], *weights, ids[rows], pair_weights[rows], **stored.options, backend=backend
+        )
+        assert torch.equal(alone[0], whole[t])
+
+
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize("backend", [backend for backend, name in PAIRS if name == "int8"])
@@ -72,10 +93,12 @@ def test_the_hidden_states_may_need_gradients(name):
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("name", ["int8", "mxfp4", "q8_0"])
+@pytest.mark.parametrize(
+    ("name", "down"), [("int8", None), ("mxfp4", None), ("q8_0", None), ("q4_0", "plain")]
+)
 @torch.no_grad()
-def test_compiles(name):
-    stored, _ = quantised_case(name, 5, 2, 3, 64, 64)
+def test_compiles(name, down):
+    stored, _ = quantised_case(name, 5, 2, 3, 64, 64, down=down)
 
     def layer(x, ids, weights):
         return fused_experts(x, *stored.tensors[1:3], ids, weights, **stored.options)
@@ -92,10 +115,12 @@ def test_a_back_end_that_lacks_the_format_says_so(monkeypatch, caplog):
         for name, backend in BACKENDS.items()
     }
     monkeypatch.setattr(backends, "BACKENDS", limited)
-    traits = CallTraits("cpu", torch.float32, weight_format="int4")
+    traits = CallTraits("cpu", torch.float32, formats=("int4", "int4"))
     uncached = choose_backend.__wrapped__
     with pytest.raises(RuntimeError, match="reads weights as plain, got int4"):
         uncached("cpu", traits)
+    with pytest.raises(RuntimeError, match="reads weights as plain, got plain and int4"):
+        uncached("cpu", traits._replace(formats=("plain", "int4")))
     with caplog.at_level(logging.INFO, logger="moesd_kernels"):
         assert uncached("auto", traits).name == "torch"
     assert "with int4 weights use backend 'torch'" in caplog.text
@@ -128,6 +153,13 @@ def test_errors_say_expected_and_got():
         down_scale=stored.options["down_scale"][..., 1:],
     )
     raises(TypeError, "weights must have the dtype", weight_format="plain")
+    raises(TypeError, "weights must have the dtype", down_format="plain")
+    raises(
+        *(ValueError, "w_down in format q8_0 needs a depth .* of 32, got 90"),
+        down=w_down.byte(),
+        down_format="q8_0",
+        down_scale=None,
+    )
     with pytest.raises(TypeError, match="w_down in format plain takes no scale"):
         plain = make_case(4, 2, 3, 64, 96)
         fused_experts(*plain.tensors, down_scale=torch.ones(1))

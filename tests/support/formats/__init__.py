@@ -10,6 +10,18 @@ from bench.workloads import stored
 from moesd_kernels.formats import WEIGHT_FORMATS, dequantize
 
 QUANTISED = [name for name in WEIGHT_FORMATS if name != "plain"]
+# Formats of gate and up, and of down, in one layer: llama.cpp's mixtures, and some of ours.
+MIXTURES = [
+    ("q4_k", "q6_k"),
+    ("q4_k", "q8_0"),
+    ("q6_k", "q4_k"),
+    ("q4_0", "q4_1"),
+    ("q4_0", "q8_0"),
+    ("q8_0", "plain"),
+    ("plain", "q4_0"),
+    ("int4", "int8"),
+    ("fp8_block", "mxfp4"),
+]
 
 
 def stored_weight(
@@ -20,16 +32,21 @@ def stored_weight(
     return stored.stored_weight(name, *shape, generator=generator, group=group)
 
 
-def quantised_case(name: str, *sizes: int, group: int = 32, **options) -> tuple[Case, Case]:
+def quantised_case(
+    name: str, *sizes: int, group: int = 32, down: str | None = None, **options
+) -> tuple[Case, Case]:
     """A layer with quantised weights, and the plain one on the numbers that they stand for.
 
-    ``sizes`` and ``options`` are those of ``make_case``.
+    ``down`` is the down projection's format, where it has another. ``sizes`` and ``options`` are
+    those of ``make_case``.
     """
     plain = make_case(*sizes, **options)
     tensors, numbers, more = list(plain.tensors), list(plain.tensors), dict(plain.options)
-    more["weight_format"] = name
-    for place, scale_name in ((1, "gate_up_scale"), (2, "down_scale")):
-        weight, scale = stored_weight(name, *numbers[place].shape, seed=place, group=group)
-        tensors[place], more[scale_name] = weight, scale
-        numbers[place] = dequantize(weight, scale, name, plain.x.dtype)
+    more |= {"weight_format": name, "down_format": down}
+    for place, kind in ((1, name), (2, down or name)):
+        if kind == "plain":
+            continue
+        weight, scale = stored_weight(kind, *numbers[place].shape, seed=place, group=group)
+        tensors[place], more[("gate_up_scale", "down_scale")[place - 1]] = weight, scale
+        numbers[place] = dequantize(weight, scale, kind, plain.x.dtype)
     return Case(tuple(tensors), more), plain._replace(tensors=tuple(numbers))

@@ -79,7 +79,7 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     _fill_embedding(model, source, dtype)
     if split:
         logger.warning(
-            "the experts of %d layers are unpacked: their projections are in more than one format",
+            "gate and up projections of the experts of %d layers are unpacked: two formats",
             split,
         )
     if model.generation_config is not None:
@@ -184,19 +184,22 @@ def _fill_linear(
 def _fill_experts(
     experts: Any, source: GgufFile, names: dict[str, list[str]], owner: str, dtype: torch.dtype
 ) -> bool:
-    """Both projections, packed where they can be; whether different formats kept them from it."""
-    gate_up, (down,) = names[f"{owner}.gate_up_proj"], names[f"{owner}.down_proj"]
-    kinds = {source.tensors[name].kind for name in (*gate_up, down)}
-    if len(kinds) == 1 and (kind := min(kinds)) in WEIGHT_FORMATS:
-        weights = [source.tensor(name) for name in (*gate_up, down)]
-        stored = {"gate_up_proj": torch.cat(weights[:2], dim=1), "down_proj": weights[2]}
-        hold_quantized(experts, kind, {name: (held, None) for name, held in stored.items()})
-        return False
-    numbers = [source.values(name, dtype) for name in gate_up]
-    experts.gate_up_proj = _parameter(torch.cat(numbers, dim=1))
-    del numbers
-    experts.down_proj = _parameter(source.values(down, dtype))
-    return any(kind in WEIGHT_FORMATS for kind in kinds)
+    """Both projections, packed where they can be; whether two formats kept gate and up from it."""
+    gate_up, down = names[f"{owner}.gate_up_proj"], names[f"{owner}.down_proj"]
+    kinds, weights = [], {}
+    for name, parts in (("gate_up_proj", gate_up), ("down_proj", down)):
+        found = {source.tensors[part].kind for part in parts}
+        kind = min(found) if len(found) == 1 and found <= WEIGHT_FORMATS.keys() else "plain"
+        packed = kind != "plain"
+        read = [source.tensor(p) if packed else source.values(p, dtype) for p in parts]
+        weights[name] = torch.cat(read, dim=1) if len(read) > 1 else read[0]
+        kinds.append(kind)
+    if kinds == ["plain", "plain"]:
+        for name, weight in weights.items():
+            setattr(experts, name, _parameter(weight))
+    else:
+        hold_quantized(experts, kinds[0], {n: (w, None) for n, w in weights.items()}, kinds[1])
+    return kinds[0] == "plain" and any(source.tensors[part].packed for part in gate_up)
 
 
 def _fill_embedding(model: Any, source: GgufFile, dtype: torch.dtype) -> None:

@@ -136,11 +136,11 @@ def quantised_jobs(arch):
         types |= gpt_oss if name == "mxfp4" else {}
         for kernel, tokens in QUANTISED_TOKENS.items():
             if tokens[place] is not None:
-                shape = LayerShape(*layer, tokens[place], weight_bits=stored_bits(name))
+                shape = LayerShape(*layer, tokens[place], weight_bits=(stored_bits(name),) * 2)
                 tile = getattr(select_config(shape, torch.bfloat16, DEVICES[arch]), kernel)
                 yield kernel, SIZES | types | tile.constexprs(), tile.options()
         if arch == 90 and name in ("fp8_block", "mxfp4"):
-            shape = LayerShape(*layer, 1, weight_bits=stored_bits(name))
+            shape = LayerShape(*layer, 1, weight_bits=(stored_bits(name),) * 2)
             chosen = select_config(shape, torch.bfloat16, DEVICES[arch])
             for kernel, tile in (
                 ("gate_up_single", chosen.single_gate_up),

@@ -49,7 +49,7 @@ def test_choices_fit_the_device(name, device):
             assert min(chosen.gate_up.block_n, chosen.down.block_n, chosen.block_m) >= 16
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (4, 8), (None, 8), (4, None)], ids=str)
 @pytest.mark.parametrize("device", [A100, H200, B200], ids=lambda device: device.name)
 def test_choices_for_quantised_weights_fit_the_device(device, bits):
     """Codes of 8 or 4 bits in the stages, and once their numbers beside them."""
@@ -57,8 +57,8 @@ def test_choices_for_quantised_weights_fit_the_device(device, bits):
         for dtype in DTYPES:
             shape = LayerShape(*LAYERS["qwen3-30b"], T, weight_bits=bits)
             chosen = select_config(shape, dtype, device)
-            gate_up = Gemm(1, 1, shape.I, shape.H, 2, dtype.itemsize, False, bits)
-            down = Gemm(1, 1, shape.H, shape.I, 1, dtype.itemsize, True, bits)
+            gate_up = Gemm(1, 1, shape.I, shape.H, 2, dtype.itemsize, False, bits[0])
+            down = Gemm(1, 1, shape.H, shape.I, 1, dtype.itemsize, True, bits[1])
             most = 128 if chosen.block_m == 128 and device.capability == 90 else 64
             assert fits(gate_up, chosen.gate_up, device, most)
             assert fits(down, chosen.down, device, most)
@@ -220,7 +220,7 @@ def test_tuned_file_overrides_the_model(tuned_file, block_m, used):
     assert select_config(shape, torch.float16, H200) != chosen
     invariant = select_config(shape, torch.bfloat16, H200, batch_invariant=True)
     assert invariant.gate_up != chosen.gate_up
-    quantised = dataclasses.replace(shape, weight_bits=8)
+    quantised = dataclasses.replace(shape, weight_bits=(8, 8))
     assert select_config(quantised, torch.bfloat16, H200).gate_up != chosen.gate_up
 
 

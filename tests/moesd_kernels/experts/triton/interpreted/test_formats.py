@@ -50,6 +50,14 @@ def test_options_of_gpt_oss(name, T):
     check(*quantised_case(name, T, 2, 3, 96, 64, activation_alpha=1.702, **options))
 
 
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize(
+    ("name", "down"), [("int4", "int8"), ("plain", "mxfp4"), ("fp8_block", "plain")]
+)
+def test_two_formats_in_one_layer(name, down, T):
+    check(*quantised_case(name, T, 2, 3, 64, 32, down=down))
+
+
 @pytest.mark.parametrize(("name", "T"), [("fp8_block", 5), ("mxfp4", 1)])
 def test_no_gate(name, T):
     check(*quantised_case(name, T, 2, 3, 64, 32, gated=False, activation="relu2"))

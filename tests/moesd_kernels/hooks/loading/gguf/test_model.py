@@ -27,7 +27,13 @@ FILES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "qwen2-q4_1": ("qwen2", {"": "q4_1"}, {}),
     "qwen2moe-q8_0": ("qwen2moe", {"": "q8_0"}, {"experts": 4}),
     "qwen3moe-q4_0": ("qwen3moe", {"": "q4_0"}, {"experts": 4}),
-    "qwen3moe-mixed": ("qwen3moe", {"": "q4_k", "attn_v": "q6_k"}, {"experts": 4, "tied": False}),
+    # As llama.cpp's Q4_K_M has it, in one layer of two.
+    "qwen3moe-mixed": (
+        "qwen3moe",
+        {"": "q4_k", "attn_v": "q6_k", "blk.1.ffn_down_exps": "q6_k"},
+        {"experts": 4, "tied": False},
+    ),
+    "qwen2moe-mixed": ("qwen2moe", {"": "q4_0", "ffn_down_exps": "q8_0"}, {"experts": 4}),
 }
 
 
@@ -76,13 +82,14 @@ def test_speculative_outputs_are_the_models_own(file: Path) -> None:
     assert outputs(build_drafter("ngram", model), 3) == outputs(None, 0)
 
 
-def test_experts_in_two_formats_are_unpacked_and_said(tmp_path: Path, caplog: Any) -> None:
-    kinds = {"": "q8_0", "ffn_down_exps": "q6_k"}
+def test_gate_and_up_in_two_formats_are_unpacked_and_said(tmp_path: Path, caplog: Any) -> None:
+    kinds = {"": "q8_0", "ffn_gate_exps": "q6_k"}
     file = gguf_file.write_gguf(tmp_path / "moe.gguf", "qwen3moe", kinds, experts=4)
     with caplog.at_level(logging.WARNING, logger="moesd_kernels"):
         model = load_gguf(file, torch.float32)
-    assert "experts of 2 layers are unpacked" in caplog.text
-    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.float32
+    assert "gate and up projections of the experts of 2 layers are unpacked" in caplog.text
+    experts = model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.dtype == torch.float32 and experts.down_proj.dtype == torch.uint8
     with torch.no_grad():
         torch.testing.assert_close(
             model(IDS).logits, unpacked(file)(IDS).logits, rtol=1e-3, atol=1e-3
