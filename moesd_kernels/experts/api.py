@@ -38,9 +38,8 @@ def fused_experts(
     Args:
         hidden_states: ``[T, H]`` bf16, fp16 or fp32; T may be 0.
         w_gate_up: ``[E, 2I, H]``, gate rows first; ``[E, I, H]`` when not gated; not copied.
-        w_down: ``[E, H, I]``. In a quantised ``weight_format`` (``down_format``) weights are stored
-            as that says, and stand for what ``formats.dequantize`` gives in the dtype of
-            ``hidden_states``.
+        w_down: ``[E, H, I]``. In a quantised ``weight_format``, ``down_format``, they are stored as
+            that says, and stand for what ``formats.dequantize`` gives in hidden_states' dtype.
         topk_ids: ``[T, K]`` int32 or int64; one outside [0, E) contributes nothing, a double twice.
         topk_weights: ``[T, K]`` fp32, bf16 or fp16; multiplied in fp32.
         gate_up_bias: ``[E, 2I]`` (or ``[E, I]``) in the dtype of ``hidden_states``.

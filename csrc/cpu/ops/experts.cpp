@@ -38,6 +38,12 @@ struct Weights {
     StoredWeights gate_up, down;
 };
 
+// Enough for either: a matrix is not decoded before the other is done with.
+int64_t decoded_elements(const Weights& w, int threads, int64_t depth) {
+    return std::max(decoded_elements(w.gate_up, threads, depth),
+                    decoded_elements(w.down, threads, depth));
+}
+
 Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
                         const OptTensor& gate_up_bias, const OptTensor& down_bias, bool gated,
                         bool transposed, c10::string_view format, c10::string_view down_format,
@@ -172,9 +178,7 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
     const int64_t acc = (tokens * hidden_size + 15) / 16 * 16;
     const int threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
-    const int64_t longest = std::max(hidden_size, inter);
-    const int64_t decoded = std::max(decoded_elements(weights.gate_up, threads, longest),
-                                     decoded_elements(weights.down, threads, longest));
+    const int64_t decoded = decoded_elements(weights, threads, std::max(hidden_size, inter));
     const size_t floats = packed_x + packed_act + acc + decoded / 2;
     auto* memory =
         static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8));
