@@ -37,7 +37,7 @@ lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/clang-format --dry-run --Werror $(FORMATTED)
-	.venv/bin/mypy -p moesd_kernels -p decoder -p bench -p training
+	.venv/bin/mypy -p moesd_kernels -p decoder -p bench -p training -p moesd_vllm
 
 .venv/.ready: CONSTRAINTS := constraints.txt
 .venv-oldest/.ready: CONSTRAINTS := constraints-oldest.txt

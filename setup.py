@@ -53,7 +53,9 @@ def build_options():
 
 
 setup(
-    packages=find_packages(include=["moesd_kernels", "moesd_kernels.*", "decoder", "decoder.*"]),
+    packages=find_packages(
+        include=["moesd_kernels", "moesd_kernels.*", "decoder", "decoder.*", "moesd_vllm"]
+    ),
     package_data={
         "moesd_kernels": ["py.typed", "**/*.json"],
         "decoder": ["embedded/**/*", "smol/**/*"],

@@ -16,7 +16,7 @@ from pathlib import Path
 from support.cpp_functions import functions as cpp_functions
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("moesd_kernels", "decoder", "bench", "training")
+PACKAGES = ("moesd_kernels", "decoder", "bench", "training", "moesd_vllm")
 CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 KERNELS = "decoder/model/kernels.py"  # the one file of the decoder that knows moesd_kernels
 
@@ -162,6 +162,17 @@ def test_the_kernels_stand_alone() -> None:
 def test_the_decoder_knows_the_kernels_in_one_file() -> None:
     found = importers("moesd_kernels", "decoder")
     assert found == {KERNELS}, f"expected moesd_kernels in {KERNELS} only, found it in {found}"
+
+
+def test_vllm_is_met_by_its_plugin_alone() -> None:
+    """And by what measures it; nothing imports the plugin, which vLLM loads."""
+    others = ("moesd_kernels", "decoder", "training")
+    found = importers("vllm", *others) | importers("moesd_vllm", *others, "bench")
+    found |= importers("bench", "moesd_vllm") | importers("training", "moesd_vllm")
+    assert not found, f"expected vllm in moesd_vllm and bench only, found it in {found}"
+    known = {name for path in python("moesd_vllm") for name in imported(path)}
+    known = {name for name in known if name.startswith("decoder")}
+    assert all(name.startswith("decoder.gamma.") for name in known), known
 
 
 def test_nothing_imports_bench_or_tests() -> None:
