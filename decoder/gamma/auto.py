@@ -114,7 +114,8 @@ class AutoGamma:
         self._decided_for = None
 
     def choose(self, live_batch: int, context: int) -> int:
-        """Draft length of the next round for ``live_batch`` rows of about ``context`` tokens."""
+        """Draft length of the next round for ``live_batch`` rows of about ``context`` tokens, of
+        which 0 says that the drafter never has plain rounds to catch up on."""
         self._context = context
         self._asked_before, self._asked = self._asked, self._next_gamma(live_batch)
         return self._asked
@@ -159,7 +160,6 @@ class AutoGamma:
             accepted: accepted drafts per row.
             times: phase -> seconds; their sum is the round, unless ``"total"`` is given.
         """
-        caught_up = gamma > 0 and self._asked_before == 0
         seconds = times.get("total", 0.0) or sum(times.values())
         self._rounds.append(
             _Round(
@@ -167,7 +167,7 @@ class AutoGamma:
                 batch=batch,
                 context=self._context,
                 probed=self._probing,
-                caught_up=caught_up,
+                caught_up=gamma > 0 and self._asked_before == 0 and self._context > 0,
                 drafted=drafted,
                 accepted=accepted,
                 seconds=seconds,
