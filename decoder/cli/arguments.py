@@ -15,6 +15,7 @@ from decoder.errors import UserError
 from decoder.gamma.base import AUTO as GAMMA_AUTO
 from decoder.requests.params import shown
 
+from .offload_options import offload_of
 from .options import OURS, OneLineParser, add_model_arguments, draft_flag, given_draft_options
 
 # vLLM's keys of --speculative-config: the flag that each one sets, and what its value is.
@@ -44,6 +45,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if text is not None:
         _apply(args, _speculative_config(text), parser.prog)
     if hasattr(args, "drafter"):
+        offload_of(args)
         _check_paths(args)
         _check_drafting(args)
         if args.batch_invariant and args.experts_implementation != OURS:

@@ -23,6 +23,7 @@ from decoder.requests.params import SamplingParams, shown
 from decoder.sampling import VERIFIERS
 
 from . import flag_types as types
+from .offload_options import add_offload_arguments
 from .streams import say
 
 OURS = "moesd"  # the experts implementation that comes with our other kernels
@@ -191,6 +192,7 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", "--attn-implementation", choices=ATTENTION, default=ATTENTION[0],
         help="auto: our kernel where there is one",
     )  # fmt: skip
+    add_offload_arguments(group)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from decoder.gamma.base import DEFAULT_MAX_GAMMA
 from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
 from .arguments import draft_path, target_name
+from .offload_options import offload_of
 from .options import OURS, draft_options
 from .streams import say
 
@@ -57,6 +58,7 @@ class Setup:
             device=args.device,
             experts=None if self._kernels else args.experts_implementation,
             packed=self._kernels,
+            offload=offload_of(args),
         )
         require_fitting_tokenizer(self.tokenizer, self.target)
 

@@ -104,4 +104,5 @@ def stats_line(stats: DecoderStats) -> str:
             f"{number(stats.acceptance_length)} tokens/round",
         ]
     phases = ", ".join(f"{phase} {ms:.2f}" for phase, ms in stats.ms_per_round().items())
-    return ", ".join(parts) + f"; ms per round: {phases}"
+    read = "" if stats.offload is None else f"; {stats.offload.line()}"
+    return ", ".join(parts) + f"; ms per round: {phases}{read}"

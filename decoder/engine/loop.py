@@ -22,6 +22,7 @@ from decoder.gamma.base import DEFAULT_MAX_GAMMA, Controller
 from decoder.model import loading
 from decoder.model.kernels import AttentionName
 from decoder.model.runner import ModelRunner
+from decoder.offload import Offload
 from decoder.requests.outputs import Output, Progress, failure, unread
 from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt, Request, RequestReader, Unreadable
@@ -103,7 +104,7 @@ class SpeculativeDecoder:
         self._rounds = Rounds(self.runner, self.drafter, self.sampler, longest_draft, tokenizer)
         self._waiting: deque[Request] = deque()
         self._added = itertools.count()
-        self.stats = DecoderStats()
+        self.stats = DecoderStats.begun(self.runner.model)
 
     @classmethod
     def from_paths(
@@ -116,23 +117,23 @@ class SpeculativeDecoder:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         experts: str | None = None,
+        offload: Offload | None = None,
         kernels: bool = True,
         **options: Any,
     ) -> SpeculativeDecoder:
         """Load a target, its tokenizer and what drafts for it.
 
         Args:
-            target, dtype, device, experts: as for ``decoder.model.loading.load_model``.
+            target, dtype, device, experts, offload: as for ``decoder.model.loading.load_model``.
             draft, drafter, draft_options: as for ``decoder.drafters.build_drafter``: by default
                 what ``draft`` is, a model or an EAGLE head, and n-gram lookup without one.
-            kernels: let ``moesd_kernels`` run what it can of target and draft.
-            options: of the constructor.
+            kernels, options: of the constructor; ``kernels`` counts for the draft as well.
 
         Raises:
             UserError: something that cannot be loaded, or does not go together.
         """
         told = replace(draft_options or DraftOptions(), kernels=kernels)
-        parts = loaded(target, draft, drafter, told, dtype, device, experts)
+        parts = loaded(target, draft, drafter, told, dtype, device, experts, offload)
         return cls(*parts[:2], tokenizer=parts[2], kernels=kernels, **options)
 
     def add(self, prompt: Prompt | Request, params: SamplingParams | None = None) -> Request:
@@ -268,7 +269,7 @@ class SpeculativeDecoder:
         yield from self._decoded(self.reader.read_all(prompts, params or SamplingParams()))
 
     def _decoded(self, requests: Iterator[Request | Unreadable]) -> Iterator[Output]:
-        self.stats = DecoderStats()
+        self.stats = DecoderStats.begun(self.runner.model)
         more = True
         try:
             while more or not self.is_idle():

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from decoder.offload import OffloadStats, store_of
+
 PHASES = ("prefill", "draft", "verify", "sample", "host")
 
 
@@ -22,6 +24,7 @@ class DecoderStats:
         drafted, accepted: over all rows.
         seconds: phase to seconds; ``"host"`` is what the loop itself costs.
         wall: seconds spent in steps.
+        offload: what reading experts came to, where they do not all stay in memory.
     """
 
     sequences: int = 0
@@ -31,12 +34,19 @@ class DecoderStats:
     drafted: int = 0
     accepted: int = 0
     wall: float = 0.0
+    offload: OffloadStats | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _verified: int = 0
     _reached: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _passed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _forwards: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
     _emitted_speculating: int = 0
+
+    @classmethod
+    def begun(cls, target: Any) -> DecoderStats:
+        """Counts of a run on this model that starts now."""
+        store = store_of(target)
+        return cls(offload=None if store is None else store.begin())
 
     def mean_output(self, otherwise: float) -> float:
         """Mean tokens of a finished output; ``otherwise`` before the first one."""
@@ -151,4 +161,5 @@ class DecoderStats:
             "wall_seconds": self.wall,
             "prefill_seconds": self.seconds["prefill"],
             "ms_per_round": self.ms_per_round(),
+            "offload": self.offload and self.offload.as_dict(),
         }

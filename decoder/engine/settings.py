@@ -15,6 +15,7 @@ from decoder.gamma.base import AUTO, Controller, FixedGamma
 from decoder.model import loading
 from decoder.model.kernels import accelerate
 from decoder.model.loading import context_length
+from decoder.offload import Offload
 
 _ACCELERATOR_MAX_LENGTH = 4096  # KV is allocated up front there
 
@@ -27,10 +28,16 @@ def loaded(
     dtype: str | torch.dtype,
     device: str | torch.device | None,
     experts: str | None,
+    offload: Offload | None,
 ) -> tuple[Any, Drafter, Any]:
     """A target, its drafter and its tokenizer; see ``SpeculativeDecoder.from_paths``."""
     model, tokenizer = loading.load_with_tokenizer(
-        target, dtype=dtype, device=device, experts=experts, packed=options.kernels
+        target,
+        dtype=dtype,
+        device=device,
+        experts=experts,
+        packed=options.kernels,
+        offload=offload,
     )
     made = build_drafter(drafter, model, draft, replace(options, tokenizer=tokenizer))
     return model, made, tokenizer

@@ -28,6 +28,7 @@ from decoder.checkpoint.tokenizer_files import require_tokenizer_files
 from decoder.checkpoint.weights import few, require_whole_experts, tensor_headers, weight_files
 from decoder.errors import UserError, explained
 from decoder.model.kernels import gguf_file, keeping_quantized, load_gguf
+from decoder.offload import ExpertsApart, Offload
 
 DTYPES: dict[str, Any] = {
     "auto": "auto",
@@ -47,6 +48,7 @@ def load_model(
     device: str | torch.device | None = None,
     experts: str | None = None,
     packed: bool = False,
+    offload: Offload | None = None,
 ) -> Any:
     """A causal LM in evaluation mode, every weight of which comes from its files.
 
@@ -57,49 +59,68 @@ def load_model(
         device: CUDA when there is one, by default.
         experts: transformers' ``experts_implementation``, or its default.
         packed: leave FP8 and MXFP4 weights as they are stored where only our kernels read them.
+        offload: how to run with experts that do not fit; by default they are loaded.
 
     Raises:
         UserError: nothing loadable there, weights that do not fit the configuration, a device that
             cannot be used, or an unknown dtype.
     """
-    from transformers import AutoModelForCausalLM
-
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device = _usable_device(device)
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if offload is not None:
+        _require_offloadable(path, device)
     if is_gguf(path):
         with explained(f"cannot load model {str(path)!r}"):
             require_content(Path(path))
             return load_gguf(Path(path), torch.bfloat16 if wanted == "auto" else wanted).to(device)
     folder = model_folder(path)
-    with explained(f"cannot load model {str(path)!r}"):
-        headers = tensor_headers(weight_files(folder))
-        config = read_config(folder, len(headers))
-        if (folder / GENERATION_CONFIG).exists():
-            read_json(folder / GENERATION_CONFIG)  # a broken one would be passed over
-        require_described(config, headers, folder / CONFIG)
-        require_whole_experts(headers)
-        options = {} if experts is None else {"experts_implementation": experts}
-        keeping = keeping_quantized() if packed and device.type == "cpu" else nullcontext()
-        with _quiet(), keeping:  # what it would report is raised here
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=wanted,
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
-        model, found = loaded
-        if config.sub_configs.keys() - {"text_config"}:
-            _leave_out_other_parts(found, model)
-        _require_every_weight(folder, found)
+    keeping = keeping_quantized() if packed and device.type == "cpu" else nullcontext()
+    with explained(f"cannot load model {str(path)!r}"), keeping:
+        model = _load_safetensors(folder, wanted, experts, offload)
         eos_ids(model)
         return model.to(device).eval()
+
+
+def _load_safetensors(
+    folder: Path, dtype: str | torch.dtype, experts: str | None, offload: Offload | None
+) -> Any:
+    """The model of a folder whose files have been compared with each other."""
+    from transformers import AutoModelForCausalLM
+
+    files = weight_files(folder)
+    headers = tensor_headers(files)
+    config = read_config(folder, len(headers))
+    if (folder / GENERATION_CONFIG).exists():
+        read_json(folder / GENERATION_CONFIG)  # a broken one would be passed over
+    require_described(config, headers, folder / CONFIG)
+    require_whole_experts(headers)
+    options = {} if experts is None else {"experts_implementation": experts}
+    apart = None
+    if offload is not None:
+        copied = files if offload.folder is None else weight_files(offload.folder)
+        apart = ExpertsApart(config, copied, offload.budget)
+    loader: Any = AutoModelForCausalLM if apart is None else apart.model_class
+    with _quiet():  # what it would report is raised here
+        loaded: Any = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    model, found = loaded
+    if apart is not None:
+        apart.attach(model, found)
+    if config.sub_configs.keys() - {"text_config"}:
+        _leave_out_other_parts(found, model)
+    _require_every_weight(folder, found)
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -180,6 +201,13 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
             raise UserError("device must be one that computes, got 'meta'")
         torch.empty(1, device=usable)
     return usable
+
+
+def _require_offloadable(path: str | Path, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise UserError(f"experts in files are offloaded on a CPU, got device {str(device)!r}")
+    if is_gguf(path):
+        raise UserError(f"experts of safetensors files can be offloaded, got {str(path)!r}")
 
 
 def _require_every_weight(folder: Path, found: dict[str, Any]) -> None:

@@ -1,0 +1,45 @@
+"""Flags for experts that do not fit in memory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from decoder.errors import UserError
+from decoder.offload import Offload
+
+from . import flag_types as types
+
+_OWN = ""  # no folder is named: the model's own files
+_MOST = 10**6  # GB
+
+
+def add_offload_arguments(group: argparse._ArgumentGroup) -> None:
+    """For commands that load a target."""
+    group.add_argument(
+        "--offload-experts", nargs="?", const=_OWN, type=types.path, metavar="DIR",
+        help="read experts from the target's safetensors files as steps need them, or from a copy "
+        "of these in DIR",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload-budget", type=types.number(0, _MOST), metavar="GB",
+        help="memory for experts with --offload-experts",
+    )  # fmt: skip
+
+
+def offload_of(args: argparse.Namespace) -> Offload | None:
+    """What the flags say.
+
+    Raises:
+        UserError: one of them without the other.
+    """
+    folder, budget = args.offload_experts, args.offload_budget
+    if folder is None and budget is None:
+        return None
+    if folder is None:
+        raise UserError("--offload-budget is read with --offload-experts only")
+    if budget is None:
+        raise UserError("--offload-experts needs --offload-budget: memory for experts, in GB")
+    if folder != _OWN and not Path(folder).is_dir():
+        raise UserError(f"--offload-experts must name a folder, got {folder!r}")
+    return Offload(int(budget * 1e9), Path(folder) if folder != _OWN else None)

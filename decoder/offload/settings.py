@@ -1,0 +1,20 @@
+"""What the owner of a model whose experts do not fit has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """How to run a model whose experts do not fit in memory.
+
+    Attributes:
+        budget: bytes of memory for experts; at least one layer's.
+        folder: of safetensors files to read experts from, a copy on a faster disk; by default the
+            model's own.
+    """
+
+    budget: int
+    folder: Path | None = None
