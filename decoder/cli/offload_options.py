@@ -10,7 +10,7 @@ from decoder.offload import Offload
 
 from . import flag_types as types
 
-_OWN = ""  # no folder is named: the model's own files
+_OWN = True  # no folder is named: the target's own files
 _MOST = 10**6  # GB
 
 
@@ -40,6 +40,7 @@ def offload_of(args: argparse.Namespace) -> Offload | None:
         raise UserError("--offload-budget is read with --offload-experts only")
     if budget is None:
         raise UserError("--offload-experts needs --offload-budget: memory for experts, in GB")
-    if folder != _OWN and not Path(folder).is_dir():
+    copies = None if folder is _OWN else Path(folder)
+    if copies is not None and not copies.is_dir():
         raise UserError(f"--offload-experts must name a folder, got {folder!r}")
-    return Offload(int(budget * 1e9), Path(folder) if folder != _OWN else None)
+    return Offload(int(budget * 1e9), copies)
