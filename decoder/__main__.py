@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from decoder.cli.files.results import RunStopped
 from decoder.cli.streams import exit_code, say, silence_stdout, standard_streams, unwinding_signals
 
-from .errors import RequestFailed, UserError, one_line, reason
+from .errors import RankLost, RequestFailed, UserError, one_line, reason
 
 if TYPE_CHECKING:
     from decoder.cli.options import OneLineParser
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exit_code(stop)
         except BrokenPipeError:
             return _SIGPIPE
-        except Exception as error:
+        except (Exception, RankLost) as error:
             if debug:
                 raise
             return _told(error)
@@ -71,25 +71,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], start: int) -> int:
     """Run the command that begins at ``start``, or the demo where none does."""
     from decoder.cli.arguments import parse
+    from decoder.cli.parallel_options import is_silent, silence
 
+    stderr = silence() if is_silent() else None
     first = arguments[start : start + 1]
     if not first or (first[0].startswith("-") and first[0] not in ("-h", "--help")):
         arguments.insert(start, "demo")
     args = parse(build_parser(), arguments)
     if sys.stdout is None and not getattr(args, "output", None):
         raise UserError("cannot write to standard output: it is closed")
+    if stderr is not None:
+        from decoder.cli.setup import work
+
+        return work(args, stderr)
     code: int = args.run(args)
     if sys.stdout is not None:
         sys.stdout.flush()
     return code
 
 
-def _told(error: Exception) -> int:
+def _told(error: BaseException) -> int:
     """Say what failed, in one line; the exit code."""
     what, code, hint = reason(error), _FAULT, ""
     if isinstance(error, UserError):
         code = _MISTAKE
-    elif isinstance(error, (RunStopped, RequestFailed, OSError)):
+    elif isinstance(error, (RunStopped, RankLost, RequestFailed, OSError)):
         code = _STOPPED
     else:
         kind = type(error).__name__

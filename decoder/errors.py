@@ -34,6 +34,14 @@ class RequestFailed(RuntimeError):
         self.outputs = list(outputs)
 
 
+class RankLost(BaseException):
+    """Another process of a run over several is gone, or this one cannot go on with the others.
+
+    As an interrupt, it is not caught where a failure is tried again: every attempt would have to
+    begin with all of them.
+    """
+
+
 class UndefinedNumbers(RequestFailed, FloatingPointError):
     """The same, some of them by numbers that define no distribution: NaN, infinities."""
 

@@ -17,6 +17,7 @@ from decoder.requests.params import shown
 
 from .offload_options import offload_of
 from .options import OURS, OneLineParser, add_model_arguments, draft_flag, given_draft_options
+from .parallel_options import check_parallel
 
 # vLLM's keys of --speculative-config: the flag that each one sets, and what its value is.
 _SPECULATIVE_KEYS: dict[str, tuple[str, type]] = {
@@ -44,6 +45,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     text = getattr(args, "speculative_config", None)
     if text is not None:
         _apply(args, _speculative_config(text), parser.prog)
+    check_parallel(args)
     if hasattr(args, "drafter"):
         offload_of(args)
         _check_paths(args)

@@ -11,7 +11,7 @@ from decoder.cli.files.prompt_lines import BadLine, LineId, digest
 from decoder.cli.files.prompts import STDIN, check_prompts, is_stream, read_prompts
 from decoder.cli.files.results import ResultWriter, RunStopped
 from decoder.engine.metrics import DecoderStats
-from decoder.errors import UserError, reason
+from decoder.errors import RankLost, UserError, reason
 from decoder.requests.outputs import Output, SequenceStats
 from decoder.requests.params import SamplingParams
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             return exit_code(stop)
         except (RunStopped, BrokenPipeError):
             raise
-        except Exception as error:
+        except (Exception, RankLost) as error:
             raise RunStopped(f"stopped after {results.count} results: {reason(error)}") from error
     return results.close(decoder.stats)
 

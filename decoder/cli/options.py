@@ -24,6 +24,7 @@ from decoder.sampling import VERIFIERS
 
 from . import flag_types as types
 from .offload_options import add_offload_arguments
+from .parallel_options import add_parallel_arguments
 from .streams import say
 
 OURS = "moesd"  # the experts implementation that comes with our other kernels
@@ -118,6 +119,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculative-config", type=types.text, metavar="JSON", help="in vLLM's keys"
     )
     _add_machine_arguments(parser)
+    add_parallel_arguments(parser)
 
 
 def _add_draft_options(group: argparse._ArgumentGroup) -> None:

@@ -21,8 +21,8 @@ from decoder.errors import UserError
 from decoder.gamma.base import DEFAULT_MAX_GAMMA, Controller
 from decoder.model import loading
 from decoder.model.kernels import AttentionName
-from decoder.model.runner import ModelRunner
 from decoder.offload import Offload
+from decoder.parallel.runner import target_runner
 from decoder.requests.outputs import Output, Progress, failure, unread
 from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt, Request, RequestReader, Unreadable
@@ -93,7 +93,7 @@ class SpeculativeDecoder:
         self.max_length = checked_length(target, max_length)
         # No row has room for a longer one.
         longest_draft = min(getattr(self.controller, "max_gamma", max_gamma), self.max_length)
-        self.runner = ModelRunner(
+        self.runner = target_runner(
             target, max_batch_size, self.max_length, attention, static, longest_draft
         )
         self.sampler = Sampler(max_batch_size, self.runner.vocab_size, self.runner.device, verifier)

@@ -208,6 +208,13 @@ def _check_instruction_set(ops: Any | None) -> None:
         raise UserError(str(error).partition("\n")[0]) from error
 
 
+def cpu_isa() -> str | None:
+    """The instruction set that the C++ operators run on here, or ``None`` without them."""
+    ops = _cpu_ops(torch.device("cpu"), torch.float32)
+    _check_instruction_set(ops)
+    return None if ops is None else str(ops.cpu_isa())
+
+
 def walk() -> Any:
     """What walks over a model's layers; there is one wherever there is the attention kernel."""
     from moesd_kernels.hooks import walk

@@ -6,7 +6,7 @@ is refused, and so are weights in any format but safetensors and GGUF (``docs/se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def load_model(
     experts: str | None = None,
     packed: bool = False,
     offload: Offload | None = None,
+    divide: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A causal LM in evaluation mode, every weight of which comes from its files.
 
@@ -60,6 +61,8 @@ def load_model(
         experts: transformers' ``experts_implementation``, or its default.
         packed: leave FP8 and MXFP4 weights as they are stored where only our kernels read them.
         offload: how to run with experts that do not fit; by default they are loaded.
+        divide: transformers' ``DistributedConfig`` of a configuration: this process is one of
+            several, and loads its part, which stays where that puts it.
 
     Raises:
         UserError: nothing loadable there, weights that do not fit the configuration, a device that
@@ -72,19 +75,25 @@ def load_model(
     if offload is not None:
         _require_offloadable(path, device)
     if is_gguf(path):
+        if divide is not None:
+            raise UserError(f"a GGUF file cannot be divided among ranks, got {str(path)!r}")
         with explained(f"cannot load model {str(path)!r}"):
             require_content(Path(path))
             return load_gguf(Path(path), torch.bfloat16 if wanted == "auto" else wanted).to(device)
     folder = model_folder(path)
     keeping = keeping_quantized() if packed and device.type == "cpu" else nullcontext()
     with explained(f"cannot load model {str(path)!r}"), keeping:
-        model = _load_safetensors(folder, wanted, experts, offload)
+        model = _load_safetensors(folder, wanted, experts, offload, divide)
         eos_ids(model)
-        return model.to(device).eval()
+        return (model if divide is not None else model.to(device)).eval()
 
 
 def _load_safetensors(
-    folder: Path, dtype: str | torch.dtype, experts: str | None, offload: Offload | None
+    folder: Path,
+    dtype: str | torch.dtype,
+    experts: str | None,
+    offload: Offload | None,
+    divide: Callable[[Any], Any] | None,
 ) -> Any:
     """The model of a folder whose files have been compared with each other."""
     from transformers import AutoModelForCausalLM
@@ -96,7 +105,9 @@ def _load_safetensors(
         read_json(folder / GENERATION_CONFIG)  # a broken one would be passed over
     require_described(config, headers, folder / CONFIG)
     require_whole_experts(headers)
-    options = {} if experts is None else {"experts_implementation": experts}
+    options: dict[str, Any] = {} if experts is None else {"experts_implementation": experts}
+    if divide is not None:
+        options["distributed_config"] = divide(config)
     apart = None
     if offload is not None:
         copied = files if offload.folder is None else weight_files(offload.folder)

@@ -1,0 +1,148 @@
+"""The target's runner on rank 0, which tells the other ranks what it is about to run."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from decoder.errors import RankLost, UserError
+from decoder.model.cache import RaggedCache
+from decoder.model.kernels import ATTENTION, AttentionName
+from decoder.model.rope import row_rope
+from decoder.model.runner import ModelRunner
+from decoder.model.support import check_supported
+
+from .commands import CLOSE, END, OPEN, RUN, SCRUB, Channel, Command
+from .group import Ranks
+
+_leaders: weakref.WeakKeyDictionary[torch.nn.Module, Leader] = weakref.WeakKeyDictionary()
+
+
+def target_runner(model: Any, *arguments: Any, **options: Any) -> ModelRunner:
+    """The runner of a target: for one of several ranks where ``lead`` has been told so."""
+    kind = RankedRunner if model in _leaders else ModelRunner
+    return kind(model, *arguments, **options)
+
+
+def lead(model: torch.nn.Module, ranks: Ranks) -> Leader:
+    """Have rank 0's runners of ``model`` lead the other ranks, which must ``serve`` it."""
+    return _leaders.setdefault(model, Leader(ranks))
+
+
+class Leader:
+    """What rank 0 tells the others on behalf of the runners of one model.
+
+    Args:
+        ranks: this must be rank 0.
+
+    Attributes:
+        ranks: as given.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._channel = Channel(ranks.commands)
+        self._opened = 0
+        self._dropped: list[int] = []
+        atexit.register(self.end)
+
+    def open(self, runner: ModelRunner, *numbers: int) -> int:
+        """Have a runner made on every rank, and those forgotten that are gone here."""
+        # Not when the collector finds them: that may be in the middle of another message.
+        while self._dropped:
+            self.send(Command(CLOSE, self._dropped.pop()))
+        self._opened += 1
+        weakref.finalize(runner, self._dropped.append, self._opened)
+        self.send(Command(OPEN, self._opened, numbers))
+        return self._opened
+
+    def send(self, command: Command) -> None:
+        """Tell the other ranks.
+
+        Raises:
+            RankLost: one of them is gone.
+        """
+        with self.ranks.together():
+            self._channel.send(command)
+
+    def scrub(self, runner: int, cache: RaggedCache, row: int, start: int = 0) -> None:
+        """``RaggedCache.scrub`` on every rank, in the cache of one runner."""
+        self.send(Command(SCRUB, runner, (row, start)))
+        RaggedCache.scrub(cache, row, start)
+
+    def end(self) -> None:
+        """Let the other ranks go; they lose this one where it was stopped in a forward."""
+        if not self.ranks.is_inside:
+            with suppress(RankLost):
+                self.send(Command(END))
+
+
+class RankedRunner(ModelRunner):
+    """A ``ModelRunner`` each of whose forwards runs on every rank.
+
+    Steps are not captured in graphs. Arguments as for ``ModelRunner``.
+
+    Raises:
+        UserError: as there, or the rotary embedding depends on a row's length.
+        RankLost: another rank is gone, from every method that runs the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        max_batch_size: int,
+        max_length: int,
+        attention: AttentionName = "auto",
+        static: bool | Literal["auto"] = "auto",
+        longest_draft: int = 0,
+    ) -> None:
+        if static is True:
+            raise UserError("static steps are of one process; expected static=False over ranks")
+        if check_supported(model):
+            raise UserError(
+                f"{type(model).__name__} has layers with recurrent state, which run in one process "
+                "only; expected attention in every layer over several ranks"
+            )
+        device = model.get_input_embeddings().weight.device
+        if row_rope(model, max_batch_size, max_length, device) is not None:
+            raise UserError(
+                f"the rotary embedding of {type(model).__name__} depends on a row's length; over "
+                "several ranks, expected one that depends on the position alone"
+            )
+        self._leader = _leaders[model]
+        place = ATTENTION.index(attention)
+        self._number = self._leader.open(self, max_batch_size, max_length, place)
+        with self._leader.ranks.together():
+            super().__init__(model, max_batch_size, max_length, attention, False, longest_draft)
+        # Whoever has met undefined numbers has the cache scrub their row. Weakly: no circle.
+        scrub = partial(self._leader.scrub, self._number, weakref.proxy(self.cache))
+        self.cache.scrub = scrub  # type: ignore[method-assign]
+
+    def run(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        length: int,
+        hidden_layers: Sequence[int] | None = None,
+        logits_positions: Tensor | None = None,
+        most_experts: int | None = None,
+        settled: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As in ``ModelRunner``, on every rank; ``settled`` is of models that are refused."""
+        layers = None if hidden_layers is None else torch.tensor(list(hidden_layers))
+        numbers = length, most_experts, min(self.cache.row_length - 1, self.max_length)
+        tensors = input_ids, rows, positions, layers, logits_positions
+        leader = self._leader
+        leader.send(Command(RUN, self._number, numbers, tensors))
+        with leader.ranks.together():
+            return super().run(
+                input_ids, rows, positions, length, hidden_layers, logits_positions, most_experts
+            )
