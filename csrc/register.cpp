@@ -34,6 +34,19 @@ TORCH_LIBRARY(moesd, m) {
         "softmax_topk_router(Tensor x, Tensor w, int top_k, bool renormalize) "
         "-> (Tensor logits, Tensor weights, Tensor ids)");
     m.def("argmax(Tensor x) -> (Tensor ids, Tensor undefined)");
+    // Recurrent layers.
+    m.def(
+        "gated_delta_rule(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, "
+        "Tensor(a!) states, Tensor rows, Tensor keep, Tensor counts) -> Tensor");
+    m.def(
+        "selective_state_update(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, "
+        "Tensor(a!) states, Tensor rows, Tensor keep, Tensor counts) -> Tensor");
+    m.def(
+        "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, "
+        "Tensor(a!) states, Tensor rows, Tensor keep, Tensor counts) -> Tensor");
+    m.def(
+        "short_convolution(Tensor window, Tensor weight, Tensor? bias=None, "
+        "str? activation=None) -> Tensor");
     m.def("cpu_isa() -> str");
     m.def("activation_names() -> str[]");
     m.def("weight_format_names() -> str[]");

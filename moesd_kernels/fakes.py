@@ -50,3 +50,17 @@ def register_fakes() -> None:
     def _(x):
         ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
         return ids, x.new_empty(x.shape[:-1], dtype=torch.bool)
+
+    @fake("moesd::gated_delta_rule")
+    def _(query, key, value, decay, beta, states, rows, keep, counts):
+        return value.new_empty(value.shape)
+
+    @fake("moesd::selective_state_update")
+    @fake("moesd::selective_scan")
+    def _(x, dt, A, B, C, D, states, rows, keep, counts):
+        return x.new_empty(x.shape)
+
+    @fake("moesd::short_convolution")
+    def _(window, weight, bias=None, activation=None):
+        tokens = window.shape[1] - weight.shape[1] + 1
+        return window.new_empty(window.shape[0], tokens, window.shape[2])

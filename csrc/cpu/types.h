@@ -203,6 +203,11 @@ struct ArgmaxArgs {
     RunTeam run;
 };
 
+// Of recurrent layers: recurrent.h.
+struct DeltaRuleArgs;
+struct StateSpaceArgs;
+struct ConvolutionArgs;
+
 struct KernelTable {
     const char* name;
     bool panels;  // whether activations are packed in panels
@@ -214,6 +219,10 @@ struct KernelTable {
     void (*act_and_mul)(const ActArgs&);
     void (*router)(const RouterArgs&);
     void (*argmax)(const ArgmaxArgs&);
+    void (*delta_rule)(const DeltaRuleArgs&);
+    void (*mamba2)(const StateSpaceArgs&);
+    void (*mamba)(const StateSpaceArgs&);
+    void (*convolution)(const ConvolutionArgs&);
 };
 
 }  // namespace moesd

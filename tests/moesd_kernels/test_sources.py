@@ -16,7 +16,8 @@ MAY_INCLUDE = {
     "cpu": set(),
     "cpu/kernels": {"cpu", "cpu/kernels/formats"},
     "cpu/kernels/formats": {"cpu", "cpu/kernels"},
-    "cpu/isa": {"cpu", "cpu/kernels", "cpu/kernels/formats"},
+    "cpu/kernels/recurrent": {"cpu", "cpu/kernels"},
+    "cpu/isa": {"cpu", "cpu/kernels", "cpu/kernels/formats", "cpu/kernels/recurrent"},
     "cpu/ops": {"cpu", "."},
     "cuda": {"."},
 }

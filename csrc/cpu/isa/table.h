@@ -6,6 +6,9 @@
 #include "../kernels/attention_kernel.h"
 #include "../kernels/experts_kernel.h"
 #include "../kernels/linear_kernel.h"
+#include "../kernels/recurrent/convolution_kernel.h"
+#include "../kernels/recurrent/delta_rule_kernel.h"
+#include "../kernels/recurrent/state_space_kernel.h"
 #include "../kernels/rope_kernel.h"
 #include "../kernels/row_kernels.h"
 
@@ -31,7 +34,11 @@ constexpr KernelTable make_table(const char* name) {
             run_for_dtype<RopeKernel, RopeArgs>,
             run_for_dtype<ActKernel, ActArgs>,
             run_for_dtype<RouterKernel, RouterArgs>,
-            run_for_dtype<ArgmaxKernel, ArgmaxArgs>};
+            run_for_dtype<ArgmaxKernel, ArgmaxArgs>,
+            run_for_dtype<DeltaRuleKernel, DeltaRuleArgs>,
+            run_for_dtype<Mamba2Kernel, StateSpaceArgs>,
+            run_for_dtype<MambaKernel, StateSpaceArgs>,
+            run_for_dtype<ConvolutionKernel, ConvolutionArgs>};
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -8,14 +8,17 @@ rejected costs no state per draft token, and the next call begins with the token
 Whatever a token computes depends on its row's state and tokens alone, bit for bit: neither on the
 rest of the batch and on Q nor on how a row's tokens are parted between calls. Padding and rows
 that are not named are never read. A row may occur twice in a batch if none of its occurrences
-keeps anything.
+keeps anything; a CPU refuses it otherwise, on a GPU it is undefined.
+
+The functions run in C++ on a CPU and in Triton on a GPU; where there is neither, in PyTorch, whose
+files here are also what the others must equal.
 
 ``B`` sequences, ``Q`` tokens of each at most, ``R`` rows of states, ``Hk`` and ``Hv`` key and value
 heads, ``Dk`` and ``Dv`` their sizes; in state space models ``Hh`` heads of ``P`` channels, ``G``
 groups, ``N`` numbers of state a channel.
 """
 
-from .convolution import short_convolution as short_convolution
-from .delta_rule import gated_delta_rule as gated_delta_rule
-from .mamba import selective_scan as selective_scan
-from .mamba2 import selective_state_update as selective_state_update
+from .ops import gated_delta_rule as gated_delta_rule
+from .ops import selective_scan as selective_scan
+from .ops import selective_state_update as selective_state_update
+from .ops import short_convolution as short_convolution

@@ -21,25 +21,12 @@ def gated_delta_rule(
 ) -> Tensor:
     """``S = exp(decay) S``, then ``S += k (beta (v - k S))``; the output is ``q S / sqrt(Dk)``.
 
-    Queries and keys are first divided by their norms, ``sqrt(|x|^2 + 1e-6)``. Everything is
-    computed in the dtype of the states and rounded once, to that of ``value``.
+    Queries and keys are first divided by their norms, ``sqrt(|x|^2 + 1e-6)``.
 
-    Args:
-        query: ``[B, Q, Hk, Dk]``; Hk divides Hv, and consecutive value heads share a key head.
-        key: ``[B, Q, Hk, Dk]``.
-        value: ``[B, Q, Hv, Dv]``.
-        decay: ``[B, Q, Hv]``, the logarithm of what remains of the state, or one for each of its
-            channels, ``[B, Q, Hv, Dk]`` (Kimi Delta Attention).
-        beta: ``[B, Q, Hv]``, how far the state moves to the value.
-        states: ``[R, Hv, Dk, Dv]`` fp32, written; fp64 makes this the oracle of the tests.
-        rows: ``[B]`` int64 row of each sequence's state.
-        keep: ``[B]`` int64, how many tokens are accepted, 0..counts[b].
-        counts: ``[B]`` int64, how many tokens there are, 0..Q.
+    Arguments and result are those of ``ops.gated_delta_rule``, already checked. Everything is
+    computed in the dtype of the states, which may be fp64 here, and rounded once.
 
-    Returns:
-        ``[B, Q, Hv, Dv]`` in the dtype of value, zeros where there is no token.
-
-    Source: Gated Delta Networks (2412.06464), eq. 10; Kimi Linear (2510.26692), eq. 1.
+    Source: Gated Delta Networks (2412.06464); a decay per channel: Kimi Linear (2510.26692).
     """
     heads, dtype = value.shape[2], states.dtype
 

@@ -22,23 +22,8 @@ def selective_scan(
 ) -> Tensor:
     """``S = exp(dt A) S + (dt x) B``; the output is ``S C + D x``: Mamba-1, channel by channel.
 
-    Everything is computed in the dtype of the states and rounded once, to that of x. The gate that
-    follows in the models is not part of it.
-
-    Args:
-        x: ``[B, Q, channels]``.
-        dt: ``[B, Q, channels]``, after bias and softplus.
-        A: ``[channels, N]``, negative.
-        B: ``[B, Q, N]``, for all channels.
-        C: ``[B, Q, N]``.
-        D: ``[channels]``, the skip connection.
-        states: ``[R, channels, N]`` fp32, written; fp64 makes this the oracle of the tests.
-        rows: ``[B]`` int64 row of each sequence's state.
-        keep: ``[B]`` int64, how many tokens are accepted, 0..counts[b].
-        counts: ``[B]`` int64, how many tokens there are, 0..Q.
-
-    Returns:
-        ``[B, Q, channels]`` in the dtype of x, zeros where there is no token.
+    Arguments and result are those of ``ops.selective_scan``, already checked. Everything is
+    computed in the dtype of the states, which may be fp64 here, and rounded once.
 
     Source: Mamba (2312.00752), algorithm 2.
     """

@@ -22,22 +22,8 @@ def selective_state_update(
 ) -> Tensor:
     """``S = exp(dt A) S + (dt x) B``; the output is ``S C + D x``.
 
-    Everything is computed in the dtype of the states and rounded once, to that of x.
-
-    Args:
-        x: ``[B, Q, Hh, P]``.
-        dt: ``[B, Q, Hh]``, after bias, softplus and limits.
-        A: ``[Hh]``, negative.
-        B: ``[B, Q, G, N]``; G divides Hh, and consecutive heads share a group.
-        C: ``[B, Q, G, N]``.
-        D: ``[Hh]``, the skip connection.
-        states: ``[R, Hh, P, N]`` fp32, written; fp64 makes this the oracle of the tests.
-        rows: ``[B]`` int64 row of each sequence's state.
-        keep: ``[B]`` int64, how many tokens are accepted, 0..counts[b].
-        counts: ``[B]`` int64, how many tokens there are, 0..Q.
-
-    Returns:
-        ``[B, Q, Hh, P]`` in the dtype of x, zeros where there is no token.
+    Arguments and result are those of ``ops.selective_state_update``, already checked. Everything is
+    computed in the dtype of the states, which may be fp64 here, and rounded once.
 
     Source: Transformers are SSMs (2405.21060), section 6.
     """

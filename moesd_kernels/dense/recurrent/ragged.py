@@ -25,8 +25,19 @@ def advance(
 
     Returns:
         out.
+
+    Raises:
+        ValueError: more tokens than there are, more kept than that, or a row used twice.
     """
-    ragged = zip(rows.tolist(), keep.tolist(), counts.tolist(), strict=True)
+    ragged = list(zip(rows.tolist(), keep.tolist(), counts.tolist(), strict=True))
+    for row, kept, count in ragged:
+        if not 0 <= kept <= count <= out.shape[1]:
+            raise ValueError(
+                f"keep and counts must be in 0 <= keep <= counts <= {out.shape[1]}, "
+                f"got {kept} and {count}"
+            )
+        if kept and sum(row == other for other, *_ in ragged) > 1:
+            raise ValueError(f"rows that keep a token must be named once, got {row} twice")
     for b, (row, kept, count) in enumerate(ragged):
         state = states[row]
         for t in range(count):
