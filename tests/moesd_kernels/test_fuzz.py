@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.formats import QUANTISED
 from support.fuzz import COUNTS, WIDTHS, Draw, same
+from support.fuzz.recurrent import RECURRENT
 from torch import Tensor
 
 from moesd_kernels import fused_experts
@@ -254,19 +255,8 @@ def layers(d: Draw) -> None:
         assert torch.equal(all_of_them[-1:], alone)
 
 
-OPS = (
-    linear,
-    stored_linear,
-    norms,
-    activations,
-    router,
-    argmax,
-    rotary,
-    attention,
-    experts,
-    stored_experts,
-    layers,
-)
+OPS = (linear, stored_linear, norms, activations, router, argmax, rotary, attention)
+OPS += (experts, stored_experts, layers, *RECURRENT)
 
 
 @pytest.fixture(autouse=True)

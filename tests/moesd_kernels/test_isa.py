@@ -62,6 +62,19 @@ for name, down in [(name, None) for name in QUANTISED] + MIXTURES:
     out = fused_experts(*stored.tensors, **stored.options, backend="cpu")
     expected = fused_experts(*plain.tensors, **plain.options, backend="cpu")
     assert torch.equal(out, expected), (name, down)
+from moesd_kernels.dense import recurrent
+from moesd_kernels.dense.recurrent.convolution import short_convolution
+from support.recurrent import CONVOLUTIONS, all_calls, convolution_call
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for call in all_calls(dtype):
+        call.check(getattr(recurrent, call.name))
+        out, states = call.run(getattr(recurrent, call.name))
+        alone = call.tokens(0, 0, 1, 1).run(getattr(recurrent, call.name))[0]
+        assert torch.equal(alone[0, 0], out[0, 0]), (call.name, dtype)
+    for sizes in CONVOLUTIONS:
+        arguments = *convolution_call(*sizes, dtype), "silu"
+        error = recurrent.short_convolution(*arguments) - short_convolution(*arguments)
+        assert error.abs().max() <= 16 * torch.finfo(dtype).eps, (sizes, dtype)
 print("ok")
 """
 TESTS = str(Path(__file__).resolve().parents[1])
