@@ -23,6 +23,10 @@ OPERATORS = {
     "act_and_mul": "activation_kernel",
     "softmax_topk_router": "router_kernel",
     "argmax": "argmax_kernel",
+    "gated_delta_rule": "recurrent.delta_rule_kernel",
+    "selective_state_update": "recurrent.state_space_kernel",
+    "selective_scan": "recurrent.state_space_kernel",
+    "short_convolution": "recurrent.convolution_kernel",
 }
 
 
