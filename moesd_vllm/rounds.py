@@ -17,7 +17,7 @@ from decoder.gamma.base import Controller, Counts
 from decoder.gamma.step_cost import bucket_of, typical
 
 # Tokens that a drafter may have to catch up on after steps without drafts. vLLM's never has to: a
-# draft model reads every token also in steps that draft none, and look-up in the text keeps nothing.
+# draft model reads every token in steps that draft none, too, and look-up in a text keeps nothing.
 _CONTEXT = 0
 _WINDOW = 9  # timings of drafting kept
 _LEAST = 1e-6  # seconds of drafting a token, where noise says that it takes none

@@ -1,4 +1,7 @@
-"""Every test starts from the same seed, on one thread; tests marked ``gpu`` need a CUDA device."""
+"""Every test starts from the same seed, on one thread.
+
+Tests marked ``gpu`` need a CUDA device, those marked ``vllm`` vLLM: ``make test-vllm`` runs them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = pytest.mark.skip(reason="needs vLLM: make test-vllm")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for name in missing.keys() & item.keywords.keys():
+            item.add_marker(missing[name])
 
 
 @pytest.fixture(autouse=True)
