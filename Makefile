@@ -1,11 +1,11 @@
-# Three commands do all of their own set-up: `make demo`, `make test` and `make test-oldest`.
+# These do all of their own set-up: `make demo`, `make test`, `make test-oldest`, `make test-vllm`.
 PYTHON ?= python3
 PYTEST := -m pytest -n auto --dist loadfile
 # Found at any depth: a folder that moves leaves no stale build.
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
-.PHONY: demo test test-oldest test-sanitized families lint clean
+.PHONY: demo test test-oldest test-vllm test-sanitized families lint clean
 
 demo: .venv/.ready
 	.venv/bin/python -m decoder
@@ -15,6 +15,10 @@ test: lint
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python $(PYTEST)
+
+# The plugin in vLLM itself; left out, and said so, where its wheel cannot be had.
+test-vllm:
+	PYTHON=$(PYTHON) .ci/test-vllm
 
 # The C++ operators built with AddressSanitizer and UBSan, in a cache of their own, under random
 # calls on every instruction set of this machine. They are built first, since both libraries have to
@@ -54,4 +58,4 @@ lint: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info moesd_kernels/*.so
+	rm -rf .venv .venv-oldest .venv-vllm build *.egg-info moesd_kernels/*.so

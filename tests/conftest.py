@@ -23,8 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("vllm") is None:
         missing["vllm"] = pytest.mark.skip(reason="needs vLLM: make test-vllm")
     for item in items:
-        for name in missing.keys() & item.keywords.keys():
-            item.add_marker(missing[name])
+        for name, skip in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""As much of vLLM 0.32 as its plugin touches: the same names and modules, and hardly any content."""
+"""As much of vLLM 0.32 as its plugin touches: the same names and modules, hardly any content."""
 
 from __future__ import annotations
 
