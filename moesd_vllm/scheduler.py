@@ -31,9 +31,12 @@ class _ChoosesGamma:
 
     def __init__(self, lengths: list[int], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._gamma = StepGamma(AutoGamma(max(lengths)), lengths)
-        self.dynamic_sd_lookup = self._gamma
+        self.choose_by(StepGamma(AutoGamma(max(lengths)), lengths))
         self._ended: float | None = None  # when the step before did; None after a pause
+
+    def choose_by(self, gamma: StepGamma) -> None:
+        """Have lengths chosen by another; not while a step is under way."""
+        self.dynamic_sd_lookup = self._gamma = gamma
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take note of the step, then do as vLLM does."""

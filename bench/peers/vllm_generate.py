@@ -1,69 +1,82 @@
 """vLLM on the CPU as a peer: its engine in its own virtual environment, driven over pipes.
 
-Run as a script this file is the worker and imports only what vLLM's environment has.
+The engine runs in one process with as many threads as we have. vLLM's default, a process each for
+the front, the engine and the worker that wait for one another in loops, and a core kept from the
+worker, would cost it half of two cores.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import Any
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.peers.worker import Worker
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+OUR_EXPERTS = "MoesdCpuExperts"  # the class in vLLM's layers where our plugin has taken over
+
+Tokens = list[list[int]]  # of each sequence
+
+
+class VllmSetup(NamedTuple):
+    """What an engine is started with.
+
+    Attributes:
+        model: a folder.
+        max_batch_size: sequences decoded at once.
+        plugin: whether our experts may take the place of vLLM's, where the plugin is installed.
+        draft: folder of a draft model, the number of whose drafts our plugin then chooses.
+        max_gamma: most drafts of a step.
+    """
+
+    model: str
+    max_batch_size: int
+    plugin: bool = False
+    draft: str | None = None
+    max_gamma: int = 0
 
 
 class VllmGenerate:
-    """Greedy autoregressive decoding by vLLM of a model saved on disk."""
+    """Greedy decoding by vLLM of a model saved on disk."""
 
-    def __init__(self, python: str, model: str, threads: int, max_batch_size: int) -> None:
-        from bench.peers.worker import Worker
+    def __init__(self, python: str, setup: VllmSetup, threads: int) -> None:
+        command = [python, str(WORKER), json.dumps(setup._asdict())]
+        self.worker = Worker(command, threads, _environment(python, setup))
+        hello = self.worker.ask(command="hello")
+        self.version: str = hello["version"]
+        self.experts: list[str] = hello["experts"]  # classes that compute the layers' experts
 
-        self.worker = Worker([python, __file__, model, str(max_batch_size)], threads)
-        self.version = self.worker.ask(command="hello")["version"]
-
-    def run(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[float, list[list[int]]]:
+    def run(self, prompts: Tokens, max_new_tokens: int) -> tuple[float, Tokens]:
         """Seconds of one call as the worker saw it, and the new tokens of each prompt."""
         answer = self.worker.ask(command="run", prompts=prompts, max_new_tokens=max_new_tokens)
         return answer["seconds"], answer["tokens"]
+
+    def choose(self, gamma: int | str, kept: list[float]) -> None:
+        """How calls draft from now on.
+
+        Args:
+            gamma: drafts of every step, or "auto": as many as our controller chooses, which goes on
+                learning from one such call to the next.
+            kept: of each draft token the probability to be left as it is, which imposes an
+                acceptance: one for each part of a call, in turn.
+        """
+        self.worker.ask(command="choose", gamma=gamma, kept=kept)
 
     def close(self) -> None:
         """End the worker."""
         self.worker.close()
 
 
-def _serve(model: str, max_batch_size: int) -> None:
-    import time
-    from pathlib import Path
-
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    import vllm
-
-    from bench.peers.worker import serve
-
-    engine = vllm.LLM(
-        model=model,
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=1024,
-        max_num_seqs=max_batch_size,
-        enforce_eager=True,
-    )
-
-    def answer(message: dict[str, Any]) -> dict[str, Any]:
-        if message["command"] == "hello":
-            return {"version": vllm.__version__}
-        length = message["max_new_tokens"]
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False
-        )
-        prompts = [{"prompt_token_ids": ids} for ids in message["prompts"]]
-        begin = time.perf_counter()
-        outputs = engine.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "tokens": [list(o.outputs[0].token_ids) for o in outputs]}
-
-    serve(answer)
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]))
+def _environment(python: str, setup: VllmSetup) -> dict[str, str]:
+    """One process, all threads, and what vLLM's manual advises for CPUs and its wheels bring."""
+    variables = {
+        "MOESD_VLLM": "experts" if setup.plugin else "off",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    openmp = Path(python).absolute().parent.parent / "lib" / "libiomp5.so"
+    if openmp.exists():
+        variables |= {"LD_PRELOAD": str(openmp), "KMP_BLOCKTIME": "5"}
+    return variables

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Message = dict[str, Any]
@@ -23,9 +23,11 @@ SETTLE_S = (
 class Worker:
     """The parent's side."""
 
-    def __init__(self, command: list[str], threads: int) -> None:
+    def __init__(
+        self, command: list[str], threads: int, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.name = " ".join(command)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(variables or {})
         # Looked at only when the worker dies; closed with it.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from bench.gguf.contents import PLAIN, contents_of
 from bench.measure.timer import interleaved, summarize
 from bench.peers.generate_transformers import TransformersGenerate
 from bench.peers.llama_cpp import LlamaCpp, mean_length
-from bench.peers.vllm_generate import VllmGenerate
+from bench.runs.in_vllm import VLLM, InVllm
 from bench.workloads.models import draft_like, moe_310m, random_model
 from bench.workloads.prompts import prompt_tokens, random_prompts
 from bench.workloads.trained import TrainedPair
@@ -27,7 +27,7 @@ from moesd_kernels import accelerate, quantize
 VOCAB_SIZE = 4096  # of random prompts
 RANDOM = "moe-310m"
 LLAMA_CPP = "llama.cpp"
-PEERS = ("ours", "transformers", "vLLM", LLAMA_CPP)
+PEERS = ("ours", "transformers", VLLM, LLAMA_CPP)
 
 Run = Callable[[list[list[int]], int], tuple[float, list[list[int]]]]
 
@@ -43,7 +43,8 @@ class Settings:
         prompts: a data set's name or a JSONL file; None makes random ones of ``prompt_tokens``.
         prompts_dir: folder of the data sets.
         transformers: whether transformers' ``generate`` is a peer.
-        vllm_python: python of an environment with vLLM, which is then a peer, or None.
+        vllm_python: python of an environment with vLLM, which is then a peer, or None; where our
+            plugin is installed there, with our experts inside, too.
         llama_cpp: folder of llama.cpp's programs, which is then a peer, or None.
         gguf: the file it runs on.
         weight_format: our target is quantised to, "int8" or "int4"; peers keep theirs.
@@ -89,7 +90,7 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
         variants["transformers"] = TransformersGenerate(_target(settings)).run
     vllm = _vllm(settings, batch)
     if vllm:
-        variants["vLLM"] = vllm.run
+        variants |= {name: functools.partial(vllm.run, name) for name in vllm.engines}
     if llama_cpp:
         variants[LLAMA_CPP] = llama_cpp.run
     outputs: dict[str, list[list[int]]] = {}
@@ -103,6 +104,8 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
 
     try:
         samples = interleaved({name: timed(name) for name in variants}, rounds=settings.rounds)
+        if vllm:
+            vllm.run_one_by_one(prompts, settings.new_tokens)
     finally:
         if vllm:
             vllm.close()
@@ -110,7 +113,10 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     if llama_cpp:
         common["llama_cpp"] = llama_cpp.version
     return [
-        common | _weight_fields(settings, name) | _fields(settings, batch, name, samples, outputs)
+        common
+        | _weight_fields(settings, name)
+        | _fields(settings, batch, name, samples, outputs)
+        | (vllm.fields(name) if vllm else {})
         for name in samples
     ]
 
@@ -219,12 +225,10 @@ def _ours(settings: Settings, target: Any, prompts: list[list[int]], gamma: str 
     return one
 
 
-def _vllm(settings: Settings, batch: int) -> VllmGenerate | None:
+def _vllm(settings: Settings, batch: int) -> InVllm | None:
     if not settings.vllm_python:
         return None
-    folder = tempfile.mkdtemp(prefix="moesd-vllm-")
-    _target(settings).save_pretrained(folder)
-    return VllmGenerate(settings.vllm_python, folder, torch.get_num_threads(), batch)
+    return InVllm(settings.vllm_python, _target(settings), batch)
 
 
 def _llama_cpp(settings: Settings) -> LlamaCpp | None:
