@@ -1,25 +1,28 @@
 """Reads a ``ModelSpec`` from a transformers config, or from the dict of a ``config.json``.
 
-No weights are read, so models far too large for the machine can be planned for. Norm and gate
-vectors are counted only where they are more than rounding: totals agree with the real models to
-about 0.1 %. Recurrent and linear-attention layers are refused: their state cannot be rolled back by
-masking, so the decoder does not run them either.
+No weights are read, so models far too large for the machine can be planned for. Matrices are
+counted; norm and gate vectors only where they are more than rounding: totals agree with the real
+models to about 0.1 %. What one layer holds is in ``layers``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from decoder.checkpoint.counts import MOST_OBJECTS, is_positive, require_countable
+from decoder.checkpoint.counts import MOST_OBJECTS, require_countable
 from decoder.errors import explained
+from decoder.perf_model.layers import zamba2
+from decoder.perf_model.layers.attention import attention
+from decoder.perf_model.layers.feed_forward import FeedForward, feed_forward
+from decoder.perf_model.layers.fields import Fields, need, per_layer
+from decoder.perf_model.layers.mixer import Mixer
+from decoder.perf_model.layers.recurrent import FAMILIES, recurrent_mixer
 
 from .model_spec import WEIGHT_BYTES, LayerSpec, ModelSpec
 
-_UNGATED = {"opt", "gpt2", "gpt_neox", "gpt_neo", "phi", "starcoder2", "falcon", "nemotron"}
-_UNGROUPED = {"opt", "gpt2", "gpt_neox", "gpt_neo"}  # ignore num_key_value_heads
-_QKV_BIAS = {"qwen2", "qwen2_moe", "qwen1_5_moe"}
+_RECURRENT = {"linear_attention", "mamba", "conv", "hybrid"}  # hybrid: beside attention
+_ALONE = {"mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # mixers without a feed-forward block
 MXFP4_BYTES = WEIGHT_BYTES["mxfp4"]
 
 
@@ -27,19 +30,16 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
     """Read a transformers config object, or the dict of a ``config.json``.
 
     Raises:
-        NotImplementedError: layers with recurrent state.
-        ValueError: a field the count needs is missing.
+        NotImplementedError: a kind of layer that is not known here.
+        ValueError: a field the count needs is missing or no positive integer.
     """
     fields = _fields(config)
     kind = fields.get("model_type", "")
-    num_layers = _need(fields, "num_hidden_layers", "n_layer")
-    for layer_type in set(fields.get("layer_types") or ()):
-        if "attention" not in layer_type or layer_type == "linear_attention":
-            raise NotImplementedError(
-                f"layer type {layer_type!r} of {kind!r}: recurrent state cannot be rolled back"
-            )
-    hidden = _need(fields, "hidden_size", "n_embd")
-    vocab = _need(fields, "vocab_size")
+    num_layers = need(fields, "num_hidden_layers", "n_layer")
+    types: Sequence[str | None] = per_layer(fields, "layer_types", num_layers) or ()
+    types = types or [None] * num_layers
+    hidden = need(fields, "hidden_size", "n_embd")
+    vocab = need(fields, "vocab_size")
     embed_width = fields.get("word_embed_proj_dim") or hidden
     embedding = vocab * embed_width
     if kind in ("opt", "gpt2"):
@@ -51,9 +51,10 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
         name=name or fields.get("_name_or_path") or kind or "model",
         hidden=hidden,
         vocab=vocab,
-        layers=tuple(_layer(fields, kind, hidden, index) for index in range(num_layers)),
+        layers=tuple(_layer(fields, kind, index, name) for index, name in enumerate(types)),
         embedding=embedding,
         head=vocab * embed_width,
+        repeated=zamba2.repeated(fields, types.count("hybrid")) if kind == "zamba2" else 0,
         tied=bool(fields.get("tie_word_embeddings", kind in ("opt", "gpt2"))),
         dense_bytes=dense_bytes,
         expert_bytes=expert_bytes,
@@ -67,12 +68,12 @@ def _fields(config: Any) -> Mapping[str, Any]:
         if kind:
             from transformers import AutoConfig
 
-            rest = {key: value for key, value in config.items() if key != "model_type"}
             with explained(f"config describes no {kind!r}"):
+                rest = {k: _with_floats(v) for k, v in config.items() if k != "model_type"}
                 try:  # fills the defaults that a config.json leaves out
                     config = AutoConfig.for_model(kind, **rest)
                 except (ValueError, KeyError):  # a model this transformers does not know
-                    return config.get("text_config") or config
+                    return _unknown(kind, config)
         else:
             return config
     if hasattr(config, "get_text_config"):
@@ -82,18 +83,25 @@ def _fields(config: Any) -> Mapping[str, Any]:
     fields: dict[str, Any] = config.to_dict()
     for old, new in getattr(config, "attribute_map", {}).items():
         fields.setdefault(old, fields.get(new))
-    fields.setdefault("model_type", getattr(config, "model_type", ""))
+    for name in ("model_type", "layer_types", "num_hidden_layers"):  # properties of some
+        fields[name] = getattr(config, name, fields.get(name))
     return fields
 
 
-def _need(fields: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        if fields.get(name) is not None:
-            value: int = fields[name]
-            if not is_positive(value):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-            return value
-    raise ValueError(f"config must have {' or '.join(names)}, got fields {sorted(fields)[:40]}")
+def _with_floats(value: Any) -> Any:
+    """transformers saves what JSON has no number for as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def _unknown(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields as they are; without transformers' reading of them, no recurrent layer shows."""
+    if kind in FAMILIES:
+        raise NotImplementedError(f"this version of transformers knows no {kind!r}, got its config")
+    return config.get("text_config") or config
 
 
 def _weight_bytes(fields: Mapping[str, Any]) -> tuple[float, float]:
@@ -107,74 +115,45 @@ def _weight_bytes(fields: Mapping[str, Any]) -> tuple[float, float]:
     return (4.0, 4.0) if "float32" in dtype else (2.0, 2.0)
 
 
-def _layer(fields: Mapping[str, Any], kind: str, hidden: int, index: int) -> LayerSpec:
-    attention, query_width, kv_width = _attention(fields, kind, hidden)
+def _layer(fields: Fields, kind: str, index: int, layer_type: str | None) -> LayerSpec:
     window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
-    layer_types = fields.get("layer_types")
-    if layer_types and layer_types[index] != "sliding_attention":
+    if layer_type not in (None, "sliding_attention"):
         window = None
-    base = LayerSpec(attention, query_width, kv_width, window, dense=0)
-    if not _is_sparse(fields, index):
-        inner = _need(fields, "intermediate_size", "ffn_dim", "n_inner")
-        matrices = 2 if kind in _UNGATED else 3
-        return replace(base, dense=matrices * hidden * inner)
-    experts = _num_experts(fields)
-    inner = int(fields.get("moe_intermediate_size") or _need(fields, "intermediate_size"))
-    shared = int(fields.get("shared_expert_intermediate_size") or 0)
-    shared += int(fields.get("n_shared_experts") or 0) * inner
-    bias = 2 * inner + hidden if kind == "gpt_oss" else 0
-    return replace(
-        base,
-        dense=3 * hidden * shared + hidden * experts,
-        expert=3 * hidden * inner + bias,
-        num_experts=experts,
-        top_k=_need(fields, "num_experts_per_tok", "moe_topk", "top_k_experts"),
+    mixer, block = _mixer(fields, kind, layer_type), _block(fields, kind, index, layer_type)
+    return LayerSpec(
+        attention=mixer.params,
+        query_width=mixer.query_width,
+        kv_width=mixer.kv_width,
+        window=window,
+        dense=block.dense,
+        expert=block.expert,
+        num_experts=block.num_experts,
+        top_k=block.top_k,
+        state_width=mixer.state_width,
+        conv_width=mixer.conv_width,
+        ring_width=mixer.ring_width,
     )
 
 
-def _num_experts(fields: Mapping[str, Any]) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if fields.get(name):
-            return int(fields[name])
-    return 0
+def _mixer(fields: Fields, kind: str, layer_type: str | None) -> Mixer:
+    if layer_type in ("moe", "mlp"):
+        return Mixer()
+    if layer_type in _RECURRENT:
+        mixer = recurrent_mixer(kind, fields)
+        if layer_type != "hybrid":
+            return mixer
+        return mixer + (
+            zamba2.shared_block(fields)[0] if kind == "zamba2" else attention(kind, fields)
+        )
+    if layer_type is not None and "attention" not in layer_type:
+        raise NotImplementedError(f"layer type {layer_type!r} of {kind!r} is not known here")
+    return attention(kind, fields)
 
 
-def _is_sparse(fields: Mapping[str, Any], index: int) -> bool:
-    if not _num_experts(fields):
-        return False
-    types = fields.get("mlp_layer_types")
-    if types:
-        return bool(types[index] == "sparse")
-    if index < (fields.get("first_k_dense_replace") or 0):
-        return False
-    if index in (fields.get("mlp_only_layers") or ()):
-        return False
-    step = fields.get("decoder_sparse_step") or 1
-    if (index + 1) % step:
-        return False
-    return index % (fields.get("moe_layer_freq") or 1) == 0
-
-
-def _attention(fields: Mapping[str, Any], kind: str, hidden: int) -> tuple[int, int, int]:
-    """Projection parameters, query width (see LayerSpec), cached elements per token."""
-    heads = _need(fields, "num_attention_heads", "n_head")
-    if fields.get("kv_lora_rank"):
-        return _latent_attention(fields, hidden, heads)
-    grouped = kind not in _UNGROUPED and fields.get("num_key_value_heads")
-    kv_heads = int(grouped or heads)
-    head_dim = int(fields.get("head_dim") or hidden // heads)
-    params = 2 * hidden * head_dim * (heads + kv_heads)
-    if fields.get("attention_bias") or kind in _QKV_BIAS:
-        params += head_dim * (heads + 2 * kv_heads)
-    return params, heads * head_dim, 2 * kv_heads * head_dim
-
-
-def _latent_attention(fields: Mapping[str, Any], hidden: int, heads: int) -> tuple[int, int, int]:
-    """Multi-head latent attention, cached in latent form and computed absorbed (as engines do)."""
-    rank, rope = int(fields["kv_lora_rank"]), _need(fields, "qk_rope_head_dim")
-    nope, value = _need(fields, "qk_nope_head_dim"), _need(fields, "v_head_dim")
-    query_out = heads * (nope + rope)
-    query_rank = int(fields.get("q_lora_rank") or 0)
-    query = query_rank * (hidden + query_out) if query_rank else hidden * query_out
-    params = query + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
-    return params, heads * (2 * rank + rope) // 2, rank + rope
+def _block(fields: Fields, kind: str, index: int, layer_type: str | None) -> FeedForward:
+    if kind == "zamba2":
+        dense = zamba2.shared_block(fields)[1] if layer_type == "hybrid" else 0
+        return FeedForward(dense=dense)
+    if kind in _ALONE and layer_type not in ("moe", "mlp"):
+        return FeedForward()
+    return feed_forward(kind, fields, index, layer_type)

@@ -19,6 +19,9 @@ from . import theory
 from .activation import ActiveExperts, CorrelatedActivation, tokens_alike
 from .model_spec import LayerSpec, ModelSpec
 from .parallel.ranks import Ranks
+from .times import RankTimes, RoundTimes
+
+_STATE_FLOPS = 7  # per state element and token: decay, an outer product added, two dot products
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Adjustments:
     Args:
         dense_memory, dense_compute: multiply the weight-reading and the arithmetic time of dense
             products and the head; expert_memory, expert_compute the same of experts.
-        attention: multiplies KV reading and attention arithmetic.
+        attention: multiplies KV reading, recurrent states' traffic and the arithmetic of both.
         launch: multiplies the cost of operator calls.
         token: multiplies the per-token work outside matrix products.
         draft, reject: multiply a draft forward and the acceptance step; draft_token the per-token
@@ -45,45 +48,6 @@ class Adjustments:
     draft: float = 1.0
     draft_token: float = 1.0
     reject: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class RankTimes:
-    """Seconds of one target forward over ranks, on the rank that all others wait for.
-
-    Args:
-        forward: all of it.
-        collective: in the collectives of all MoE layers, without the wait for the busiest rank.
-    """
-
-    forward: float
-    collective: float
-
-
-@dataclass(frozen=True, slots=True)
-class RoundTimes:
-    """Seconds of the parts of one speculative round and of one autoregressive step.
-
-    Args:
-        ar, verify: target forwards over 1 and gamma + 1 tokens per row.
-        draft: ONE draft forward and its sampling.
-        reject: acceptance and sampling of a round; ``sample`` the same of a plain step.
-    """
-
-    ar: float
-    verify: float
-    draft: float
-    reject: float
-    sample: float
-
-    @property
-    def ar_step(self) -> float:
-        """Seconds of one autoregressive step, sampling included."""
-        return self.ar + self.sample
-
-    def round(self, gamma: int) -> float:
-        """Seconds of a round of ``gamma`` drafts."""
-        return gamma * self.draft + self.verify + self.reject
 
 
 @dataclass(frozen=True)
@@ -181,6 +145,7 @@ class ForwardModel:
         params = layer.attention + layer.dense
         time = self._dense_time(params * spec.dense_bytes, params, tokens)
         time += self.adjust.launch * (layer.launches * self.machine.launch) + self.machine.sync
+        time += self._recurrent_time(spec, layer, sequences, per_sequence)
         return time + self._attention_time(spec, layer, sequences, tokens, context)
 
     def _dense_time(self, size: float, params: float, tokens: float) -> float:
@@ -245,6 +210,24 @@ class ForwardModel:
         seen = min(context, layer.window or context)
         memory = sequences * seen * layer.kv_width * spec.kv_bytes / self.machine.bandwidth
         compute = 4.0 * tokens * seen * layer.query_width / self.machine.peak(self.dtype)
+        return self.adjust.attention * smooth_max(memory, compute, self.sharpness)
+
+    def _recurrent_time(
+        self, spec: ModelSpec, layer: LayerSpec, sequences: int, per_sequence: int
+    ) -> float:
+        """A row's state is read, moved on by the last step's accepted tokens, and written.
+
+        Then it passes the step's own tokens without being written; of these, the ring keeps what
+        the next step replays. As many are taken to be replayed as are verified, at the most; their
+        arithmetic is charged at the rate of fp32 matrix products, which vector units do not reach.
+        """
+        if not layer.ring_width:
+            return 0.0
+        kept = layer.conv_width + per_sequence * layer.ring_width
+        size = layer.state_width * spec.state_bytes + kept * spec.kv_bytes
+        memory = 2 * sequences * size / self.machine.bandwidth
+        products = _STATE_FLOPS * 2 * per_sequence * sequences * layer.state_width
+        compute = products / self.machine.peak("fp32")
         return self.adjust.attention * smooth_max(memory, compute, self.sharpness)
 
     def _token_time(self, spec: ModelSpec, tokens: float) -> float:

@@ -34,12 +34,15 @@ class LayerSpec:
     """One decoder layer; counts are parameters, not bytes.
 
     Args:
-        attention: parameters of its projections.
+        attention: parameters of its attention's or recurrence's projections.
         query_width: query heads x (key dim + value dim) / 2, for attention FLOPs.
         kv_width: cached elements per token.
         window: sliding window in tokens, or None.
         dense: parameters every token multiplies with in the MLP (dense MLP, shared expert, router).
         expert: parameters of ONE routed expert; 0 for a dense layer.
+        state_width, conv_width: elements that a row keeps of a recurrence: its state, and the last
+            inputs of a convolution.
+        ring_width: elements kept of a token that may yet be rejected, to move the state on.
     """
 
     attention: int
@@ -50,6 +53,9 @@ class LayerSpec:
     expert: int = 0
     num_experts: int = 0
     top_k: int = 0
+    state_width: int = 0
+    conv_width: int = 0
+    ring_width: int = 0
 
     @property
     def total(self) -> int:
@@ -64,7 +70,7 @@ class LayerSpec:
     @property
     def launches(self) -> int:
         """Kernels a plain implementation launches: norms, projections, rope, attention, MLP."""
-        return 18 if self.num_experts else 14
+        return (8 if self.attention else 0) + (10 if self.num_experts else 6 if self.dense else 0)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class ModelSpec:
         embedding: input embedding parameters (looked up, not multiplied).
         head: output projection parameters, read by every forward even when tied.
         dense_bytes, expert_bytes, kv_bytes: bytes per parameter / cached element.
+        repeated: parameters of layers that share them with others, beyond their first use.
+        state_bytes: bytes per element of a recurrent state.
     """
 
     name: str
@@ -87,17 +95,19 @@ class ModelSpec:
     dense_bytes: float = 2.0
     expert_bytes: float = 2.0
     kv_bytes: float = 2.0
+    repeated: int = 0
+    state_bytes: float = 4.0
 
     @property
     def total_params(self) -> int:
-        """All parameters, a tied head counted once."""
-        outer = self.embedding + (0 if self.tied else self.head)
+        """All parameters, a tied head and shared layers counted once."""
+        outer = self.embedding + (0 if self.tied else self.head) - self.repeated
         return outer + sum(layer.total for layer in self.layers)
 
     @property
     def active_params(self) -> int:
         """Parameters used by one token, embeddings included (the usual "A" in a model's name)."""
-        outer = self.embedding + (0 if self.tied else self.head)
+        outer = self.embedding + (0 if self.tied else self.head) - self.repeated
         return outer + sum(layer.active for layer in self.layers)
 
     @cached_property
@@ -138,6 +148,14 @@ class ModelSpec:
         """Bytes of one sequence's cache at ``context`` tokens."""
         return self.kv_bytes * sum(
             layer.kv_width * min(context, layer.window or context) for layer in self.layers
+        )
+
+    def recurrent_bytes(self, tokens: int) -> float:
+        """Bytes that a row keeps of its recurrent layers, with ``tokens`` yet to be accepted."""
+        return sum(
+            layer.state_width * self.state_bytes
+            + (layer.conv_width + tokens * layer.ring_width) * self.kv_bytes
+            for layer in self.layers
         )
 
     def with_top_k(self, top_k: int) -> ModelSpec:
@@ -183,9 +201,10 @@ def eagle_spec(target: ModelSpec) -> ModelSpec:
 
     The MLP is 3.5 x hidden wide, as in the published heads of Llama- and Mixtral-class targets.
     """
-    first = target.layers[0]
+    # Of a hybrid, a layer with attention: heads keep no recurrent state.
+    like = next((layer for layer in target.layers if layer.kv_width), target.layers[0])
     mlp = 3 * target.hidden * int(3.5 * target.hidden)
-    layer = replace(
-        first, dense=mlp + 2 * target.hidden**2, expert=0, num_experts=0, top_k=0, window=None
+    layer = LayerSpec(
+        like.attention, like.query_width, like.kv_width, None, dense=mlp + 2 * target.hidden**2
     )
-    return replace(target, name=f"{target.name}-eagle", layers=(layer,), tied=True)
+    return replace(target, name=f"{target.name}-eagle", layers=(layer,), tied=True, repeated=0)

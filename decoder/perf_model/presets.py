@@ -6,6 +6,7 @@ The numbers are those of the published ``config.json`` files; ``tests`` check th
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .config_spec import MXFP4_BYTES, spec_from_config
@@ -27,7 +28,8 @@ def _shape(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int
 
 
 def _experts(kind: str, experts: int, top_k: int, inner: int | None = None) -> dict[str, Any]:
-    names = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
+    local = ("mixtral", "gpt_oss", "kimi_linear", "granitemoehybrid")
+    names = dict.fromkeys(local, "num_local_experts")
     names |= {"deepseek_v2": "n_routed_experts", "deepseek_v3": "n_routed_experts"}
     fields = {names.get(kind, "num_experts"): experts, "num_experts_per_tok": top_k}
     return fields if inner is None else fields | {"moe_intermediate_size": inner}
@@ -108,7 +110,65 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-350m": ("opt", _opt(1024, 4096, 24, 16, 512)),
     "llama-3.1-8b": ("llama", _shape(4096, 14336, 32, 32, 8, 128256)),
 }
+
+
+def _attention_at(layers: int, indices: Iterable[int], other: str) -> dict[str, list[str]]:
+    places = frozenset(indices)
+    return {"layer_types": ["full_attention" if i in places else other for i in range(layers)]}
+
+
+# Hybrids: some layers keep a recurrent state or a convolution window instead of a cache.
+_PRESETS |= {
+    "qwen3-next-80b-a3b": (
+        "qwen3_next",
+        _shape(2048, 5120, 48, 16, 2, 151936)
+        | _experts("qwen3_next", 512, 10, 512)
+        | _attention_at(48, range(3, 48, 4), "linear_attention")
+        | {"shared_expert_intermediate_size": 512, "head_dim": 256},
+    ),
+    "qwen3.5-35b-a3b": (
+        "qwen3_5_moe_text",
+        _shape(2048, 5120, 40, 16, 2, 248320)
+        | _experts("qwen3_5_moe_text", 256, 8, 512)
+        | _attention_at(40, range(3, 40, 4), "linear_attention")
+        | {"shared_expert_intermediate_size": 512, "head_dim": 256},
+    ),
+    "kimi-linear-48b-a3b": (
+        "kimi_linear",
+        _shape(2304, 9216, 27, 32, 32, 163840)
+        | _experts("kimi_linear", 256, 8, 1024)
+        | _attention_at(27, (3, 7, 11, 15, 19, 23, 26), "linear_attention"),
+    ),
+    "granite-4.0-h-small": (
+        "granitemoehybrid",
+        _shape(4096, 768, 40, 32, 8, 100352)
+        | _experts("granitemoehybrid", 72, 10)
+        | _attention_at(40, (5, 15, 25, 35), "linear_attention")
+        | {
+            "shared_intermediate_size": 1536, "mamba_n_heads": 128, "mamba_d_head": 64,
+            "mamba_d_state": 128, "tie_word_embeddings": True,
+        },
+    ),
+    "nemotron-3-nano-30b-a3b": (
+        "nemotron_h",
+        {
+            "hidden_size": 2688, "vocab_size": 131072, "num_attention_heads": 32,
+            "num_key_value_heads": 2, "head_dim": 128, "mamba_num_heads": 64,
+            "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8,
+            "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
+            "hybrid_override_pattern": "MEMEM*E" + "MEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME",
+        },
+    ),
+    "lfm2-8b-a1b": (
+        "lfm2_moe",
+        _shape(2048, 7168, 24, 32, 8, 65536)
+        | _experts("lfm2_moe", 32, 4, 1792)
+        | _attention_at(24, (2, 6, 10, 14, 18, 21), "conv"),
+    ),
+}  # fmt: skip
 _ALIASES = {
+    "nvidia-nemotron-3-nano-30b-a3b-bf16": "nemotron-3-nano-30b-a3b",
     "olmoe-1b-7b": "olmoe",
     "mixtral": "mixtral-8x7b",
     "qwen2-57b": "qwen2-57b-a14b",

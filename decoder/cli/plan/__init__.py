@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an unknown name, a file that is not there, or one that cannot be used.
     """
-    from decoder.perf_model.planner import make_plan
+    from decoder.perf_model.planning.planner import make_plan
 
     with explained("cannot plan"):
         model, profile = build_model(args)

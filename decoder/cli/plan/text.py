@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from decoder.cli.view import Console
-from decoder.perf_model.planner import Plan
+from decoder.perf_model.planning.planner import Plan
 
 
 def print_plan(plan: Plan) -> None:

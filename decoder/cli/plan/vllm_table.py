@@ -17,7 +17,7 @@ from decoder.cli.streams import say
 from decoder.errors import UserError
 
 if TYPE_CHECKING:
-    from decoder.perf_model.planner import Plan
+    from decoder.perf_model.planning.planner import Plan
 
 
 def speculative_config(plan: Plan, draft: str | None) -> dict[str, Any]:

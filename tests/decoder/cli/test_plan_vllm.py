@@ -9,7 +9,7 @@ import pytest
 from decoder.__main__ import main
 from decoder.cli.plan.vllm_table import speculative_config
 from decoder.errors import UserError
-from decoder.perf_model.planner import BatchPlan, Cell, Plan
+from decoder.perf_model.planning.planner import BatchPlan, Cell, Plan
 
 PLAN = ["plan", "--target", "qwen3-30b-a3b", "--machine", "h200", "--format", "vllm"]
 

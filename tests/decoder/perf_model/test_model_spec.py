@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import ModelSpec, eagle_spec
 from decoder.perf_model.presets import (
+    _PRESETS,
     is_preset,
     paper_draft_spec,
     preset_config,
@@ -35,9 +36,17 @@ def real_parameters(config) -> int:
         ("gpt-oss-20b", 20.9e9, 4.2e9),
         ("llama-3.1-8b", 8.03e9, 8.03e9),
         ("opt-30b", 29.97e9, 29.97e9),
+        ("qwen3-next-80b-a3b", 79.7e9, 3.87e9),  # published as 80B and 3B, embeddings apart
+        ("qwen3.5-35b-a3b", 34.7e9, 3.45e9),
+        ("kimi-linear-48b-a3b", 49.1e9, 3.48e9),
+        ("granite-4.0-h-small", 32.2e9, 8.8e9),
+        ("nemotron-3-nano-30b-a3b", 31.6e9, 3.58e9),
+        ("lfm2-8b-a1b", 8.34e9, 1.56e9),
     ],
 )
 def test_published_totals(name: str, total: float, active: float) -> None:
+    if _PRESETS[name][0] not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {_PRESETS[name][0]}")
     spec = preset_spec(name)
     assert spec.total_params == pytest.approx(total, rel=0.004)
     assert spec.active_params == pytest.approx(active, rel=0.006)
@@ -142,8 +151,6 @@ def test_names() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(NotImplementedError, match=r"linear_attention.*cannot be rolled back"):
-        spec_from_config({"num_hidden_layers": 1, "layer_types": ["linear_attention"]})
     with pytest.raises(ValueError, match="config must have hidden_size or n_embd"):
         spec_from_config({"num_hidden_layers": 1})
     with pytest.raises(ValueError, match="num_hidden_layers must be at most 2048, got 1000000000"):

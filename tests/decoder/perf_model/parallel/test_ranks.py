@@ -12,7 +12,7 @@ from decoder.perf_model.forward_model import ForwardModel
 from decoder.perf_model.hardware.machine import named_machine
 from decoder.perf_model.parallel.network import NETWORKS, Network
 from decoder.perf_model.parallel.ranks import EXCHANGES, Exchange, Ranks
-from decoder.perf_model.planner import make_plan
+from decoder.perf_model.planning.planner import make_plan
 from decoder.perf_model.presets import preset_spec
 
 FREE = Network("free", math.inf, 0.0)

@@ -13,7 +13,8 @@ from decoder.perf_model.fit_report import ErrorSummary
 from decoder.perf_model.forward_model import ForwardModel
 from decoder.perf_model.hardware.machine import named_machine
 from decoder.perf_model.paper_tables import paper_cells
-from decoder.perf_model.planner import ZERO_MEASUREMENT_MEDIAN, make_plan
+from decoder.perf_model.planning.notes import ZERO_MEASUREMENT_MEDIAN
+from decoder.perf_model.planning.planner import make_plan
 from decoder.perf_model.presets import paper_draft_spec, preset_config, preset_spec
 from decoder.perf_model.profile import Profile
 from decoder.perf_model.theory import expected_tokens

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import theory
-from .forward_model import ForwardModel
-from .profile import Profile
+from decoder.perf_model import theory
+from decoder.perf_model.forward_model import ForwardModel
+from decoder.perf_model.profile import Profile
 
-# Checked by tests/decoder/perf_model/test_planner.py: zero-measurement predictions against the 60
-# peaks of the paper's Tables 1-2. Its engine spent more on drafting than a machine must.
-ZERO_MEASUREMENT_MEDIAN = 0.48
+from .notes import basis, notes_on
+
 # Far beyond what anyone runs; a cell takes milliseconds.
 _MAX_BATCH, _MAX_GAMMA, _MAX_CELLS = 2**20, 1024, 4096
 _MARGIN = 1.02  # speculation "pays" from 2 % on: less is noise in any run
@@ -115,8 +114,10 @@ def make_plan(
         batches=plans,
         pays=_paying_ranges(plans),
         error=_error(profile),
-        basis=_basis(model, profile),
-        notes=tuple(_notes(model, plans, context, profile)),
+        basis=basis(model, profile),
+        notes=tuple(
+            notes_on(model, [entry.batch for entry in plans], ordered[-1], context, profile)
+        ),
     )
 
 
@@ -197,83 +198,3 @@ def _machine(model: ForwardModel) -> str:
 
 def _error(profile: Profile | None) -> float | None:
     return profile.held_out.p90 if profile is not None and profile.held_out else None
-
-
-def _basis(model: ForwardModel, profile: Profile | None) -> str:
-    if model.ranks is not None:
-        alone = _basis(replace(model, ranks=None), profile)
-        return f"a prediction: no run over ranks stands behind it. One rank is {alone}"
-    if profile is None:
-        return (
-            f"zero-measurement: machine rates alone ({model.machine.source or 'given'}); no run of "
-            f"this model stands behind it. It assumes an engine without overhead: against the 60 "
-            f"peaks of the MoESD paper such predictions are {ZERO_MEASUREMENT_MEDIAN:.0%} too high "
-            "in the median"
-        )
-    if profile.held_out is None:
-        return f"fitted to {profile.points} measured points; no held-out points, error unknown"
-    held = profile.held_out
-    return (
-        f"fitted to {profile.points} measured points; on {held.count} held-out points the error of "
-        f"the speedup was {held.median:.1%} in the median, {held.p90:.1%} at the 90th percentile"
-    )
-
-
-def _notes(
-    model: ForwardModel, plans: Sequence[BatchPlan], context: int, profile: Profile | None
-) -> list[str]:
-    notes = _rank_notes(model, plans[-1])
-    moe = model.target.moe
-    if moe is not None:
-        threshold = theory.full_activation_threshold(moe.num_experts, moe.top_k)
-        notes.append(
-            f"{moe.num_experts} experts, {moe.top_k} per token: {threshold} independent tokens "
-            "activate 95 % of them; below that, verification loads more experts than a plain step"
-        )
-    notes.extend(_memory_notes(model, plans[-1].batch, context))
-    if profile is not None:
-        notes.extend(profile.warnings)
-        if abs(context - profile.context) > max(256, profile.context):
-            notes.append(f"fitted at a context of {profile.context}, asked for {context}")
-    if moe is not None and plans[0].active_share is not None and len(plans) == 1:
-        notes.append("one batch size only: the inverted U over B cannot show")
-    return notes
-
-
-def _memory_notes(model: ForwardModel, batch: int, context: int) -> list[str]:
-    ranks = 1 if model.ranks is None else model.ranks.count
-    weights = model.target.weight_bytes_per_rank(ranks)
-    weights += model.draft.weight_bytes if model.draft else 0.0
-    memory = model.machine.memory_bytes
-    cache = model.target.kv_cache_bytes(context)
-    if memory and weights > memory:
-        return [
-            f"weights of {weights / 1e9:.0f} GB do not fit the {memory / 1e9:.0f} GB of "
-            f"{model.machine.name}: the numbers are for one with its rates and enough memory"
-        ]
-    rows = batch if model.ranks is None else model.ranks.local(batch)
-    if memory and cache and (memory - weights) / cache < rows:
-        fits = int((memory - weights) / cache) * (batch // rows)
-        return [f"caches of {context} tokens fit for about {fits} sequences"]
-    return []
-
-
-def _rank_notes(model: ForwardModel, largest: BatchPlan) -> list[str]:
-    ranks, moe = model.ranks, model.target.moe
-    if ranks is None or moe is None:
-        return []
-    how = {
-        "all-reduce": "attention is replicated (every rank computes it for all of B), and each MoE "
-        "layer's outputs are summed by an all-reduce",
-        "all-to-all": "attention is data-parallel (each rank computes it for its share of B), and "
-        "each MoE layer's rows travel to their experts and back",
-    }
-    _, rows = model.expert_load(moe, largest.batch, 1)
-    mean = largest.batch * moe.top_k / ranks.count
-    return [
-        f"{ranks.held(moe.num_experts)} of {moe.num_experts} experts per layer and all other "
-        f"weights on each of {ranks.count} ranks; {how[ranks.exchange]} over {ranks.network.name}, "
-        f"{ranks.network.bandwidth / 1e9:g} GB/s and {ranks.network.latency * 1e6:g} µs a message",
-        f"a plain step at B = {largest.batch} gives the busiest rank {rows / mean:.2f} times the "
-        "mean rows, experts being equally popular; all ranks wait for it",
-    ]
