@@ -65,17 +65,16 @@ def _fields(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         require_countable(config, "config", MOST_OBJECTS)
         kind = config.get("model_type")
-        if kind:
-            from transformers import AutoConfig
-
-            with explained(f"config describes no {kind!r}"):
-                rest = {k: _with_floats(v) for k, v in config.items() if k != "model_type"}
-                try:  # fills the defaults that a config.json leaves out
-                    config = AutoConfig.for_model(kind, **rest)
-                except (ValueError, KeyError):  # a model this transformers does not know
-                    return _unknown(kind, config)
-        else:
+        if not kind:
             return config
+        from transformers import CONFIG_MAPPING
+
+        with explained(f"config describes no {kind!r}"):
+            if kind not in CONFIG_MAPPING:
+                return _unknown(kind, config)
+            # fills the defaults that a config.json leaves out
+            rest = {key: _with_floats(x) for key, x in config.items() if key != "model_type"}
+            config = CONFIG_MAPPING[kind](**rest)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     if not hasattr(config, "to_dict"):
@@ -100,7 +99,7 @@ def _with_floats(value: Any) -> Any:
 def _unknown(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields as they are; without transformers' reading of them, no recurrent layer shows."""
     if kind in FAMILIES:
-        raise NotImplementedError(f"this version of transformers knows no {kind!r}, got its config")
+        raise NotImplementedError("this version of transformers does not know it")
     return config.get("text_config") or config
 
 

@@ -58,7 +58,8 @@ class ForwardModel:
         dtype: of the matrix products, a key of ``Machine.flops``.
         sharpness: exponent of the smooth maximum of memory and compute time; large is a hard max.
         activation: distinct experts for (sequences, tokens per sequence).
-        ranks: over which the experts are spread, each rank a ``machine``; batches are of all ranks.
+        ranks: over which the target's experts are spread, each rank a ``machine``, with a draft of
+            its own; batches are of all ranks.
     """
 
     target: ModelSpec
@@ -75,11 +76,11 @@ class ForwardModel:
         """Times of a round of ``batch`` rows with ``gamma`` drafts at ``context`` cached tokens."""
         draft = 0.0
         if self.draft is not None and gamma > 0:
-            base = self.forward_time(self.draft, batch, 1, context)
-            base += self._logits_time(self.draft.vocab, self._local(batch), 6)
+            local, alone = self._local(batch), replace(self, ranks=None) if self.ranks else self
+            base = alone.forward_time(self.draft, local, 1, context)
+            base += self._logits_time(self.draft.vocab, local, 6)
             draft = self.adjust.draft * base
-            per_token = self._token_time(self.draft, self._local(batch))
-            draft += (self.adjust.draft_token - 1.0) * per_token
+            draft += (self.adjust.draft_token - 1.0) * self._token_time(self.draft, local)
         return RoundTimes(
             ar=self.forward_time(self.target, batch, 1, context),
             verify=self.forward_time(self.target, batch, gamma + 1, context),

@@ -84,8 +84,8 @@ def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--exchange", choices=EXCHANGES,
-        help="all-reduce: attention replicated, as generate --parallel expert does (default); "
-        "all-to-all: attention data-parallel",
+        help="all-reduce (default), or all-gather and sum: attention replicated, as by generate "
+        "--parallel expert on GPUs and on CPUs; all-to-all: attention data-parallel",
     )  # fmt: skip
     group.add_argument(
         "--link", choices=NETWORKS, help=f"what joins the ranks (default: {DEFAULT_LINK})"

@@ -41,6 +41,13 @@ class Network:
         steps = math.ceil(math.log2(ranks))
         return 2 * (steps * self.latency + (ranks - 1) / ranks * size / self.bandwidth)
 
+    def all_gather(self, ranks: int, size: float) -> float:
+        """Seconds until every rank has the ``size`` bytes of each of the others.
+
+        A ring, as gloo's: ``N - 1`` messages that wait for each other. Source: as above, 4.1.
+        """
+        return (ranks - 1) * (self.latency + size / self.bandwidth)
+
     def all_to_all(self, ranks: int, size: float) -> float:
         """Seconds until the rank that receives most, ``size`` bytes, its own included, has them.
 

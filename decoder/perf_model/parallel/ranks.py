@@ -9,8 +9,8 @@ from typing import Literal
 from .busiest import busiest_active, busiest_rows
 from .network import Network
 
-Exchange = Literal["all-reduce", "all-to-all"]
-EXCHANGES: tuple[Exchange, ...] = ("all-reduce", "all-to-all")
+Exchange = Literal["all-reduce", "all-gather", "all-to-all"]
+EXCHANGES: tuple[Exchange, ...] = ("all-reduce", "all-gather", "all-to-all")
 MAX_RANKS = 65536
 
 
@@ -21,8 +21,10 @@ class Ranks:
     Args:
         count: of ranks; 1 is no parallelism, and changes nothing.
         exchange: ``"all-reduce"``: every rank computes attention for the whole batch, runs its own
-            experts on it, and the outputs are summed (attention replicated: what transformers' and
-            our ``--parallel expert`` do). ``"all-to-all"``: sequences are divided among the ranks
+            experts on it, and the outputs are summed (attention replicated: transformers' way, and
+            ``generate --parallel expert`` on GPUs). ``"all-gather"``: the same, but every rank gets
+            all the others' outputs and sums them in order (``--parallel expert`` on CPUs, so that
+            all ranks hold the same bits). ``"all-to-all"``: sequences are divided among the ranks
             (attention data-parallel), and rows travel to their experts and back, a copy for each of
             a token's experts (as in DeepEP's low-latency kernels).
     """
@@ -86,4 +88,6 @@ class Ranks:
         """
         if self.exchange == "all-reduce":
             return self.network.all_reduce(self.count, tokens * hidden * size)
+        if self.exchange == "all-gather":
+            return self.network.all_gather(self.count, tokens * hidden * size)
         return 2 * self.network.all_to_all(self.count, rows * hidden * size)

@@ -93,9 +93,10 @@ def _rank_notes(model: ForwardModel, batch: int) -> list[str]:
     ranks, moe = model.ranks, model.target.moe
     if ranks is None or moe is None:
         return []
+    replicated = "attention is replicated (every rank computes it for all of B), and each MoE "
     how = {
-        "all-reduce": "attention is replicated (every rank computes it for all of B), and each MoE "
-        "layer's outputs are summed by an all-reduce",
+        "all-reduce": f"{replicated}layer's outputs are summed by an all-reduce",
+        "all-gather": f"{replicated}layer's outputs are gathered by every rank, which sums them",
         "all-to-all": "attention is data-parallel (each rank computes it for its share of B), and "
         "each MoE layer's rows travel to their experts and back",
     }

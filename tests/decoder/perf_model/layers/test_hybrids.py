@@ -49,7 +49,7 @@ FAMILY_CASES: list[tuple[str, dict, str]] = [
     ("qwen3_next", _DELTA | _MOE, "rrra"),
     ("qwen3_next", _DELTA | _MOE | {"layer_types": [_A] * 4}, "aaaa"),  # all attention
     ("qwen3_next", _DELTA | _MOE | {"mlp_only_layers": [1]}, "rrra"),
-    ("qwen3_5_moe_text", _DELTA | _MOE, "rrra"),
+    ("qwen3_5_moe_text", _DELTA | _MOE | {"full_attention_interval": 2}, "rara"),
     ("qwen3_5_text", _DELTA, "rrra"),
     ("olmo_hybrid", _DELTA | {"head_dim": 16}, "rrra"),
     (
@@ -238,7 +238,9 @@ def test_plan_knows_hybrids(capsys: pytest.CaptureFixture[str], tmp_path, name: 
             {"model_type": "zamba", "num_hidden_layers": 3},
             "recurrent layers of 'zamba': expected one of",
         ),
-        ({"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}, "no 'nemotron_h'"),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}, "KeyError: 'X'"),
+        ({"model_type": ["mamba"]}, "config describes no ['mamba']"),
+        ({"model_type": "mamba", "time_step_max": {"__float__": "much"}}, "no 'mamba': could not"),
         ({"model_type": "nemotron_h", "hybrid_override_pattern": ""}, "num_hidden_layers"),
         ({"model_type": "qwen3_next", "linear_num_key_heads": 0}, "linear_num_key_heads must be"),
         ({"model_type": "qwen3_next", "linear_key_head_dim": -4}, "linear_key_head_dim must be"),
@@ -257,3 +259,10 @@ def test_strange_configs_are_one_line(
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if line.startswith("moesd")]
     assert not out and len(lines) == 1 and message in lines[0], err
+
+
+def test_a_family_that_transformers_does_not_know_is_not_taken_for_attention(monkeypatch) -> None:
+    """An older transformers: its layer types would be read from nowhere."""
+    monkeypatch.delitem(CONFIG_MAPPING._mapping, "jamba")
+    with pytest.raises(ValueError, match="no 'jamba': this version of transformers does not"):
+        spec_from_config({"model_type": "jamba", **_SHAPE})

@@ -69,15 +69,26 @@ def test_collectives_are_what_the_forward_is_charged() -> None:
     size = 8 * 4 * MODEL.target.hidden * 2  # B (gamma + 1) rows of 16 bits
     per_layer = 2 * (2 * IB.latency + 3 / 4 * size / IB.bandwidth)
     assert on(4).rank_times(8, 3).collective == pytest.approx(48 * per_layer)
+    gathered = on(4, IB, "all-gather").rank_times(8, 3).collective
+    assert gathered == pytest.approx(48 * 3 * (IB.latency + size / IB.bandwidth))
     in_fp32 = replace(on(4), dtype="fp32").rank_times(8, 3).collective
     assert in_fp32 > on(4).rank_times(8, 3).collective
+
+
+@pytest.mark.parametrize(("exchange", "rows"), [("all-reduce", 64), ("all-to-all", 4)])
+def test_a_draft_is_whole_on_every_rank(exchange: Exchange, rows: int) -> None:
+    """Also one with experts; it drafts for the sequences whose attention its rank computes."""
+    draft = preset_spec("olmoe")
+    alone = replace(MODEL, draft=draft).round_times(rows, 2).draft
+    assert replace(on(16, IB, exchange), draft=draft).round_times(64, 2).draft == alone
 
 
 def test_attention_is_divided_by_all_to_all_only() -> None:
     context = 100_000  # where caches are most of the time
     alone = MODEL.rank_times(64, 0, context).forward
     assert on(16, FREE, "all-to-all").rank_times(64, 0, context).forward < 0.2 * alone
-    assert on(16, FREE, "all-reduce").rank_times(64, 0, context).forward > 0.8 * alone
+    for exchange in ("all-reduce", "all-gather"):
+        assert on(16, FREE, exchange).rank_times(64, 0, context).forward > 0.8 * alone
 
 
 @pytest.mark.parametrize(("ranks", "seconds"), [(64, 314e-6), (128, 369e-6), (256, 360e-6)])
