@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .mlps import activations, gated_mlp_forward
 from .norms import NormRule, recognise_norm
 from .packed import StoredWeight, linear_classes, stored_weight
-from .routers import RouterRule, recognise_router, router_logits
+from .routers import RouterRule, correction_of, recognise_router, router_logits
 from .shadow import DTYPES, fits, is_unshadowed, rows_apart, shadow, shadow_of
 
 _MAX_EXPERTS = 1024  # of the fused softmax router
@@ -94,9 +94,8 @@ def _fusable(rule: RouterRule, router: nn.Module) -> bool:
     weight = router.weight
     assert isinstance(weight, Tensor)
     return (
-        rule.kind == "softmax"
-        and rule.precision == "own"
-        and rule.scale == 1.0
+        rule == RouterRule("softmax", rule.top_k, rule.renormalize, rule.cast)
+        and correction_of(router) is None
         and getattr(router, "bias", None) is None
         and weight.shape[0] <= _MAX_EXPERTS
     )
@@ -199,8 +198,8 @@ def _router_forward(rule: RouterRule, fuse: bool, choices: tuple[Any, ...]) -> C
             return type(self).forward(self, hidden_states)
         rows, bias = hidden_states.reshape(-1, weight.shape[1]), getattr(self, "bias", None)
         logits = router_logits(rows, weight, bias, rule, linear=torch.ops.moesd.linear.default)
-        correction = getattr(self, "e_score_correction_bias", None)
-        return tuple(rule.select(rows_apart(logits), correction, dtype=hidden_states.dtype))
+        chosen = rule.select(rows_apart(logits), correction_of(self), dtype=hidden_states.dtype)
+        return tuple(chosen)
 
     fused.rule, fused.choices = rule, choices  # type: ignore[attr-defined]
     return fused if fuse else composed

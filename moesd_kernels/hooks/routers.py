@@ -43,7 +43,8 @@ class RouterRule:
         cast: round the weights to the dtype of the hidden states.
         precision: of the logits: the inputs' "own", "fp32", or computed in their own and then
             "upcast" to fp32.
-        num_groups: experts are chosen within the best ``topk_groups`` of this many ("sigmoid").
+        num_groups: experts are chosen within the best ``topk_groups`` of this many; a group is as
+            good as its best expert ("softmax", DeepSeek-V2) or its best two ("sigmoid").
         topk_groups: groups that stay.
         scale: factor on the weights.
     """
@@ -74,7 +75,8 @@ class RouterRule:
 
         Args:
             logits: ``[T, E]``.
-            correction: ``[E]`` added to the scores for the choice only ("sigmoid").
+            correction: ``[E]`` added to the scores for the choice only ("sigmoid", or the softmax
+                of Ernie 4.5).
             dtype: what ``cast`` rounds the weights to; that of the logits when None.
         """
         dtype = logits.dtype if dtype is None else dtype
@@ -82,13 +84,14 @@ class RouterRule:
             values, ids = logits.topk(self.top_k, dim=-1)
             weights = values.softmax(dim=-1, dtype=torch.float32)
             return Routed(logits, weights.to(dtype) if self.cast else weights, ids)
-        if self.kind == "softmax":
-            weights, ids = logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
-        else:
-            scores = logits.float().sigmoid()  # as the softmaxes: whatever the logits' precision
-            choice = scores if correction is None else scores + correction
-            ids = self._within_groups(choice).topk(self.top_k, dim=-1, sorted=False).indices
-            weights = scores.gather(1, ids)
+        # In fp32 whatever the logits' precision.
+        softmax = self.kind == "softmax"
+        scores = (
+            logits.softmax(dim=-1, dtype=torch.float32) if softmax else logits.float().sigmoid()
+        )
+        choice = scores if correction is None else scores + correction
+        ids = self._within_groups(choice).topk(self.top_k, dim=-1, sorted=softmax).indices
+        weights = scores.gather(1, ids)
         if self.renormalize:
             # DeepSeek-V3's guard; it changes no sum that is not a denormal.
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -97,11 +100,12 @@ class RouterRule:
         return Routed(logits, weights.to(dtype) if self.cast else weights, ids)
 
     def _within_groups(self, choice: Tensor) -> Tensor:
-        """``choice`` with experts outside the best groups at -inf; a group's value is its top 2."""
+        """``choice`` with experts outside the best groups at -inf."""
         if self.num_groups == 1:
             return choice
         groups = choice.view(choice.shape[0], self.num_groups, -1)  # [T, G, E / G]
-        value = groups.topk(2, dim=-1).values.sum(dim=-1)  # [T, G]
+        counted = 1 if self.kind == "softmax" else 2
+        value = groups.topk(counted, dim=-1).values.sum(dim=-1)  # [T, G]
         kept = value.topk(self.topk_groups, dim=-1, sorted=False).indices
         dropped = torch.ones_like(value, dtype=torch.bool).scatter(1, kept, False)
         return groups.masked_fill(dropped[..., None], float("-inf")).flatten(1)
@@ -151,6 +155,13 @@ def recognise_router(router: nn.Module) -> RouterRule | None:
     return None
 
 
+def correction_of(router: Any) -> Tensor | None:
+    """What a router module adds to its scores for the choice, ``[E]``, or None."""
+    own = getattr(router, "e_score_correction_bias", None)
+    kept = getattr(getattr(router, "moe_statics", None), "e_score_correction_bias", own)  # Ernie
+    return None if kept is None else kept.flatten()
+
+
 def _ask(router: nn.Module, hidden: Tensor) -> Routed | None:
     """What the module's own class answers, or None when that is not (logits, weights, ids)."""
     try:
@@ -179,13 +190,14 @@ def _candidates(router: Any, half: Routed) -> list[RouterRule]:
         "topk_groups": int(getattr(router, "topk_group", None) or 1),
     }
     rules = [RouterRule("softmax", renormalize=norm, **common) for norm in (True, False)]
-    rules += [RouterRule("sigmoid", renormalize=norm, **groups, **common) for norm in (True, False)]
+    for kind in ("softmax", "sigmoid"):
+        rules += [RouterRule(kind, renormalize=norm, **groups, **common) for norm in (True, False)]
     return [*rules, RouterRule("topk_softmax", **{**common, "scale": 1.0})]
 
 
 def _agrees(rule: RouterRule, router: Any, hidden: Tensor, expected: Routed) -> bool:
-    correction = getattr(router, "e_score_correction_bias", None)
-    if correction is not None and rule.kind != "sigmoid":
+    correction = correction_of(router)
+    if correction is not None and rule.kind == "topk_softmax":
         return False
     logits = router_logits(hidden, router.weight, getattr(router, "bias", None), rule)
     actual = rule.select(logits, correction)

@@ -17,7 +17,7 @@ from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights
 from ..experts import ModuleSpec, settings_of, spec_of
 from ..mlps import gated_mlp_forward
 from ..norms import NormRule, recognise_norm
-from ..routers import recognise_router
+from ..routers import RouterRule, correction_of, recognise_router
 from ..shadow import DTYPES, is_unshadowed
 from .device_stack import Mlp, Moe
 from .joined import joined, may_join
@@ -86,9 +86,9 @@ def _moe(
     if type(weight) is not nn.Parameter or weight.shape[0] > _MAX_EXPERTS:
         return None
     rule = recognise_router(router)
-    if rule is None or (rule.kind, rule.precision, rule.scale) != ("softmax", "own", 1.0):
+    if rule is None or rule != RouterRule("softmax", rule.top_k, rule.renormalize, rule.cast):
         return None
-    if getattr(router, "bias", None) is not None:
+    if getattr(router, "bias", None) is not None or correction_of(router) is not None:
         return None
     gate_up: Any = getattr(experts, "gate_up_proj", None)
     down: Any = getattr(experts, "down_proj", None)

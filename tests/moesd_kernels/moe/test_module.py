@@ -94,9 +94,13 @@ def test_checkpoint_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no safetensors file"):
         MoE.from_safetensors(tmp_path, config)
     save_file({"gate.weight": torch.zeros(3, 8)}, tmp_path / "a.safetensors")
-    with pytest.raises(KeyError, match=r"has no experts\.gate_up_proj"):
+    with pytest.raises(KeyError, match=r"has no experts\.\*, got \['gate.weight'\]"):
         MoE.from_safetensors(tmp_path, config)
-    save_file({"gate.weight": torch.zeros(4, 8)}, tmp_path / "a.safetensors")
+    experts = {"experts.gate_up_proj": torch.zeros(3, 8, 8)}
+    save_file({"gate.weight": torch.zeros(3, 8), **experts}, tmp_path / "a.safetensors")
+    with pytest.raises(KeyError, match=r"has no experts\.down_proj"):
+        MoE.from_safetensors(tmp_path, config)
+    save_file({"gate.weight": torch.zeros(4, 8), **experts}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"gate\.weight must be \(3, 8\), got \(4, 8\)"):
         MoE.from_safetensors(tmp_path, config)
 
