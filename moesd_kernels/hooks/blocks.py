@@ -30,7 +30,7 @@ FAMILIES = (
     "qwen3_next",
 )
 _QUANTISED = ("fp8", "mxfp4")
-_MOST_LAYERS = 1024
+_MOST_LAYERS, _MOST_ROUTED = 1024, 2**26
 
 
 class Blocks(NamedTuple):
@@ -68,13 +68,17 @@ def moe_blocks(folder: Path) -> Blocks:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(_plain(config), trust_remote_code=False)
     except Exception as error:  # whatever a hostile or unknown configuration leads to
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it names {reason}, which is not known"
         raise ValueError(f"{file} gives no block: {reason}") from error
     found = {}
     for name, module in model.named_modules():
         match = _PART_OF_LAYER.search(name)
         if match and isinstance(getattr(module, "experts", None), nn.Module):
             found[int(match[1])] = module
+    for block in found.values():
+        _require_probable(block, file)
     return Blocks(layers, found)
 
 
@@ -92,6 +96,14 @@ def _layers(config: Any) -> int:
     if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
         raise ValueError(f"num_hidden_layers must be in [1, {_MOST_LAYERS}], got {layers!r}")
     return layers
+
+
+def _require_probable(block: nn.Module, file: Path) -> None:
+    """Refuse a router that is no model's: what it computes is found by trying it."""
+    router = getattr(block, "gate", None) or getattr(block, "router", None)
+    for weight in router.parameters() if isinstance(router, nn.Module) else ():
+        if weight.numel() > _MOST_ROUTED:
+            raise ValueError(f"{file} gives no block: it has a router of {tuple(weight.shape)}")
 
 
 def _plain(config: Any) -> Any:

@@ -30,11 +30,15 @@ def read_block(block: nn.Module) -> tuple[MoEConfig, Mapping[str, nn.Module]]:
         )
     if not stored_experts(experts).plain:
         raise ValueError(f"block must have plain experts, got {type(experts).__name__}, quantised")
+    E, rows, columns = experts.down_proj.shape
+    if not 1 <= (top_k := getattr(gate, "top_k", 1)) <= E:
+        raise ValueError(f"experts per token must be in [1, {E}], got {top_k}")
     interleaved = not getattr(experts, "is_concatenated", True)
     rule, spec = recognise_router(gate), recognise_gate(experts, True, interleaved)
-    if rule is None or spec is None:
-        part = gate if rule is None else experts
-        raise ValueError(f"cannot express {type(part).__name__} as a router rule or a fused gate")
+    if rule is None:
+        raise ValueError(f"how {type(gate).__name__} chooses is no RouterRule")
+    if spec is None:
+        raise ValueError(f"what {type(experts).__name__} computes of gate and up is no ExpertsSpec")
     parts = {"gate": gate, "experts": experts}
     shared = getattr(block, "shared_expert", None) or getattr(block, "shared_experts", None)
     shared_gate = getattr(block, "shared_expert_gate", None)
@@ -42,7 +46,6 @@ def read_block(block: nn.Module) -> tuple[MoEConfig, Mapping[str, nn.Module]]:
         parts["shared_expert"] = shared
     if shared_gate is not None:
         parts["shared_expert_gate"] = shared_gate
-    E, rows, columns = experts.down_proj.shape
     transposed = getattr(experts, "is_transposed", False)
     config = MoEConfig(
         E,

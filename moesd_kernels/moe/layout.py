@@ -60,7 +60,8 @@ class Layout:
         config: with the formats that the files have.
 
     Raises:
-        ValueError: two tensors have one name, or ``config`` asks for other quantised formats.
+        ValueError: two tensors have one name, a projection is there in two ways, or ``config`` asks
+            for other quantised formats.
         KeyError: there are no experts.
     """
 
@@ -77,6 +78,7 @@ class Layout:
         self.single = any(_EXPERT.match(name) for name in self.found)
         if not self.single and not any(name.startswith("experts.") for name in self.found):
             raise KeyError(f"checkpoint has no {prefix}experts.*, got {sorted(self.found)[:9]}")
+        self._require_one_layout()
         self.config = self._with_formats(config)
 
     def check(self, wanted: Mapping[str, Tensor]) -> None:
@@ -84,8 +86,7 @@ class Layout:
 
         Raises:
             KeyError: a tensor is missing.
-            ValueError: a shape or dtype does not fit, a projection is there joined and by expert,
-                or a tensor of the block has no place in it.
+            ValueError: a shape or dtype does not fit, or a tensor of the block has no place in it.
         """
         used = set()
         for name, target in wanted.items():
@@ -99,9 +100,6 @@ class Layout:
                     used.add(f"{source}{_INVERSE}")
                 else:
                     self._check_dtype(source, self._dtypes(name, target))
-        for name in _JOINED:
-            if self.single and (joined := self.found.get(f"experts.{name}")):
-                raise ValueError(f"{joined.name} is there twice: joined, and one tensor per expert")
         left = sorted(name for name in self.found.keys() - used if name.startswith(_PARTS))
         if left:
             raise ValueError(
@@ -121,6 +119,8 @@ class Layout:
             ValueError: no ``dtype``, and several in the files; a router that is computed in fp32
                 may have its own.
         """
+        if dtype not in (None, *_FLOATS):
+            raise ValueError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype}")
         common = self._common_dtype(wanted) if dtype is None else dtype
         state = {}
         for name, target in wanted.items():
@@ -153,6 +153,15 @@ class Layout:
                 f"{one} is {first} and {other} {second}: expected one dtype, or dtype= for all"
             )
         return next(iter(named), self.found["gate.weight"].header.dtype)
+
+    def _require_one_layout(self) -> None:
+        for name in _JOINED:
+            ways = [f"experts.{name}", f"experts.{name}_blocks"]
+            there = [self._full(way) for way in ways if way in self.found]
+            if self.single:
+                there.append(f"{self.prefix}experts.*.{_JOINED[name][0]}.weight")
+            if len(there) > 1:
+                raise ValueError(f"{there[0]} is there twice: also as {there[1]}")
 
     def _with_formats(self, config: MoEConfig) -> MoEConfig:
         asked = dict(zip(_JOINED, config.spec.formats, strict=True))

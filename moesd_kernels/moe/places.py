@@ -37,7 +37,9 @@ def prefix_of(names: Iterable[str], layer: int | None, prefix: str | None) -> st
         ):
             return start
         asked = f"prefix={prefix!r} begins no name" if start else "give layer= or prefix="
-        raise ValueError(f"{asked}; the checkpoint has experts below {_listed(prefixes)}")
+        raise ValueError(f"{asked}; {_listed(prefixes)}")
+    if type(layer) is not int:
+        raise ValueError(f"layer must be an integer, got {layer!r}")
     if prefix is not None:
         raise ValueError(f"expected layer= or prefix=, got both {layer} and {prefix!r}")
     fitting = [one for one in prefixes if layer_in(one) == layer]
@@ -45,10 +47,8 @@ def prefix_of(names: Iterable[str], layer: int | None, prefix: str | None) -> st
         raise ValueError(f"layer {layer} has several blocks, give prefix=: {', '.join(fitting)}")
     if not fitting:
         layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
-        dense = "has no experts" if layer in layers else "is not there"
-        raise ValueError(
-            f"layer {layer} {dense}; the checkpoint has experts below {_listed(prefixes)}"
-        )
+        which = "has no experts" if layer in layers else "is not there"
+        raise ValueError(f"layer {layer} {which}; {_listed(prefixes)}")
     return fitting[0]
 
 
@@ -71,29 +71,26 @@ def config_at(folder: Path, layer: int | None) -> MoEConfig:
         )
     blocks = moe_blocks(folder)
     if layer not in blocks.by_layer:
-        known = _ranges(list(blocks.by_layer))
         raise ValueError(
-            f"{folder / 'config.json'} has {blocks.layers} layers, with experts in {known}, "
-            f"got layer {layer}: give config="
+            f"{folder / 'config.json'} has experts in layers {_ranges(list(blocks.by_layer))} of "
+            f"{blocks.layers}, got layer {layer}: give config="
         )
     return read_block(blocks.by_layer[layer])[0]
 
 
 def _listed(prefixes: Iterable[str]) -> str:
-    """Prefixes, the numbers of layers in ranges: ``model.layers.{1-3}.mlp.``."""
-    numbers: defaultdict[str, list[int]] = defaultdict(list)
+    """Where there are experts, numbers of layers in ranges: ``model.layers.{1-3}.mlp.``."""
+    numbers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for prefix in prefixes:
         match = _LAYER.search(prefix)
-        if match is None:
-            numbers[prefix or "''"] = []
-        else:
-            numbers[f"{prefix[: match.start(1)]}{{}}{prefix[match.end(1) :]}"].append(int(match[1]))
-    shown = [
-        pattern.replace("{}", f"{{{_ranges(found)}}}") if found else pattern
-        for pattern, found in numbers.items()
-    ]
-    more = "" if len(shown) <= 4 else f" and {len(shown) - 4} more"
-    return (", ".join(shown[:4]) + more) or "no prefix"
+        start, end = match.span(1) if match else (len(prefix), len(prefix))
+        numbers[prefix[:start], prefix[end:]] += [int(match[1])] if match else []
+    shown = []
+    for (before, after), found in numbers.items():
+        ranges = f"{{{_ranges(found)}}}" if len(found) > 1 else "".join(map(str, found))
+        shown.append(f"{before}{ranges}{after}" or "''")
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return f"there are experts below {', '.join(shown[:4])}{more}" if shown else "it has no experts"
 
 
 def _ranges(numbers: list[int]) -> str:
