@@ -85,7 +85,7 @@ class IndependentDrafter:
         if bool(some.any()):
             known = self._known(token_ids[:, : int(before.max())])
             self.runner.prefill(rows[some], known[some], before[some])
-        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+        for row, length in zip(rows.tolist(), before.tolist(), strict=True):
             self._synced[row] = length
 
     @torch.inference_mode()

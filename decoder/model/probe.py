@@ -172,6 +172,15 @@ def check_windows(model: Any, windows: dict[int, int], max_length: int) -> None:
                 )
 
 
+def splits(head: Any, output: Any, logits: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``logits`` are a head's of the last states of a base model's output, as they are.
+
+    Mamba's states are fp32 in a model of another ``dtype``, and rounded for the head.
+    """
+    states = getattr(output, "last_hidden_state", None)
+    return states is not None and states.dtype == dtype and torch.equal(head(states), logits)
+
+
 def check(model: Any, ids: Tensor, tried: Sequence[tuple[Step, Tensor]]) -> None:
     """Refuse a model whose logits over the cache are not those of its plain forward.
 

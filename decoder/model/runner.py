@@ -281,12 +281,11 @@ class ModelRunner:
             split = False
             if self._base is not self.model:
                 base, placement = self._tried(self._base, second)
-                states: Any = getattr(base, "last_hidden_state", None)
-                same = states is not None and torch.equal(self._head(states), out.logits)
-                split = same and is_bare(self.model)
+                split = probe.splits(self._head, base, out.logits, self.dtype)
+                split = split and is_bare(self.model)
             if split and self._op is not None:
                 lean = self._new_lean()
-                if lean is not None and lean.equals(states, second, placement):
+                if lean is not None and lean.equals(base.last_hidden_state, second, placement):
                     self._lean = lean
         self.cache.scrub(slice(len(ids)))
         return split

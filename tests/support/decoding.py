@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from decoder import SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter
 from decoder.model.cache import cache_argument
+from decoder.model.recurrent.states import RecurrentStates
 from decoder.round import Draft, StepState
 
 NEW_TOKENS = 17
@@ -138,3 +139,25 @@ class Audited:
                 sign[::2] = -1
                 layer.keys[row, start:] = self.poison * sign
                 layer.values[row, start:] = self.poison
+
+
+def poison_states(states: RecurrentStates, lengths: dict[int, int]) -> None:
+    """NaN at all places of rings but those that rows of these lengths go on from.
+
+    States of other rows are NaN, too.
+    """
+    for layer in states.layers.values():
+        window, width = layer._window, layer._window.length - layer._undecided
+        rings = [(window, {row: max(n - width, 0) for row, n in lengths.items()})]
+        for recurrence in layer.recurrences:
+            free = [row for row in range(len(recurrence.states)) if row not in lengths]
+            recurrence.states[free] = torch.nan
+            first = {row: int(recurrence.progress[0, row]) for row in lengths}
+            rings += [(ring, first) for ring in recurrence.rings]
+        for ring, first in rings:
+            kept = {
+                row * ring.length + p % ring.length
+                for row, n in lengths.items()
+                for p in range(first[row], n)
+            }
+            ring.slab[[i for i in range(len(ring.slab)) if i not in kept]] = torch.nan

@@ -27,7 +27,8 @@ class Replay(NamedTuple):
         order: ``[B * N]`` places of a row's tokens, one after the other, in what is held followed
             by the forward's own ``[B * Q]``; ``None`` where nothing is replayed.
         outputs: ``[B * Q]`` places of the forward's own tokens in ``[B * N]``.
-        after: ``[rows]`` int64, tokens that each state has taken in afterwards.
+        after: ``[2, rows]`` int64: tokens that each state has taken in, and that are in its ring or
+            were before it, afterwards.
     """
 
     rows: Tensor
@@ -109,32 +110,34 @@ class Placing:
         held = ring.index_select(0, places).unflatten(0, (len(self.rows), count))
         return held.masked_fill(missing, 0)
 
-    def replay(self, taken: Tensor, length: int) -> Replay:
-        """How a layer goes on whose states have taken in ``taken`` ``[rows]`` tokens each.
+    def replay(self, before: Tensor, length: int) -> Replay:
+        """How a layer goes on.
 
         Args:
-            taken: never written to: what has changed is another tensor.
+            before: what was ``after`` of its last forward; zeros at first. It is never written to:
+                what has changed is another tensor.
             length: of its ring.
 
         Raises:
             ValueError: a row's tokens do not follow on those that its state and its ring have, or
                 more of them might be taken back than the ring holds.
         """
-        key = id(taken), length
+        key = id(before), length
         if key not in self._replays:
-            self._replays[key] = taken, self._replay(taken, length)
+            self._replays[key] = before, self._replay(before, length)
         return self._replays[key][1]
 
-    def _replay(self, taken: Tensor, length: int) -> Replay:
+    def _replay(self, before: Tensor, length: int) -> Replay:
         rows, counts, (B, Q) = self.rows, self.counts, self.positions.shape
         empty = counts == 0
         begins = (self._first == 0) & ~empty
-        start = taken[rows].masked_fill(begins, 0)
-        held = (self._first - start).masked_fill(empty, 0)
+        start, fed = before[:, rows].masked_fill(begins, 0)
+        first = torch.where(empty, start, self._first)
         settled = torch.where(empty, start, self._settled)
-        end = start + held + counts
-        self._check(held, settled - start, end - settled, length)
-        after = taken.index_copy(0, rows, settled)
+        held, end = first - start, first + counts
+        self._check(start, fed, settled, end, length)
+        fed = torch.where(empty, fed, end)
+        after = before.index_copy(1, rows, torch.stack([settled, fed]))
         most = int(held.max())
         own = torch.arange(B * Q, device=rows.device)
         if most == 0:
@@ -157,16 +160,18 @@ class Placing:
             after,
         )
 
-    @staticmethod
-    def _check(held: Tensor, keep: Tensor, open_: Tensor, length: int) -> None:
+    def _check(self, start: Tensor, fed: Tensor, settled: Tensor, end: Tensor, length: int) -> None:
         """Waits for the device: what these layers compute is not captured in graphs."""
-        if bool((held < 0).any() | (held > length).any() | (keep < 0).any() | (open_ < 0).any()):
+        first = end - self.counts
+        follows = (start <= first) & (first <= fed) & (first - start <= length)
+        if not bool((follows & (start <= settled) & (settled <= end)).all()):
             raise ValueError(
                 "expected tokens that follow on those that a row's state and ring hold, got rows "
-                f"with {held.tolist()} tokens to replay, of which {keep.tolist()} are settled"
+                f"{self.rows.tolist()} from positions {first.tolist()}, {settled.tolist()} of them "
+                f"settled, with states at {start.tolist()} and rings up to {fed.tolist()}"
             )
-        if bool((open_ > length).any()):
+        undecided = int((end - settled).max())
+        if undecided > length:
             raise ValueError(
-                f"expected at most {length} tokens of a row that may be taken back, got "
-                f"{int(open_.max())}"
+                f"expected at most {length} tokens of a row that may be taken back, got {undecided}"
             )

@@ -37,9 +37,9 @@ class RecurrentStates:
     def __init__(self, num_rows: int, undecided: int, operators: Any, device: torch.device) -> None:
         self.undecided, self.operators = undecided, operators
         self.layers: dict[tuple[int, int], RecurrentLayer] = {}
-        # Tokens that each row's state has taken in. Layers share the tensor, which is replaced and
+        # How far each row's state and ring are. Layers share the tensor, which is replaced and
         # never written to, and so share what follows from it, unless a forward ends between two.
-        self._taken = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._progress = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
         self._placing: Placing | None = None
         self._layer: RecurrentLayer | None = None
 
@@ -57,7 +57,7 @@ class RecurrentStates:
         """What comes next is of this layer, and of its so-manieth convolution."""
         key = layer_idx, state_idx
         if key not in self.layers:
-            self.layers[key] = RecurrentLayer(self._taken, self.undecided)
+            self.layers[key] = RecurrentLayer(self._progress, self.undecided)
         self._layer = self.layers[key]
         self._layer.calls = 0
 
@@ -115,17 +115,18 @@ class RecurrentLayer:
     """One layer's convolution and what follows it.
 
     Args:
-        taken: ``[rows]`` int64 zeros.
+        progress: ``[2, rows]`` int64 zeros, see ``Recurrence``.
         undecided: most tokens of a row that may yet be taken back.
 
     Attributes:
         calls: of recurrences since the layer was entered; Zamba has one for each of its heads.
     """
 
-    def __init__(self, taken: Tensor, undecided: int) -> None:
+    def __init__(self, progress: Tensor, undecided: int) -> None:
         self.recurrences: list[Recurrence] = []
         self.calls = 0
-        self._taken, self._undecided = taken, undecided
+        self._progress, self._undecided = progress, undecided
+        self._rows = progress.shape[1]
         self._window: Ring | None = None
 
     def window(self, inputs: Tensor, width: int, placing: Placing) -> Tensor:
@@ -135,7 +136,7 @@ class RecurrentLayer:
             ``[B, width - 1 + Q, C]``.
         """
         if self._window is None:
-            self._window = Ring(len(self._taken), width - 1 + self._undecided)
+            self._window = Ring(self._rows, width - 1 + self._undecided)
         ring, length = self._window.of(inputs), self._window.length
         window = torch.cat([placing.before(ring, width - 1, length), inputs], dim=1)
         placing.write(ring, inputs, length)
@@ -152,9 +153,9 @@ class RecurrentLayer:
         """
         if self.calls == len(self.recurrences):
             dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-            states = inputs[0].new_zeros(len(self._taken), *shape, dtype=dtype)
-            rings = [Ring(len(self._taken), self._undecided) for _ in inputs]
-            self.recurrences.append(Recurrence(states, rings, self._taken))
+            states = inputs[0].new_zeros(self._rows, *shape, dtype=dtype)
+            rings = [Ring(self._rows, self._undecided) for _ in inputs]
+            self.recurrences.append(Recurrence(states, rings, self._progress))
         recurrence = self.recurrences[self.calls]
         self.calls += 1
         return recurrence(operator, inputs, placing)
@@ -171,21 +172,22 @@ class Recurrence:
     Args:
         states: ``[rows, ...]`` fp32.
         rings: one for each input.
-        taken: ``[rows]`` int64, tokens that each state has taken in.
+        progress: ``[2, rows]`` int64: tokens that each state has taken in, and that it or its ring
+            has been given.
     """
 
-    def __init__(self, states: Tensor, rings: list[Ring], taken: Tensor) -> None:
-        self.states, self.rings, self.taken = states, rings, taken
+    def __init__(self, states: Tensor, rings: list[Ring], progress: Tensor) -> None:
+        self.states, self.rings, self.progress = states, rings, progress
 
     def __call__(self, operator: Operator, inputs: list[Tensor], placing: Placing) -> Tensor:
         length = self.rings[0].length
-        replay = placing.replay(self.taken, length)
+        replay = placing.replay(self.progress, length)
         slabs = [ring.of(x) for ring, x in zip(self.rings, inputs, strict=True)]
         whole = [replay.sequence(slab, x) for slab, x in zip(slabs, inputs, strict=True)]
         if len(replay.restarted):
             self.states.index_fill_(0, replay.restarted, 0)
         outputs = operator(whole, self.states, replay.rows, replay.keep, replay.counts)
-        self.taken = replay.after
+        self.progress = replay.after
         for slab, x in zip(slabs, inputs, strict=True):
             placing.write(slab, x, length)
         return replay.own(outputs)
