@@ -16,16 +16,17 @@ from torch import Tensor
 
 
 class Replay(NamedTuple):
-    """How one row after the other goes on from its state.
+    """How rows go on from their states.
 
     Attributes:
         rows: ``[B]`` int64 cache rows.
         restarted: ``[n]`` int64 rows that begin a text, from a state of zeros.
         keep: ``[B]`` int64, how many of a row's tokens move its state.
         counts: ``[B]`` int64, tokens of a row, replayed ones included.
+        most: that a row replays.
         held: places in the ring of the replayed tokens, ``[B * most]``.
         order: ``[B * N]`` places of a row's tokens, one after the other, in what is held followed
-            by the forward's own ``[B * Q]``; ``None`` where nothing is replayed.
+            by the forward's own ``[B * Q]``; ``None`` where all rows replay ``most``.
         outputs: ``[B * Q]`` places of the forward's own tokens in ``[B * N]``.
         after: ``[2, rows]`` int64: tokens that each state has taken in, and that are in its ring or
             were before it, afterwards.
@@ -35,6 +36,7 @@ class Replay(NamedTuple):
     restarted: Tensor
     keep: Tensor
     counts: Tensor
+    most: int
     held: Tensor
     order: Tensor | None
     outputs: Tensor
@@ -45,18 +47,21 @@ class Replay(NamedTuple):
 
         ``ring``: ``[rows * length, ...]``.
         """
-        if self.order is None:
+        if not self.most:
             return inputs
-        joined = torch.cat([ring.index_select(0, self.held), inputs.flatten(0, 1)])
-        return joined.index_select(0, self.order).unflatten(0, (len(self.rows), -1))
+        held, shape = ring.index_select(0, self.held), (len(self.rows), -1)
+        if self.order is None:
+            return torch.cat([held.unflatten(0, shape), inputs], dim=1)
+        return (
+            torch.cat([held, inputs.flatten(0, 1)]).index_select(0, self.order).unflatten(0, shape)
+        )
 
     def own(self, outputs: Tensor) -> Tensor:
         """What the forward's own tokens ``[B, Q, ...]`` get of outputs ``[B, N, ...]``."""
         if self.order is None:
-            return outputs
-        return (
-            outputs.flatten(0, 1).index_select(0, self.outputs).unflatten(0, (len(self.rows), -1))
-        )
+            return outputs[:, self.most :]
+        shape = len(self.rows), -1
+        return outputs.flatten(0, 1).index_select(0, self.outputs).unflatten(0, shape)
 
 
 class Placing:
@@ -75,7 +80,7 @@ class Placing:
         self._first = positions[:, 0]
         self._settled = self._first if settled is None else settled
         self._written: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self._before: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._before: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
         self._replays: dict[tuple[int, int], tuple[Tensor, Replay]] = {}
 
     def write(self, ring: Tensor, inputs: Tensor, length: int) -> None:
@@ -105,10 +110,11 @@ class Placing:
             steps = torch.arange(-count, 0, device=self.rows.device)
             positions = self._first[:, None] + steps
             places = self.rows[:, None] * length + positions.remainder(length)
-            self._before[count, length] = places.flatten(), (positions < 0)[..., None]
+            missing = (positions < 0)[..., None]
+            self._before[count, length] = places.flatten(), missing if bool(missing.any()) else None
         places, missing = self._before[count, length]
         held = ring.index_select(0, places).unflatten(0, (len(self.rows), count))
-        return held.masked_fill(missing, 0)
+        return held if missing is None else held.masked_fill_(missing, 0)
 
     def replay(self, before: Tensor, length: int) -> Replay:
         """How a layer goes on.
@@ -138,24 +144,21 @@ class Placing:
         self._check(start, fed, settled, end, length)
         fed = torch.where(empty, fed, end)
         after = before.index_copy(1, rows, torch.stack([settled, fed]))
-        most = int(held.max())
-        own = torch.arange(B * Q, device=rows.device)
-        if most == 0:
-            return Replay(rows, rows[begins], settled - start, counts, own[:0], None, own, after)
-        N = int((held + counts).max())
+        N, most = int((held + counts).max()), int(held.max())
         waiting, batch = held[:, None], torch.arange(B, device=rows.device)[:, None]
         column = torch.arange(N, device=rows.device)
         places = rows[:, None] * length + (start[:, None] + column[:most]).remainder(length)
         fresh = B * most + batch * Q + (column - waiting).clamp(max=Q - 1)
-        order = torch.where(column < waiting, batch * most + column, fresh)
+        order = torch.where(column < waiting, batch * most + column, fresh).flatten()
         outputs = batch * N + (waiting + torch.arange(Q, device=rows.device)).clamp(max=N - 1)
         return Replay(
             rows,
             rows[begins],
             settled - start,
             held + counts,
+            most,
             places.flatten(),
-            order.flatten(),
+            None if bool((held == most).all()) else order,
             outputs.flatten(),
             after,
         )
