@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from decoder.errors import UserError, explained
 
@@ -89,6 +89,25 @@ def tensor_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
                     shape = tuple(tensor.get_shape())
                     headers[name] = TensorHeader(shape, str(tensor.get_dtype()), math.prod(shape))
     return headers
+
+
+def read_tensors(files: Iterable[Path], names: Collection[str]) -> dict[str, Any]:
+    """The tensors of these names; of the files nothing else is read but their headers.
+
+    Raises:
+        UserError: a file that cannot be read, or a name that none has.
+    """
+    from safetensors import safe_open
+
+    wanted = set(names)
+    found: dict[str, Any] = {}
+    for file in files:
+        with explained(f"cannot read {file} as safetensors"), safe_open(file, "pt") as opened:
+            here = wanted.intersection(opened.keys())
+            found |= {name: opened.get_tensor(name) for name in sorted(here)}
+    if missing := wanted - found.keys():
+        raise UserError(f"no file has {few(missing)}")
+    return found
 
 
 def require_whole_experts(headers: Mapping[str, TensorHeader]) -> None:

@@ -255,7 +255,7 @@ class FeatureDrafter:
         if turn:
             count = drafted.shape[1]
             tokens[:, W - turn : W - turn + count] = drafted[:, :turn]
-            live[:, W - max(turn - count, 0) :] = -1
+            live[:, W - max(turn - count, 0) :].fill_(-1)
         return tokens, reach.place(live, -1)
 
     def _refresh(self, turn: int, hidden: Tensor, texts: Texts, drafted: Tensor) -> Tensor:

@@ -119,6 +119,14 @@ def _make_eagle(draft: Any, target: Any, options: DraftOptions) -> Drafter:
     return _with_lookup(EagleDrafter(draft, kernels=options.kernels), options)
 
 
+def _make_mtp(draft: Any, target: Any, options: DraftOptions) -> Drafter:
+    from .mtp import MtpDrafter
+
+    if draft is not None and not isinstance(draft, Path):
+        raise UserError(f"the draft of 'mtp' must be a folder, got {type(draft).__name__}")
+    return _with_lookup(MtpDrafter(draft, kernels=options.kernels), options)
+
+
 def _make_suffix(draft: Any, target: Any, options: DraftOptions) -> Drafter:
     return SuffixDrafter(
         options.max_tree_depth,
@@ -141,6 +149,8 @@ def _with_lookup(drafter: Drafter, options: DraftOptions) -> Drafter:
     threshold = options.ngram_threshold
     return drafter if threshold is None else HybridDrafter(drafter, threshold=threshold)
 
+
+_MTP_FAMILIES = "deepseek", "glm4_moe", "qwen3_next", "qwen3_5", "mimo", "ernie"  # vLLM's names
 
 DRAFTERS = {
     kind.name: kind
@@ -184,6 +194,14 @@ DRAFTERS = {
             _make_eagle,
             aliases=("eagle3",),
             draft="required",
+            options=("ngram_threshold",),
+        ),
+        DrafterKind(
+            "mtp",
+            "the heads that the target's checkpoint carries, or a folder",
+            _make_mtp,
+            aliases=tuple(f"{family}_mtp" for family in _MTP_FAMILIES),
+            draft="optional",
             options=("ngram_threshold",),
         ),
         DrafterKind(

@@ -6,7 +6,7 @@ is refused, and so are weights in any format but safetensors and GGUF (``docs/se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from decoder.checkpoint.folder import (
     running_no_code,
 )
 from decoder.checkpoint.gguf_tokenizer import gguf_tokenizer
+from decoder.checkpoint.mtp_layouts import mtp_heads
 from decoder.checkpoint.tokenizer_files import require_tokenizer_files
 from decoder.checkpoint.weights import few, require_whole_experts, tensor_headers, weight_files
 from decoder.errors import UserError, explained
@@ -128,10 +129,39 @@ def _load_safetensors(
     model, found = loaded
     if apart is not None:
         apart.attach(model, found)
-    if config.sub_configs.keys() - {"text_config"}:
-        _leave_out_other_parts(found, model)
+    _leave_out_other_parts(found, model)
+    _leave_out_heads(found, model, headers)
     _require_every_weight(folder, found)
     return model
+
+
+def base_of_weights(
+    kind: Any, config: Any, weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype
+) -> Any:
+    """A base model in evaluation mode, every weight of which is given, under a checkpoint's name.
+
+    Args:
+        kind: transformers' class of it.
+        config: of that model.
+        weights: name to tensor; experts may come one by one.
+        folder: where they are from, for messages.
+        dtype: of the model.
+
+    Raises:
+        UserError: weights that are missing, left over or of another shape.
+    """
+    with _quiet():
+        model, found = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _require_every_weight(folder, found)
+    return model.eval()
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -245,11 +275,27 @@ def _leave_out_other_parts(found: dict[str, Any], model: Any) -> None:
 
     What remains are layers of the model's own that it has no place for.
     """
+    if not model.config.sub_configs.keys() - {"text_config"}:
+        return
     modules = {name for name, _ in model.named_modules()}
     found["unexpected_keys"] = {
         name
         for name in found["unexpected_keys"]
         if f"{name.partition('.layers.')[0]}.layers" in modules
+    }
+
+
+def _leave_out_heads(found: dict[str, Any], model: Any, names: Collection[str]) -> None:
+    """Heads for multi-token prediction are read by the drafter that asks for them."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    heads = mtp_heads(names, depth)
+    if heads is None:
+        return
+    layout, tensors = heads
+    own = {name for head in tensors for name in head.values()}
+    layers = tuple(layout.layer.format(i=i, layer=depth + i) for i in range(len(tensors)))
+    found["unexpected_keys"] = {
+        name for name in found["unexpected_keys"] if name not in own and not name.startswith(layers)
     }
 
 

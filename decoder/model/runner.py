@@ -78,6 +78,7 @@ class ModelRunner:
                 raise
             self._op = None
             self._split_head = self._probe()
+        self.attention_op = self._op  # also for heads of this model's kind of layer
         fixed = self.static and states is None and not looks_at_positions(model)
         self._graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda) if fixed else None
         self._proven = self._split_head, self._lean is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.eagle_reference import LAYER, H, random_layer, save
+from support.heads.mtp import save_with_heads
 from support.tiny import (
     MOE_VOCAB,
     greedy_reference,
@@ -38,6 +39,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
     save(root / "eagle", LAYER, weights)
+    save_with_heads(root / "mtp", tiny_moe(), "deepseek")
     return {path.name: path for path in root.iterdir()}
 
 

@@ -80,6 +80,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LOCAL, "head_dim": 8, "sliding_window": 6, "num_key_value_heads": 2},
     ),
     "phimoe": ("Phimoe", {"num_local_experts": 8, "num_experts_per_tok": 2}),  # sparse mixer
+    "qwen3_next": (  # gated attention, zero-centred norms, a gated shared expert
+        "Qwen3Next",
+        {**_EXPERTS, "head_dim": 8, "shared_expert_intermediate_size": 16},
+    ),
+    "ernie4_5_moe": (  # interleaved rotary embedding, router bias, dense first layer
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 8, "moe_k": 4, "moe_intermediate_size": 16},
+    ),
     "granitemoe": ("GraniteMoe", _LOCAL),  # multipliers on embeddings, residuals and logits
 }
 

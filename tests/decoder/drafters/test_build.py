@@ -24,6 +24,7 @@ from decoder.drafters import (
 )
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
+from decoder.drafters.mtp import MtpDrafter
 from decoder.drafters.table import checked_drafter, drafter_names
 from decoder.errors import UserError
 
@@ -52,6 +53,7 @@ CLASSES = {
     "self": SelfDrafter,
     "independent": IndependentDrafter,
     "eagle": EagleDrafter,
+    "mtp": MtpDrafter,
     "replay": ReplayDrafter,
 }
 
@@ -79,6 +81,14 @@ def test_objects(target: Any) -> None:
     draft = tiny_model("llama", num_hidden_layers=1)
     for given in ((draft, target, None), ("independent", target, draft)):
         assert isinstance(build_drafter(*given, options=PLAIN), IndependentDrafter)
+
+
+def test_mtp_reads_a_folder_or_the_targets_own(target: Any, drafts: dict[str, Path]) -> None:
+    for draft in (None, drafts["eagle"]):
+        drafter = build_drafter("mtp", target, draft, PLAIN)
+        assert isinstance(drafter, MtpDrafter) and drafter.folder == draft
+    with pytest.raises(UserError, match="draft of 'mtp' must be a folder, got LlamaForCausalLM"):
+        build_drafter("mtp", target, target, PLAIN)
 
 
 def test_replay_runs_a_draft_for_its_cost(target: Any, drafts: dict[str, Path]) -> None:
@@ -117,6 +127,7 @@ def test_each_option_is_a_field_that_some_kind_reads() -> None:
         ("ngram", "/no/such/draft", "draft path '/no/such/draft' does not exist"),
         ("eagle3", None, r"drafter 'eagle3' needs a draft \(--draft\), got none"),
         ("medusa", None, "must be one of auto, none, ngram.*got 'medusa'; a draft model's path"),
+        ("mtp", "/no/such/draft", "draft path '/no/such/draft' does not exist"),
         (3.5, None, "draft must be a path or a causal LM, got float"),
     ],
 )

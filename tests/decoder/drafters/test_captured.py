@@ -11,12 +11,14 @@ import torch
 from support.device.fake_graphs import FakeGraph, fake_graphs
 from support.device.operations import OperationLog
 from support.eagle_reference import LAYER, H, random_layer, save
+from support.heads.mtp import save_with_heads
 from support.scripted import Script
 from support.tiny import VOCAB, random_prompts, tiny_model
 
 from decoder import SamplingParams
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.independent import IndependentDrafter
+from decoder.drafters.mtp import MtpDrafter
 from decoder.drafters.ngram import HybridDrafter, NgramDrafter
 from decoder.drafters.replay import ReplayDrafter
 from decoder.drafters.self_draft import SelfDrafter
@@ -45,11 +47,17 @@ def eagle(folder: Path) -> EagleDrafter:
     return EagleDrafter(save(folder, LAYER, weights))
 
 
+def mtp(folder: Path) -> MtpDrafter:
+    save_with_heads(folder, tiny_model("qwen3_moe"), "deepseek", 2)
+    return MtpDrafter(folder)
+
+
 DRAFTERS: dict[str, Callable[[Path], Any]] = {
     "independent": independent,
     "short context": lambda folder: independent(folder, max_position_embeddings=CONTEXT),
     "self": lambda _: SelfDrafter(1),
     "eagle": eagle,
+    "mtp": mtp,
     "ngram": lambda _: NgramDrafter(3, 1),
     "hybrid": lambda folder: HybridDrafter(independent(folder), NgramDrafter(3, 1), 2),
     "replay": lambda _: ReplayDrafter(0.5, recordings()),

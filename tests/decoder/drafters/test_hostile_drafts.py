@@ -175,7 +175,9 @@ def test_a_draft_of_another_vocabulary(target, tmp_path, monkeypatch):
         SpeculativeDecoder.from_paths(target, folder, device="cpu")
 
 
-@pytest.mark.parametrize("drafter", ["auto", "ngram", "self", "eagle", "independent", "replay"])
+@pytest.mark.parametrize(
+    "drafter", ["auto", "ngram", "self", "eagle", "mtp", "independent", "replay"]
+)
 def test_a_draft_that_is_not_there_is_never_passed_over(drafter, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()

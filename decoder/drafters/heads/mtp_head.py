@@ -1,0 +1,101 @@
+"""A multi-token-prediction head as a module on the decoder's own ragged cache and attention.
+
+``x_t = projection([norm(embed(token_{t+1})), norm(hidden_t)])`` runs through one decoder layer of
+the target's family and a norm; the output stands for the target's hidden state at ``t + 1``. The
+layer is transformers' own, in a model of that family with no other: so it has its rotary embedding
+and final norm beside it, and is called as in the target.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decoder.model import attention
+from decoder.model.attention import Placement
+from decoder.model.cache import RaggedCache, cache_argument
+from decoder.model.support import attention_configs, attention_named
+
+
+class MtpHead(nn.Module):
+    """One head.
+
+    Args:
+        base: transformers' base model of the target's family, with one layer; its final norm is
+            the head's.
+        weights: of ``embedding_norm``, ``hidden_norm`` and ``projection``, the last maybe with a
+            bias, and maybe of ``embedding`` and ``lm_head``.
+        target: the target, whose embedding and output projection serve unless it brings its own.
+        hidden_first: see ``MtpLayout``.
+    """
+
+    def __init__(
+        self, base: Any, weights: dict[str, Tensor], target: Any, *, hidden_first: bool
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.embedding_norm = _norm_like(base.norm, weights["embedding_norm.weight"])
+        self.hidden_norm = _norm_like(base.norm, weights["hidden_norm.weight"])
+        self.projection = _linear(weights["projection.weight"], weights.get("projection.bias"))
+        self._hidden_first = hidden_first
+        embedding, lm_head = weights.get("embedding.weight"), weights.get("lm_head.weight")
+        # In a tuple: registered, the target's own modules would be owned twice.
+        self._ends: tuple[Any, Any] = (
+            target.get_input_embeddings() if embedding is None else _embedding(embedding),
+            target.get_output_embeddings() if lm_head is None else _linear(lm_head, None),
+        )
+        self._cache_argument = cache_argument(base)
+        self._configs = attention_configs(base)
+        self.register_buffer("_no_mask", torch.zeros(1, 1, 1, 1, dtype=torch.bool))
+        attention.register()
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """See ``Head``: the target's last hidden state is read as it is."""
+        return features
+
+    def forward(
+        self, tokens: Tensor, hidden: Tensor, cache: RaggedCache, placement: Placement
+    ) -> Tensor:
+        """See ``Head``: pairs ``(token_{t+1}, hidden_t)`` at positions ``t``."""
+        pair = [self.embedding_norm(self._ends[0](tokens)), self.hidden_norm(hidden)]
+        if self._hidden_first:
+            pair.reverse()
+        inputs = {
+            "inputs_embeds": self.projection(torch.cat(pair, dim=-1)),
+            "position_ids": placement.positions.clamp(min=0),
+            "attention_mask": self._no_mask,
+            "use_cache": True,
+            self._cache_argument: cache,
+        }
+        with attention_named(attention.NAME, self._configs):
+            output: Tensor = self.base(**inputs).last_hidden_state
+        return output
+
+    def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
+        """See ``Head``."""
+        scores: Tensor = self._ends[1](hidden)
+        return scores
+
+
+def _norm_like(norm: nn.Module, weight: Tensor) -> nn.Module:
+    """Another norm of this class: families differ in what they do with the weight."""
+    made = copy.deepcopy(norm)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+def _embedding(weight: Tensor) -> nn.Embedding:
+    made = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
