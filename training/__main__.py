@@ -1,5 +1,8 @@
 """``python -m training <stage>``: data, target, teacher, draft, eagle, evaluate, install; or all.
 
+``mtp`` is a stage of its own: a multi-token-prediction head, after ``teacher``. With ``--assets``
+these two, and ``evaluate``, take the pair saved there.
+
 Stages pass their results on through ``--run-dir``; a stage that was interrupted is simply run
 again. ``--minutes`` is the wall-clock budget of the stage (of everything with ``all``);
 ``--tokens`` instead of it makes a stage's schedule independent of the machine's speed.
@@ -21,6 +24,7 @@ from training.tokenizer import encode, train_tokenizer
 
 # Shares of the minutes of `all`.
 SHARES = {"target": 0.60, "teacher": 0.10, "draft": 0.17, "eagle": 0.13}
+ALONE = ["mtp"]  # not part of `all`
 STAGES = ["data", *SHARES, "evaluate", "install"]
 
 
@@ -46,9 +50,10 @@ def load_tokens(run_dir: Path):
 def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:
     """Run one stage with its budget."""
     from training.draft import train_draft
-    from training.eagle import save_eagle, train_eagle
+    from training.eagle import Eagle, save_eagle, train_head
+    from training.mtp import Mtp, head_config, save_mtp
     from training.target import save_bf16, train_target
-    from training.teacher import build_rows, load_teacher
+    from training.teacher import build_rows, load_teacher, load_writer
 
     run_dir = args.run_dir
     if stage == "evaluate":
@@ -65,17 +70,23 @@ def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:
         model = train_target(tokens, tokenizer, run_dir, budget, args.device, args.preview)
         save_bf16(model.cpu(), tokenizer, run_dir / "target")
     else:
-        teacher = load_teacher(run_dir / "target", args.device)
+        path = (args.assets or run_dir) / "target"
+        teacher = load_teacher(path, args.device)
+        rest = teacher, tokenizer, run_dir, budget, args.device
         if stage == "teacher":
-            build_rows(teacher, tokens, tokenizer, run_dir, budget, args.device)
+            writer = load_writer(path, args.device)
+            build_rows(teacher, writer, tokens, *rest[1:])
         elif stage == "draft":
             embedding = teacher.get_input_embeddings().weight
-            model = train_draft(embedding, tokenizer, run_dir, budget, args.device)
+            model = train_draft(embedding, *rest[1:])
             save_bf16(model.cpu(), tokenizer, run_dir / "draft")
-        else:
-            save_eagle(
-                train_eagle(teacher, tokenizer, run_dir, budget, args.device), run_dir / "eagle"
+        elif stage == "mtp":
+            config = teacher.config
+            save_mtp(
+                train_head("mtp", lambda: Mtp(head_config(config)), *rest), config, run_dir / "mtp"
             )
+        else:
+            save_eagle(train_head("eagle", Eagle, *rest), run_dir / "eagle")
     record = {
         "tokens": budget.tokens_done,
         "minutes": round(budget.seconds / 60, 1),
@@ -90,6 +101,7 @@ def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
 
     from training.eagle import load_eagle
     from training.evaluate import evaluate
+    from training.mtp import load_mtp
     from training.teacher import load_teacher, load_writer
 
     draft = None
@@ -97,9 +109,11 @@ def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
         draft = AutoModelForCausalLM.from_pretrained(
             path / "draft", dtype=torch.float32, trust_remote_code=False, use_safetensors=True
         ).eval()
-    head = load_eagle(path / "eagle") if (path / "eagle").exists() else None
-    target = path / "target"
-    return evaluate(load_teacher(target), load_writer(target), draft, head, tokens, tokenizer)
+    target = load_teacher(path / "target")
+    heads = {"eagle": load_eagle(path / "eagle")} if (path / "eagle").exists() else {}
+    if (path / "mtp").exists():
+        heads["mtp"] = load_mtp(target.config, path / "mtp")
+    return evaluate(target, load_writer(path / "target"), draft, heads, tokens, tokenizer)
 
 
 def install(run_dir: Path, assets: Path) -> None:
@@ -125,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=["all", *STAGES])
+    parser.add_argument("stage", choices=["all", *STAGES, *ALONE])
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -144,13 +158,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--assets",
         type=Path,
-        help="evaluate: directory with target, draft, eagle (default: run dir)",
+        help="directory with target, draft, eagle (default: run dir)",
     )
     args = parser.parse_args(argv)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    if args.stage == "evaluate" and args.assets:  # a pair trained elsewhere, with its own tokenizer
+    if args.assets:  # a pair trained elsewhere, with its own tokenizer
         tokenizer = AutoTokenizer.from_pretrained(args.assets / "target", trust_remote_code=False)
         tokens = encode(tokenizer, build_corpus())
     else:

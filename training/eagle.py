@@ -6,7 +6,9 @@ deeper, predicted features stand in for true ones.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(inputs, self.kv_heads * self.size, bias=False)
         self.v_proj = nn.Linear(inputs, self.kv_heads * self.size, bias=False)
         self.o_proj = nn.Linear(self.heads * self.size, hidden, bias=False)
+        self.q_norm: nn.Module = nn.Identity()  # of each head, in layers that have them
+        self.k_norm: nn.Module = nn.Identity()
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary embedding (half-split, as transformers) of ``[B, heads, L, D]`` from 0."""
@@ -100,10 +104,9 @@ class Attention(nn.Module):
             p(x).view(rows, length, -1, self.size).transpose(1, 2)
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        k, v = (
-            t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (self.rotate(k), v)
-        )
-        q = self.rotate(q) / self.size**0.5
+        k = self.rotate(self.k_norm(k))
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        q = self.rotate(self.q_norm(q)) / self.size**0.5
         past.append((k, v))
         depth = len(past) - 1
         true_k, true_v = past[0]
@@ -185,16 +188,30 @@ class Eagle(nn.Module):
         return predicted
 
 
-def train_eagle(teacher, tokenizer, run_dir: Path, budget: Budget, device: str = "cpu") -> Eagle:
-    """Smooth L1 on features plus cross entropy against the target, over DEPTHS depths."""
+Head = TypeVar("Head", bound=Eagle)
+
+
+def train_head(
+    kind: str,
+    new: Callable[[], Head],
+    teacher,
+    tokenizer,
+    run_dir: Path,
+    budget: Budget,
+    device: str = "cpu",
+) -> Head:
+    """Smooth L1 on features plus cross entropy against the target, over DEPTHS depths.
+
+    ``new`` makes the head, ``kind`` is its name for the log.
+    """
     torch.manual_seed(SEED)
-    model = Eagle().to(device).train()
+    model = new().to(device).train()
     optimizers = Optimizers(model)
     batches = TeacherBatches(run_dir)
     lm_head = teacher.get_output_embeddings().weight
-    log = (run_dir / "eagle.log").open("w")
+    log = (run_dir / f"{kind}.log").open("w")
     with tqdm(
-        total=100.0, desc="eagle", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
+        total=100.0, desc=kind, bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
     ) as bar:
         while budget.progress < 1.0:
             rows = batches.batch(BATCH_ROWS, device)

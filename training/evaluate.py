@@ -106,7 +106,7 @@ def distinct_trigrams(text: Text) -> float:
 
 
 def evaluate(
-    target, writer, draft, head: Eagle | None, tokens, tokenizer
+    target, writer, draft, heads: dict[str, Eagle], tokens, tokenizer
 ) -> dict[str, float | list[float]]:
     """Everything the model card states, as one flat dictionary."""
     results: dict[str, float | list[float]] = {}
@@ -126,8 +126,8 @@ def evaluate(
             results[f"distinct 3-grams {name}"] = distinct_trigrams(text)
             if draft is not None:
                 results[f"draft alpha {name}"] = draft_alpha(draft, text, temperature)
-            if head is not None:
-                results[f"eagle alpha {name}"] = eagle_alpha(
+            for kind_of_head, head in heads.items():
+                results[f"{kind_of_head} alpha {name}"] = eagle_alpha(
                     head, target.lm_head.weight, text, temperature
                 )
     return results

@@ -145,7 +145,7 @@ def annotate(model, ids: torch.Tensor) -> Rows:
 
 
 def build_rows(
-    model, tokens, tokenizer, run_dir: Path, budget: Budget, device: str = "cpu"
+    model, writer, tokens, tokenizer, run_dir: Path, budget: Budget, device: str = "cpu"
 ) -> None:
     """Spend OWN_TIME of the budget on own continuations, the rest on the corpus; save both."""
     torch.manual_seed(SEED)
@@ -157,7 +157,6 @@ def build_rows(
         "prose": random_prompts(train["prose"], 4000, random),
     }
     rows: dict[str, list[Rows]] = {"own": [], "corpus": []}
-    writer = load_writer(run_dir / "target", device)
     stream = TokenStream(train, SHARES, tokenizer.eos_token_id, seed=SEED + 1)
     with tqdm(
         total=100.0, desc="teacher", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5

@@ -32,6 +32,8 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")
 # Any other may name a kernel on the model hub, which transformers would fetch and run.
 _ATTENTION = (None, "eager", "sdpa")
 _EXPERTS_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
+# Families that only their own code knows by name: with another's layers, and heads beside them.
+_ALIKE = {"mimo": "qwen2"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SPARE_ELEMENTS = 2**24  # a model may exceed its files by this much: then its tensors are named
 
@@ -55,13 +57,16 @@ def read_config(folder: Path, tensors: int) -> Any:
     for key in ("transformers_weights", "configuration_files"):  # other files in place of those
         if raw.get(key) is not None:
             raise UserError(f"{file}: {key} is not supported, got {raw[key]!r}")
-    kind = raw.get("model_type")
+    kind = _ALIKE.get(str(raw.get("model_type")), raw.get("model_type"))
     code = "; it needs Python code of its own, which is never run" if "auto_map" in raw else ""
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(f"{file}: transformers knows no model_type {kind!r}{code}")
     _require_known_quantization(raw.get("quantization_config"), file)
     with explained(f"{file} cannot be used"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if kind == raw["model_type"]:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[kind].from_dict(raw)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(f"{file}: {kind!r} is no causal language model{code}")
         _check_numbers(config.get_text_config(decoder=True), file)

@@ -45,7 +45,7 @@ class MtpDrafter(FeatureDrafter):
         self.heads = load_mtp(folder, model)
         for head in self.heads if self._kernels else ():
             accelerate(head.base)
-            accelerate(head)
+            accelerate(head.around)
         self._attach(
             *(runner, sampler, max_gamma, self.heads),
             width=runner.config.hidden_size,

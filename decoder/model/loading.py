@@ -129,9 +129,9 @@ def _load_safetensors(
     model, found = loaded
     if apart is not None:
         apart.attach(model, found)
-    _leave_out_other_parts(found, model)
-    _leave_out_heads(found, model, headers)
-    _require_every_weight(folder, found)
+    if config.sub_configs.keys() - {"text_config"}:
+        _leave_out_other_parts(found, model)
+    _require_every_weight(folder, _without_heads(found, model, headers))
     return model
 
 
@@ -275,8 +275,6 @@ def _leave_out_other_parts(found: dict[str, Any], model: Any) -> None:
 
     What remains are layers of the model's own that it has no place for.
     """
-    if not model.config.sub_configs.keys() - {"text_config"}:
-        return
     modules = {name for name, _ in model.named_modules()}
     found["unexpected_keys"] = {
         name
@@ -285,18 +283,17 @@ def _leave_out_other_parts(found: dict[str, Any], model: Any) -> None:
     }
 
 
-def _leave_out_heads(found: dict[str, Any], model: Any, names: Collection[str]) -> None:
+def _without_heads(found: dict[str, Any], model: Any, names: Collection[str]) -> dict[str, Any]:
     """Heads for multi-token prediction are read by the drafter that asks for them."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     heads = mtp_heads(names, depth)
     if heads is None:
-        return
+        return found
     layout, tensors = heads
     own = {name for head in tensors for name in head.values()}
     layers = tuple(layout.layer.format(i=i, layer=depth + i) for i in range(len(tensors)))
-    found["unexpected_keys"] = {
-        name for name in found["unexpected_keys"] if name not in own and not name.startswith(layers)
-    }
+    left = {n for n in found["unexpected_keys"] if n not in own and not n.startswith(layers)}
+    return found | {"unexpected_keys": left}
 
 
 @contextmanager

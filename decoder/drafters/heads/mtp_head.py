@@ -30,6 +30,10 @@ class MtpHead(nn.Module):
             bias, and maybe of ``embedding`` and ``lm_head``.
         target: the target, whose embedding and output projection serve unless it brings its own.
         hidden_first: see ``MtpLayout``.
+
+    Attributes:
+        base: as given.
+        around: what of the head is not in ``base``.
     """
 
     def __init__(
@@ -37,16 +41,20 @@ class MtpHead(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
-        self.embedding_norm = _norm_like(base.norm, weights["embedding_norm.weight"])
-        self.hidden_norm = _norm_like(base.norm, weights["hidden_norm.weight"])
-        self.projection = _linear(weights["projection.weight"], weights.get("projection.bias"))
-        self._hidden_first = hidden_first
-        embedding, lm_head = weights.get("embedding.weight"), weights.get("lm_head.weight")
-        # In a tuple: registered, the target's own modules would be owned twice.
-        self._ends: tuple[Any, Any] = (
-            target.get_input_embeddings() if embedding is None else _embedding(embedding),
-            target.get_output_embeddings() if lm_head is None else _linear(lm_head, None),
+        self.around = nn.ModuleDict(
+            {
+                "embedding_norm": _norm_like(base.norm, weights["embedding_norm.weight"]),
+                "hidden_norm": _norm_like(base.norm, weights["hidden_norm.weight"]),
+                "projection": _linear(weights["projection.weight"], weights.get("projection.bias")),
+            }
         )
+        if "embedding.weight" in weights:
+            self.around["embedding"] = _embedding(weights["embedding.weight"])
+        if "lm_head.weight" in weights:
+            self.around["lm_head"] = _linear(weights["lm_head.weight"], None)
+        self._hidden_first = hidden_first
+        # Not registered: the target's own modules would be owned twice.
+        self._target = target.get_input_embeddings(), target.get_output_embeddings()
         self._cache_argument = cache_argument(base)
         self._configs = attention_configs(base)
         self.register_buffer("_no_mask", torch.zeros(1, 1, 1, 1, dtype=torch.bool))
@@ -60,11 +68,12 @@ class MtpHead(nn.Module):
         self, tokens: Tensor, hidden: Tensor, cache: RaggedCache, placement: Placement
     ) -> Tensor:
         """See ``Head``: pairs ``(token_{t+1}, hidden_t)`` at positions ``t``."""
-        pair = [self.embedding_norm(self._ends[0](tokens)), self.hidden_norm(hidden)]
+        embeds = self._end("embedding", 0)(tokens)
+        pair = [self.around["embedding_norm"](embeds), self.around["hidden_norm"](hidden)]
         if self._hidden_first:
             pair.reverse()
         inputs = {
-            "inputs_embeds": self.projection(torch.cat(pair, dim=-1)),
+            "inputs_embeds": self.around["projection"](torch.cat(pair, dim=-1)),
             "position_ids": placement.positions.clamp(min=0),
             "attention_mask": self._no_mask,
             "use_cache": True,
@@ -76,8 +85,12 @@ class MtpHead(nn.Module):
 
     def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
         """See ``Head``."""
-        scores: Tensor = self._ends[1](hidden)
+        scores: Tensor = self._end("lm_head", 1)(hidden)
         return scores
+
+    def _end(self, name: str, place: int) -> Any:
+        """Its own, if it has one, or the target's."""
+        return self.around[name] if name in self.around else self._target[place]
 
 
 def _norm_like(norm: nn.Module, weight: Tensor) -> nn.Module:

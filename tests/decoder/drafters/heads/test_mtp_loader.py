@@ -153,9 +153,9 @@ def test_copies_of_the_targets_ends_are_kept_once(
     put("embed_tokens.weight", ends[0].weight.detach())(same)
     put("shared_head.head.weight", ends[1].weight.detach())(same)
     (head,) = load_mtp(same, target)
-    assert head._ends == ends
+    assert head._target == ends and not {"embedding", "lm_head"} & head.around.keys()
     (other,) = load_mtp(folder, target)
-    assert other._ends[0] is not ends[0] and other._ends[1] is not ends[1]
+    assert {"embedding", "lm_head"} <= other.around.keys()
 
 
 def test_fp8_blocks_become_their_product(folder: Path, target: Any, tmp_path: Path) -> None:
@@ -174,6 +174,18 @@ def test_fp8_blocks_become_their_product(folder: Path, target: Any, tmp_path: Pa
         * torch.cat([scales[:1].expand(20, 2), scales[1:].expand(12, 2)])[:, [0] * 16 + [1] * 16]
     )
     assert torch.equal(head.base.layers[0].self_attn.o_proj.weight, expected)
+
+
+def test_mimo_is_qwen2_with_heads(tmp_path: Path) -> None:
+    """Its configuration names code of its own, which is never run."""
+    target, _ = save_published(tmp_path, "mimo")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    fields |= {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    model, ids = load_model(tmp_path, device="cpu"), torch.tensor([[3, 1, 4, 1, 5]])
+    torch.testing.assert_close(model(ids).logits, target(ids).logits, atol=1e-4, rtol=1e-4)
+    assert len(load_mtp(model.config.name_or_path, model)) == 1
 
 
 def test_the_tables_of_names_are_the_publishers(tmp_path: Path) -> None:
