@@ -116,6 +116,9 @@ class Ranks:
             raise
         except (Exception, RankLost) as error:
             raise self._lost(error) from error
+        except BaseException:  # an interrupt, which says what there is to say
+            self._claim()
+            raise
         self.is_inside = False
 
     def leave(self) -> None:
@@ -154,10 +157,9 @@ class Ranks:
         silent = [str(rank) for rank in range(self.size) if rank not in said]
         if not silent:
             return RankLost(reason(error))
-        ranks = "rank" if len(silent) == 1 else "ranks"
-        return RankLost(
-            f"{ranks} {', '.join(silent)} gone, or without an answer for {self._timeout:g} s"
-        )
+        ranks = f"rank {silent[0]} is" if len(silent) == 1 else f"ranks {', '.join(silent)} are"
+        late = "timed out" in str(error).lower()
+        return RankLost(f"{ranks} {f'silent for {self._timeout:g} s' if late else 'gone'}")
 
     def _said(self, own: str) -> dict[int, str]:
         """Why ranks left, of those that say so in time; empty where they lost another one."""
