@@ -24,7 +24,8 @@ from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
 from bench.workloads.arguments import add_machine, add_target_format, numbers
-from bench.workloads.models import load_subject
+from bench.workloads.models import load_draft, load_subject
+from bench.workloads.offloaded import offloaded_model
 from moesd_kernels import quantize
 
 
@@ -43,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--offload-budget", type=float, metavar="SHARE",
+        help="leave experts in files; memory for them, as a share of the weights' bytes",
+    )  # fmt: skip
     add_target_format(parser)
     add_machine(parser)
 
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
                     **memory_speed(pair, setup),
                     **setup,
                     weight_format=stored,
+                    offload_budget=args.offload_budget,
                 )
                 table.add_row(*_row(line))
     Console(width=120).print(table)
@@ -98,6 +104,9 @@ def _weight_format(args: argparse.Namespace) -> str:
 
 def _load(args: argparse.Namespace, dtype: torch.dtype, top_k: int | None = None) -> Any:
     """Target and draft."""
+    if args.offload_budget is not None:
+        target = offloaded_model(args.target, dtype, args.offload_budget, top_k)
+        return target, load_draft(args.draft, target, dtype, args.device)
     target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)
     if args.weight_format != PLAIN:
         quantize(target, args.weight_format)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from bench.measure.storage import bytes_from_storage
 from bench.measure.telemetry import count_experts
 from bench.measure.timer import summarize
 from bench.runs.forced import ForcedSampler, force
@@ -13,6 +15,7 @@ from bench.runs.subject import Subject, drafter_for, logged_decoder
 from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams
 from decoder.drafters import ReplayDrafter
+from decoder.engine.metrics import DecoderStats
 from decoder.engine.profile_rounds import RoundLog
 
 Prompts = list[list[int]]
@@ -48,6 +51,8 @@ class Pair:
         identical: whether speculative outputs were the autoregressive ones; None where verdicts
             were forced, which makes them so by construction, or where sampling draws others.
         agreement: with forced verdicts, how often the target's own choice was the recorded token.
+        offload_ar: what reading experts came to in the last autoregressive run, where they do not
+            stay in memory; offload_spec: in the last speculative one.
     """
 
     batch: int
@@ -65,6 +70,8 @@ class Pair:
     experts_ar: float | None
     experts_verify: float | None
     read_bandwidth: float | None
+    offload_ar: dict[str, Any] | None
+    offload_spec: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,7 @@ class Arm:
     identical: bool = True
     decided: int = 0
     accepted: int = 0
+    offload: dict[str, Any] | None = None
 
 
 def measure_batch(
@@ -178,6 +186,7 @@ class _Runs:
         """Decode once with every gamma, none first: its outputs are what others are held to."""
         wanted: Prompts = []
         for gamma, arm in self.arms.items():
+            stored = bytes_from_storage()
             log, outputs = self._run(gamma, prompts, new_tokens)
             if gamma == 0:
                 wanted = outputs
@@ -189,6 +198,8 @@ class _Runs:
             stats = (self.fast if gamma else self.plain).stats
             arm.decided += stats.decided
             arm.accepted += stats.accepted
+            if stats.offload is not None:
+                arm.offload = _offload_fields(stats, stored)
             if read:
                 self.reads.append(read())
 
@@ -240,7 +251,17 @@ def _pair(batch: int, gamma: int, arms: dict[int, Arm], seen: Seen, *, comparabl
         experts_ar=seen.experts.get(batch),
         experts_verify=seen.experts.get(batch * (gamma + 1)),
         read_bandwidth=seen.read_bandwidth,
+        offload_ar=arms[0].offload,
+        offload_spec=arm.offload,
     )
+
+
+def _offload_fields(stats: DecoderStats, before: int | None) -> dict[str, Any]:
+    """Reads of a run; ``before``: bytes from storage when it began."""
+    assert stats.offload is not None
+    after = bytes_from_storage()
+    stored = None if before is None or after is None else after - before
+    return {**stats.offload.as_dict(), "bytes_from_storage": stored, "rounds": stats.rounds}
 
 
 def _times(runs: list[list[Round]]) -> RoundTimes:

@@ -97,4 +97,6 @@ def cell_fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
         "experts_ar": pair.experts_ar,
         "experts_verify": pair.experts_verify,
         "read_bandwidth": pair.read_bandwidth,
+        "offload_ar": pair.offload_ar,
+        "offload_verify": pair.offload_spec,
     }

@@ -151,9 +151,16 @@ def load_subject(
     else:
         override = {"num_experts_per_tok": top_k} if top_k else {}
         model = load_model(target, dtype, device, **override)
+    return model, load_draft(draft, model, dtype, device)
+
+
+def load_draft(
+    draft: str | None, target: PreTrainedModel, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """A draft from a path, or a random one that fits the target."""
     if draft is None:
-        return model, random_model(draft_like(model.config), dtype, device, seed=1)
-    return model, load_model(draft, dtype, device)
+        return random_model(draft_like(target.config), dtype, device, seed=1)
+    return load_model(draft, dtype, device)
 
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device | str, **config: Any) -> Any:

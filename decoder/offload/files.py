@@ -92,6 +92,11 @@ class OpenFiles:
             end = -(-(extent.offset + extent.size) // mmap.PAGESIZE) * mmap.PAGESIZE
             os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
+    def forget(self) -> None:
+        """Have the page cache drop everything of the files that nobody has mapped."""
+        for descriptor, _ in self._opened.values():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Close them; nothing can be read after it."""
         while self._opened:

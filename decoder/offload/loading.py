@@ -96,6 +96,11 @@ class ExpertsApart:
         store = self._store
         assert store is not None  # made with the model
         model.__class__ = self._own
+        # What was loaded is mapped from the files. Touching it would bring in what lies around it,
+        # experts for the most part, by megabytes.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        store.leave_page_cache()
         for layer, name in enumerate(self._names):
             module = model.get_submodule(name)
             for leaf, tensor in store.weights[layer].items():

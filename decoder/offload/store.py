@@ -89,6 +89,10 @@ class ExpertStore:
         self.stats = OffloadStats()
         return self.stats
 
+    def leave_page_cache(self) -> None:
+        """Have the kernel drop all that it holds of the files, as far as nobody maps it."""
+        self._files.forget()
+
     @contextmanager
     def resident(self, layer: int, ids: Tensor) -> Iterator[None]:
         """A block in which the experts of a layer that tokens were sent to are in memory.

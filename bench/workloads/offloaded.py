@@ -1,0 +1,50 @@
+"""Models whose experts stay in their files, read with less memory than they would fill."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from bench.workloads.models import moe_310m, random_model
+from decoder.checkpoint.folder import model_folder
+from decoder.checkpoint.weights import weight_files
+from decoder.model.loading import load_model
+from decoder.offload import Offload
+
+RANDOM = "moe-310m"
+
+
+def offloaded_model(
+    target: str, dtype: torch.dtype, share: float, top_k: int | None = None
+) -> PreTrainedModel:
+    """A target with experts in files.
+
+    Args:
+        target: ``moe-310m``, which is written below the folder for temporary files, or a path.
+        dtype: of a random model, and of the files of another.
+        share: of the bytes of the model's weights that its experts may take in memory.
+        top_k: experts per token of a random model.
+
+    Raises:
+        ValueError: ``top_k`` for a model from files.
+    """
+    if target != RANDOM:
+        if top_k:
+            raise ValueError(f"offloaded, {target} is run as it is, got experts per token {top_k}")
+        return _load(model_folder(target), dtype, share)
+    with TemporaryDirectory(prefix="moesd-offload-") as folder:
+        config = moe_310m(**({"num_experts_per_tok": top_k} if top_k else {}))
+        random_model(config, dtype).save_pretrained(folder)
+        os.sync()  # pages that have not been written cannot be dropped
+        return _load(Path(folder), dtype, share)  # the files stay open when their names are gone
+
+
+def _load(folder: Path, dtype: torch.dtype, share: float) -> PreTrainedModel:
+    files = weight_files(folder)
+    offload = Offload(int(share * sum(file.stat().st_size for file in files)))
+    model: PreTrainedModel = load_model(folder, dtype=dtype, device="cpu", offload=offload)
+    return model
