@@ -6,7 +6,7 @@ is refused, and so are weights in any format but safetensors and GGUF (``docs/se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from decoder.checkpoint.folder import (
     running_no_code,
 )
 from decoder.checkpoint.gguf_tokenizer import gguf_tokenizer
-from decoder.checkpoint.mtp_layouts import mtp_heads
+from decoder.checkpoint.report import require_every_weight, without_heads, without_other_parts
 from decoder.checkpoint.tokenizer_files import require_tokenizer_files
-from decoder.checkpoint.weights import few, require_whole_experts, tensor_headers, weight_files
+from decoder.checkpoint.weights import require_whole_experts, tensor_headers, weight_files
 from decoder.errors import UserError, explained
 from decoder.model.kernels import gguf_file, keeping_quantized, load_gguf
 from decoder.offload import ExpertsApart, Offload
@@ -130,8 +130,8 @@ def _load_safetensors(
     if apart is not None:
         apart.attach(model, found)
     if config.sub_configs.keys() - {"text_config"}:
-        _leave_out_other_parts(found, model)
-    _require_every_weight(folder, _without_heads(found, model, headers))
+        found = without_other_parts(found, model)
+    require_every_weight(folder, without_heads(found, model, headers))
     return model
 
 
@@ -160,7 +160,7 @@ def base_of_weights(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    _require_every_weight(folder, found)
+    require_every_weight(folder, found)
     return model.eval()
 
 
@@ -249,51 +249,6 @@ def _require_offloadable(path: str | Path, device: torch.device) -> None:
         raise UserError(f"experts in files are offloaded on a CPU, got device {str(device)!r}")
     if is_gguf(path):
         raise UserError(f"experts of safetensors files can be offloaded, got {str(path)!r}")
-
-
-def _require_every_weight(folder: Path, found: dict[str, Any]) -> None:
-    """Refuse weights that are missing, left over or of another shape.
-
-    transformers leaves out of its lists what a family may lack or bring in excess: tied heads,
-    buffers, layers for multi-token prediction.
-    """
-    shapes = {
-        f"{name} {tuple(got)} for {tuple(want)}" for name, got, want in found["mismatched_keys"]
-    }
-    faults = {
-        "missing": found["missing_keys"],
-        "left over": found["unexpected_keys"],
-        "of another shape": shapes,
-    }
-    said = [f"{kind}: {few(names)}" for kind, names in faults.items() if names]
-    if said:
-        raise UserError(f"the weights in {folder} are not those of its {CONFIG}; {'; '.join(said)}")
-
-
-def _leave_out_other_parts(found: dict[str, Any], model: Any) -> None:
-    """A model that also sees or hears has weights of parts that a causal LM leaves out.
-
-    What remains are layers of the model's own that it has no place for.
-    """
-    modules = {name for name, _ in model.named_modules()}
-    found["unexpected_keys"] = {
-        name
-        for name in found["unexpected_keys"]
-        if f"{name.partition('.layers.')[0]}.layers" in modules
-    }
-
-
-def _without_heads(found: dict[str, Any], model: Any, names: Collection[str]) -> dict[str, Any]:
-    """Heads for multi-token prediction are read by the drafter that asks for them."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    heads = mtp_heads(names, depth)
-    if heads is None:
-        return found
-    layout, tensors = heads
-    own = {name for head in tensors for name in head.values()}
-    layers = tuple(layout.layer.format(i=i, layer=depth + i) for i in range(len(tensors)))
-    left = {n for n in found["unexpected_keys"] if n not in own and not n.startswith(layers)}
-    return found | {"unexpected_keys": left}
 
 
 @contextmanager
