@@ -18,6 +18,9 @@ MAX_RANKS = 65536
 class Ranks:
     """A group of ranks, each with its share of every MoE layer's experts and all other weights.
 
+    Nothing overlaps: a layer's collectives are added to its arithmetic, where engines that run two
+    halves of a batch in turn hide a part of them.
+
     Args:
         count: of ranks; 1 is no parallelism, and changes nothing.
         exchange: ``"all-reduce"``: every rank computes attention for the whole batch, runs its own

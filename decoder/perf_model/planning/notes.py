@@ -107,5 +107,6 @@ def _rank_notes(model: ForwardModel, batch: int) -> list[str]:
         f"weights on each of {ranks.count} ranks; {how[ranks.exchange]} over {ranks.network.name}, "
         f"{ranks.network.bandwidth / 1e9:g} GB/s and {ranks.network.latency * 1e6:g} µs a message",
         f"a plain step at B = {batch} gives the busiest rank {rows / mean:.2f} times the "
-        "mean rows, experts being equally popular; all ranks wait for it",
+        "mean rows, experts being equally popular; all ranks wait for it, and collectives overlap "
+        "with nothing",
     ]
