@@ -11,19 +11,20 @@ from decoder.offload import Offload
 from . import flag_types as types
 
 _OWN = True  # no folder is named: the target's own files
+_HOST = "cpu"
 _MOST = 10**6  # GB
 
 
 def add_offload_arguments(group: argparse._ArgumentGroup) -> None:
     """For commands that load a target."""
     group.add_argument(
-        "--offload-experts", nargs="?", const=_OWN, type=types.path, metavar="DIR",
-        help="read experts from the target's safetensors files as steps need them, or from a copy "
-        "of these in DIR",
+        "--offload-experts", nargs="?", const=_OWN, type=types.path, metavar=f"DIR|{_HOST}",
+        help="on a CPU: read experts from the target's safetensors files as steps need them, or "
+        f"from a copy of these in DIR; on a GPU, {_HOST}: copy them from host memory",
     )  # fmt: skip
     group.add_argument(
         "--offload-budget", type=types.number(0, _MOST), metavar="GB",
-        help="memory for experts with --offload-experts",
+        help="memory for experts with --offload-experts, of the device",
     )  # fmt: skip
 
 
@@ -40,6 +41,8 @@ def offload_of(args: argparse.Namespace) -> Offload | None:
         raise UserError("--offload-budget is read with --offload-experts only")
     if budget is None:
         raise UserError("--offload-experts needs --offload-budget: memory for experts, in GB")
+    if folder == _HOST:
+        return Offload(int(budget * 1e9), host=True)
     copies = None if folder is _OWN else Path(folder)
     if copies is not None and not copies.is_dir():
         raise UserError(f"--offload-experts must name a folder, got {folder!r}")

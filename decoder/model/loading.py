@@ -74,7 +74,7 @@ def load_model(
     device = _usable_device(device)
     wanted = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if offload is not None:
-        _require_offloadable(path, device)
+        _require_offloadable(path, device, offload)
     if is_gguf(path):
         if divide is not None:
             raise UserError(f"a GGUF file cannot be divided among ranks, got {str(path)!r}")
@@ -84,7 +84,7 @@ def load_model(
     folder = model_folder(path)
     keeping = keeping_quantized() if packed and device.type == "cpu" else nullcontext()
     with explained(f"cannot load model {str(path)!r}"), keeping:
-        model = _load_safetensors(folder, wanted, experts, offload, divide)
+        model = _load_safetensors(folder, wanted, device, experts, offload, divide)
         eos_ids(model)
         return (model if divide is not None else model.to(device)).eval()
 
@@ -92,11 +92,13 @@ def load_model(
 def _load_safetensors(
     folder: Path,
     dtype: str | torch.dtype,
+    device: torch.device,
     experts: str | None,
     offload: Offload | None,
     divide: Callable[[Any], Any] | None,
 ) -> Any:
-    """The model of a folder whose files have been compared with each other."""
+    """The model of a folder whose files have been compared with each other; on a CPU, all but
+    experts that are offloaded from the device."""
     from transformers import AutoModelForCausalLM
 
     files = weight_files(folder)
@@ -112,7 +114,7 @@ def _load_safetensors(
     apart = None
     if offload is not None:
         copied = files if offload.folder is None else weight_files(offload.folder)
-        apart = ExpertsApart(config, copied, offload.budget)
+        apart = ExpertsApart(config, copied, offload, device)
     loader: Any = AutoModelForCausalLM if apart is None else apart.model_class
     with _quiet():  # what it would report is raised here
         loaded: Any = loader.from_pretrained(
@@ -244,9 +246,10 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return usable
 
 
-def _require_offloadable(path: str | Path, device: torch.device) -> None:
-    if device.type != "cpu":
-        raise UserError(f"experts in files are offloaded on a CPU, got device {str(device)!r}")
+def _require_offloadable(path: str | Path, device: torch.device, offload: Offload) -> None:
+    if offload.host is (device.type == "cpu"):
+        there = "in host memory for a GPU" if offload.host else "in files for a CPU"
+        raise UserError(f"these experts would wait {there}, got device {str(device)!r}")
     if is_gguf(path):
         raise UserError(f"experts of safetensors files can be offloaded, got {str(path)!r}")
 

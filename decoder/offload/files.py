@@ -72,6 +72,12 @@ class OpenFiles:
                 self._opened[file] = descriptor, _identity(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
+    def read_all(self, extents: Iterable[Extent], into: memoryview) -> None:
+        """``read`` of several, one after the other."""
+        for extent in extents:
+            self.read(extent, into[: extent.size])
+            into = into[extent.size :]
+
     def read(self, extent: Extent, into: memoryview) -> None:
         """Fill ``into`` with the bytes of ``extent``.
 

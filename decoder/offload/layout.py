@@ -50,6 +50,12 @@ class Projection(NamedTuple):
 Layout = dict[str, list[Projection]]  # by the name of the experts module, in the order of layers
 
 
+def files_of(layout: Layout) -> set[Path]:
+    """The files that a layout is of."""
+    projections = [projection for own in layout.values() for projection in own]
+    return {x.file for p in projections for extents in p.experts for x in extents}
+
+
 def read_layout(model: Any, files: Iterable[Path]) -> Layout:
     """Where the weights of a model's routed experts lie.
 

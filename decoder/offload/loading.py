@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from decoder.errors import UserError
 
-from .layout import read_layout
+from .device_store import DeviceStore
+from .file_store import FileStore
+from .layout import Layout, read_layout
+from .settings import Offload
 from .store import ExpertStore
 
 _stores: weakref.WeakKeyDictionary[nn.Module, ExpertStore] = weakref.WeakKeyDictionary()
@@ -45,7 +48,8 @@ class ExpertsApart:
     Args:
         config: of the model.
         files: safetensors files that hold its experts.
-        budget: bytes of memory for experts.
+        offload: where they wait, and the memory for them.
+        device: that computes them.
 
     Attributes:
         model_class: whose ``from_pretrained`` loads everything else; what is wrong with the experts
@@ -55,12 +59,14 @@ class ExpertsApart:
         UserError: weights that are quantised.
     """
 
-    def __init__(self, config: Any, files: Iterable[Path], budget: int) -> None:
+    def __init__(
+        self, config: Any, files: Iterable[Path], offload: Offload, device: torch.device
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         if getattr(config, "quantization_config", None):
             raise UserError("experts can be offloaded in fp32, bf16 and fp16, got quantised ones")
-        self._files, self._budget = list(files), budget
+        self._files, self._offload, self._device = list(files), offload, device
         self._names: list[str] = []
         self._store: ExpertStore | None = None
         with torch.device("meta"):
@@ -78,13 +84,21 @@ class ExpertsApart:
     def _take_off(self, model: Any) -> None:
         """Leave the experts' modules without parameters, so that nothing fills them."""
         layout = read_layout(model, self._files)
-        self._store = ExpertStore(layout, self._budget)
+        with torch.device("cpu"):  # models are made where tensors have no memory
+            self._store = self._make_store(layout)
         for name, projections in layout.items():
             module = model.get_submodule(name)
             module._is_hf_initialized = True  # transformers would draw what it has not loaded
             for projection in projections:
                 module._parameters.pop(projection.name)
+            if self._offload.host and any(n.endswith("_bias") for n in module._parameters):
+                raise UserError(f"{name} has biases, which are not copied to a GPU with experts")
         self._names = list(layout)
+
+    def _make_store(self, layout: Layout) -> ExpertStore:
+        if self._offload.host:
+            return DeviceStore(layout, self._offload.budget, self._device)
+        return FileStore(layout, self._offload.budget)
 
     def attach(self, model: Any, found: dict[str, Any]) -> None:
         """Give the loaded model its experts, and its class.
@@ -100,7 +114,8 @@ class ExpertsApart:
         # experts for the most part, by megabytes.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
-        store.leave_page_cache()
+        if isinstance(store, FileStore):
+            store.leave_page_cache()
         for layer, name in enumerate(self._names):
             module = model.get_submodule(name)
             for leaf, tensor in store.weights[layer].items():
@@ -108,6 +123,9 @@ class ExpertsApart:
             setattr(module, _SEAT, _Seat(store, layer))
             module.forward = types.MethodType(_forward, module)
             module.register_state_dict_pre_hook(_refuse_state_dict)
+            if isinstance(store, DeviceStore):
+                module.num_experts = store.places
+                module.register_forward_pre_hook(_keep_from_graphs)
         _stores[model] = store
         found["unexpected_keys"] = {
             name for name in found["unexpected_keys"] if not self._has(name)
@@ -132,8 +150,12 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, *args: Any) 
                 f"{name} of {type(self).__name__} is offloaded and has been moved, converted or "
                 "replaced; load the model as it is to be"
             )
-    with seat.store.resident(seat.layer, top_k_index):
-        return type(self).forward(self, hidden_states, top_k_index, *args)
+    with seat.store.resident(seat.layer, top_k_index) as places:
+        return type(self).forward(self, hidden_states, places, *args)
+
+
+def _keep_from_graphs(*_: Any) -> None:
+    """No graph is made of a model with hooks: it would hold none of what a store does."""
 
 
 def _refuse_state_dict(*_: Any) -> NoReturn:

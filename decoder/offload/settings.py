@@ -11,10 +11,12 @@ class Offload:
     """How to run a model whose experts do not fit in memory.
 
     Attributes:
-        budget: bytes of memory for experts; at least one layer's.
+        budget: bytes of memory for experts where they are computed; at least one layer's.
         folder: of safetensors files to read experts from, a copy on a faster disk; by default the
             model's own.
+        host: for a GPU: experts wait in host memory. For a CPU they wait in their files.
     """
 
     budget: int
     folder: Path | None = None
+    host: bool = False

@@ -15,7 +15,7 @@ class OffloadStats:
         missed: of those, how many were not in memory, and not on their way either.
         prefetched: experts read on a hint, before a layer asked for them.
         useful: of those, how many it then asked for.
-        bytes_read: from files, prefetched ones included.
+        bytes_read: from where they wait, prefetched ones included.
         wait: seconds that layers waited for reads.
     """
 

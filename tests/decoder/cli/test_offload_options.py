@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--offload-experts"], "--offload-experts needs --offload-budget"),
         (["--offload-budget", "1"], "read with --offload-experts only"),
         (["--offload-experts", "nowhere", "--offload-budget", "1"], "folder, got 'nowhere'"),
+        (["--offload-experts", "cpu", "--offload-budget", "1"], "for a GPU, got device 'cpu'"),
         (["--offload-experts", "--offload-budget", "x"], "expected a number"),
         (["--offload-experts", "--offload-budget", "-1"], "expected a number"),
         (["--offload-experts", "--offload-budget", "nan"], "expected a number"),
@@ -31,13 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_what_does_not_work_is_one_line(folder, capsys, flags, said):
-    assert main(["generate", "--target", str(folder), "--prompt", "w1 w2", *flags]) == 2
+    common = ["generate", "--target", str(folder), "--prompt", "w1 w2", "--device", "cpu"]
+    assert main([*common, *flags]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
 
 
-def test_a_run_says_what_it_read(folder, capsys, tmp_path):
+def test_a_run_says_what_it_read(folder, capsys):
     common = ["generate", "--target", str(folder), "--prompt", "w1 w2", "--prompt", "w9"]
     common += ["--max-new-tokens", "8", "--gamma", "2", "--json", "--device", "cpu"]
     assert main(common) == 0

@@ -15,9 +15,9 @@ from support.offload import Run, simulated_misses
 
 from decoder.checkpoint.weights import tensor_headers
 from decoder.errors import UserError
+from decoder.offload.file_store import FileStore
 from decoder.offload.files import OpenFiles, tensor_extents
 from decoder.offload.layout import Layout, Projection
-from decoder.offload.store import ExpertStore
 
 LAYERS, EXPERTS = 3, 8
 SHAPES = {"gate_up_proj": (EXPERTS, 64, 32), "down_proj": (EXPERTS, 32, 64)}  # whole pages
@@ -49,8 +49,8 @@ def layout_of(file: Path) -> Layout:
 SIZE = sum(4 * torch.Size(shape).numel() for shape in SHAPES.values()) // EXPERTS
 
 
-def store_of(file: Path, places: int, prefetch: bool = False) -> ExpertStore:
-    return ExpertStore(layout_of(file), places * SIZE, prefetch)
+def store_of(file: Path, places: int, prefetch: bool = False) -> FileStore:
+    return FileStore(layout_of(file), places * SIZE, prefetch)
 
 
 def random_runs(steps: int, spread: int, seed: int = 0) -> list[Run]:
@@ -64,7 +64,7 @@ def random_runs(steps: int, spread: int, seed: int = 0) -> list[Run]:
     ]
 
 
-def decode(store: ExpertStore, runs: list[Run], truth: dict[str, torch.Tensor]) -> None:
+def decode(store: FileStore, runs: list[Run], truth: dict[str, torch.Tensor]) -> None:
     """Runs of layers, in each of which the experts in use must hold what the file does."""
     for layer, ids in runs:
         with store.resident(layer, torch.tensor(ids).view(1, -1)):
