@@ -17,8 +17,9 @@ from rich.table import Table
 
 from bench.gguf.contents import PLAIN, require_own_format
 from bench.measure.record import Recorder
-from bench.runs.generate import PEERS, RANDOM, Settings, measure_generate
+from bench.runs.generate import PEERS, Settings, measure_generate
 from bench.workloads.arguments import add_machine, add_pair, add_target_format, numbers, words
+from bench.workloads.models import RANDOM
 from bench.workloads.trained import TrainedPair
 from decoder.drafters.table import AUTO, drafter_kind
 
@@ -26,7 +27,10 @@ from decoder.drafters.table import AUTO, drafter_kind
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench generate``."""
     add_pair(parser)
-    parser.add_argument("--target", default=RANDOM, help=f"without a preset: {RANDOM}, or a path")
+    names = ", ".join(RANDOM)
+    parser.add_argument(
+        "--target", default="moe-310m", help=f"without a preset: {names}, or a path"
+    )
     parser.add_argument("--draft", type=Path, help="path of a draft model")
     parser.add_argument("--alpha", type=float, help="replay drafter with this acceptance rate")
     parser.add_argument("--gamma", default="4", help="draft lengths, or auto: 2,4 compares two")
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     require_own_format(args.target, args.weight_format)
     settings = Settings(
         pair=_pair(args),
+        random=args.target,
         alpha=args.alpha,
         gammas=words(args.gamma),
         prompts=args.prompts or ("humaneval" if args.preset else None),
@@ -85,7 +90,7 @@ def _pair(args: argparse.Namespace) -> TrainedPair | None:
     """The pair of a preset or of paths; a target alone is not drafted for unless asked."""
     if args.preset:
         return TrainedPair.of_preset(args.preset, args.drafter)
-    if args.target == RANDOM:
+    if args.target in RANDOM:
         return None
     asked = args.draft or args.drafter != AUTO
     drafter = drafter_kind(args.drafter, args.draft).name if asked else "none"

@@ -16,7 +16,7 @@ from bench.measure.timer import interleaved, summarize
 from bench.peers.generate_transformers import TransformersGenerate
 from bench.peers.llama_cpp import LlamaCpp, mean_length
 from bench.runs.in_vllm import VLLM, InVllm
-from bench.workloads.models import draft_like, moe_310m, random_model
+from bench.workloads.models import RANDOM, draft_like, random_model
 from bench.workloads.prompts import prompt_tokens, random_prompts
 from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
@@ -25,7 +25,6 @@ from decoder.drafters.independent import IndependentDrafter
 from moesd_kernels import accelerate, quantize
 
 VOCAB_SIZE = 4096  # of random prompts
-RANDOM = "moe-310m"
 LLAMA_CPP = "llama.cpp"
 PEERS = ("ours", "transformers", VLLM, LLAMA_CPP)
 
@@ -37,7 +36,8 @@ class Settings:
     """What stays the same over all batches of a run.
 
     Attributes:
-        pair: what is decoded; None is the random 310M model.
+        pair: what is decoded; None is a random model.
+        random: its name, of ``RANDOM``.
         alpha: acceptance imposed by the replay drafter, or None.
         gammas: draft lengths as text, or ``auto``: a variant each.
         prompts: a data set's name or a JSONL file; None makes random ones of ``prompt_tokens``.
@@ -51,6 +51,7 @@ class Settings:
     """
 
     pair: TrainedPair | None
+    random: str
     alpha: float | None
     gammas: Sequence[str]
     prompts: str | None
@@ -132,7 +133,7 @@ def _speculative(settings: Settings) -> dict[str, str]:
 
 def _common_fields(settings: Settings, prompts: list[list[int]]) -> dict[str, Any]:
     return {
-        "target": settings.pair.name if settings.pair else RANDOM,
+        "target": settings.pair.name if settings.pair else settings.random,
         "drafter": settings.pair.drafter if settings.pair else None,
         "prompts": settings.prompts,
         "prompt_tokens": mean_length(prompts),
@@ -184,7 +185,7 @@ def _fields(
 def _target(settings: Settings) -> Any:
     """A fresh target: a peer gets its own, so that no hook of ours speeds it up."""
     if settings.pair is None:
-        return random_model(moe_310m(), settings.dtype, settings.device)
+        return random_model(RANDOM[settings.random](), settings.dtype, settings.device)
     return settings.pair.load_target(settings.dtype, settings.device)
 
 

@@ -6,6 +6,7 @@ acceptance is set by the replay drafter instead of a real draft's skill.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from decoder.checkpoint.folder import model_folder
@@ -46,6 +48,38 @@ def moe_310m(num_experts_per_tok: int = 4, **overrides: Any) -> Qwen3MoeConfig:
         "pad_token_id": None,
     }
     return Qwen3MoeConfig(**fields | overrides)
+
+
+def hybrid_300m() -> Qwen3NextConfig:
+    """300M-parameter Qwen3-Next: of four layers three keep a state, and all have 64 experts."""
+    return Qwen3NextConfig(
+        num_hidden_layers=8,
+        num_experts=64,
+        num_experts_per_tok=4,
+        hidden_size=512,
+        moe_intermediate_size=352,
+        shared_expert_intermediate_size=352,
+        num_attention_heads=8,
+        head_dim=64,
+        num_key_value_heads=2,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        vocab_size=4096,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+# What has a name and no file.
+RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {
+    "moe-310m": moe_310m,
+    "hybrid-300m": hybrid_300m,
+}
 
 
 def dense_like(moe: Qwen3MoeConfig) -> Qwen3Config:

@@ -6,13 +6,15 @@ import json
 import re
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from bench.__main__ import main
 from bench.measure.record import Recorder
 from bench.pictures.style import INK
 from bench.runs.cells import load_cells, setup_fields
 from bench.runs.fitting import DESIGNS, best_gammas, fit_cells
-from bench.workloads.models import draft_like, moe_310m
+from bench.workloads.models import RANDOM, draft_like, moe_310m
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.forward_model import Adjustments, ForwardModel
 from decoder.perf_model.hardware.machine import named_machine
@@ -138,3 +140,11 @@ def test_following_the_predicted_gamma_costs_what_was_measured():
     ]  # one gamma alone is no choice
     assert choices[0].loss == pytest.approx(1 - 1.3 / 1.4)
     assert choices[1].loss == pytest.approx(1 - 0.6)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_random_model_has_the_size_that_its_name_says(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(RANDOM[name]())
+    million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert abs(million - int(name.rpartition("-")[2].removesuffix("m"))) < 16

@@ -110,8 +110,8 @@ class Placing:
             steps = torch.arange(-count, 0, device=self.rows.device)
             positions = self._first[:, None] + steps
             places = self.rows[:, None] * length + positions.remainder(length)
-            missing = (positions < 0)[..., None]
-            self._before[count, length] = places.flatten(), missing if bool(missing.any()) else None
+            none = (positions < 0)[..., None]
+            self._before[count, length] = places.flatten(), none if bool(none.any()) else None
         places, missing = self._before[count, length]
         held = ring.index_select(0, places).unflatten(0, (len(self.rows), count))
         return held if missing is None else held.masked_fill_(missing, 0)
