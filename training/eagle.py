@@ -199,6 +199,7 @@ def train_head(
     run_dir: Path,
     budget: Budget,
     device: str = "cpu",
+    batch_rows: int = BATCH_ROWS,
 ) -> Head:
     """Smooth L1 on features plus cross entropy against the target, over DEPTHS depths.
 
@@ -214,7 +215,7 @@ def train_head(
         total=100.0, desc=kind, bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
     ) as bar:
         while budget.progress < 1.0:
-            rows = batches.batch(BATCH_ROWS, device)
+            rows = batches.batch(batch_rows, device)
             # Shallow first: deeper depths only make sense once the first one predicts something.
             depths = min(DEPTHS, 1 + int(budget.progress * DEPTHS))
             loss, agree = eagle_loss(model, rows, lm_head, depths, tokenizer.pad_token_id)

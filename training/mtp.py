@@ -14,6 +14,8 @@ from torch import nn
 
 from training.eagle import MLP, Attention, Eagle, RMSNorm
 
+BATCH_ROWS = 2  # for minutes of training: of many small steps it learns more than of few large ones
+
 
 class Layer(nn.Module):
     """Qwen3-MoE decoder layer whose MLP is dense."""

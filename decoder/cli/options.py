@@ -92,7 +92,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft", "--draft-model", "--assistant-model", "--spec-model",
         "--speculative-draft-model-path", type=types.path, metavar="PATH", dest="draft",
-        help="draft model or EAGLE head (default with a built-in target: its own)",
+        help="draft model, EAGLE head or MTP heads (default with a built-in target: its own)",
     )  # fmt: skip
     kinds = ", ".join(
         f"{' or '.join([kind.name, *kind.aliases])} ({kind.summary})" for kind in DRAFTERS.values()

@@ -169,7 +169,8 @@ def _check_parts(
 
     ``parts`` and ``names``: ours of a module and of a tensor to the checkpoint's.
     """
-    tokens, H = target.get_input_embeddings().weight.shape
+    config = target.config.get_text_config(decoder=True)
+    tokens, H = config.vocab_size, config.hidden_size
     shapes: dict[str, tuple[int | None, ...]] = {
         "embedding_norm.weight": (H,),
         "hidden_norm.weight": (H,),

@@ -90,6 +90,20 @@ HEADS = {
     "a map of numbers with a point": (put(d2t=torch.ones(8)), "must be a list of integers"),
     "a map of no shape": (put(d2t=torch.tensor(3)), "must be a list of integers"),
     "a map of another length": (put(d2t=torch.arange(5)), "got 8 and 5"),
+    "ids that t2d does not mark": (put(t2d=torch.ones(64)), "d2t must lead to the 64 tokens"),
+    "a mask without its token": (put(mask_hidden=torch.ones(1, 1, 3 * H)), "needs mask_token_id"),
+    "a mask of another shape": (
+        together(edited("config.json", pard_token=3), put(mask_hidden=torch.ones(1, 1, 7))),
+        "mask_hidden must be (1, 1, 96) by its config, got (1, 1, 7)",
+    ),
+    "a mask token that is text": (
+        edited("config.json", parallel_drafting=True, pard_token="x"),
+        "needs mask_token_id",
+    ),
+    "one pass without a mask": (
+        edited("config.json", parallel_drafting=True, ptd_token_id=3),
+        "lacks tensor mask_hidden",
+    ),
     "an empty file": (written(WEIGHTS, b""), "is empty"),
     "a cut file": (lambda f: written(WEIGHTS, (f / WEIGHTS).read_bytes()[:-9])(f), "cannot read"),
     "a garbled file": (written(WEIGHTS, header(b"nope")), "cannot read"),
@@ -100,6 +114,10 @@ HEADS = {
 UNFIT = {  # only the target shows it
     "a map beyond the target": (put(d2t=torch.full((8,), 99)), "d2t reaches token 106"),
     "layers that the target lacks": (edited("config.json", **{KEY: [1, 2, 9]}), "hidden states"),
+    "a mask token beyond the target": (
+        together(edited("config.json", pard_token=99), put(mask_hidden=torch.ones(1, 1, 3 * H))),
+        "mask token is 99, its embedding has 64 tokens",
+    ),
     "features of another width": (put(fc__weight=torch.ones(H, 7)), "features of width 7"),
     "an embedding of fewer tokens": (put(embed_tokens__weight=torch.ones(9, H)), "embeds 9 tokens"),
     "a rope that is none": (edited("config.json", rope_scaling={"rope_type": "x"}), "rotary"),
