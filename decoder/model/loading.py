@@ -97,8 +97,10 @@ def _load_safetensors(
     offload: Offload | None,
     divide: Callable[[Any], Any] | None,
 ) -> Any:
-    """The model of a folder whose files have been compared with each other; on a CPU, all but
-    experts that are offloaded from the device."""
+    """The model of a folder whose files have been compared with each other, in host memory.
+
+    Offloaded experts are computed on ``device``.
+    """
     from transformers import AutoModelForCausalLM
 
     files = weight_files(folder)

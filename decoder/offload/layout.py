@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from decoder.checkpoint.weights import TensorHeader, tensor_headers
+from decoder.checkpoint.weights import TensorHeader, require_whole_experts, tensor_headers
 from decoder.errors import UserError
 
 from .files import Extent, tensor_extents
@@ -69,12 +69,12 @@ def read_layout(model: Any, files: Iterable[Path]) -> Layout:
     """
     files = list(files)
     headers, extents = tensor_headers(files), tensor_extents(files)
+    require_whole_experts(headers)
     layout: Layout = {}
     parameters: dict[str, Any] = {}
     for name, module in model.named_modules():
         if hasattr(module, "is_transposed"):  # transformers' experts interface
             own = {p: t for p, t in module.named_parameters(recurse=False) if p in _PROJECTIONS}
-            layout[name] = []
             parameters |= {f"{name}.{leaf}": parameter for leaf, parameter in own.items()}
     if not parameters:
         raise UserError(f"{type(model).__name__} has no routed experts to offload")
@@ -88,7 +88,8 @@ def read_layout(model: Any, files: Iterable[Path]) -> Layout:
         experts = [tuple(extents[source] for source in own) for own in sources]
         if len(experts) < shape[0]:  # one tensor has them all
             experts = [(experts[0][0].nth(e, shape[0]),) for e in range(shape[0])]
-        layout[module].append(Projection(leaf, shape, parameter.dtype, experts))
+        projection = Projection(leaf, shape, parameter.dtype, experts)
+        layout.setdefault(module, []).append(projection)
     return layout
 
 
@@ -156,11 +157,7 @@ def _require_fitting(name: str, headers: list[list[TensorHeader]], parameter: An
                 f"they are; expected the model in that type, got {parameter.dtype}"
             )
     shape = tuple(parameter.shape)
-    if len(headers) == 1:
-        fits = headers[0][0].shape == shape
-    else:
-        fits = all(_stacked(own) == shape[1:] for own in headers)
-    if not fits:
+    if not all(own[0].shape == shape or _stacked(own) == shape[1:] for own in headers):
         got = [header.shape for header in headers[0]]
         raise UserError(f"{name} must be {shape}, got {got} in the files")
 

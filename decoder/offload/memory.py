@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class ExpertMemory:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._map = mmap.mmap(-1, elements * dtype.itemsize, flags=private)
         # Pages of 2 MB would hold parts of neighbours, and the budget counts what is used.
-        self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        with suppress(OSError):  # a kernel that knows none
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
 
     def place(self, expert: int) -> memoryview:

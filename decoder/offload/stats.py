@@ -48,6 +48,6 @@ class OffloadStats:
         rate = "-" if self.hit_rate is None else f"{100 * self.hit_rate:.0f} %"
         ahead = f", {self.useful} of {self.prefetched} prefetched useful" if self.prefetched else ""
         return (
-            f"experts: {rate} of {self.needed} in memory, {self.bytes_read / 1e9:.2f} GB read, "
+            f"experts: {rate} of {self.needed} in memory, {self.bytes_read / 1e9:.3g} GB read, "
             f"waited {self.wait:.1f} s{ahead}"
         )
