@@ -105,6 +105,9 @@ def _weight_format(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace, dtype: torch.dtype, top_k: int | None = None) -> Any:
     """Target and draft."""
     if args.offload_budget is not None:
+        if args.weight_format != PLAIN or args.device != "cpu":
+            got = f"{args.weight_format} on {args.device}"
+            raise ValueError(f"experts are left in files in plain weights, for a cpu, got {got}")
         target = offloaded_model(args.target, dtype, args.offload_budget, top_k)
         return target, load_draft(args.draft, target, dtype, args.device)
     target, draft = load_subject(args.target, args.draft, dtype, args.device, top_k)

@@ -39,7 +39,9 @@ def offloaded_model(
     with TemporaryDirectory(prefix="moesd-offload-") as folder:
         config = moe_310m(**({"num_experts_per_tok": top_k} if top_k else {}))
         random_model(config, dtype).save_pretrained(folder)
-        os.sync()  # pages that have not been written cannot be dropped
+        for file in weight_files(Path(folder)):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())  # the page cache keeps what has not been written
         return _load(Path(folder), dtype, share)  # the files stay open when their names are gone
 
 
