@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ def resident_bytes(reset: bool = False) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def test_memory_stays_within_the_budget(tmp_path):
+def test_memory_stays_within_the_budget(folder, tmp_path):
     """Loading and decoding; the whole model, which must show, takes all its experts."""
+    decoded(load_model(folder, device="cpu", offload=places(folder, 9)))  # code takes memory, too
     sizes = {"hidden_size": 128, "moe_intermediate_size": 512, "num_experts": 64}
     config = {**PAGES, **sizes}
     tiny_model("qwen3_moe", torch.bfloat16, **config).save_pretrained(tmp_path)
@@ -149,6 +151,17 @@ def test_memory_stays_within_the_budget(tmp_path):
         del model
     assert grown[True] > 0.9 * whole
     assert grown[False] < 0.8 * whole
+
+
+def test_decoders_in_two_threads_share_a_model(folder):
+    """With places for one layer, each would lose its experts to the other in mid-layer."""
+    model = load_model(folder, device="cpu", offload=places(folder, 8))
+    wanted, first = decoded(model)
+    _, second = decoded(model)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(decoder.generate, PROMPTS, NEW) for decoder in (first, second)]
+    for outputs in both:
+        assert [list(o.token_ids) for o in outputs.result()] == wanted
 
 
 def rename(old: str, new: str) -> Any:
