@@ -79,6 +79,7 @@ class Leader:
 
     def end(self) -> None:
         """Let the other ranks go; they lose this one where it was stopped in a forward."""
+        atexit.unregister(self.end)
         if not self.ranks.is_inside:
             with suppress(RankLost):
                 self.send(Command(END))

@@ -1,0 +1,82 @@
+"""Two and four ranks on gloo: the tokens of one process, and no work that another rank does.
+
+Tokens are compared in fp32: a sum over ranks adds the same numbers in another order than one
+process does, which rounds otherwise, and in bf16 can turn a near-tie. Ranks agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import rank_work, ranks
+from support.tiny import tiny_model
+
+from decoder.model.loading import load_model
+
+# Divisible by four ranks; what each family is here for.
+SIZES: dict[str, Any] = {"num_key_value_heads": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {},  # walked by the stack where dense layers are whole
+    "qwen2_moe": {"tie_word_embeddings": True},  # biases, a shared expert, a tied head
+    "olmoe": {},  # norms across heads, for which projections are gathered
+    "gpt_oss": {},  # biases of experts, sinks
+    "deepseek_v3": {},  # latent attention, dense layers, a correction of the router
+}
+EVERY = [("none", 0), ("ngram", 3), ("independent", 2), ("self", 2), ("ngram", "auto")]
+CASES = [
+    ("expert", "qwen3_moe", EVERY),
+    ("tensor", "qwen3_moe", EVERY),
+    ("expert", "qwen2_moe", [("ngram", 2)]),
+    ("tensor", "qwen2_moe", [("ngram", 2)]),
+    ("tensor", "olmoe", [("ngram", 2)]),
+    ("expert", "gpt_oss", [("ngram", 2)]),
+    ("tensor", "deepseek_v3", [("ngram", 2)]),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of one model of each family."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, changes in FAMILIES.items():
+        tiny_model(name, **{**SIZES, **changes}).save_pretrained(folder / name)
+    draft = tiny_model("qwen3", seed=0, num_hidden_layers=1)
+    draft.save_pretrained(folder / "draft")
+    return {name: str(folder / name) for name in (*FAMILIES, "draft")}
+
+
+@pytest.fixture(scope="module")
+def expected(saved: dict[str, str]) -> dict[str, list[Any]]:
+    """What one process decodes, plainly."""
+    return {
+        name: rank_work.decoded(load_model(saved[name], dtype=torch.float32)) for name in FAMILIES
+    }
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tokens_are_those_of_one_process(
+    size: int, saved: dict[str, str], expected: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    cases = [(mode, saved[name], drafters) for mode, name, drafters in CASES]
+    processes = ranks.start(size, rank_work.decode, tmp_path, cases, saved["draft"], tmp_path)
+    codes = ranks.join(processes)
+    assert codes == [0] * size, [ranks.printed(tmp_path, rank)[-3000:] for rank in range(size)]
+    outputs = iter(ranks.reported(tmp_path, 0)["outputs"])
+    for mode, name, drafters in CASES:
+        for drafter in drafters:
+            assert next(outputs) == expected[name], (mode, name, drafter)
+
+
+def test_sums_are_in_order_and_experts_elsewhere_cost_nothing(
+    saved: dict[str, str], tmp_path: Path
+) -> None:
+    assert ranks.join(ranks.start(4, rank_work.sums, tmp_path, tmp_path)) == [0] * 4
+    assert all(all(ranks.reported(tmp_path, rank)["right"]) for rank in range(4))
+    start = ranks.start(2, rank_work.count_expert_work, tmp_path, saved["qwen3_moe"], tmp_path)
+    assert ranks.join(start) == [0, 0], ranks.printed(tmp_path, 0)
+    found = [ranks.reported(tmp_path, rank) for rank in range(2)]
+    assert [one["flops"] for one in found] == [one["expected"] for one in found]
+    assert all(one["flops"] > 0 for one in found)
