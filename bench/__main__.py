@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from decoder.errors import RankLost
+
 COMMANDS = {
     "kernels": "target efficiency of the MoE layer, per launch and for the layer, against peers",
     "roofline": "this machine's ceilings: read bandwidth, peak operations, cost of a call",
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
         print(f"python -m bench {args.command}: {error}", file=sys.stderr)
         return 2
+    except RankLost as lost:
+        print(f"python -m bench {args.command}: {lost}; finished lines are kept", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; finished lines are kept", file=sys.stderr)
         return 130

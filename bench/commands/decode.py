@@ -24,6 +24,7 @@ from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
 from bench.workloads.arguments import add_machine, add_target_format, numbers
+from bench.workloads.divided import add_parallel, load_divided, rank_fields
 from bench.workloads.models import load_draft, load_subject
 from bench.workloads.offloaded import offloaded_model
 from moesd_kernels import quantize
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave experts in files; memory for them, as a share of the weights' bytes",
     )  # fmt: skip
     add_target_format(parser)
+    add_parallel(parser)
     add_machine(parser)
 
 
@@ -57,6 +59,11 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
+    load = partial(_load, args, dtype)
+    loaded = load_divided(args, dtype) if args.parallel else load()
+    if loaded is None:  # another rank, which has served the one that measures
+        return
+    target, draft = loaded
     recorder = Recorder(args.out, args.device)
     stored = _weight_format(args)
     table = Table(title=f"{args.target} {args.dtype}, {stored} weights, alpha {args.alpha}")
@@ -64,8 +71,6 @@ def run(args: argparse.Namespace) -> None:
     for head in (*heads, "efficiency", "speedup"):
         table.add_column(head, justify="right")
     probe = CeilingProbe(dtype) if torch.device(args.device).type == "cpu" else None
-    load = partial(_load, args, dtype)
-    target, draft = load()
     # Described with the target's own K: cells carry theirs where it is overridden.
     setup = describe_subject(Subject(target, draft, alpha=None), args.device, probe)
     for top_k in numbers(args.num_experts_per_token) if args.num_experts_per_token else [None]:
@@ -87,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
                     **cell_fields(args.target, subject, pair),
                     **memory_speed(pair, setup),
                     **setup,
+                    **rank_fields(args),
                     weight_format=stored,
                     offload_budget=args.offload_budget,
                 )

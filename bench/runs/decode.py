@@ -11,12 +11,12 @@ from bench.measure.storage import bytes_from_storage
 from bench.measure.telemetry import count_experts
 from bench.measure.timer import summarize
 from bench.runs.forced import ForcedSampler, force
+from bench.runs.rank_log import RankLog
 from bench.runs.subject import Subject, drafter_for, logged_decoder
 from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams
 from decoder.drafters import ReplayDrafter
 from decoder.engine.metrics import DecoderStats
-from decoder.engine.profile_rounds import RoundLog
 
 Prompts = list[list[int]]
 Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase
@@ -53,6 +53,7 @@ class Pair:
         agreement: with forced verdicts, how often the target's own choice was the recorded token.
         offload_ar: what reading experts came to in the last autoregressive run, where they do not
             stay in memory; offload_spec: in the last speculative one.
+        collective_ar, collective_verify: median seconds of a round in collectives; ``RankLog``.
     """
 
     batch: int
@@ -72,6 +73,8 @@ class Pair:
     read_bandwidth: float | None
     offload_ar: dict[str, Any] | None
     offload_spec: dict[str, Any] | None
+    collective_ar: float | None = None
+    collective_verify: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Arm:
     decided: int = 0
     accepted: int = 0
     offload: dict[str, Any] | None = None
+    collective: list[float] = field(default_factory=list)
 
 
 def measure_batch(
@@ -195,6 +199,7 @@ class _Runs:
                     self.replay.recordings.update(recorded)
             arm.identical &= outputs == wanted
             arm.rounds.append(log.full(self.batch))
+            arm.collective += log.collective(self.batch)
             stats = (self.fast if gamma else self.plain).stats
             arm.decided += stats.decided
             arm.accepted += stats.accepted
@@ -215,9 +220,9 @@ class _Runs:
             means |= counter.mean_by_tokens()
         return means
 
-    def _run(self, gamma: int, prompts: Prompts, new_tokens: int) -> tuple[RoundLog, Prompts]:
+    def _run(self, gamma: int, prompts: Prompts, new_tokens: int) -> tuple[RankLog, Prompts]:
         decoder = self.fast if gamma else self.plain
-        log = decoder.controller = RoundLog(gamma, self.longest)
+        log = decoder.controller = RankLog(gamma, self.longest)
         params = SamplingParams(
             max_new_tokens=new_tokens, ignore_eos=True, temperature=self.subject.temperature
         )
@@ -253,6 +258,8 @@ def _pair(batch: int, gamma: int, arms: dict[int, Arm], seen: Seen, *, comparabl
         read_bandwidth=seen.read_bandwidth,
         offload_ar=arms[0].offload,
         offload_spec=arm.offload,
+        collective_ar=_median(arms[0].collective),
+        collective_verify=_median(arm.collective),
     )
 
 
@@ -262,6 +269,10 @@ def _offload_fields(stats: DecoderStats, before: int | None) -> dict[str, Any]:
     after = bytes_from_storage()
     stored = None if before is None or after is None else after - before
     return {**stats.offload.as_dict(), "bytes_from_storage": stored, "rounds": stats.rounds}
+
+
+def _median(seconds: list[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None
 
 
 def _times(runs: list[list[Round]]) -> RoundTimes:

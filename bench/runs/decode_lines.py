@@ -99,4 +99,6 @@ def cell_fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
         "read_bandwidth": pair.read_bandwidth,
         "offload_ar": pair.offload_ar,
         "offload_verify": pair.offload_spec,
+        "collective_ar_time": pair.collective_ar,
+        "collective_verify_time": pair.collective_verify,
     }

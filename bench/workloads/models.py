@@ -178,20 +178,26 @@ def load_subject(
         draft: path; by default a random one-layer draft that fits the target's vocabulary.
         top_k: overrides the target's experts per token, without retraining, as the paper does.
     """
-    if target in ("moe-310m", "dense-310m"):
-        config = moe_310m(**({"num_experts_per_tok": top_k} if top_k else {}))
-        wanted = config if target == "moe-310m" else dense_like(config)
-        model = random_model(wanted, dtype, device)
+    if (config := named_config(target, top_k)) is not None:
+        model = random_model(config, dtype, device)
     else:
         override = {"num_experts_per_tok": top_k} if top_k else {}
         model = load_model(target, dtype, device, **override)
     return model, load_draft(draft, model, dtype, device)
 
 
+def named_config(target: str, top_k: int | None = None) -> Qwen3MoeConfig | Qwen3Config | None:
+    """The configuration of a random target by its name, ``None`` of a path."""
+    if target not in ("moe-310m", "dense-310m"):
+        return None
+    config = moe_310m(**({"num_experts_per_tok": top_k} if top_k else {}))
+    return config if target == "moe-310m" else dense_like(config)
+
+
 def load_draft(
     draft: str | None, target: PreTrainedModel, dtype: torch.dtype, device: torch.device | str
 ) -> PreTrainedModel:
-    """A draft from a path, or a random one that fits the target."""
+    """A draft by path, or a random one-layer draft that fits the target's vocabulary."""
     if draft is None:
         return random_model(draft_like(target.config), dtype, device, seed=1)
     return load_model(draft, dtype, device)

@@ -139,7 +139,8 @@ class RankedRunner(ModelRunner):
     ) -> tuple[Tensor, Tensor | None]:
         """As in ``ModelRunner``, on every rank; ``settled`` is of models that are refused."""
         layers = None if hidden_layers is None else torch.tensor(list(hidden_layers))
-        numbers = length, most_experts, min(self.cache.row_length - 1, self.max_length)
+        reserved = min(self.cache.row_length - 1, self.max_length)
+        numbers = length, most_experts, reserved, int(self._lean is not None)
         tensors = input_ids, rows, positions, layers, logits_positions
         leader = self._leader
         leader.send(Command(RUN, self._number, numbers, tensors))
@@ -147,3 +148,26 @@ class RankedRunner(ModelRunner):
             return super().run(
                 input_ids, rows, positions, length, hidden_layers, logits_positions, most_experts
             )
+
+
+class FollowingRunner(ModelRunner):
+    """A ``ModelRunner`` of another rank, which runs what rank 0 has announced."""
+
+    def follow(self, command: Command) -> None:
+        """Run a forward; nobody here looks at its logits."""
+        length, most_experts, reserved, walks = command.numbers
+        tensors: list[Any] = [
+            tensor if tensor is None else tensor.to(self.device) for tensor in command.tensors
+        ]
+        ids, rows, positions, layers, columns = tensors
+        self.cache.reserve(reserved)
+        lean = self._lean
+        if walks and lean is None:
+            raise RuntimeError("the layers are walked on rank 0 and not here")
+        if not walks:  # for a hook on rank 0; where columns are cut, parts have other shapes
+            self._lean = None
+        try:
+            wanted = None if layers is None else layers.tolist()
+            self.run(ids, rows, positions, length, wanted, columns, most_experts)
+        finally:
+            self._lean = lean

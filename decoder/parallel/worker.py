@@ -9,10 +9,10 @@ import torch
 
 from decoder.drafters.self_draft import ReducedRouting, find_experts
 from decoder.model.kernels import ATTENTION
-from decoder.model.runner import ModelRunner
 
 from .commands import CLOSE, END, OPEN, SCRUB, Channel, Command
 from .group import Ranks
+from .runner import FollowingRunner
 
 
 def serve(model: Any, ranks: Ranks) -> None:
@@ -26,7 +26,7 @@ def serve(model: Any, ranks: Ranks) -> None:
         RankLost: this rank failed, or another is gone.
     """
     channel = Channel(ranks.commands)
-    runners: dict[int, ModelRunner] = {}
+    runners: dict[int, FollowingRunner] = {}
     while True:
         with ranks.together():
             command = channel.receive()
@@ -35,29 +35,22 @@ def serve(model: Any, ranks: Ranks) -> None:
             _do(command, model, runners)
 
 
-def _do(command: Command, model: Any, runners: dict[int, ModelRunner]) -> None:
+def _do(command: Command, model: Any, runners: dict[int, FollowingRunner]) -> None:
     if command.kind == CLOSE:
         del runners[command.runner]
         return
     if command.kind == OPEN:
         batch, length, attention = command.numbers
         kernel: Any = ATTENTION[attention or 0]
-        runners[command.runner] = ModelRunner(model, batch, length, kernel, static=False)
+        runners[command.runner] = FollowingRunner(model, batch, length, kernel, static=False)
         return
     runner = runners[command.runner]
     if command.kind == SCRUB:
         row, start = command.numbers
         runner.cache.scrub(row, start)
         return
-    length, most_experts, reserved = command.numbers
-    tensors: list[Any] = [
-        tensor if tensor is None else tensor.to(runner.device) for tensor in command.tensors
-    ]
-    ids, rows, positions, layers, columns = tensors
-    runner.cache.reserve(reserved)
     reduced: AbstractContextManager[None] = nullcontext()
-    if most_experts is not None:
+    if (most_experts := command.numbers[1]) is not None:
         reduced = ReducedRouting(find_experts(model), most_experts)()
     with reduced, torch.inference_mode():
-        wanted = None if layers is None else layers.tolist()
-        runner.run(ids, rows, positions, length, wanted, columns, most_experts)
+        runner.follow(command)

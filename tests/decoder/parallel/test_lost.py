@@ -1,4 +1,4 @@
-"""A rank that ends before the others: one message, within the time, and nothing lost that is done."""
+"""A rank that ends before the others: one message, in time, and nothing lost that is finished."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-from support import rank_work, ranks
+from support.ranks import processes as ranks
+from support.ranks import work as rank_work
 from support.tiny import tiny_model
 
 from decoder.__main__ import main

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import rank_work, ranks
+from support.ranks import processes as ranks
+from support.ranks import work as rank_work
 from support.tiny import tiny_model
 
 from decoder.model.loading import load_model

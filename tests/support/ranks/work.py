@@ -19,7 +19,7 @@ from decoder.parallel.runner import lead
 from decoder.parallel.worker import serve
 from moesd_kernels import accelerate
 
-from .ranks import report
+from .processes import report
 
 PROMPTS = [[7, 8, 9, 7, 8], [3, 4, 3, 4, 3, 4, 3], [11] * 9, [20, 21], [30, 31, 32]]
 GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
