@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method as unquantized
@@ -18,7 +18,9 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from moesd_kernels import available_backends, fused_experts
+from moesd_kernels import ExpertsSpec, available_backends
+from moesd_kernels.experts.backends import BACKENDS
+from moesd_kernels.experts.spec import ExpertsWeights, TopK
 
 from .mapping import DTYPES, experts_spec, local_ids
 from .settings import experts_wanted
@@ -28,8 +30,8 @@ logger = logging.getLogger("vllm.moesd")
 Shape = tuple[int, ...]
 
 
-def _spec_of(moe_config: Any) -> Any:
-    """The ``ExpertsSpec`` of a ``FusedMoEConfig``; ValueError as in ``experts_spec``."""
+def _spec_of(moe_config: Any) -> ExpertsSpec:
+    """What the experts of a ``FusedMoEConfig`` compute; ValueError as in ``experts_spec``."""
     return experts_spec(
         moe_config.activation.value,
         moe_config.swiglu_limit,
@@ -41,9 +43,13 @@ def _spec_of(moe_config: Any) -> Any:
 class _OurExperts:
     """What ours do otherwise than the experts of vLLM that stand after it among the bases."""
 
+    backend: ClassVar[str]  # of ``moesd_kernels``
+
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
         self._spec = _spec_of(moe_config)
+        # The back-end itself: on a CPU one operation, in vLLM's compiled graphs as out of them.
+        self._run = BACKENDS[self.backend].load()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Leave them: ``[E, 2I, H]``, gate first, and ``[E, H, I]`` are read where they lie."""
@@ -77,26 +83,21 @@ class _OurExperts:
         """Write the layer's result into ``output`` ``[T, H]``; the arguments are vLLM's."""
         if apply_router_weight_on_input:  # vLLM has multiplied the hidden states by them
             topk_weights = torch.ones_like(topk_weights)
-        # Without `out`, which costs a small copy, a decode step goes the quick way.
-        result = fused_experts(
-            hidden_states,
-            w1,
-            w2,
-            local_ids(topk_ids, expert_map),
-            topk_weights,
-            gate_up_bias=self.w1_bias,  # type: ignore[attr-defined]
-            down_bias=self.w2_bias,  # type: ignore[attr-defined]
-            spec=self._spec,
-        )
-        output.copy_(result)
+        weights = ExpertsWeights(w1, w2, self.w1_bias, self.w2_bias)  # type: ignore[attr-defined]
+        routing = TopK(local_ids(topk_ids, expert_map), topk_weights)
+        self._run(hidden_states, weights, routing, self._spec, output)
 
 
 class MoesdCpuExperts(_OurExperts, CPUUnquantizedExperts):
     """The C++ kernels in place of vLLM's, which repack the weights."""
 
+    backend = "cpu"
+
 
 class MoesdTritonExperts(_OurExperts, TritonExperts):
     """Our Triton kernels in place of vLLM's. Not run on a GPU yet."""
+
+    backend = "triton"
 
     @staticmethod
     def supports_lora() -> bool:
@@ -104,10 +105,9 @@ class MoesdTritonExperts(_OurExperts, TritonExperts):
         return False
 
 
-# By vLLM's own class: ours, and the back-end of ``moesd_kernels`` it needs.
-REPLACEMENTS = {
-    CPUUnquantizedExperts: (MoesdCpuExperts, "cpu"),
-    TritonExperts: (MoesdTritonExperts, "triton"),
+REPLACEMENTS: dict[type, type[_OurExperts]] = {
+    CPUUnquantizedExperts: MoesdCpuExperts,
+    TritonExperts: MoesdTritonExperts,
 }
 
 
@@ -115,9 +115,7 @@ def replacement(chosen: type | None, moe_config: Any) -> tuple[type | None, str]
     """Ours in place of the class that vLLM has chosen, or None, and the back-end or why not."""
     if chosen is None or not issubclass(chosen, tuple(REPLACEMENTS)):
         return None, "nothing of ours stands in for these"
-    ours, backend = next(
-        ours for theirs, ours in REPLACEMENTS.items() if issubclass(chosen, theirs)
-    )
+    ours = next(ours for theirs, ours in REPLACEMENTS.items() if issubclass(chosen, theirs))
     if moe_config.is_lora_enabled:
         return None, "LoRA is on"
     if moe_config.in_dtype not in DTYPES:
@@ -126,8 +124,8 @@ def replacement(chosen: type | None, moe_config: Any) -> tuple[type | None, str]
         _spec_of(moe_config)
     except ValueError as error:
         return None, str(error)
-    missing = available_backends()[backend]
-    return (None, missing) if missing else (ours, backend)
+    missing = available_backends()[ours.backend]
+    return (None, missing) if missing else (ours, ours.backend)
 
 
 @functools.cache  # a line per kind of layer, not per layer

@@ -5,6 +5,7 @@ Who installs this package beside vLLM wants them, so they are on unless one of t
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -24,14 +25,20 @@ def experts_wanted(additional_config: Mapping[str, Any] | object = None) -> bool
     """
     said = {f"environment variable {VARIABLE}": os.environ.get(VARIABLE) or EXPERTS}
     if isinstance(additional_config, Mapping):
-        said[f"additional_config[{KEY!r}]"] = additional_config.get(KEY, EXPERTS)
-    for place, word in said.items():
-        if word not in (EXPERTS, OFF):
-            logger.warning(
-                "moesd: expected %s to be %r or %r, got %r: vLLM's experts stay its own",
-                place,
-                EXPERTS,
-                OFF,
-                word,
-            )
-    return all(word == EXPERTS for word in said.values())
+        # As text: whatever JSON has there.
+        word = additional_config.get(KEY, EXPERTS)
+        said[f"additional_config[{KEY!r}]"] = word if isinstance(word, str) else repr(word)
+    return all(_is_experts(place, word) for place, word in said.items())
+
+
+@functools.cache  # said once, though every layer asks
+def _is_experts(place: str, word: object) -> bool:
+    if word not in (EXPERTS, OFF):
+        logger.warning(
+            "moesd: expected %s to be %r or %r, got %s: vLLM's experts stay its own",
+            place,
+            EXPERTS,
+            OFF,
+            word,
+        )
+    return word == EXPERTS

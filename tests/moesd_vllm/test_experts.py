@@ -11,6 +11,7 @@ from support.vllm import fake
 
 import moesd_vllm
 from moesd_kernels import fused_experts
+from moesd_vllm import settings
 
 E, H, I, T = 4, 16, 8, 3
 
@@ -19,6 +20,7 @@ E, H, I, T = 4, 16, 8, 3
 def vllm(monkeypatch, caplog):
     monkeypatch.delenv("MOESD_VLLM", raising=False)
     caplog.set_level(logging.INFO, "vllm.moesd")
+    settings._is_experts.cache_clear()
     return fake.fake_vllm(monkeypatch)
 
 
@@ -80,6 +82,7 @@ def test_a_back_end_that_is_missing_is_the_reason(vllm, caplog, monkeypatch) -> 
     assert "stay on vLLM's TritonExperts: no CUDA device" in caplog.text
     monkeypatch.setattr(experts, "available_backends", lambda: {"triton": None})
     assert chosen(vllm, layer("gelu")).__name__ == "MoesdTritonExperts"
+    assert "unquantised gelu experts in float32 run on moesd_kernels (triton)" in caplog.text
 
 
 @pytest.mark.parametrize("map_of", [None, [-1, 0, 1, -1, 2, 3]], ids=["all here", "some elsewhere"])
@@ -142,7 +145,8 @@ def test_a_call_of_vllms_is_a_call_of_ours(vllm, map_of, on_input, bias) -> None
         ("off", {}, False, None),
         ("off", {"moesd": "experts"}, False, None),
         ("experts", {"moesd": "off"}, False, None),
-        ("expert", {}, False, "MOESD_VLLM to be 'experts' or 'off', got 'expert'"),
+        ("expert", {}, False, "MOESD_VLLM to be 'experts' or 'off', got expert"),
+        ("experts", {"moesd": ["off"]}, False, "got ['off']"),
         ("experts", {"moesd": True}, False, "['moesd'] to be 'experts' or 'off', got True"),
         ("experts", "an object of vLLM's", True, None),
     ],
