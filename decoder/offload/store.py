@@ -121,7 +121,7 @@ class ExpertStore(ABC):
             came_true = len(hinted & tokens.keys()) / len(hinted)
             self._trust += _MEMORY * (came_true - self._trust)
         wanted = {(layer, expert) for expert in tokens}
-        stats.useful += len(wanted & self._ahead)
+        stats.useful += sum(key in residency for key in wanted & self._ahead)
         self._ahead = {key for key in self._ahead if key[0] != layer}
         residency.note_run(layer, tokens)
         missing = [key for key in sorted(wanted) if key not in residency]
