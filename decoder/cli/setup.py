@@ -89,7 +89,8 @@ class Setup:
             attention=args.attention,
             static=False if args.enforce_eager else "auto",
         )
-        if profile:
+        # With experts on disk it would read for minutes what nothing is decoded with.
+        if profile and args.offload_experts is None:
             profile_rounds(decoder)
         return decoder
 
