@@ -7,7 +7,6 @@ they compute the same. Quantised experts are chosen elsewhere in vLLM and stay i
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +23,7 @@ from moesd_kernels.experts.spec import ExpertsWeights, TopK
 
 from .mapping import DTYPES, experts_spec, local_ids
 from .settings import experts_wanted
-
-logger = logging.getLogger("vllm.moesd")
+from .versions import logger
 
 Shape = tuple[int, ...]
 

@@ -6,7 +6,6 @@ speculative methods can do with another length from step to step was read in vLL
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
@@ -16,9 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from decoder.gamma.auto import AutoGamma
 
 from .rounds import StepGamma
-from .versions import supported
-
-logger = logging.getLogger("vllm.moesd")
+from .versions import logger, supported
 
 METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
 TABLE = "num_speculative_tokens_per_batch_size"

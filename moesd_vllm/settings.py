@@ -6,12 +6,11 @@ Who installs this package beside vLLM wants them, so they are on unless one of t
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
-logger = logging.getLogger("vllm.moesd")
+from .versions import logger
 
 VARIABLE = "MOESD_VLLM"
 KEY = "moesd"
