@@ -14,7 +14,7 @@ from support.tiny import tiny_model
 
 from decoder.__main__ import main
 
-_COUNT = 24  # prompts
+_COUNT = 12  # prompts
 
 
 def _lines(path: Path) -> list[str]:
@@ -43,7 +43,7 @@ def test_a_killed_rank_ends_the_run_and_what_was_finished_stays(tmp_path: Path) 
 
     processes = ranks.start(2, rank_work.run_command, tmp_path, *parallel)
     deadline = time.monotonic() + 120
-    while len(_lines(output)) < 3 and time.monotonic() < deadline:
+    while len(_lines(output)) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     victim = processes[1].pid
     assert victim is not None
@@ -52,7 +52,7 @@ def test_a_killed_rank_ends_the_run_and_what_was_finished_stays(tmp_path: Path) 
     assert ranks.join(processes) == [1, -signal.SIGKILL]
     assert time.monotonic() - began < 20
     finished = len(_outputs(output))
-    assert 3 <= finished < _COUNT
+    assert 2 <= finished < _COUNT
     assert _said(tmp_path, 2) == [f"moesd: error: stopped after {finished} results: rank 1 is gone"]
 
     resumed = ranks.start(2, rank_work.run_command, tmp_path, *parallel, "--resume")

@@ -21,11 +21,10 @@ from moesd_kernels import accelerate
 
 from .processes import report
 
-PROMPTS = [[7, 8, 9, 7, 8], [3, 4, 3, 4, 3, 4, 3], [11] * 9, [20, 21], [30, 31, 32]]
-GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
-COUPLED = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, seed=3)
-# Longer than a message holds with more rows than one: a second one has the rest.
-LONG = [[1 + place % 60 for place in range(400)], [2 + place % 50 for place in range(390)]]
+# The last with its positions is longer than one message.
+PROMPTS = [[7, 8, 9, 7, 8], [3, 4, 3, 4, 3, 4, 3], [1 + place % 60 for place in range(250)]]
+GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
+COUPLED = SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=1.0, seed=3)
 
 
 def decoded(model: Any, drafter: str = "none", gamma: Any = 0, draft: Any = None) -> list[Any]:
