@@ -118,7 +118,7 @@ def _load_safetensors(
         copied = files if offload.folder is None else weight_files(offload.folder)
         apart = ExpertsApart(config, copied, offload, device)
     loader: Any = AutoModelForCausalLM if apart is None else apart.model_class
-    with _quiet():  # what it would report is raised here
+    with quiet():  # what it would report is raised here
         loaded: Any = loader.from_pretrained(
             folder,
             config=config,
@@ -154,7 +154,7 @@ def base_of_weights(
     Raises:
         UserError: weights that are missing, left over or of another shape.
     """
-    with _quiet():
+    with quiet():
         model, found = kind.from_pretrained(
             None,
             config=config,
@@ -257,7 +257,8 @@ def _require_offloadable(path: str | Path, device: torch.device, offload: Offloa
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """What transformers would warn of inside is said by the caller, or is none of its business."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

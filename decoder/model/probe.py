@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from decoder.errors import UserError
 
 from .cache import RaggedCache
+from .loading import quiet
 
 LENGTH = 5  # tokens of each row
 TRIED = 4  # of a row at once, the longest draft that is taken back among them
@@ -213,7 +214,8 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
-    return model(**inputs).logits
+    with quiet():  # of kernels that it would be faster with, which decoding does not use
+        return model(**inputs).logits
 
 
 def _difference(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:

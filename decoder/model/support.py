@@ -75,16 +75,30 @@ def check_supported(model: Any) -> bool:
     exotic = layers - _WITHOUT_STATE - _WITH_STATE
     stateful = layers & _WITH_STATE or (not layers and getattr(model, "_is_stateful", False))
     if exotic or (stateful and not adapt(model)):
-        kinds = ", ".join(sorted(exotic or layers & _WITH_STATE)) or "recurrent state"
+        refused = exotic or layers & _WITH_STATE
+        kinds = ", ".join(sorted(refused)) or "recurrent state"
         raise UserError(
-            f"{name} has {kinds} layers, whose state cannot be rolled back when drafted tokens are "
-            "rejected; supported are attention that masking rolls back, and delta rules, Mamba and "
-            "short convolutions of transformers' linear-attention cache"
+            f"{name} has {kinds} layers{_first_of(model, config, refused)}, whose state cannot be "
+            "rolled back when drafted tokens are rejected; supported are attention that masking "
+            "rolls back, and delta rules, Mamba and short convolutions behind transformers' cache"
         )
     if getattr(model.get_output_embeddings(), "weight", None) is None:
         raise UserError(f"{name} has no language-model head of one matrix; expected a causal LM")
     check_runs_whole(model)
     return bool(stateful)
+
+
+def _first_of(model: torch.nn.Module, config: Any, kinds: set[str]) -> str:
+    """What mixes tokens in the first layer of some kinds: its first part that has parts itself."""
+    types = getattr(config, "layer_types", None) or ()
+    index = next((i for i, kind in enumerate(types) if kind in kinds), 0)
+    text = set(model.get_decoder().modules())  # type: ignore[operator]
+    for name, layers in model.named_modules():
+        if isinstance(layers, torch.nn.ModuleList) and layers in text and len(layers) > index:
+            for part, mixer in layers[index].named_children():
+                if next(mixer.children(), None) is not None:
+                    return f" ({type(mixer).__name__} in {name}.{index}.{part})"
+    return ""
 
 
 def hidden_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -158,10 +158,13 @@ CLASSES = _found()
 FAMILY_NAMES = [name for name in CLASSES if name not in NOT_BUILT]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of a class in ``FAMILY_NAMES``, in evaluation mode, the same each time."""
+def build(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random model of a class in ``FAMILY_NAMES``, in evaluation mode, the same each time.
+
+    ``changes`` to its config.
+    """
     kind = getattr(importlib.import_module(CLASSES[name]), name)
-    config = kind.config_class(**_shrunk(kind.config_class().to_dict()))
+    config = kind.config_class(**_shrunk(kind.config_class().to_dict()) | changes)
     config.is_decoder = True  # of the BERT kind, which attends both ways otherwise
     torch.manual_seed(0)
     model = kind(config)
