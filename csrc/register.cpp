@@ -47,6 +47,9 @@ TORCH_LIBRARY(moesd, m) {
     m.def(
         "short_convolution(Tensor window, Tensor weight, Tensor? bias=None, "
         "str? activation=None) -> Tensor");
+    m.def(
+        "gated_rms_norm(Tensor x, Tensor gate, Tensor w, float eps, int group, bool gate_first, "
+        "bool cast_first, str activation) -> Tensor");
     m.def("cpu_isa() -> str");
     m.def("activation_names() -> str[]");
     m.def("weight_format_names() -> str[]");

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,6 +53,12 @@ def register_fakes() -> None:
         ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
         return ids, x.new_empty(x.shape[:-1], dtype=torch.bool)
 
+    _register_recurrent(fake)
+
+
+def _register_recurrent(fake: Callable[[str], Any]) -> None:
+    """Those of recurrent layers."""
+
     @fake("moesd::gated_delta_rule")
     def _(query, key, value, decay, beta, states, rows, keep, counts):
         return value.new_empty(value.shape)
@@ -64,3 +72,7 @@ def register_fakes() -> None:
     def _(window, weight, bias=None, activation=None):
         tokens = window.shape[1] - weight.shape[1] + 1
         return window.new_empty(window.shape[0], tokens, window.shape[2])
+
+    @fake("moesd::gated_rms_norm")
+    def _(x, gate, w, eps, group, gate_first, cast_first, activation):
+        return x.new_empty(x.shape)

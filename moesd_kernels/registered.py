@@ -27,6 +27,7 @@ OPERATORS = {
     "selective_state_update": "recurrent.state_space_kernel",
     "selective_scan": "recurrent.state_space_kernel",
     "short_convolution": "recurrent.convolution_kernel",
+    "gated_rms_norm": "recurrent.gated_norm_kernel",
 }
 
 

@@ -8,6 +8,7 @@ namespace moesd {
 // What a kernel's buffers hold, and the op boundary checks.
 constexpr int64_t kMaxStateSize = 512;  // numbers of state a channel
 constexpr int64_t kMaxTaps = 32;
+constexpr int64_t kMaxNormGroup = 16384;
 
 // Values of tokens [B, Q, ...] of which those of a token are contiguous; strides in elements.
 struct TokenValues {
@@ -65,6 +66,23 @@ struct ConvolutionArgs {
     bool has_activation;
     Activation activation;
     void* out;  // [B, Q, C]
+    int threads;
+    RunTeam run;
+};
+
+struct GatedNormArgs {
+    DType dtype;
+    int64_t rows, groups, width;
+    const void* x;     // [rows, groups * width], rows x_row elements apart
+    const void* gate;  // likewise
+    int64_t x_row, gate_row;
+    const void* w;    // [groups * width], or [width] for every group
+    bool w_of_group;  // the latter
+    float eps;
+    bool gate_first;  // the gate is applied before the norm, not after it
+    bool cast_first;  // the norm, and its product with w before a gate, are rounded to the dtype
+    bool sigmoid;     // what is applied of the gate, instead of its SiLU
+    void* out;        // [rows, groups * width]
     int threads;
     RunTeam run;
 };

@@ -207,6 +207,7 @@ struct ArgmaxArgs {
 struct DeltaRuleArgs;
 struct StateSpaceArgs;
 struct ConvolutionArgs;
+struct GatedNormArgs;
 
 struct KernelTable {
     const char* name;
@@ -223,6 +224,7 @@ struct KernelTable {
     void (*mamba2)(const StateSpaceArgs&);
     void (*mamba)(const StateSpaceArgs&);
     void (*convolution)(const ConvolutionArgs&);
+    void (*gated_norm)(const GatedNormArgs&);
 };
 
 }  // namespace moesd

@@ -8,6 +8,7 @@
 #include "../kernels/linear_kernel.h"
 #include "../kernels/recurrent/convolution_kernel.h"
 #include "../kernels/recurrent/delta_rule_kernel.h"
+#include "../kernels/recurrent/gated_norm_kernel.h"
 #include "../kernels/recurrent/state_space_kernel.h"
 #include "../kernels/rope_kernel.h"
 #include "../kernels/row_kernels.h"
@@ -38,7 +39,8 @@ constexpr KernelTable make_table(const char* name) {
             run_for_dtype<DeltaRuleKernel, DeltaRuleArgs>,
             run_for_dtype<Mamba2Kernel, StateSpaceArgs>,
             run_for_dtype<MambaKernel, StateSpaceArgs>,
-            run_for_dtype<ConvolutionKernel, ConvolutionArgs>};
+            run_for_dtype<ConvolutionKernel, ConvolutionArgs>,
+            run_for_dtype<GatedNormKernel, GatedNormArgs>};
 }
 
 }  // namespace moesd::MOESD_ISA

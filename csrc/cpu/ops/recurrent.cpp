@@ -1,5 +1,6 @@
-// moesd::gated_delta_rule, selective_state_update, selective_scan and short_convolution: checks,
-// among them that every row lies inside the states and that none is written that is used twice.
+// moesd::gated_delta_rule, selective_state_update, selective_scan, short_convolution and
+// gated_rms_norm: checks, among them that every row lies inside the states and that none is written
+// that is used twice.
 #include "../recurrent.h"
 
 #include <torch/library.h>
@@ -238,11 +239,49 @@ Tensor short_convolution(const Tensor& window, const Tensor& weight, const OptTe
     return out;
 }
 
+// Rows of a tensor [..., H]; a view wherever strides allow one.
+Tensor rows_of(const Tensor& t) {
+    const Tensor rows = t.reshape({-1, t.size(-1)});
+    return rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+Tensor gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& w, double eps,
+                      int64_t group, bool gate_first, bool cast_first,
+                      c10::string_view activation) {
+    TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [..., H], got ", x.sizes());
+    check_shape(gate, "gate", x.sizes());
+    TORCH_CHECK_TYPE(gate.scalar_type() == x.scalar_type(), "gate must be ", x.scalar_type(),
+                     " like x, got ", gate.scalar_type());
+    check_size("group", group, kMaxNormGroup);
+    check_multiple("the width of x", x.size(-1), "group", group);
+    TORCH_CHECK_VALUE(activation == "silu" || activation == "sigmoid",
+                      "activation must be silu or sigmoid, got ", activation);
+    GatedNormArgs args{};
+    args.w_of_group = w.numel() == group;
+    check_like(w, "w", {args.w_of_group ? group : x.size(-1)}, x, "x");
+    args.dtype = storage_dtype(x, "x");
+    Tensor out = fresh(x.sizes(), x.scalar_type());
+    if (out.numel() == 0) return out;
+    const Tensor rows = rows_of(x), gates = rows_of(gate);
+    args.rows = rows.size(0), args.groups = x.size(-1) / group, args.width = group;
+    args.x = rows.const_data_ptr(), args.x_row = rows.stride(0);
+    args.gate = gates.const_data_ptr(), args.gate_row = gates.stride(0);
+    args.w = w.const_data_ptr();
+    args.eps = static_cast<float>(eps);
+    args.gate_first = gate_first, args.cast_first = cast_first, args.sigmoid = activation != "silu";
+    args.out = out.mutable_data_ptr();
+    args.threads = team_size(x.numel() * 20);  // an exponential and a division, mostly
+    args.run = run_team;
+    kernels().gated_norm(args);
+    return out;
+}
+
 TORCH_LIBRARY_IMPL(moesd, CPU, m) {
     m.impl("gated_delta_rule", &gated_delta_rule);
     m.impl("selective_state_update", &selective_state_update);
     m.impl("selective_scan", &selective_scan);
     m.impl("short_convolution", &short_convolution);
+    m.impl("gated_rms_norm", &gated_rms_norm);
 }
 
 }  // namespace

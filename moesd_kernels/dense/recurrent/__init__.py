@@ -19,6 +19,7 @@ groups, ``N`` numbers of state a channel.
 """
 
 from .ops import gated_delta_rule as gated_delta_rule
+from .ops import gated_rms_norm as gated_rms_norm
 from .ops import selective_scan as selective_scan
 from .ops import selective_state_update as selective_state_update
 from .ops import short_convolution as short_convolution

@@ -1,6 +1,7 @@
 """The operators as they are called: compiled where they can be, in PyTorch otherwise.
 
-Shapes and dtypes are checked by the compiled ones; gradients are not supported.
+Shapes and dtypes are checked by the compiled ones, which take float32, bfloat16 and float16;
+gradients are not supported.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from moesd_kernels.dense import ops
 
-from . import convolution, delta_rule, mamba, mamba2
+from . import convolution, delta_rule, gated_norm, mamba, mamba2
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gated_delta_rule(
@@ -150,11 +153,47 @@ def short_convolution(
     return run(window, weight, bias, activation)
 
 
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    w: Tensor,
+    eps: float,
+    *,
+    group: int,
+    gate_first: bool = False,
+    cast_first: bool = True,
+    activation: str = "silu",
+) -> Tensor:
+    """What recurrent layers put behind their recurrence, in fp32: transformers' RMSNormGated.
+
+    ``w * x / rms(x) * act(gate)``, the mean of squares being that of each group of x.
+
+    Args:
+        x: ``[..., H]`` in float32, bfloat16 or float16.
+        gate: ``[..., H]`` in x.dtype.
+        w: ``[H]``, or ``[group]`` for every group, contiguous in x.dtype.
+        eps: added to the mean.
+        group: numbers that share a norm; divides H, at most 16384.
+        gate_first: multiply by the gate before the norm (Mamba-2), not after it.
+        cast_first: round the norm to x.dtype before the product, and that before a gate's, too
+            (Qwen3-Next, Mamba-2), not only the result (Kimi-Linear, Falcon-H1).
+        activation: "silu" or "sigmoid".
+
+    Returns:
+        ``[..., H]`` contiguous in x.dtype.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or the activation differ from these.
+    """
+    run = torch.ops.moesd.gated_rms_norm if _compiled(x) else gated_norm.gated_rms_norm
+    return run(x, gate, w, eps, group, gate_first, cast_first, activation)
+
+
 def _compiled(x: Tensor) -> bool:
-    """Whether there is a compiled operator for tensors where x is.
+    """Whether there is a compiled operator for tensors such as x.
 
     ``torch.compile`` cannot trace how the library is loaded: it must have been before.
     """
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda") or x.dtype not in _DTYPES:
         return False
     return torch.compiler.is_compiling() or ops.unavailable() is None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moesd_kernels.dense import recurrent
 from moesd_kernels.dense.recurrent.convolution import short_convolution as reference
+from moesd_kernels.dense.recurrent.gated_norm import gated_rms_norm
 
 SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 128, 130)
 
@@ -90,4 +91,18 @@ def convolution(d: Draw) -> None:
     d.close(out, lambda *tensors: reference(*tensors, activation), window, weight, shift)
 
 
-RECURRENT = (delta_rule, mamba2, mamba, convolution)
+def gated_norm(d: Draw) -> None:
+    T, groups, group = d.among((0, 1, 2, 7)), d.among((1, 2, 3)), d.among((*SIZES, 1025))
+    x, gate = d.any_layout(T, groups * group), d.any_layout(T, groups * group)
+    w = d.flat(d.among((group, groups * group)))
+    rule = {"gate_first": d.chance(), "cast_first": d.chance()}
+    rule |= {"activation": d.among(("silu", "sigmoid")), "group": group}
+    out = recurrent.gated_rms_norm(x, gate, w, 1e-6, **rule)
+    assert out.shape == x.shape
+    d.close(out, lambda *tensors: gated_rms_norm(*tensors, 1e-6, **rule), x, gate, w)
+    if T:
+        t = d.among(range(T))
+        same(recurrent.gated_rms_norm(x[t], gate[t], w, 1e-6, **rule), out[t])
+
+
+RECURRENT = (delta_rule, mamba2, mamba, convolution, gated_norm)

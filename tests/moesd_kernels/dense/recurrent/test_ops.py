@@ -9,6 +9,7 @@ from support.fuzz import same
 from support.oracle import assert_as_accurate
 from support.recurrent import (
     CONVOLUTIONS,
+    REFERENCES,
     all_calls,
     convolution_call,
     delta_call,
@@ -181,12 +182,6 @@ def test_wrong_inputs_are_refused():
         delta, "decay must be float32, bfloat16 or float16, got Long", TypeError, at_3=decay.long()
     )
     refused(delta, r"beta must be \[2, 4, 2\], got", at_4=beta[..., None])
-    refused(
-        delta,
-        "value must be float32, bfloat16 or float16, got Double",
-        TypeError,
-        **{f"at_{i}": t.double() for i, t in enumerate(delta.inputs)},
-    )
     wide = delta_call(1, 1, 1, 1, 577, 1, torch.float32)
     refused(wide, r"the key dimension must be in \[1, 576\], got 577")
 
@@ -227,6 +222,14 @@ def test_wrong_convolutions_are_refused():
     for message, error, arguments in calls:
         with pytest.raises(error, match=message):
             recurrent.short_convolution(*arguments)
+
+
+def test_other_dtypes_take_the_reference():
+    for call in small_calls(torch.float32):
+        wide = call.double()
+        expected = wide.run(REFERENCES[call.name])
+        for actual, other in zip(wide.run(getattr(recurrent, call.name)), expected, strict=True):
+            same(actual, other)
 
 
 def test_nothing_gives_nothing():
