@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .gated_norms import gated_norm_forward, recognise_gated_norm
 from .mlps import activations, gated_mlp_forward
 from .norms import NormRule, recognise_norm
 from .packed import StoredWeight, linear_classes, stored_weight
@@ -82,6 +83,10 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
         norm = recognise_norm(module)
         if norm is not None:
             return _norm_forward(norm)
+    if name.endswith("RMSNormGated"):
+        gated = recognise_gated_norm(module)
+        if gated is not None:
+            return gated_norm_forward(gated)
     if name.lower().endswith(("topkrouter", "moegate")):
         rule = recognise_router(module)
         if rule is not None:
