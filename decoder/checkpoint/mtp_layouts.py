@@ -76,7 +76,7 @@ class MtpLayout:
 
 MTP_LAYOUTS = (
     MtpLayout(
-        "DeepSeek-V3 and GLM-4",
+        "DeepSeek-V3, GLM-4",
         layer="model.layers.{layer}.",
         embedding_norm="model.layers.{layer}.enorm",
         hidden_norm="model.layers.{layer}.hnorm",
@@ -86,7 +86,7 @@ MTP_LAYOUTS = (
         lm_head="model.layers.{layer}.shared_head.head",
     ),
     MtpLayout(
-        "Qwen3-Next and Qwen3.5",
+        "Qwen3-Next, Qwen3.5",
         layer="mtp.layers.{i}.",
         embedding_norm="mtp.pre_fc_norm_embedding",
         hidden_norm="mtp.pre_fc_norm_hidden",

@@ -253,7 +253,7 @@ def build_drafter(
             lookup without one. Also a ``Drafter``, which is returned as is, ``None`` for none, or
             a loaded draft model, as if given as ``draft``.
         target: the loaded target, for the dtype and device of what is loaded.
-        draft: directory or hub name of a draft model or an EAGLE head, or one that is loaded.
+        draft: directory or hub name of a draft model or of heads, or one that is loaded.
         options: see ``DraftOptions``.
 
     Raises:

@@ -69,7 +69,10 @@ def load_mtp(path: str | Path, target: Any) -> list[MtpHead]:
         headers = tensor_headers(files)
         found = mtp_heads(headers, depth)
         if found is None:
-            known = (f"{layout.parts(depth, 0)['projection']}.weight" for layout in MTP_LAYOUTS)
+            known = (
+                f"{layout.parts(depth, 0)['projection']}.weight ({layout.family})"
+                for layout in MTP_LAYOUTS
+            )
             raise UserError(
                 f"{folder} has no MTP head for a target of {depth} layers: expected a tensor "
                 f"named {' or '.join(known)}"
@@ -110,12 +113,13 @@ def _one_layer(target: Any, sparse: bool) -> Any:
         "vocab_size": 1,
         "pad_token_id": None,
         "layer_types": ["full_attention"],
-        "quantization_config": None,
         **(_SPARSE if sparse else _DENSE),
     }
     for name, value in fields.items():
         if getattr(config, name, None) is not None:
             setattr(config, name, value)
+    if hasattr(config, "quantization_config"):  # of tensors that are unpacked by now
+        del config.quantization_config
     return config
 
 

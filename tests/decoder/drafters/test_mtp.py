@@ -117,3 +117,17 @@ def test_greedy_output_is_the_targets_own(name: str, count: int, checkpoints: An
         outputs = decoder.generate(PROMPTS, SamplingParams(max_new_tokens=NEW))
         assert [output.token_ids for output in outputs] == expected
         assert decoder.stats.alpha is not None
+
+
+def test_heads_run_on_the_kernels_and_change_nothing(checkpoints: Any) -> None:
+    model = load_model(checkpoints["deepseek_v3", 3].path, dtype="fp32", device="cpu")
+    outputs = []
+    for drafter, gamma in ((None, 0), (MtpDrafter(kernels=True), 4)):
+        decoder = SpeculativeDecoder(model, drafter, gamma, max_batch_size=3, max_length=64)
+        made = decoder.generate(PROMPTS, SamplingParams(max_new_tokens=NEW))
+        outputs.append([output.token_ids for output in made])
+    assert outputs[0] == outputs[1]
+    assert isinstance(drafter, MtpDrafter) and len(drafter.heads) == 3
+    for head in drafter.heads:
+        assert head.base.config._experts_implementation == "moesd"
+        assert "forward" in vars(head.around["projection"]), "not its own any more"

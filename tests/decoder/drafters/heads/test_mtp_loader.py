@@ -53,7 +53,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no head": (
         without(LAYER),
         "has no MTP head for a target of 2 layers: expected a tensor named "
-        "model.layers.2.eh_proj.weight or mtp.fc.weight or model.mtp_layers.0.input_proj.weight",
+        "model.layers.2.eh_proj.weight (DeepSeek-V3, GLM-4) or mtp.fc.weight (Qwen3-Next, Qwen3.5)",
     ),
     "a projection alone": (without(f"{LAYER}."), "has no MTP head"),
     "no norm": (without("hnorm"), "lacks model.layers.2.hnorm.weight"),
@@ -158,7 +158,7 @@ def test_copies_of_the_targets_ends_are_kept_once(
     assert {"embedding", "lm_head"} <= other.around.keys()
 
 
-def test_fp8_blocks_become_their_product(folder: Path, target: Any, tmp_path: Path) -> None:
+def test_fp8_blocks_become_their_product(folder: Path, tmp_path: Path) -> None:
     packed = copied(folder, tmp_path / "checkpoint")
     name, scales = f"{LAYER}.self_attn.o_proj.weight", torch.tensor([[0.5, 2.0], [1.0, 0.25]])
     held = load_file(packed / WEIGHTS)
@@ -166,9 +166,11 @@ def test_fp8_blocks_become_their_product(folder: Path, target: Any, tmp_path: Pa
     held |= {name: weight, f"{name}_scale_inv": scales}
     save_file(held, packed / WEIGHTS)
     config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"] = {"weight_block_size": [20, 16]}
-    (packed / "config.json").write_text(json.dumps(config))
-    (head,) = load_mtp(packed, target)
+    told = {"quant_method": "fp8", "weight_block_size": [20, 16]}
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+    quantized = target_of("deepseek_v3")
+    quantized.config.quantization_config = told
+    (head,) = load_mtp(packed, quantized)
     expected = (
         weight.double()
         * torch.cat([scales[:1].expand(20, 2), scales[1:].expand(12, 2)])[:, [0] * 16 + [1] * 16]
