@@ -1,0 +1,1 @@
+"""Draft heads as their publishers write them, and what they compute."""
