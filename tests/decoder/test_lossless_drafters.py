@@ -40,6 +40,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     weights = {"fc.weight": torch.randn(H, 2 * H), **random_layer("layers.0", H, 2)}
     save(root / "eagle", LAYER, weights)
     save_with_heads(root / "mtp", tiny_moe(), "deepseek")
+    save_tokenizer(root / "mtp", [f"w{i}" for i in range(MOE_VOCAB)])
     return {path.name: path for path in root.iterdir()}
 
 
@@ -64,6 +65,13 @@ def test_greedy_output_is_the_targets_own(name, paths, expected):
         assert [output.token_ids for output in outputs] == expected
     assert decoder.runner.dtype == torch.float64
     assert (decoder.stats.alpha is None) == (name == "none")
+
+
+def test_a_checkpoint_that_carries_heads_needs_no_draft(paths, expected):
+    decoder = load({"target": paths["mtp"]}, drafter="mtp", gamma=3)
+    outputs = decoder.generate(PROMPTS, SamplingParams(max_new_tokens=NEW))
+    assert [output.token_ids for output in outputs] == expected
+    assert decoder.stats.drafted > 0
 
 
 def test_from_paths_brings_the_tokenizer_and_chooses_by_the_draft(paths):
