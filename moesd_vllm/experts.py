@@ -17,11 +17,11 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from moesd_kernels import ExpertsSpec, available_backends
-from moesd_kernels.experts.backends import BACKENDS
+from moesd_kernels import ExpertsSpec
+from moesd_kernels.experts.backends import CallTraits, Run, choose_backend
 from moesd_kernels.experts.spec import ExpertsWeights, TopK
 
-from .mapping import DTYPES, experts_spec, local_ids
+from .mapping import experts_spec, local_ids
 from .settings import experts_wanted
 from .versions import logger
 
@@ -41,13 +41,19 @@ def _spec_of(moe_config: Any) -> ExpertsSpec:
 class _OurExperts:
     """What ours do otherwise than the experts of vLLM that stand after it among the bases."""
 
+    device: ClassVar[str]  # its type
     backend: ClassVar[str]  # of ``moesd_kernels``
 
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
         self._spec = _spec_of(moe_config)
         # The back-end itself: on a CPU one operation, in vLLM's compiled graphs as out of them.
-        self._run = BACKENDS[self.backend].load()
+        self._run = self.run_of(moe_config)
+
+    @classmethod
+    def run_of(cls, moe_config: Any) -> Run:
+        """The back-end's function; RuntimeError where it cannot run, or not in this dtype."""
+        return choose_backend(cls.backend, CallTraits(cls.device, moe_config.in_dtype)).load()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Leave them: ``[E, 2I, H]``, gate first, and ``[E, H, I]`` are read where they lie."""
@@ -89,13 +95,13 @@ class _OurExperts:
 class MoesdCpuExperts(_OurExperts, CPUUnquantizedExperts):
     """The C++ kernels in place of vLLM's, which repack the weights."""
 
-    backend = "cpu"
+    device = backend = "cpu"
 
 
 class MoesdTritonExperts(_OurExperts, TritonExperts):
     """Our Triton kernels in place of vLLM's. Not run on a GPU yet."""
 
-    backend = "triton"
+    device, backend = "cuda", "triton"
 
     @staticmethod
     def supports_lora() -> bool:
@@ -116,14 +122,12 @@ def replacement(chosen: type | None, moe_config: Any) -> tuple[type | None, str]
     ours = next(ours for theirs, ours in REPLACEMENTS.items() if issubclass(chosen, theirs))
     if moe_config.is_lora_enabled:
         return None, "LoRA is on"
-    if moe_config.in_dtype not in DTYPES:
-        return None, f"{moe_config.in_dtype} is not one of {', '.join(map(str, DTYPES))}"
     try:
         _spec_of(moe_config)
-    except ValueError as error:
+        ours.run_of(moe_config)
+    except (ValueError, RuntimeError) as error:
         return None, str(error)
-    missing = available_backends()[ours.backend]
-    return (None, missing) if missing else (ours, ours.backend)
+    return ours, ours.backend
 
 
 @functools.cache  # a line per kind of layer, not per layer

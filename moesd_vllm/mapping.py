@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moesd_kernels import ExpertsSpec
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GATED = ("silu", "gelu", "gelu_tanh")
 # vLLM's names of experts without a gate end so.
 UNGATED_SUFFIX = "_no_mul"

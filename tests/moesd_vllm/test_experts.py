@@ -56,7 +56,7 @@ def test_vllms_cpu_experts_become_ours_and_one_line_says_so(vllm, caplog) -> Non
     ("theirs", "moe_config", "reason"),
     [
         ("CPUUnquantizedExperts", layer("situ"), "the activation situ is none of ours"),
-        ("CPUUnquantizedExperts", layer(dtype=torch.float64), "torch.float64 is not one of"),
+        ("CPUUnquantizedExperts", layer(dtype=torch.float64), "backend 'cpu' cannot run this call"),
         ("CPUUnquantizedExperts", layer(is_lora_enabled=True), "LoRA is on"),
         ("FlashInferExperts", layer(), "nothing of ours stands in for these"),
     ],
@@ -76,11 +76,17 @@ def test_a_back_end_that_is_missing_is_the_reason(vllm, caplog, monkeypatch) -> 
     moesd_vllm.register()
     from moesd_vllm import experts
 
+    def missing(name: str, traits) -> None:
+        raise RuntimeError(f"backend {name!r} cannot run this call: no {traits.device} device")
+
     vllm.chosen = fake.TritonExperts
-    monkeypatch.setattr(experts, "available_backends", lambda: {"triton": "no CUDA device"})
+    monkeypatch.setattr(experts, "choose_backend", missing)
     assert chosen(vllm, layer()) is fake.TritonExperts
-    assert "stay on vLLM's TritonExperts: no CUDA device" in caplog.text
-    monkeypatch.setattr(experts, "available_backends", lambda: {"triton": None})
+    assert "stay on vLLM's TritonExperts: backend 'triton' cannot run this call: no cuda" in (
+        caplog.text
+    )
+    there = SimpleNamespace(load=lambda: None)
+    monkeypatch.setattr(experts, "choose_backend", lambda name, traits: there)
     assert chosen(vllm, layer("gelu")).__name__ == "MoesdTritonExperts"
     assert "unquantised gelu experts in float32 run on moesd_kernels (triton)" in caplog.text
 

@@ -68,6 +68,13 @@ def test_additional_config_says_off_too() -> None:
     assert own.tokens == run(MOESD_VLLM="off").tokens
 
 
+def test_experts_are_spread_over_ranks() -> None:
+    """vLLM's own unquantised experts on a CPU take ids of all ranks for their own, and crash."""
+    spread = run('{"tensor_parallel_size": 2, "enable_expert_parallel": true}')
+    assert TAKEN_OVER in spread.log and "EP rank 1" in spread.log
+    assert spread.tokens == run().tokens
+
+
 def test_a_compiled_model_has_our_experts_as_one_operation() -> None:
     compiled = '{"enforce_eager": false}'
     # Traced by Dynamo, run eagerly: minutes of Inductor would show no more of ours.
