@@ -38,11 +38,11 @@ def decoded(model: Any, drafter: str = "none", gamma: Any = 0, draft: Any = None
     return [output.token_ids for output in decoder.generate(prompts, params)]
 
 
-def decode(cases: list[tuple[str, str, list[tuple[str, Any]]]], draft: str, folder: Path) -> None:
-    """Decode with each (mode, path of a target, drafters with gammas); rank 0 reports outputs."""
+def decode(cases: list[tuple[Any, ...]], draft: str, folder: Path) -> None:
+    """Decode with each (mode, path of a target, dtype, drafters with gammas); rank 0 reports."""
     ranks, found = Ranks(timeout=60), []
-    for mode, path, drafters in cases:
-        model = load_part(path, mode, ranks, dtype=torch.float32)
+    for mode, path, dtype, drafters in cases:
+        model = load_part(path, mode, ranks, dtype=dtype)
         if ranks.rank:
             serve(model, ranks)
             continue
