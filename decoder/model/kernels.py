@@ -64,7 +64,7 @@ def quantized(model: torch.nn.Module, weight_format: str) -> torch.nn.Module:
 
 
 def keeping_quantized() -> AbstractContextManager[None]:
-    """A block in which transformers leaves the weights of FP8 and MXFP4 files as they are."""
+    """A block in which transformers leaves FP8, MXFP4 and our own weights as they are stored."""
     import moesd_kernels
 
     return moesd_kernels.keep_quantized()

@@ -60,7 +60,7 @@ def load_model(
             GGUF file.
         device: CUDA when there is one, by default.
         experts: transformers' ``experts_implementation``, or its default.
-        packed: leave FP8 and MXFP4 weights as they are stored where only our kernels read them.
+        packed: leave FP8, MXFP4 and our own integers as they are stored where we can read them.
         offload: how to run with experts that do not fit; by default they are loaded.
         divide: transformers' ``DistributedConfig`` of a configuration: this process is one of
             several, and loads its part, which stays where that puts it.
@@ -82,7 +82,7 @@ def load_model(
             require_content(Path(path))
             return load_gguf(Path(path), torch.bfloat16 if wanted == "auto" else wanted).to(device)
     folder = model_folder(path)
-    keeping = keeping_quantized() if packed and device.type == "cpu" else nullcontext()
+    keeping = keeping_quantized() if packed else nullcontext()
     with explained(f"cannot load model {str(path)!r}"), keeping:
         model = _load_safetensors(folder, wanted, device, experts, offload, divide)
         eos_ids(model)

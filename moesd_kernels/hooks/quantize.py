@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# How a config says that its model's weights are ours.
+METHOD = "moesd"
 # Linear layers by these names choose or weigh experts: few bytes, and every rounding turns choices.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
@@ -65,10 +67,11 @@ def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool
     Parameters are replaced one by one, so memory falls as it goes. ``state_dict`` then has one
     integer tensor and one scale (``…weight`` and ``…weight_scale``, ``…down_proj`` and
     ``…down_proj_scale``), which another model of the same config loads after ``quantize``, also on
-    the "meta" device with ``load_state_dict(…, assign=True)``. Routers, norms and the embedding
-    stay as they are; a head that shares the embedding's matrix becomes a copy in integers, and the
-    config says so (``tie_word_embeddings``): it is read whole at every step, the embedding is not.
-    A matrix that no group divides stays as it is, and a line says how many did.
+    the "meta" device with ``load_state_dict(…, assign=True)``. ``save_pretrained`` saves it, and
+    ``from_pretrained`` loads that within ``keep_quantized``: the config says how. Routers, norms
+    and the embedding stay as they are; a head that shares the embedding's matrix becomes a copy in
+    integers, and the config says so (``tie_word_embeddings``): it is read whole at every step, the
+    embedding is not. A matrix that no group divides stays as it is, and a line says how many did.
 
     Args:
         model: a model with plain weights, of any dtype; no gradients remain.
@@ -99,9 +102,18 @@ def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool
             f"{type(model).__name__} has no weights that can be {weight_format}: expected plain "
             f"experts or linear layers with depths that {GROUPS[0]} divides, got {left[:3]}"
         )
+    _record(model, {"weight_format": weight_format, "group": group, "linears": linears})
     if left:
         logger.warning("%d modules stay as they were, the first is %s", len(left), left[0])
     return model
+
+
+def _record(model: Any, step: dict[str, Any]) -> None:
+    """Let the model's config say how it was quantised, by which its files are loaded."""
+    config = getattr(model, "config", None)
+    said = dict(getattr(config, "quantization_config", None) or {"quant_method": METHOD})
+    if config is not None and said.get("quant_method") == METHOD:
+        config.quantization_config = said | {"steps": [*said.get("steps", ()), step]}
 
 
 def quantize_experts(model: Model, weight_format: str, *, group: int = 32) -> Model:

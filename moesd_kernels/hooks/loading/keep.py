@@ -13,25 +13,35 @@ from typing import Any
 import torch
 
 from .mxfp4 import mxfp4_quantizer
+from .own import own_mappings
 
 
 @contextmanager
 def keep_quantized() -> Iterator[None]:
     """Within this block ``from_pretrained`` keeps FP8 and MXFP4 weights packed on a CPU.
 
-    ``accelerate`` the model after it: nothing else computes with such weights there. With a GPU,
-    and for every other way to quantise, nothing changes. The block is for one thread at a time.
-    """
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    It also loads models that ``quantize`` made and ``save_pretrained`` saved, on any device.
 
-    known: dict[str, Any] = AUTO_QUANTIZER_MAPPING
+    ``accelerate`` the model after it: nothing else computes with FP8 and MXFP4 on a CPU. With a
+    GPU, and for every other way to quantise, nothing changes. The block is for one thread at a
+    time.
+    """
+    from transformers.quantizers import auto
+
+    known: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     makers = {"fp8": _fp8_quantizer, "mxfp4": mxfp4_quantizer}
-    before = {} if torch.cuda.is_available() else {n: known[n] for n in makers if n in known}
-    known.update({name: makers[name](theirs) for name, theirs in before.items()})
+    theirs = {} if torch.cuda.is_available() else {n: known[n] for n in makers if n in known}
+    told = own_mappings()
+    told["AUTO_QUANTIZER_MAPPING"] |= {name: makers[name](one) for name, one in theirs.items()}
+    before = {table: dict(getattr(auto, table)) for table in told}
+    for table, entries in told.items():
+        getattr(auto, table).update(entries)
     try:
         yield
     finally:
-        known.update(before)
+        for table, entries in before.items():
+            getattr(auto, table).clear()
+            getattr(auto, table).update(entries)
 
 
 def _fp8_quantizer(theirs: Any) -> Any:

@@ -1,0 +1,63 @@
+"""Models that ``quantize`` made, out of the folders that ``save_pretrained`` made of them.
+
+transformers loads integers into whatever module has their name. Of a folder whose config says that
+they are ours it asks this quantizer, which quantises the empty model in the same way before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moesd_kernels.hooks.quantize import METHOD, quantize
+
+
+def own_mappings() -> dict[str, dict[str, Any]]:
+    """What transformers is told of our method: by the names of its tables, name to class."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class OwnConfig(QuantizationConfigMixin):
+        """The calls of ``quantize`` that made a model, in their order."""
+
+        def __init__(self, steps: Any = (), **others: Any) -> None:
+            self.quant_method: Any = METHOD
+            self.steps = _checked(steps)
+
+    class OwnQuantizer(HfQuantizer):
+        requires_calibration = True  # which says that a model must have been quantised before
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            config: Any = self.quantization_config
+            with torch.device("cpu"):  # what activations are is found by computing
+                for step in config.steps:
+                    quantize(model, **step)
+
+        def is_serializable(self) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return {
+        "AUTO_QUANTIZATION_CONFIG_MAPPING": {METHOD: OwnConfig},
+        "AUTO_QUANTIZER_MAPPING": {METHOD: OwnQuantizer},
+    }
+
+
+def _checked(steps: Any) -> list[dict[str, Any]]:
+    """Steps out of a file, which may say anything.
+
+    Raises:
+        ValueError: they are not what ``quantize`` is called with.
+    """
+    names = {"weight_format": str, "group": int, "linears": bool}
+    fits = isinstance(steps, list) and all(
+        isinstance(step, dict) and {name: type(value) for name, value in step.items()} == names
+        for step in steps
+    )
+    if not fits:
+        raise ValueError(f"steps of {METHOD} must each have {', '.join(names)}, got {steps!r}")
+    return list(steps)
