@@ -33,15 +33,17 @@ def keep_quantized() -> Iterator[None]:
     theirs = {} if torch.cuda.is_available() else {n: known[n] for n in makers if n in known}
     told = own_mappings()
     told["AUTO_QUANTIZER_MAPPING"] |= {name: makers[name](one) for name, one in theirs.items()}
-    before = {table: dict(getattr(auto, table)) for table in told}
-    for table, entries in told.items():
-        getattr(auto, table).update(entries)
+    tables = [(getattr(auto, table), entries) for table, entries in told.items()]
+    before = [{name: table.get(name) for name in entries} for table, entries in tables]
+    for table, entries in tables:
+        table.update(entries)
     try:
         yield
     finally:
-        for table, entries in before.items():
-            getattr(auto, table).clear()
-            getattr(auto, table).update(entries)
+        for (table, _), entries in zip(tables, before, strict=True):
+            table.update(entries)
+            for name in [name for name, entry in entries.items() if entry is None]:
+                del table[name]
 
 
 def _fp8_quantizer(theirs: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.formats import stored_weight
 
 from moesd_kernels.hooks.routers import RouterRule
 from moesd_kernels.moe import MoE, MoEConfig
@@ -121,6 +123,22 @@ def test_tensors(changes, kind, said, tmp_path):
     with pytest.raises(kind) as caught:
         MoE.from_safetensors(tmp_path, CONFIG, prefix=PREFIX)
     assert said in str(caught.value)
+
+
+def test_joined_fp8_as_transformers_saves_it(tmp_path):
+    """Experts joined, with the names of its own modules, and a config that knows nothing of it."""
+    config = MoEConfig(3, 128, 128, RouterRule("softmax", 2))
+    spec = replace(config.spec, weight_format="fp8_block")
+    block = MoE(replace(config, spec=spec), dtype=torch.bfloat16)
+    for name in ("gate_up_proj", "down_proj"):
+        weight, scale = stored_weight("fp8_block", *getattr(block.experts, name).shape)
+        getattr(block.experts, name).data.copy_(weight)
+        getattr(block.experts, f"{name}_scale").data.copy_(scale)
+    state = {name.replace("_scale", "_scale_inv"): t for name, t in block.state_dict().items()}
+    save_file(state, tmp_path / FILE)
+    x = torch.randn(4, 128).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(MoE.from_safetensors(tmp_path, config)(x), block(x))
 
 
 @pytest.mark.parametrize(("change", "said"), FILES.values(), ids=FILES)
