@@ -2,6 +2,7 @@
 
 import pytest
 
+from decoder.gamma.auto import AutoGamma
 from decoder.gamma.probing import Probe, ProbeBudget
 
 CONTEXT = 100
@@ -72,3 +73,16 @@ def test_catching_up_never_costs_more_than_the_row_is_long():
     for _ in range(9000):
         budget.spend(0, 0.1)
     assert budget.allows(COSTLY, CONTEXT)
+
+
+@pytest.mark.parametrize(("context", "timed"), [(100, 1), (0, 2)])
+def test_a_draft_after_plain_rounds_is_a_timing_where_there_is_nothing_to_catch_up_on(
+    context: int, timed: int
+) -> None:
+    controller = AutoGamma(2)
+    for _ in range(2):
+        controller.choose(4, context)
+        controller._asked_before = 0
+        controller.observe(1, 4, [1] * 4, [1] * 4, {"total": 1.0})
+    controller._learn()
+    assert controller._costs.observations(4, 1) == timed
