@@ -36,7 +36,7 @@ class Script:
         return "as scripted"
 
 
-def verified(steps: StepGamma, batch: int, count: int, ahead: int = 0) -> list[tuple[int, int]]:
+def run(steps: StepGamma, batch: int, count: int, ahead: int = 0) -> list[tuple[int, int]]:
     """Run steps of 1 s + 0.25 s per token drafted, and list what each verifies and drafts."""
     done, length = [], 0
     queue: list[tuple[int, int]] = []
@@ -53,7 +53,7 @@ def verified(steps: StepGamma, batch: int, count: int, ahead: int = 0) -> list[t
 def test_a_step_that_verifies_and_drafts_as_many_is_the_round() -> None:
     script = Script(0, 2, 2, 1)
     steps = StepGamma(script, range(5))
-    assert verified(steps, 3, 6) == [(0, 0), (0, 2), (2, 2), (2, 2), (2, 1), (1, 1)]
+    assert run(steps, 3, 6) == [(0, 0), (0, 2), (2, 2), (2, 2), (2, 1), (1, 1)]
     assert [(gamma, batch) for gamma, batch, *_ in script.rounds] == [
         (0, 3),
         (2, 3),
@@ -68,7 +68,7 @@ def test_a_step_that_verifies_and_drafts_as_many_is_the_round() -> None:
 def test_a_scheduler_ahead_asks_only_after_the_round_has_ended() -> None:
     script = Script(0, 2, 1)
     steps = StepGamma(script, range(5))
-    done = verified(steps, 1, 12, ahead=1)
+    done = run(steps, 1, 12, ahead=1)
     assert len(script.asked) <= len(script.rounds) + 1
     assert [gamma for gamma, *_ in script.rounds][:3] == [0, 2, 1]
     for gamma, _, _, _, times in script.rounds:
@@ -82,10 +82,10 @@ def test_steps_with_prompts_are_no_rounds_and_no_neighbours() -> None:
     assert steps[2] == 0
     steps.ended_otherwise()
     assert script.rounds == [] and script.asked == [2]
-    assert verified(steps, 2, 1) == [(0, 0)]
+    assert run(steps, 2, 1) == [(0, 0)]
     assert steps[2] == 3 and len(script.rounds) == 1
     steps.ended_otherwise()  # it would have shown what drafting takes
-    assert verified(steps, 2, 1)[0][1] == 3
+    assert run(steps, 2, 1)[0][1] == 3
     assert script.rounds[-1][0] == 3 and script.rounds[-1][4]["draft"] == 0
 
 
@@ -111,21 +111,23 @@ def test_lengths_must_be_draft_lengths(lengths) -> None:
         StepGamma(Script(0), lengths)
 
 
-def test_drafting_that_noise_makes_free_takes_the_least_and_never_the_whole_step() -> None:
-    script = Script(0, 2, 1, 4)
+@pytest.mark.parametrize(
+    ("seconds", "draft"),
+    [((1.0, 0.5, 1.0), 2e-6), ((1.0, 9.0, 1.0), 0.9)],
+    ids=["drafts seem to save time", "a stall"],
+)
+def test_what_noise_says_of_drafting_has_bounds(seconds, draft) -> None:
+    script = Script(0, 2)
     steps = StepGamma(script, range(5))
-    for seconds in (1.0, 0.5, 1.0):  # (0, 0), (0, 2), (2, 2): the drafts seem to save time
-        step = steps[1], steps.ended(seconds, [0], [0])
-        assert step
-    assert 0 < script.rounds[-1][4]["draft"] < 1e-5
-    other = StepGamma(Script(0, 2), range(5))
-    for seconds in (1.0, 9.0, 1.0):  # (0, 0), a stall at (0, 2), (2, 2)
-        other[1], other.ended(seconds, [0], [0])
-    assert other.controller.rounds[-1][4]["draft"] == pytest.approx(0.9)
+    for each in seconds:  # (0, 0), (0, 2), (2, 2)
+        assert steps[1] in (0, 2)
+        steps.ended(each, [0], [0])
+    gamma, *_, times = script.rounds[-1]
+    assert gamma == 2 and times == {"total": 1.0, "draft": pytest.approx(draft)}
 
 
 def engine(
-    alpha: Callable[[int], float], draft: float, tokens: float, rows: int = 4, count: int = 600
+    alpha: Callable[[int], float], draft: float, tokens: float, rows: int = 4, count: int = 1500
 ) -> tuple[Counter, float]:
     """Lengths that ``AutoGamma`` has vLLM's steps draft, and tokens per second over the run.
 
@@ -172,7 +174,7 @@ def test_the_best_length_is_found_in_vllms_steps(alpha, draft, tokens) -> None:
     chosen, reached = engine(lambda _: alpha, draft, tokens)
     assert max(chosen, key=chosen.__getitem__) in (best - 1, best, best + 1)
     assert (best == 0) == (max(chosen, key=chosen.__getitem__) == 0)
-    assert reached >= 0.95 * rate
+    assert reached >= 0.97 * rate
 
 
 def test_acceptance_that_changes_is_followed() -> None:
