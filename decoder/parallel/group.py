@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from decoder.errors import RankLost, UserError, reason
+from decoder.errors import RankLost, UserError, explained, reason
 
 from .environment import REQUIRED, local_rank, own_rank, world_size
 from .mode import DEFAULT_TIMEOUT
@@ -40,7 +40,8 @@ class Ranks:
         is_inside: whether this rank is in the middle of what all of them do.
 
     Raises:
-        UserError: the process was not started as one of several, or there is no such device.
+        UserError: the process was not started as one of several, there is no such device, or the
+            others do not come.
     """
 
     def __init__(
@@ -56,17 +57,18 @@ class Ranks:
         if self.size < 2:
             raise UserError(f"--parallel expects at least 2 ranks, got {self.size}")
         self.device = _device_of_rank(device)
-        store, _, _ = next(dist.rendezvous("env://", timeout=_START))
-        self._store = dist.PrefixStore("moesd", store)
-        on_gpu = self.device.type == "cuda"
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=timeout),
-            device_id=self.device if on_gpu else None,
-        )
+        with explained("the ranks cannot meet"):
+            store, _, _ = next(dist.rendezvous("env://", timeout=_START))
+            self._store = dist.PrefixStore("moesd", store)
+            on_gpu = self.device.type == "cuda"
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=timeout),
+                device_id=self.device if on_gpu else None,
+            )
         self.commands = dist.new_group(backend="gloo", timeout=_IDLE)
         self._timeout = timeout
         self.is_inside = False

@@ -10,7 +10,7 @@ from torch import nn
 from decoder.errors import UserError
 
 from .mode import Mode
-from .shards import style_of
+from .shards import EXPERTS, STYLES, style_of
 
 _ROWS = ("colwise", "packed_colwise")  # styles that divide a weight's outputs
 _COLUMNS = ("rowwise", "packed_rowwise")  # and its inputs
@@ -76,6 +76,14 @@ def _check_tensors(model: Any, size: int) -> None:
         raise UserError(f"transformers has no tensor-parallel plan for {name}")
     heads_divided = False
     for path, module in model.named_modules():
+        style = style_of(path, plan)
+        if style is not None and style not in STYLES:
+            raise UserError(
+                f"transformers' plan divides {path} of {name} in the style {style!r}; expected one "
+                f"of {', '.join(sorted(STYLES))}"
+            )
+        if style == EXPERTS and getattr(module, "has_bias", False):
+            raise UserError(f"{path} of {name} has biases, which parts of an expert cannot share")
         for key, parameter in module.named_parameters(recurse=False):
             style = style_of(f"{path}.{key}", plan) or style_of(path, plan)
             if parameter.ndim > 1 and style in (*_ROWS, *_COLUMNS):

@@ -32,8 +32,9 @@ def target_runner(model: Any, *arguments: Any, **options: Any) -> ModelRunner:
 
 
 def lead(model: torch.nn.Module, ranks: Ranks) -> Leader:
-    """Have rank 0's runners of ``model`` lead the other ranks, which must ``serve`` it."""
-    return _leaders.setdefault(model, Leader(ranks))
+    """Have rank 0's runners of ``model`` lead the other ranks, which must ``serve`` it; once."""
+    leader = _leaders[model] = Leader(ranks)
+    return leader
 
 
 class Leader:

@@ -26,7 +26,7 @@ from .collectives import summed
 
 # transformers' styles of tensor parallelism, by what they leave to do after the module's forward.
 _PARTIAL = ("rowwise", "all_reduce")  # sum
-_EXPERTS = "moe_tp_experts"  # sum, of all the experts' parts
+EXPERTS = "moe_tp_experts"  # sum, of all the experts' parts
 _WHOLE = (
     "colwise_gather_output",
     "colwise_rep",
@@ -44,7 +44,7 @@ _NOTHING = (
     "mla_kv_a_proj",
     "local_params",
 )
-KNOWN_STYLES = {*_PARTIAL, _EXPERTS, *_WHOLE, *_NOTHING}
+STYLES = {*_PARTIAL, EXPERTS, *_WHOLE, *_NOTHING}  # those that are known here
 
 
 def style_of(name: str, plan: dict[str, str]) -> str | None:
@@ -68,7 +68,10 @@ def unwrap_experts(model: nn.Module, rank: int) -> None:
         if not sharded:
             continue
         if not all(p.placements[0].is_shard(0) for p in sharded) or not _takes_ids(module):
-            raise _unknown(name, module, "divided otherwise than by experts")
+            raise UserError(
+                f"transformers' plan divides {name} ({type(module).__name__}) among ranks; "
+                "expected experts alone, and whole ones"
+            )
         count = sharded[0].to_local().shape[0]
         _make_local(module)
         module.forward = types.MethodType(_local_experts(rank, count), module)
@@ -79,23 +82,18 @@ def unwrap_tensors(model: nn.Module, plan: dict[str, str], rank: int) -> None:
 
     Args:
         model: as ``from_pretrained`` gives it.
-        plan: its own, ``model.tp_plan``.
+        plan: its own, ``model.tp_plan``, of ``STYLES`` alone.
         rank: this one; rank 0 adds the biases of what is summed.
-
-    Raises:
-        UserError: the plan has a style that is not known here.
     """
     wholes: dict[DTensor, nn.Parameter] = {}  # tied ones stay tied
     for name, module in model.named_modules():
         module.__dict__.pop("forward", None)
         style = style_of(name, plan)
-        if style is not None and style not in KNOWN_STYLES:
-            raise _unknown(name, module, f"in the style {style!r}")
         if style in _WHOLE or isinstance(module, nn.Embedding):
             _make_whole(module, wholes)
             continue
         _make_local(module)
-        if style == _EXPERTS:
+        if style == EXPERTS:
             module.forward = types.MethodType(_partial_experts, module)
         elif style in _PARTIAL:
             if rank and module._parameters.get("bias") is not None:
@@ -147,10 +145,3 @@ def _make_whole(module: nn.Module, wholes: dict[DTensor, nn.Parameter]) -> None:
 def _takes_ids(module: nn.Module) -> bool:
     """Whether these are experts behind transformers' interface, which skip ids they do not have."""
     return hasattr(module, "num_experts") and hasattr(module, "has_gate")
-
-
-def _unknown(name: str, module: nn.Module, how: str) -> UserError:
-    return UserError(
-        f"transformers' plan has {name} ({type(module).__name__}) {how}, which is not supported "
-        "here; expected experts, or parts of linear layers"
-    )

@@ -35,6 +35,20 @@ def test_a_model_without_a_plan_is_refused(mode: Any, name: str) -> None:
         distributed_config(config, mode, 2)
 
 
+def test_what_a_plan_has_that_is_not_known_is_named() -> None:
+    config = tiny_model("qwen3_moe").config
+    own = type(config).base_model_tp_plan
+    config.base_model_tp_plan = {**own, "layers.*.mlp.gate": "sequence_parallel"}
+    with pytest.raises(
+        UserError, match=r"mlp.gate of .* in the style 'sequence_parallel'"
+    ):
+        distributed_config(config, "tensor", 2)
+    config = tiny_model("gpt_oss").config
+    config.base_model_tp_plan = {"layers.*.mlp.experts": "moe_tp_experts"}
+    with pytest.raises(UserError, match=r"layers.0.mlp.experts of GptOssForCausalLM has biases"):
+        distributed_config(config, "tensor", 2)
+
+
 def test_quantised_weights_are_refused() -> None:
     config = tiny_model("qwen3_moe").config
     config.quantization_config = {"quant_method": "fp8"}
