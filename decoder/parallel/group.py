@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from decoder.errors import RankLost, UserError, explained, reason
 
+from .collectives import collective
 from .environment import REQUIRED, local_rank, own_rank, world_size
 from .mode import DEFAULT_TIMEOUT
 
@@ -79,9 +80,11 @@ class Ranks:
 
         Raises:
             UserError: the first difference, by rank.
+            RankLost: one of them is gone.
         """
         every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, what, group=self.commands)
+        with self.together(), collective():
+            dist.all_gather_object(every, what, group=self.commands)
         for rank, other in enumerate(every):
             for name, value in every[0].items():
                 if other[name] != value:
@@ -96,7 +99,7 @@ class Ranks:
         Raises:
             RankLost: one of them never will.
         """
-        with self.together():
+        with self.together(), collective():
             dist.barrier(group=self.commands)
 
     @contextmanager

@@ -50,6 +50,8 @@ def load_part(
     divide = partial(distributed_config, mode=mode, size=ranks.size)
     with ranks.together():
         model = load_model(path, dtype=dtype, device=ranks.device, experts=experts, divide=divide)
+    ranks.wait_for_all()
+    with ranks.together():
         if mode == "expert":
             unwrap_experts(model, ranks.rank)
         else:

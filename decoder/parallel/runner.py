@@ -71,7 +71,11 @@ class Leader:
             RankLost: one of them is gone.
         """
         with self.ranks.together():
-            self._channel.send(command)
+            self.tell(command)
+
+    def tell(self, command: Command) -> None:
+        """The same inside of what all ranks do together."""
+        self._channel.send(command)
 
     def scrub(self, runner: int, cache: RaggedCache, row: int, start: int = 0) -> None:
         """``RaggedCache.scrub`` on every rank, in the cache of one runner."""
@@ -143,9 +147,8 @@ class RankedRunner(ModelRunner):
         reserved = min(self.cache.row_length - 1, self.max_length)
         numbers = length, most_experts, reserved, int(self._lean is not None)
         tensors = input_ids, rows, positions, layers, logits_positions
-        leader = self._leader
-        leader.send(Command(RUN, self._number, numbers, tensors))
-        with leader.ranks.together():
+        with self._leader.ranks.together():
+            self._leader.tell(Command(RUN, self._number, numbers, tensors))
             return super().run(
                 input_ids, rows, positions, length, hidden_layers, logits_positions, most_experts
             )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
+import pytest
 from support.ranks import processes as ranks
 from support.ranks import work as rank_work
 from support.tiny import tiny_model
@@ -68,6 +70,21 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     assert ranks.join(start) == [0, 0], ranks.printed(tmp_path, 0)
     first, second = (ranks.reported(tmp_path, rank) for rank in range(2))
     assert first["lost"] == second["lost"] == "rank 1 failed: no room for 3 GiB"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("dies", "RankLost: rank 1 is gone"),
+        ("raises", "RankLost: rank 1 failed: model path '.*-not' does not exist"),
+    ],
+)
+def test_a_rank_that_does_not_load_is_named(how: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    tiny_model("qwen3_moe").save_pretrained(path)
+    start = ranks.start(2, rank_work.fail_to_load, tmp_path, str(path), tmp_path, how)
+    assert ranks.join(start) == [0, 0], ranks.printed(tmp_path, 0)
+    assert re.match(message, ranks.reported(tmp_path, 0)["lost"])
 
 
 def test_ranks_that_differ_are_refused(tmp_path: Path) -> None:

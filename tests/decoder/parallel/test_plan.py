@@ -39,9 +39,7 @@ def test_what_a_plan_has_that_is_not_known_is_named() -> None:
     config = tiny_model("qwen3_moe").config
     own = type(config).base_model_tp_plan
     config.base_model_tp_plan = {**own, "layers.*.mlp.gate": "sequence_parallel"}
-    with pytest.raises(
-        UserError, match=r"mlp.gate of .* in the style 'sequence_parallel'"
-    ):
+    with pytest.raises(UserError, match=r"mlp.gate of .* in the style 'sequence_parallel'"):
         distributed_config(config, "tensor", 2)
     config = tiny_model("gpt_oss").config
     config.base_model_tp_plan = {"layers.*.mlp.experts": "moe_tp_experts"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter
-from decoder.errors import RankLost
+from decoder.errors import RankLost, UserError
 from decoder.parallel.collectives import clock, summed
 from decoder.parallel.group import Ranks
 from decoder.parallel.loading import load_part
@@ -105,6 +106,17 @@ def fail_in_forward(path: str, folder: Path) -> None:
             decoded(model, "ngram", 2)
     except RankLost as lost:
         report(folder, ranks.rank, lost=str(lost))
+
+
+def fail_to_load(path: str, folder: Path, how: str) -> None:
+    """Rank 1 dies while the others load, or finds no model where they do."""
+    ranks = Ranks(timeout=20)
+    if ranks.rank == 1 and how == "dies":
+        os._exit(0)
+    try:
+        load_part(path if ranks.rank == 0 else f"{path}-not", "expert", ranks)
+    except (RankLost, UserError) as error:
+        report(folder, ranks.rank, lost=f"{type(error).__name__}: {error}")
 
 
 def run_command(*arguments: str) -> int:
