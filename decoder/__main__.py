@@ -73,7 +73,7 @@ def _run(arguments: list[str], start: int) -> int:
     from decoder.cli.arguments import parse
     from decoder.cli.parallel_options import is_silent, silence
 
-    stderr = silence() if is_silent() else None
+    stderr = silence() if is_silent(arguments) else None
     first = arguments[start : start + 1]
     if not first or (first[0].startswith("-") and first[0] not in ("-h", "--help")):
         arguments.insert(start, "demo")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from bench.gguf.contents import PLAIN
 from bench.workloads.models import load_draft, named_config, random_model
-from decoder.cli.parallel_options import is_silent, silence
+from decoder.cli.parallel_options import silence
 from decoder.parallel.environment import world_size
 from decoder.parallel.group import Ranks
 from decoder.parallel.loading import load_part
@@ -39,9 +39,9 @@ def load_divided(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any
     """
     if args.num_experts_per_token or args.weight_format != PLAIN or args.offload_budget is not None:
         raise ValueError("--parallel takes a target as it is; got another K, format or a budget")
-    if is_silent():
-        silence()
     ranks = Ranks(args.device)
+    if ranks.rank:
+        silence()
     with TemporaryDirectory() as folder:
         config, path = named_config(args.target), args.target
         if config is not None:

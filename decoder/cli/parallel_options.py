@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import get_args
 
 from decoder.errors import UserError
@@ -12,6 +13,7 @@ from decoder.parallel.mode import DEFAULT_TIMEOUT, Mode
 
 from . import flag_types as types
 
+_FLAG = "--parallel"
 _MAX_TIMEOUT = 86_400
 
 
@@ -19,7 +21,7 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     """How a target is divided among the processes of ``torchrun``."""
     group = parser.add_argument_group("many ranks")
     group.add_argument(
-        "--parallel", choices=get_args(Mode),
+        _FLAG, choices=get_args(Mode),
         help="divide the target among the processes that torchrun has started: its experts, or "
         "every matrix that transformers' plan names",
     )  # fmt: skip
@@ -51,9 +53,14 @@ def check_parallel(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} is of one process, got --parallel {mode}")
 
 
-def is_silent() -> bool:
-    """Whether this process is one of several and not the one that speaks for them."""
-    return is_one_of_several() and own_rank() > 0
+def is_silent(arguments: Sequence[str]) -> bool:
+    """Whether this process is one of several and not the one that speaks for them.
+
+    Args:
+        arguments: of the command line, not parsed yet: what is wrong with them is said once.
+    """
+    told = any(argument.startswith(_FLAG) for argument in arguments)
+    return own_rank() > 0 and world_size() > 1 and (told or is_one_of_several())
 
 
 def silence() -> int:

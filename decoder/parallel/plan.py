@@ -39,7 +39,7 @@ def distributed_config(config: Any, mode: Mode, size: int) -> Any:
             "ranks"
         )
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if mode == "tensor":
         _check_tensors(model, size)
         return DistributedConfig(tp_size=size)

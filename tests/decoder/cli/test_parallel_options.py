@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from decoder.__main__ import main
+from decoder.cli.parallel_options import is_silent
 
 _TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
 _ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -39,3 +40,28 @@ def test_refused(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "silent"),
+    [
+        (_EXPERT, {**_TORCHRUN, "RANK": "1"}, True),
+        (_EXPERT, {"RANK": "1", "WORLD_SIZE": "2"}, True),
+        ([*_GENERATE, "--parallel=expert"], {"RANK": "1", "WORLD_SIZE": "2"}, True),
+        (_GENERATE, {**_TORCHRUN, "RANK": "1"}, True),
+        (_GENERATE, {"RANK": "1", "WORLD_SIZE": "2"}, False),  # a job's own variables
+        (_EXPERT, _TORCHRUN, False),
+        (_EXPERT, {}, False),
+    ],
+)
+def test_who_is_silent(
+    arguments: list[str],
+    environment: dict[str, str],
+    silent: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in _TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_silent(arguments) == silent
