@@ -19,7 +19,7 @@ from decoder.model.loading import load_model
 from moesd_kernels import keep_quantized, quantize, quantize_experts
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 32,
+    "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32,
     "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 FAMILIES = ["llama", "mixtral", "qwen2_moe", "gpt_oss"]
