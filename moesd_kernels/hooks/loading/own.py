@@ -27,6 +27,8 @@ def own_mappings() -> dict[str, dict[str, Any]]:
 
     class OwnQuantizer(HfQuantizer):
         requires_calibration = True  # which says that a model must have been quantised before
+        # Scales may have been saved by expert, as weights are: transformers 5.17 does so.
+        serialized_names = {"weight": ["weight", "weight_scale"]}  # noqa: RUF012
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             config: Any = self.quantization_config
