@@ -139,7 +139,7 @@ def adapt(model: nn.Module) -> list[str]:
     """
     found = set()
     for name in {type(module).__module__ for module in model.modules()}:
-        namespace = vars(sys.modules[name])
+        namespace = vars(sys.modules[name]) if name in sys.modules else {}
         for function, ours in FUNCTIONS.items():
             if function in namespace:
                 found.add(function)

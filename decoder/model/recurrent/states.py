@@ -54,7 +54,7 @@ class RecurrentStates:
             self._placing, self._layer, _active.states = None, None, previous
 
     def enter(self, layer_idx: int, state_idx: int) -> None:
-        """What comes next is of this layer, and of its so-manieth convolution."""
+        """What comes next is of this layer, of its convolution of that number."""
         key = layer_idx, state_idx
         if key not in self.layers:
             self.layers[key] = RecurrentLayer(self._progress, self.undecided)
@@ -161,6 +161,7 @@ class RecurrentLayer:
         return recurrence(operator, inputs, placing)
 
     def tensors(self) -> Iterator[Tensor]:
+        """All that the layer holds."""
         rings = [self._window, *(ring for each in self.recurrences for ring in each.rings)]
         yield from (ring.slab for ring in rings if ring is not None and ring.slab is not None)
         yield from (recurrence.states for recurrence in self.recurrences)
