@@ -27,6 +27,7 @@ from bench.workloads.arguments import add_machine, add_target_format, numbers
 from bench.workloads.divided import add_parallel, load_divided, rank_fields
 from bench.workloads.models import load_draft, load_subject
 from bench.workloads.offloaded import offloaded_model
+from decoder.parallel.environment import is_one_of_several
 from moesd_kernels import quantize
 
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     load = partial(_load, args, dtype)
-    loaded = load_divided(args, dtype) if args.parallel else load()
+    loaded = load_divided(args, dtype) if args.parallel or is_one_of_several() else load()
     if loaded is None:  # another rank, which has served the one that measures
         return
     target, draft = loaded

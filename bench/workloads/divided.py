@@ -35,8 +35,10 @@ def load_divided(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any
     A random target is written to a temporary folder, which all ranks must see.
 
     Raises:
-        ValueError: flags that change a target after it is loaded.
+        ValueError: no ``--parallel``, or flags that change a target after it is loaded.
     """
+    if args.parallel is None:
+        raise ValueError(f"torchrun has started {world_size()} processes; expected --parallel")
     if args.num_experts_per_token or args.weight_format != PLAIN or args.offload_budget is not None:
         raise ValueError("--parallel takes a target as it is; got another K, format or a budget")
     ranks = Ranks(args.device)
