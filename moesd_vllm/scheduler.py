@@ -91,7 +91,10 @@ def draft_lengths(vllm_config: Any) -> list[int]:
     longest = speculative.num_speculative_tokens
     table = getattr(speculative, TABLE)
     if table:
-        return sorted({min(length, longest) for _, _, length in table})
+        lengths = sorted({min(length, longest) for _, _, length in table})
+        if len(lengths) == 1:
+            raise ValueError(f"{TABLE} lists {lengths[0]} alone")
+        return lengths
     if vllm_config.device_config.device_type == "cpu":
         return list(range(longest + 1))
     raise ValueError(f"{TABLE} does not list them, and graphs are captured for those it lists")

@@ -46,6 +46,8 @@ class VllmGenerate:
         hello = self.worker.ask(command="hello")
         self.version: str = hello["version"]
         self.experts: list[str] = hello["experts"]  # classes that compute the layers' experts
+        if hello["threads"] != threads:
+            raise RuntimeError(f"expected vLLM to have {threads} threads, got {hello['threads']}")
 
     def run(self, prompts: Tokens, max_new_tokens: int) -> tuple[float, Tokens]:
         """Seconds of one call as the worker saw it, and the new tokens of each prompt."""

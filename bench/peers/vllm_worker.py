@@ -88,8 +88,14 @@ class Engine:
         return spoilt
 
     def hello(self) -> dict[str, Any]:
-        """The version, and the classes that compute the experts of vLLM's layers."""
-        return {"version": self.vllm.__version__, "experts": self.llm.apply_model(experts_of)[0]}
+        """The version, the threads, and the classes that compute the experts of vLLM's layers."""
+        import torch
+
+        return {
+            "version": self.vllm.__version__,
+            "threads": torch.get_num_threads(),
+            "experts": self.llm.apply_model(experts_of)[0],
+        }
 
 
 def experts_of(model: Any) -> list[str]:

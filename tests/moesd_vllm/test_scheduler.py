@@ -72,6 +72,7 @@ def test_lengths_are_chosen_where_vllm_can_change_them(caplog, given, kind, leng
         (config("suffix"), "got suffix, whose"),
         (config("eagle3", parallel=True), "got eagle3 with parallel drafting, whose"),
         (config("mtp", own_proposer=True), "this model's own proposer cannot do without drafts"),
+        (config(table=[(1, 8, 0), (9, 64, 0)]), "per_batch_size lists 0 alone"),
         (config(replicas=2), "ranks of data parallelism would draft different numbers"),
         (config(device="cuda", ahead=True), "num_speculative_tokens_per_batch_size does not list"),
     ],
