@@ -31,6 +31,8 @@ Model = TypeVar("Model", bound=nn.Module)
 METHOD = "moesd"
 # Linear layers by these names choose or weigh experts: few bytes, and every rounding turns choices.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+# Mamba's first version multiplies by the matrix of this one itself.
+_PLAIN_NAMES = (*_ROUTERS, "dt_proj")
 
 
 class QuantizedExperts(KeepsScales):
@@ -68,8 +70,8 @@ def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool
     integer tensor and one scale (``…weight`` and ``…weight_scale``, ``…down_proj`` and
     ``…down_proj_scale``), which another model of the same config loads after ``quantize``, also on
     the "meta" device with ``load_state_dict(…, assign=True)``. ``save_pretrained`` saves it, and
-    ``from_pretrained`` loads that within ``keep_quantized``: the config says how. Routers, norms
-    and the embedding stay as they are; a head that shares the embedding's matrix becomes a copy in
+    ``from_pretrained`` loads that within ``keep_quantized``: the config says how. Routers, norms,
+    the embedding and Mamba's ``dt_proj`` stay as they are; a head that shares the embedding's matrix becomes a copy in
     integers, and the config says so (``tie_word_embeddings``): it is read whole at every step, the
     embedding is not. A matrix that no group divides stays as it is, and a line says how many did.
 
@@ -91,7 +93,7 @@ def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool
     for name, module in list(model.named_modules()):
         if hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
             taken = _quantize_experts(module, weight_format, group)
-        elif linears and type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS:
+        elif linears and type(module) is nn.Linear and name.rpartition(".")[2] not in _PLAIN_NAMES:
             taken = _quantize_linear(model, name, module, weight_format, group)
         else:
             continue

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.tiny import SPARSE_FAMILIES, tiny_model
 from torch import nn
@@ -144,3 +145,15 @@ def test_what_does_not_fit_stays_and_is_said(caplog):
         quantize(model, "fp8")
     with pytest.raises(ValueError, match=r"\(32, 64, 128\), got 48"):
         quantize(nn.Linear(96, 4), "int8", group=48)
+
+
+@torch.no_grad()
+def test_a_matrix_that_its_layer_multiplies_by_itself_stays():
+    """Mamba's first version reads ``dt_proj.weight``, as it would integers."""
+    config = transformers.MambaConfig(
+        vocab_size=32, hidden_size=64, state_size=8, num_hidden_layers=1, time_step_rank=32
+    )
+    plain = transformers.MambaForCausalLM(config).eval()
+    quantized = quantize(copy.deepcopy(plain), "int8")
+    assert type(quantized.backbone.layers[0].mixer.in_proj) is QuantizedLinear
+    assert close(quantized(IDS).logits, read_back(plain, quantized)(IDS).logits)
