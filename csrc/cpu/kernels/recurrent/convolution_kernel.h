@@ -18,13 +18,14 @@ public:
     }
 
 private:
-    static constexpr int64_t kChannels = 64;
+    // Enough to fetch a token's channels in runs, few enough to part between threads.
+    static constexpr int64_t kChannels = 256;
 
-    // What a thread needs for its items.
+    // What a thread needs for its items; lanes beyond the last channel are computed and not stored.
     struct Block {
-        alignas(64) float taps[kMaxTaps][kChannels] = {};
+        alignas(64) float taps[kMaxTaps][kChannels];
         alignas(64) float bias[kChannels] = {};
-        alignas(64) float window[kMaxTaps][kChannels] = {};  // of token s at s % taps
+        alignas(64) float window[kMaxTaps][kChannels];  // of token s at s % taps
         alignas(64) float out[kChannels];
     };
 
