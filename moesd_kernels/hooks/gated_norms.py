@@ -47,7 +47,8 @@ def _probe(module: nn.Module, eps: float, dtype: torch.dtype) -> tuple[Tensor, .
     """Random rows, gates and weights in one dtype, and what the module's class makes of them."""
     probe: Any = copy.deepcopy(module).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    x, gate = torch.randn(2, _ROWS, probe.weight.shape[0], generator=generator)
+    # One token of each row: some versions of Falcon-H1's drop an axis of one.
+    x, gate = torch.randn(2, _ROWS, 1, probe.weight.shape[0], generator=generator)
     x[::2] *= eps**0.5  # so that eps in the wrong place shows
     x, gate = x.to(dtype), gate.to(dtype)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.recurrent.gated_norms import EPS, GATED_NORMS, gated_norm
 from torch import nn
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from moesd_kernels.dense import ops, recurrent
 from moesd_kernels.hooks.dense import accelerate_dense
@@ -22,6 +22,9 @@ def test_a_module_keeps_what_it_computes(name):
     rule = GATED_NORMS[name][1]
     module, x, gate = gated_norm(name, torch.bfloat16)
     own = module(x, gate)
+    if module(x[:, :1], gate[:, :1]).shape != x[:, :1].shape:  # transformers 5.17
+        assert recognise_gated_norm(module) is None and name.startswith("falcon_h1")
+        return
     assert recognise_gated_norm(module) == GatedNormRule(EPS, **rule)
     assert accelerate_dense(module) == 1
     ours = module(x, gate)
@@ -31,7 +34,7 @@ def test_a_module_keeps_what_it_computes(name):
 
 @torch.no_grad()
 def test_what_the_operator_does_not_take_is_the_class_s_own():
-    module, x, gate = gated_norm("mamba2", torch.bfloat16)
+    module, x, gate = gated_norm("zamba2", torch.bfloat16)
     expected = [module(x), module(x.float(), gate), module(x, gate.float())]
     assert accelerate_dense(module) == 1
     actual = [module(x), module(x.float(), gate), module(x, gate.float())]
@@ -42,7 +45,7 @@ def test_what_the_operator_does_not_take_is_the_class_s_own():
         assert module(x, gate).requires_grad
 
 
-class OtherRMSNormGated(MambaRMSNormGated):
+class OtherRMSNormGated(Zamba2RMSNormGated):
     """Of the same name, and something else."""
 
     def forward(self, hidden_states, gate=None):

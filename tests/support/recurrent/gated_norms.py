@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
-from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 EPS = 1e-5
 # The module of width 40, and the rule that it follows.
@@ -20,8 +20,8 @@ GATED_NORMS = {
         lambda: KimiLinearRMSNormGated(40, eps=EPS),
         {"group": 40, "gate_first": False, "cast_first": False, "activation": "sigmoid"},
     ),
-    "mamba2": (
-        lambda: MambaRMSNormGated(40, 20, eps=EPS),
+    "zamba2": (
+        lambda: Zamba2RMSNormGated(40, 20, eps=EPS),
         {"group": 20, "gate_first": True, "cast_first": True, "activation": "silu"},
     ),
     "falcon_h1": (

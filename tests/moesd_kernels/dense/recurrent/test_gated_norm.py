@@ -72,7 +72,7 @@ def test_wrong_arguments_are_refused():
 
 @NATIVE
 def test_op_contract():
-    module, x, gate = gated_norm("mamba2", torch.float32)
+    module, x, gate = gated_norm("zamba2", torch.float32)
     torch.library.opcheck(
         torch.ops.moesd.gated_rms_norm.default,
         (x, gate, module.weight, EPS, 20, True, True, "silu"),
