@@ -62,7 +62,13 @@ class QuantizedLinear(KeepsScales):
         self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]: the matrix is read anew at each call."""
+        """Map [..., in_features] to [..., out_features]: the matrix is read anew at each call.
+
+        Raises:
+            TypeError: ``input`` is not floating, as where it was converted to ``weight.dtype``.
+        """
+        if not input.is_floating_point():
+            raise TypeError(f"input must be floating, got {input.dtype}")
         weight = self._decode(self.weight, self.weight_scale).to(input.dtype)
         return F.linear(input, weight, self.bias)
 

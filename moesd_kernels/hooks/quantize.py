@@ -6,6 +6,8 @@ A module that is quantised computes with the numbers that its integers stand for
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -31,8 +33,6 @@ Model = TypeVar("Model", bound=nn.Module)
 METHOD = "moesd"
 # Linear layers by these names choose or weigh experts: few bytes, and every rounding turns choices.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-# Mamba's first version multiplies by the matrix of this one itself.
-_PLAIN_NAMES = (*_ROUTERS, "dt_proj")
 
 
 class QuantizedExperts(KeepsScales):
@@ -71,9 +71,10 @@ def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool
     ``…down_proj_scale``), which another model of the same config loads after ``quantize``, also on
     the "meta" device with ``load_state_dict(…, assign=True)``. ``save_pretrained`` saves it, and
     ``from_pretrained`` loads that within ``keep_quantized``: the config says how. Routers, norms,
-    the embedding and Mamba's ``dt_proj`` stay as they are; a head that shares the embedding's matrix becomes a copy in
-    integers, and the config says so (``tie_word_embeddings``): it is read whole at every step, the
-    embedding is not. A matrix that no group divides stays as it is, and a line says how many did.
+    the embedding and matrices that a model's own code looks at (Mamba's ``dt_proj`` and head) stay
+    as they are; a head that shares the embedding's matrix becomes a copy in integers, and the
+    config says so (``tie_word_embeddings``): it is read whole at every step, the embedding is not.
+    A matrix that no group divides stays as it is, and a line says how many did.
 
     Args:
         model: a model with plain weights, of any dtype; no gradients remain.
@@ -93,7 +94,7 @@ def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool
     for name, module in list(model.named_modules()):
         if hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
             taken = _quantize_experts(module, weight_format, group)
-        elif linears and type(module) is nn.Linear and name.rpartition(".")[2] not in _PLAIN_NAMES:
+        elif linears and type(module) is nn.Linear and not _stays(model, name):
             taken = _quantize_linear(model, name, module, weight_format, group)
         else:
             continue
@@ -108,6 +109,23 @@ def quantize(model: Model, weight_format: str, *, group: int = 32, linears: bool
     if left:
         logger.warning("%d modules stay as they were, the first is %s", len(left), left[0])
     return model
+
+
+def _stays(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer is a router, or one whose matrix its owner's code does not only call.
+
+    Such code multiplies by the matrix itself, or converts hidden states to its dtype.
+    """
+    owner, _, leaf = name.rpartition(".")
+    return leaf in _ROUTERS or f"self.{leaf}.weight" in _source(type(model.get_submodule(owner)))
+
+
+@functools.cache
+def _source(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed in at a prompt
+        return ""
 
 
 def _record(model: Any, step: dict[str, Any]) -> None:

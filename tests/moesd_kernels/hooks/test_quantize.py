@@ -147,13 +147,17 @@ def test_what_does_not_fit_stays_and_is_said(caplog):
         quantize(nn.Linear(96, 4), "int8", group=48)
 
 
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "FalconMamba"])
 @torch.no_grad()
-def test_a_matrix_that_its_layer_multiplies_by_itself_stays():
-    """Mamba's first version reads ``dt_proj.weight``, as it would integers."""
-    config = transformers.MambaConfig(
-        vocab_size=32, hidden_size=64, state_size=8, num_hidden_layers=1, time_step_rank=32
-    )
-    plain = transformers.MambaForCausalLM(config).eval()
+def test_a_matrix_that_a_models_code_looks_at_stays(name):
+    """``dt_proj.weight`` is multiplied by, and hidden states become ``lm_head.weight.dtype``."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=32, hidden_size=64, state_size=8, num_hidden_layers=1, time_step_rank=32,
+        num_heads=4, head_dim=32, n_groups=1, pad_token_id=0,
+    )  # fmt: skip
+    plain = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     quantized = quantize(copy.deepcopy(plain), "int8")
     assert type(quantized.backbone.layers[0].mixer.in_proj) is QuantizedLinear
     assert close(quantized(IDS).logits, read_back(plain, quantized)(IDS).logits)
+    with pytest.raises(TypeError, match=r"floating, got torch\.int8"):
+        quantized.backbone.layers[0].mixer.in_proj(torch.zeros(1, 64, dtype=torch.int8))
