@@ -117,11 +117,12 @@ def _stays(model: nn.Module, name: str) -> bool:
     Such code multiplies by the matrix itself, or converts hidden states to its dtype.
     """
     owner, _, leaf = name.rpartition(".")
-    return leaf in _ROUTERS or f"self.{leaf}.weight" in _source(type(model.get_submodule(owner)))
+    kind: Any = type(model.get_submodule(owner))
+    return leaf in _ROUTERS or f"self.{leaf}.weight" in _source(kind)
 
 
 @functools.cache
-def _source(kind: type[nn.Module]) -> str:
+def _source(kind: Any) -> str:
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # typed in at a prompt

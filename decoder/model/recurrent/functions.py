@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu, softplus
+from torch.nn.functional import silu, softplus
 
 from .states import RecurrentStates, active
 
 _MARK = "_moesd_ragged"
-_VECTORS = 64  # numbers that the widest loops of torch take at once
 
 
 def convolution(
@@ -170,14 +169,7 @@ def _recur(
 
 
 def _steps(dt: Tensor, bias: Tensor | None, positive: bool) -> Tensor:
-    """Widths of time steps ``[..., heads]`` from what a layer projects.
-
-    torch computes the end of a tensor, where it fills no vector, by another function than the rest:
-    filled up, a token's widths do not depend on how many there are.
-    """
+    """Widths of time steps ``[..., heads]`` from what a layer projects."""
     if bias is not None:
         dt = dt + bias.to(dt.dtype)
-    if not positive:
-        return dt
-    heads = dt.shape[-1]
-    return softplus(pad(dt, (0, -heads % _VECTORS)))[..., :heads]
+    return softplus(dt) if positive else dt
