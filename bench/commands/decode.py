@@ -59,14 +59,13 @@ def run(args: argparse.Namespace) -> None:
     """Measure every (K, B, gamma), print a table, append lines to ``--out``."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
+    dtype, stored = getattr(torch, args.dtype), _weight_format(args)
     load = partial(_load, args, dtype)
     loaded = load_divided(args, dtype) if args.parallel or is_one_of_several() else load()
     if loaded is None:  # another rank, which has served the one that measures
         return
     target, draft = loaded
     recorder = Recorder(args.out, args.device)
-    stored = _weight_format(args)
     table = Table(title=f"{args.target} {args.dtype}, {stored} weights, alpha {args.alpha}")
     heads = ("K", "B", "gamma", "T_T(B,1) ms", "T_T(B,γ) ms", "T_D ms", "T_reject ms", "sigma")
     for head in (*heads, "efficiency", "speedup"):

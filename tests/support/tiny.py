@@ -80,9 +80,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LOCAL, "head_dim": 8, "sliding_window": 6, "num_key_value_heads": 2},
     ),
     "phimoe": ("Phimoe", {"num_local_experts": 8, "num_experts_per_tok": 2}),  # sparse mixer
-    "qwen3_next": (  # gated attention, zero-centred norms, a gated shared expert
+    "qwen3_next": (  # gated attention in all layers, zero-centred norms, a gated shared expert
         "Qwen3Next",
-        {**_EXPERTS, "head_dim": 8, "shared_expert_intermediate_size": 16},
+        {
+            **_EXPERTS,
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 16,
+            "full_attention_interval": 1,
+        },
     ),
     "ernie4_5_moe": (  # interleaved rotary embedding, router bias, dense first layer
         "Ernie4_5_Moe",

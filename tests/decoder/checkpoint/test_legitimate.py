@@ -11,9 +11,10 @@ from torch import nn
 
 from decoder.checkpoint.config import read_config
 from decoder.checkpoint.folder import inside
+from decoder.checkpoint.report import without_other_parts
 from decoder.checkpoint.weights import TensorHeader, few, require_whole_experts
 from decoder.errors import UserError
-from decoder.model.loading import _leave_out_other_parts, context_length, load_model
+from decoder.model.loading import context_length, load_model
 
 HEADER = TensorHeader((4, 8), "BF16", 32)
 
@@ -38,8 +39,7 @@ def test_a_model_that_also_sees_is_loaded_without_its_eyes():
     model.model.layers = nn.ModuleList()
     eyes = {"vision_tower.layers.0.w", "vision.proj", "model.vision.layers.0.w"}
     found = {"unexpected_keys": eyes | {"model.layers.7.w"}}
-    _leave_out_other_parts(found, model)
-    assert found["unexpected_keys"] == {"model.layers.7.w"}
+    assert without_other_parts(found, model) == {"unexpected_keys": {"model.layers.7.w"}}
 
 
 def test_a_context_without_limit(tmp_path):
