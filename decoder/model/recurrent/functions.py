@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn import functional
 
+from .rows import rows_apart
 from .states import RecurrentStates, active
 
 _MARK = "_moesd_ragged"
@@ -115,7 +117,7 @@ def mamba(
 
     out = _recur(states, operator, [x, dt, B, C], tuple(A.shape)).transpose(1, 2)
     if z is not None:
-        out = out * silu(z)
+        out = out * functional.silu(rows_apart(z.mT)).mT
     return (out, out.new_empty(0)) if return_last_state else out
 
 
@@ -144,6 +146,8 @@ def adapt(model: nn.Module) -> list[str]:
                 found.add(function)
                 if not hasattr(namespace[function], _MARK):
                     namespace[function] = _found_by_thread(namespace[function], ours)
+                if namespace.get("F") is functional:
+                    namespace["F"] = _functional()
     return sorted(found)
 
 
@@ -161,6 +165,18 @@ def _found_by_thread(original: Callable[..., Any], ours: Callable[..., Any]) -> 
     return call
 
 
+@functools.cache
+def _functional() -> ModuleType:
+    """``torch.nn.functional`` with a softplus, of which gates are made, that takes rows apart."""
+
+    def softplus(states: RecurrentStates, x: Tensor, *arguments: Any) -> Tensor:
+        return functional.softplus(rows_apart(x), *arguments)
+
+    module = ModuleType(functional.__name__)
+    vars(module).update(vars(functional), softplus=_found_by_thread(functional.softplus, softplus))
+    return module
+
+
 def _recur(
     states: RecurrentStates, operator: Any, inputs: list[Tensor], shape: tuple[int, ...]
 ) -> Tensor:
@@ -172,4 +188,4 @@ def _steps(dt: Tensor, bias: Tensor | None, positive: bool) -> Tensor:
     """Widths of time steps ``[..., heads]`` from what a layer projects."""
     if bias is not None:
         dt = dt + bias.to(dt.dtype)
-    return softplus(dt) if positive else dt
+    return functional.softplus(rows_apart(dt)) if positive else dt

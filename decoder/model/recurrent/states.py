@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .placing import Placing
-from .rows import RowsApart
 
 # ``(inputs, states, rows, keep, counts) -> outputs``
 Operator = Callable[[list[Tensor], Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -50,8 +49,7 @@ class RecurrentStates:
         previous = getattr(_active, "states", None)
         self._placing, self._layer, _active.states = Placing(rows, positions, settled), None, self
         try:
-            with RowsApart():
-                yield
+            yield
         finally:
             self._placing, self._layer, _active.states = None, None, previous
 
