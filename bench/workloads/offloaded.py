@@ -42,7 +42,9 @@ def offloaded_model(
         for file in weight_files(Path(folder)):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())  # the page cache keeps what has not been written
-        return _load(Path(folder), dtype, share)  # the files stay open when their names are gone
+        model = _load(Path(folder), dtype, share)  # the files stay open when their names are gone
+    model.name_or_path = model.config.name_or_path = RANDOM
+    return model
 
 
 def _load(folder: Path, dtype: torch.dtype, share: float) -> PreTrainedModel:
