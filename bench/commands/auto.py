@@ -27,7 +27,7 @@ from bench.runs.automatic import Settings, measure_automatic
 from bench.runs.subject import Subject
 from bench.runs.vllm_automatic import TEXTS, measure_vllm_automatic
 from bench.workloads.arguments import add_machine, add_pair, numbers, words
-from bench.workloads.models import load_subject
+from bench.workloads.models import DENSE, RANDOM, load_subject
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
 from bench.workloads.trained import TrainedPair
 from decoder.builtin import builtin_prompts
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench auto``."""
     add_pair(parser)
     parser.add_argument("--datasets", default=",".join(DATA_FILES), help="of a trained pair")
-    parser.add_argument("--target", default="moe-310m", help="moe-310m, dense-310m, or a path")
+    parser.add_argument(
+        "--target", default="moe-310m", help=f"{', '.join((*RANDOM, DENSE))}, or a path"
+    )
     parser.add_argument("--alphas", default="0.3,0.6,0.9", help="imposed without a preset")
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64")
     parser.add_argument("--gammas", default="1,2,4,6", help="fixed gammas to compare with")

@@ -25,7 +25,7 @@ from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
 from bench.workloads.arguments import add_machine, add_target_format, numbers
 from bench.workloads.divided import add_parallel, load_divided, rank_fields
-from bench.workloads.models import load_draft, load_subject
+from bench.workloads.models import DENSE, RANDOM, load_draft, load_subject
 from bench.workloads.offloaded import offloaded_model
 from decoder.parallel.environment import is_one_of_several
 from moesd_kernels import quantize
@@ -33,7 +33,9 @@ from moesd_kernels import quantize
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench decode``."""
-    parser.add_argument("--target", default="moe-310m", help="moe-310m, dense-310m, or a path")
+    parser.add_argument(
+        "--target", default="moe-310m", help=f"{', '.join((*RANDOM, DENSE))}, or a path"
+    )
     parser.add_argument("--draft", help="draft model path; default a one-layer draft, for its cost")
     parser.add_argument(
         "--alpha", type=float, default=0.947, help="acceptance of the replay drafter"

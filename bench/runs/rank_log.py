@@ -37,7 +37,4 @@ class RankLog(RoundLog):
 
     def collective(self, batch: int) -> list[float]:
         """Seconds in collectives of each round that ``full`` gives; nothing in one process."""
-        if not clock.calls:
-            return []
-        rounds = zip(self.rounds, self._seconds, strict=True)
-        return [seconds for (_, live, _, _), seconds in rounds if live == batch][1:]
+        return [self._seconds[place] for place in self.places(batch)] if clock.calls else []

@@ -14,7 +14,6 @@ from bench.workloads.models import load_draft, named_config, random_model
 from decoder.cli.parallel_options import silence
 from decoder.parallel.environment import world_size
 from decoder.parallel.group import Ranks
-from decoder.parallel.loading import load_part
 from decoder.parallel.mode import Mode
 from decoder.parallel.runner import lead
 from decoder.parallel.worker import serve
@@ -41,6 +40,8 @@ def load_divided(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any
         raise ValueError(f"torchrun has started {world_size()} processes; expected --parallel")
     if args.num_experts_per_token or args.weight_format != PLAIN or args.offload_budget is not None:
         raise ValueError("--parallel takes a target as it is; got another K, format or a budget")
+    from decoder.parallel.loading import load_part  # slow to import
+
     ranks = Ranks(args.device)
     if ranks.rank:
         silence()

@@ -50,12 +50,12 @@ def moe_310m(num_experts_per_tok: int = 4, **overrides: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**fields | overrides)
 
 
-def hybrid_300m() -> Qwen3NextConfig:
+def hybrid_300m(num_experts_per_tok: int = 4) -> Qwen3NextConfig:
     """300M-parameter Qwen3-Next: of four layers three keep a state, and all have 64 experts."""
     return Qwen3NextConfig(
         num_hidden_layers=8,
         num_experts=64,
-        num_experts_per_tok=4,
+        num_experts_per_tok=num_experts_per_tok,
         hidden_size=512,
         moe_intermediate_size=352,
         shared_expert_intermediate_size=352,
@@ -75,11 +75,13 @@ def hybrid_300m() -> Qwen3NextConfig:
     )
 
 
-# What has a name and no file.
-RANDOM: dict[str, Callable[[], PreTrainedConfig]] = {
+# What has a name and no file; beside these the dense model that is as large as what a token of the
+# first one uses.
+RANDOM: dict[str, Callable[..., PreTrainedConfig]] = {
     "moe-310m": moe_310m,
     "hybrid-300m": hybrid_300m,
 }
+DENSE = "dense-310m"
 
 
 def dense_like(moe: Qwen3MoeConfig) -> Qwen3Config:
@@ -172,7 +174,7 @@ def load_subject(
     device: torch.device | str,
     top_k: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A target and a draft by name (``moe-310m``, ``dense-310m``) or by path.
+    """A target and a draft by name (of ``RANDOM``, ``DENSE``) or by path.
 
     Args:
         draft: path; by default a random one-layer draft that fits the target's vocabulary.
@@ -186,12 +188,12 @@ def load_subject(
     return model, load_draft(draft, model, dtype, device)
 
 
-def named_config(target: str, top_k: int | None = None) -> Qwen3MoeConfig | Qwen3Config | None:
+def named_config(target: str, top_k: int | None = None) -> PreTrainedConfig | None:
     """The configuration of a random target by its name, ``None`` of a path."""
-    if target not in ("moe-310m", "dense-310m"):
-        return None
-    config = moe_310m(**({"num_experts_per_tok": top_k} if top_k else {}))
-    return config if target == "moe-310m" else dense_like(config)
+    override = {"num_experts_per_tok": top_k} if top_k else {}
+    if target == DENSE:
+        return dense_like(moe_310m(**override))
+    return RANDOM[target](**override) if target in RANDOM else None
 
 
 def load_draft(

@@ -20,7 +20,6 @@ from decoder.errors import RankLost
 from decoder.gamma.base import DEFAULT_MAX_GAMMA
 from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 from decoder.parallel.group import Ranks
-from decoder.parallel.loading import load_part
 from decoder.parallel.runner import lead
 from decoder.parallel.worker import serve
 
@@ -126,6 +125,8 @@ def load_target(args: argparse.Namespace, ranks: Ranks | None = None) -> Any:
             packed=kernels,
             offload=offload_of(args),
         )
+    from decoder.parallel.loading import load_part  # most of a second, which one process can spare
+
     return load_part(path, args.parallel, ranks, dtype=args.dtype, experts=experts, kernels=kernels)
 
 

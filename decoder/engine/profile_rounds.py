@@ -68,9 +68,13 @@ class RoundLog(FixedGamma):
 
         But for the first, which warms up.
         """
+        return [self.rounds[place][2:] for place in self.places(batch)]
+
+    def places(self, batch: int) -> list[int]:
+        """Where in ``rounds`` those are that ``full`` gives."""
         return [
-            (emitted, times)
-            for place, (_, live, emitted, times) in enumerate(self.rounds)
+            place
+            for place, (_, live, _, _) in enumerate(self.rounds)
             if live == batch and place not in self.capturing
         ][1:]
 

@@ -141,13 +141,13 @@ def adapt(model: nn.Module) -> list[str]:
     found = set()
     for name in {type(module).__module__ for module in model.modules()}:
         namespace = vars(sys.modules[name]) if name in sys.modules else {}
-        for function, ours in FUNCTIONS.items():
-            if function in namespace:
-                found.add(function)
-                if not hasattr(namespace[function], _MARK):
-                    namespace[function] = _found_by_thread(namespace[function], ours)
-                if namespace.get("F") is functional:
-                    namespace["F"] = _functional()
+        called = [function for function in FUNCTIONS if function in namespace]
+        for function in called:
+            if not hasattr(namespace[function], _MARK):
+                namespace[function] = _found_by_thread(namespace[function], FUNCTIONS[function])
+        if called and namespace.get("F") is functional:
+            namespace["F"] = _functional()
+        found.update(called)
     return sorted(found)
 
 
