@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from support.heads.depths import check_depths
 
 from decoder.drafters.heads.eagle_head import EagleHead
 from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
-from decoder.model.attention import Placement
-from decoder.model.cache import RaggedCache
 from training.eagle import CONFIG, Eagle, save_eagle
 from training.eagle import load_eagle as load_trained
 
@@ -33,17 +32,4 @@ def test_predictions_of_every_draft_depth(tmp_path: Path) -> None:
 
     lm_head = torch.nn.Linear(hidden_size, 64, bias=False)
     head = EagleHead(load_eagle(tmp_path), embedding, lm_head)
-    cache, rows = RaggedCache(3, 64), torch.tensor([2, 0])
-
-    def run(ids: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        cache.select(rows, positions)
-        return head(ids, hidden, cache, Placement(rows, positions, LENGTH))
-
-    for end in range(1, LENGTH - DEPTHS):
-        positions = torch.arange(end).repeat(2, 1)
-        hidden = run(tokens[:, :end], features[:, :end], positions)
-        torch.testing.assert_close(hidden, expected[0][:, :end], atol=1e-5, rtol=1e-4)
-        for depth in range(1, DEPTHS):
-            at = end - 1 + depth
-            hidden = run(tokens[:, at, None], hidden[:, -1:], torch.full((2, 1), at))
-            torch.testing.assert_close(hidden[:, 0], expected[depth][:, at], atol=1e-5, rtol=1e-4)
+    check_depths(head, tokens, features, expected)

@@ -3,9 +3,7 @@
 One JSON line a kernel.
 """
 
-import json
-
-from code_facts import code_facts, compiled
+from code_facts import code_facts, compiled, print_facts
 
 from moesd_kernels.dense.triton import activation_kernel, argmax_kernel
 from moesd_kernels.dense.triton.activation_kernel import _act_kernel
@@ -92,11 +90,5 @@ def compile_one(arch, name, dtype, constexprs, options):
     }
 
 
-def main():
-    work = [(arch, *job) for arch in (80, 90, 100) for job in every_arch()]
-    for job in [*work, *((90, *job) for job in hopper_alone())]:
-        print(json.dumps(compile_one(*job)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_facts(compile_one, every_arch, hopper_alone)

@@ -1,5 +1,6 @@
 """Kernels compiled without a GPU, and what their code says, for the children that compile them."""
 
+import json
 import re
 import subprocess
 import tempfile
@@ -54,3 +55,15 @@ def resources(cubin):
         ).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {name.lower(): int(found[name]) for name in ("REG", "STACK", "LOCAL")}
+
+
+def print_facts(compile_one, every_arch, hopper_alone):
+    """A line of JSON for each job ``(kernel, dtype, constants)``, compiled for its architectures.
+
+    Args:
+        compile_one: ``(arch, *job)`` to facts.
+        every_arch: the jobs for all of them; ``hopper_alone``: those for sm_90.
+    """
+    work = [(arch, *job) for arch in (80, 90, 100) for job in every_arch()]
+    for job in [*work, *((90, *job) for job in hopper_alone())]:
+        print(json.dumps(compile_one(*job)), flush=True)

@@ -1,8 +1,6 @@
 """Child of test_static.py: compiles the sampler's kernels without a GPU. One JSON line a kernel."""
 
-import json
-
-from code_facts import code_facts, compiled
+from code_facts import code_facts, compiled, print_facts
 
 from moesd_kernels.dense.triton.sampling import (
     accept_kernel,
@@ -82,11 +80,5 @@ def compile_one(arch, name, constexprs, options, dtype):
     }
 
 
-def main():
-    work = [(arch, *job) for arch in (80, 90, 100) for job in every_arch()]
-    for job in [*work, *((90, *job) for job in hopper_alone())]:
-        print(json.dumps(compile_one(*job)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_facts(compile_one, every_arch, hopper_alone)
