@@ -68,9 +68,14 @@ static constexpr int64_t panel_rows(int64_t rows, int64_t experts) {
     return (rows / kPanelRows + (experts < rows ? experts : rows)) * kPanelRows;
 }
 
-// What a thread needs to hold decoded weight rows for kernels that compute in tiles.
+// What a thread needs to hold decoded weight rows for kernels that compute in tiles: whole rows, or
+// chunks of them.
 constexpr int64_t kDecodedRows = 64;
-static constexpr int64_t decoded_size(int64_t depth) { return kDecodedRows * align_depth(depth); }
+constexpr int64_t kDecodedChunk =
+    384;  // two tiles of them and a panel stay in the first-level cache
+static constexpr int64_t decoded_size(int64_t depth) {
+    return kDecodedRows * align_depth(depth > kDecodedChunk ? depth : kDecodedChunk);
+}
 
 struct ExpertsArgs {
     DType dtype;

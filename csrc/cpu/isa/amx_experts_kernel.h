@@ -120,27 +120,24 @@ private:
         const bf16* x = x_panels(e);
         alignas(64) float sums[4 * kTileSums];
         const Matrix<bf16> matrix = gate_up_of(e);
-        WeightRows weights[2 * Parts];
-        for (int i = 0; i < 2 * Parts; ++i) {
+        const auto tile = [&](int i) -> TileOfRows {
             const int64_t row = j + i / Parts * kTile;
-            weights[i] = tile_rows({matrix, up_row(i % Parts, row), a_.interleaved ? 2 : 1},
-                                   a_.inter - row, decoded + i * kTile * align_depth(a_.hidden));
-        }
+            return {{matrix, up_row(i % Parts, row), a_.interleaved ? 2 : 1}, a_.inter - row};
+        };
+        const Block<2 * Parts> block(tile, count, decoded);
         int64_t p = 0;
         for (; p + 2 <= count; p += 2) {
             const bf16* const pair[2] = {x + p * x_size_, x + (p + 1) * x_size_};
-            for (int half = 0; half < 2; ++half) {
-                WeightRows part[Parts];
-                for (int i = 0; i < Parts; ++i) part[i] = weights[half * Parts + i];
-                tile_product<Parts, 2>(part, pair, a_.hidden, prefetch, sums);
+            for_tiles<2>([&]<int Half>() {
+                block.template multiply<Half * Parts, Parts>(pair, prefetch, sums);
                 for (int t = 0; t < 2; ++t) {
-                    activate_tile(e, j + half * kTile, p + t, sums + t * kTileSums,
+                    activate_tile(e, j + Half * kTile, p + t, sums + t * kTileSums,
                                   sums + (Parts * 2 - 2 + t) * kTileSums);
                 }
-            }
+            });
         }
         if (p == count) return;
-        tile_product<2 * Parts, 1>(weights, {x + p * x_size_}, a_.hidden, prefetch, sums);
+        block.template multiply<0, 2 * Parts>({x + p * x_size_}, prefetch, sums);
         for (int half = 0; half < 2; ++half) {
             const float* gate = sums + half * Parts * kTileSums;
             activate_tile(e, j + half * kTile, p, gate, gate + (Parts - 1) * kTileSums);
@@ -184,8 +181,8 @@ private:
                                            : e + 1 < a_.num_active
                                                ? fetch_rows(down_of(e + 1).row(h0), rows, loads)
                                                : fetch_down(next_item, loads);
-                panels_product(Block(matrix, h, rows, decoded).tiles, act_panels(e), act_size_,
-                               panels_of(e), a_.inter, prefetch,
+                panels_product(matrix, h, rows, act_panels(e), act_size_, panels_of(e), prefetch,
+                               decoded,
                                [&](int64_t w, int64_t p, const float* first, const float* second) {
                                    combine(e, h + w * kTile, h1, p, first, out);
                                    combine(e, h + (w + 1) * kTile, h1, p, second, out);

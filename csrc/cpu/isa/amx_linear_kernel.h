@@ -70,8 +70,8 @@ private:
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
             store(j + w * kTile, (first_panel + p) * kTile, first, second);
         };
-        panels_product(Block(w_, j, rows, decoded).tiles, panel(first_panel), panel_size_, count,
-                       a_.depth, prefetch, finish);
+        panels_product(w_, j, rows, panel(first_panel), panel_size_, count, prefetch, decoded,
+                       finish);
     }
 
     // Stores two tiles of sums: features `feature` .. `feature` + 32 of tokens `token` .. `token` +

@@ -86,8 +86,8 @@ public:
         for (int64_t i = 0; i < lines_; ++i, address_ += 64) {
 #pragma GCC unroll 4
             for (int q = 0; q < 4; ++q) {
-                __builtin_prefetch(address_ + q * quarter_);
-                __builtin_prefetch(address_ + q * quarter_ + second_offset_);
+                __builtin_prefetch(address_ + q * quarter_, 0, 2);
+                __builtin_prefetch(address_ + q * quarter_ + second_offset_, 0, 2);
             }
         }
     }
@@ -151,33 +151,6 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
         });
     }
     for_tiles<W * T>([&]<int I>() { tile_store<I>(sums + I * kTileSums, 64); });
-}
-
-// Multiplies up to four tiles of weight rows by `count` panels, each `panel_size` after the one
-// before it, and calls finish(w, p, sums, more_sums) with the tiles of sums of panel p with w[w]
-// and w[w + 1].
-template <class F>
-void panels_product(const WeightRows (&w)[4], const bf16* panels, int64_t panel_size, int64_t count,
-                    int64_t depth, PrefetchStreams& prefetch, const F& finish) {
-    alignas(64) float sums[4 * kTileSums];
-    const auto tile = [&](int i) { return sums + i * kTileSums; };
-    int64_t p = 0;
-    for (; p + 2 <= count; p += 2) {
-        const bf16* const pair[2] = {panels + p * panel_size, panels + (p + 1) * panel_size};
-        for (int half = 0; half < 4 && w[half].rows > 0; half += 2) {
-            tile_product<2, 2>({w[half], w[half + 1]}, pair, depth, prefetch, sums);
-            for (int t = 0; t < 2; ++t) finish(half, p + t, tile(t), tile(2 + t));
-        }
-    }
-    if (p == count) return;
-    const bf16* const last[1] = {panels + p * panel_size};
-    if (w[2].rows > 0) {
-        tile_product<4, 1>(w, last, depth, prefetch, sums);
-        for (int half = 0; half < 4; half += 2) finish(half, p, tile(half), tile(half + 1));
-    } else {
-        tile_product<2, 1>({w[0], w[1]}, last, depth, prefetch, sums);
-        finish(0, p, tile(0), tile(1));
-    }
 }
 
 // How many tiles of weights `count` panels load from `rows` weight rows, two panels at a time.

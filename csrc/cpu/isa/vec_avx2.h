@@ -189,6 +189,10 @@ template <class W>
 class SignedPalette;
 template <class W>
 constexpr bool kHasSignedPalette = false;
+template <class W>
+struct TwoPalettes;
+template <class W>
+constexpr bool kHasTwoPalettes = false;
 
 // v with every lane rounded to what storing it would keep.
 inline Vec rounded(Vec v, const float*) { return v; }

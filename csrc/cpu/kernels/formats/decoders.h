@@ -8,14 +8,25 @@
 
 namespace moesd::MOESD_ISA {
 
-// Writes weights [k, k + n) of the row to out, and fills up the last run; k is a multiple of kRun.
+// Writes weights [k, k + n) of `count` rows to out, each `stride` after the one before it, and fills
+// up the last run; k is a multiple of kRun.
 template <class X>
-using Decode = void(const StoredRow& row, int64_t k, int64_t n, X* out);
+using Decode = void(const StoredRow* rows, int64_t count, int64_t k, int64_t n, X* out,
+                    int64_t stride);
 
 template <class X, template <class> class Format>
-void decode(const StoredRow& row, int64_t k, int64_t n, X* out) {
-    Format<X> weights(row);
-    typename Format<X>::Place at(k, row);
+void decode(const StoredRow* rows, int64_t count, int64_t k, int64_t n, X* out, int64_t stride) {
+    int64_t row = 0;
+    for (; row + 2 <= count; row += 2, out += 2 * stride) {
+        Format<X> first(rows[row]), second(rows[row + 1]);
+        typename Format<X>::Place at(k, rows[row]);
+        for (int64_t i = 0; i < n; i += kRun, at.next()) {
+            decode_two(first, second, at, out + i, out + stride + i);
+        }
+    }
+    if (row == count) return;
+    Format<X> weights(rows[row]);
+    typename Format<X>::Place at(k, rows[row]);
     for (int64_t i = 0; i < n; i += kRun, at.next()) weights.decode(at, out + i);
 }
 

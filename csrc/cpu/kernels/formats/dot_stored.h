@@ -74,7 +74,9 @@ public:
         alignas(64) X buffer[kMost * kStride];
         for (int64_t j = 0; j < rows_; j += kMost) {
             const int64_t part = rows_ - j < kMost ? rows_ - j : kMost;
-            for (int64_t i = 0; i < part; ++i) decode(j + i, 0, depth_, buffer + i * kStride);
+            StoredRow rows[kMost];
+            for (int64_t i = 0; i < part; ++i) rows[i] = w_.row(j + i);
+            w_.matrix.decoder.runs(rows, part, 0, depth_, buffer, kStride);
             dot_rows<X>(xs_, count_, buffer, kStride, part, depth_, nullptr, out_ + j, ld_);
         }
     }
@@ -126,7 +128,7 @@ private:
             w_.matrix.decoder.fused(count_, xs_, rows, k0, length, ahead, decoded, out_ + 4 * g,
                                     ld_);
         } else {
-            for (int n = 0; n < 4; ++n) decode_row(rows[n], k0, length, decoded + n * kStride);
+            w_.matrix.decoder.runs(rows, 4, k0 - k0 % kRun, length + k0 % kRun, buffer, kStride);
             prefetch = in_quarters(rows[0].data + k0 * row_bytes_ / depth_ + ahead, quarter);
         }
         if (rest.count == 0) return;
@@ -156,15 +158,6 @@ private:
     Prefetch nothing() const {
         const auto* cached = reinterpret_cast<const char*>(xs_);
         return {cached, cached};
-    }
-
-    void decode(int64_t row, int64_t k, int64_t n, X* out) const {
-        decode_row(w_.row(row), k, n, out);
-    }
-
-    // Decodes elements [k, k + n) to `out`, and those of whole runs around them.
-    void decode_row(const StoredRow& row, int64_t k, int64_t n, X* out) const {
-        w_.matrix.decoder.runs(row, k - k % kRun, n + k % kRun, out - k % kRun);
     }
 
     const Act* const* xs_;

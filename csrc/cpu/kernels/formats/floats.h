@@ -23,17 +23,24 @@ public:
 
     const uint8_t* codes(const Place& at) const { return codes_ + at.k / 2; }
 
-    void decode(const Place& at, X* out) {
+    alignas(64) static constexpr float kCodes[16] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
+                                                     -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+    auto value(const Place& at) const {
         const Vec scale = splat(power(scales_[at.k / kRun]));
-        palette_of<X>(kE2M1, [=](Vec value) {
-            return mul(value, scale);
-        }).template look_up<Nibbles::kAdjacent>(codes_ + at.k / 2, out);
+        return [=](Vec number) { return mul(number, scale); };
+    }
+
+    template <class P>
+    void look_up(const Place& at, const P& palette, X* out) const {
+        palette.template look_up<Nibbles::kAdjacent>(codes(at), out);
+    }
+
+    void decode(const Place& at, X* out) const {
+        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
     }
 
 private:
-    alignas(64) static constexpr float kE2M1[16] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
-                                                    -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-
     static float power(uint8_t s) {
         uint32_t bits = uint32_t{s} << 23;
         // The least has no exponent that is normal in fp32; 255 needs a mantissa that is not zero.

@@ -51,8 +51,9 @@ __attribute__((noinline)) void fused_tile(const X* const* xs, const StoredRow (&
         for (int n = 0; n < 4; ++n) {
             __builtin_prefetch(weights[n].codes(place) + ahead, 0, 2);
             run[n] = Keep ? kept + n * kKeptStride<X> + k : local[n];
-            weights[n].decode(place, run[n]);
         }
+        decode_two(weights[0], weights[1], place, run[0], run[1]);
+        decode_two(weights[2], weights[3], place, run[2], run[3]);
         const X* const w[4] = {run[0], run[1], run[2], run[3]};
         const X* at[M];
 #pragma GCC unroll 8

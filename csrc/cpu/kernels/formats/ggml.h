@@ -50,12 +50,20 @@ public:
 
     const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
 
-    void decode(const Place& at, X* out) {
-        const uint8_t* block = blocks_ + at.block;
-        const Vec d = splat(load_at<half>(block));
-        palette_of<X>(kMinus8To7, [=](Vec q) {
-            return mul(d, q);
-        }).template look_up<Nibbles::kSplit>(block + sizeof(half), out);
+    static constexpr const float (&kCodes)[16] = kMinus8To7;
+
+    auto value(const Place& at) const {
+        const Vec d = splat(load_at<half>(blocks_ + at.block));
+        return [=](Vec q) { return mul(d, q); };
+    }
+
+    template <class P>
+    void look_up(const Place& at, const P& palette, X* out) const {
+        palette.template look_up<Nibbles::kSplit>(codes(at) + sizeof(half), out);
+    }
+
+    void decode(const Place& at, X* out) const {
+        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
     }
 
 private:
@@ -72,12 +80,21 @@ public:
 
     const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
 
-    void decode(const Place& at, X* out) {
+    static constexpr const float (&kCodes)[16] = kZeroToFifteen;
+
+    auto value(const Place& at) const {
         const uint8_t* block = blocks_ + at.block;
         const Vec d = splat(load_at<half>(block)), m = splat(load_at<half>(block + 2));
-        palette_of<X>(kZeroToFifteen, [=](Vec q) {
-            return add(mul(d, q), m);
-        }).template look_up<Nibbles::kSplit>(block + 4, out);
+        return [=](Vec q) { return add(mul(d, q), m); };
+    }
+
+    template <class P>
+    void look_up(const Place& at, const P& palette, X* out) const {
+        palette.template look_up<Nibbles::kSplit>(codes(at) + 4, out);
+    }
+
+    void decode(const Place& at, X* out) const {
+        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
     }
 
 private:
@@ -96,15 +113,23 @@ public:
 
     const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
 
-    void decode(const Place& at, X* out) {
-        const uint8_t* block = blocks_ + at.block;
-        if (at.enters) take_scales(block);
+    static constexpr const float (&kCodes)[16] = kZeroToFifteen;
+
+    auto value(const Place& at) {
+        if (at.enters) take_scales(blocks_ + at.block);
         const Vec scale = splat(scales_[at.run]), minimum = splat(minima_[8 + at.run]);
-        const auto palette =
-            palette_of<X>(kZeroToFifteen, [=](Vec q) { return sub(mul(scale, q), minimum); });
-        const uint8_t* codes = block + 16 + at.run / 2 * kRun;
-        if (at.run % 2 == 0) palette.template look_up<Nibbles::kLow>(codes, out);
-        else palette.template look_up<Nibbles::kHigh>(codes, out);
+        return [=](Vec q) { return sub(mul(scale, q), minimum); };
+    }
+
+    template <class P>
+    void look_up(const Place& at, const P& palette, X* out) const {
+        const uint8_t* run = codes(at) + 16 + at.run / 2 * kRun;
+        if (at.run % 2 == 0) palette.template look_up<Nibbles::kLow>(run, out);
+        else palette.template look_up<Nibbles::kHigh>(run, out);
+    }
+
+    void decode(const Place& at, X* out) {
+        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
     }
 
 private:

@@ -10,11 +10,12 @@ struct GroupPlace {
     int64_t group, left;
     bool enters = true;  // another group than the place before
 
+    // Groups are powers of two, and a division takes as long as some runs.
     GroupPlace(int64_t weight, const StoredRow& row)
         : k(weight),
-          scale(weight / row.group * sizeof(bf16)),
+          scale((weight >> __builtin_ctzll(row.group)) * sizeof(bf16)),
           group(row.group),
-          left(row.group - weight % row.group) {}
+          left(row.group - (weight & (row.group - 1))) {}
 
     void next() {
         k += kRun, left -= kRun, enters = left == 0;
@@ -49,12 +50,21 @@ public:
 
     const uint8_t* codes(const Place& at) const { return codes_ + at.k / 2; }
 
+    static constexpr const float (&kCodes)[16] = kMinus8To7;
+
+    auto value(const Place& at) const {
+        const Vec scale = splat(load_at<bf16>(scales_ + at.scale));
+        return [=](Vec q) { return mul(q, scale); };
+    }
+
+    template <class P>
+    void look_up(const Place& at, const P& palette, X* out) const {
+        palette.template look_up<Nibbles::kAdjacent>(codes(at), out);
+    }
+
     void decode(const Place& at, X* out) {
-        if (at.enters) {
-            const Vec scale = splat(load_at<bf16>(scales_ + at.scale));
-            palette_ = palette_of<X>(kMinus8To7, [=](Vec q) { return mul(q, scale); });
-        }
-        palette_.template look_up<Nibbles::kAdjacent>(codes_ + at.k / 2, out);
+        if (at.enters) palette_ = Palette<X>(Levels(kCodes, value(at)).of);
+        look_up(at, palette_, out);
     }
 
 private:

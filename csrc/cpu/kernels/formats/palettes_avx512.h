@@ -17,8 +17,8 @@ inline __m512i nibbles(const uint8_t* codes) {
         const __m512i lower = _mm512_cvtepu8_epi32(bytes);
         return _mm512_or_si512(lower, _mm512_slli_epi32(lower, 12));
     }
-    const __m256i words = _mm256_cvtepu8_epi16(bytes);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
+    return _mm512_mask_srli_epi16(words, 0xffff0000, words, 4);
 }
 
 // Sixteen numbers, rounded to W, by a code of four bits; twice, so that a fifth bit changes
@@ -62,6 +62,44 @@ public:
 private:
     Vec numbers_;
 };
+
+// One of two palettes that share a register: the fifth bit of a look-up says which.
+template <class W, bool Second>
+class HalfOfPalettes {
+public:
+    explicit HalfOfPalettes(__m512i both) : numbers_(both) {}
+
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, W* out) const {
+        const __m512i words = nibbles<N>(codes);
+        const __m512i places = Second ? _mm512_or_si512(words, _mm512_set1_epi16(16))
+                                      : _mm512_and_si512(words, _mm512_set1_epi16(15));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(places, numbers_));
+    }
+
+private:
+    __m512i numbers_;
+};
+
+// Two palettes, for what it takes to round one.
+template <class W>
+struct TwoPalettes {
+    HalfOfPalettes<W, false> first;
+    HalfOfPalettes<W, true> second;
+
+    TwoPalettes(const Vec (&a)[1], const Vec (&b)[1]) : TwoPalettes(rounded(a[0], b[0])) {}
+
+private:
+    explicit TwoPalettes(__m512i both) : first(both), second(both) {}
+
+    static __m512i rounded(Vec a, Vec b) {
+        alignas(64) W numbers[32];
+        store_pair(numbers, a, b);
+        return _mm512_load_si512(numbers);
+    }
+};
+template <class W>
+constexpr bool kHasTwoPalettes = sizeof(W) == 2;
 
 // The numbers of a code of seven bits, rounded to W, which an eighth bit negates.
 template <class W>

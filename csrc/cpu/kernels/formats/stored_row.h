@@ -42,13 +42,28 @@ inline void scale_run(const uint8_t* codes, Vec scale, X* out) {
     }
 }
 
-// The sixteen values that a code of four bits stands for: f of a vector of `codes`, rounded to X.
-template <class X, class F>
-inline Palette<X> palette_of(const float (&codes)[16], const F& f) {
-    Vec values[16 / kLanes];
+// The sixteen values that a code of four bits stands for: f of a vector of `codes`.
+struct Levels {
+    Vec of[16 / kLanes];
+
+    template <class F>
+    Levels(const float (&codes)[16], const F& f) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 16 / kLanes; ++i) values[i] = f(load(codes + i * kLanes));
-    return Palette<X>(values);
+        for (int i = 0; i < 16 / kLanes; ++i) of[i] = f(load(codes + i * kLanes));
+    }
+};
+
+// Decodes a run at the same place of each of two rows. A format of four bits has `kCodes`, what
+// they stand for by `value`, and their order by `look_up`.
+template <class X, class Format, class Place>
+inline void decode_two(Format& a, Format& b, const Place& at, X* out_a, X* out_b) {
+    if constexpr (kHasTwoPalettes<X> && requires { a.value(at); }) {
+        const Levels first(Format::kCodes, a.value(at)), second(Format::kCodes, b.value(at));
+        const TwoPalettes<X> palettes(first.of, second.of);
+        a.look_up(at, palettes.first, out_a), b.look_up(at, palettes.second, out_b);
+    } else {
+        a.decode(at, out_a), b.decode(at, out_b);
+    }
 }
 
 alignas(64) inline constexpr float kZeroToFifteen[16] = {0, 1, 2,  3,  4,  5,  6,  7,
