@@ -1,5 +1,8 @@
 """The profile of two decoders: costs of rounds and prompts, and nothing else is left of it."""
 
+import itertools
+import time
+
 import pytest
 import torch
 from support.tiny import ragged_prompts, tiny_moe
@@ -54,3 +57,18 @@ def test_where_there_is_nothing_to_time(models, gamma, drafter, max_length):
     plain, speculative = pair(models, gamma, drafter, max_length)
     assert profile_pair(plain, speculative, PROMPTS, PARAMS) is None
     assert plain.is_idle() and speculative.is_idle()
+
+
+def test_a_late_prefill_of_the_draft_counts_as_prefill(models, monkeypatch):
+    plain, speculative = pair(models, 4)
+    step, calls, late = speculative.step, itertools.count(), 0.4
+
+    def slow_second_step():
+        if next(calls) == 1:
+            time.sleep(late)
+        return step()
+
+    monkeypatch.setattr(speculative, "step", slow_second_step)
+    costs = profile_pair(plain, speculative, PROMPTS, PARAMS)
+    assert costs.speculative_prompt * len(PROMPTS) > late > costs.plain_prompt * len(PROMPTS)
+    assert costs.rounds(len(PROMPTS), 4, 0) < late
