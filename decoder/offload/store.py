@@ -17,14 +17,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from decoder.errors import UserError
-
 from .layout import Layout, Projection
+from .policy import WORTH, places_within, room_ahead
 from .residency import Key, Residency
 from .stats import OffloadStats
 
-_AHEAD = 4  # prefetching may use one of so many places
-_WORTH = 0.9  # share of hints that must come true
 _MEMORY = 1 / 8  # weight of a layer's last run in what is known of hints
 
 
@@ -50,14 +47,7 @@ class ExpertStore(ABC):
     def __init__(self, layout: Layout, budget: int, prefetch: bool) -> None:
         self._layers = list(layout.values())
         self._bytes = [sum(p.expert_bytes for p in own) for own in self._layers]  # of one, by layer
-        most = max(map(_count, self._layers))
-        needed = most * max(self._bytes)
-        if budget < needed:
-            raise UserError(
-                f"the budget for experts must be at least {_gigabytes(needed)}, one layer's {most} "
-                f"of {_gigabytes(max(self._bytes))}, got {_gigabytes(budget)}"
-            )
-        self.places = min(budget // max(self._bytes), sum(map(_count, self._layers)))
+        self.places = places_within(budget, list(map(_count, self._layers)), self._bytes)
         self._prefetches = prefetch
         self._residency = Residency(len(self._layers), self.places)
         self._ahead: set[Key] = set()  # brought on a hint, and not asked for yet
@@ -102,7 +92,7 @@ class ExpertStore(ABC):
         """
         with self._lock:
             self._bring(layer, self._tokens_by_expert(layer, ids))
-            if self._prefetches and self._trust >= _WORTH:
+            if self._prefetches and self._trust >= WORTH:
                 self._prefetch(layer)
             yield self._ids_there(layer, ids)
 
@@ -144,8 +134,7 @@ class ExpertStore(ABC):
         )
         running = {(layer, expert) for expert in residency.last_run(layer)}
         keep = hinted | running
-        room = min(residency.places // _AHEAD, residency.places - len(running))
-        chosen = sorted(missing[:room])
+        chosen = sorted(missing[: room_ahead(residency.places, len(running))])
         begun = self._replace(following, chosen, keep)
         self.stats.prefetched += begun
         self._ahead |= set(chosen[:begun])
@@ -166,7 +155,3 @@ class ExpertStore(ABC):
 def _count(projections: list[Projection]) -> int:
     """Experts of a layer."""
     return projections[0].shape[0]
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
