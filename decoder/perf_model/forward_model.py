@@ -3,7 +3,8 @@
 Differences from the paper's ten parameters: B * (gamma + 1) tokens are charged; dense products,
 expert products, attention and the output head have their own rooflines with a smooth maximum;
 expert unions may be correlated; the KV cache is read (long contexts); launches and per-token work
-are explicit; offloaded experts travel over a link, and experts may be spread over ranks. With
+are explicit; experts that do not fit are brought as steps need them (``offload/``), and experts
+may be spread over ranks. With
 parameters straight from a ``Machine`` it needs no measurement of the model at all; ``forward_fit``
 adjusts them.
 """
@@ -11,8 +12,8 @@ adjusts them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from decoder.perf_model.hardware.link import Link
 from decoder.perf_model.hardware.machine import Machine, RowCurve, smooth_max
 
 from . import theory
@@ -20,6 +21,9 @@ from .activation import ActiveExperts, CorrelatedActivation, tokens_alike
 from .model_spec import LayerSpec, ModelSpec
 from .parallel.ranks import Ranks
 from .times import RankTimes, RoundTimes
+
+if TYPE_CHECKING:  # it follows the store's own rules, which come with PyTorch
+    from .offload.reads import ExpertReads
 
 _STATE_FLOPS = 7  # per state element and token: decay, an outer product added, two dot products
 
@@ -60,6 +64,7 @@ class ForwardModel:
         activation: distinct experts for (sequences, tokens per sequence).
         ranks: over which the target's experts are spread, each rank a ``machine``, with a draft of
             its own; batches are of all ranks.
+        offload: how the target's experts are brought where they do not fit; the draft's do.
     """
 
     target: ModelSpec
@@ -69,14 +74,18 @@ class ForwardModel:
     adjust: Adjustments = field(default_factory=Adjustments)
     activation: ActiveExperts = field(default_factory=CorrelatedActivation)
     sharpness: float = 3.0
-    link: Link | None = None
     ranks: Ranks | None = None
+    offload: ExpertReads | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and self.offload is not None:
+            raise ValueError("experts are offloaded by one process, got ranks as well")
 
     def round_times(self, batch: int, gamma: int, context: int = 512) -> RoundTimes:
         """Times of a round of ``batch`` rows with ``gamma`` drafts at ``context`` cached tokens."""
         draft = 0.0
         if self.draft is not None and gamma > 0:
-            local, alone = self._local(batch), replace(self, ranks=None) if self.ranks else self
+            local, alone = self._local(batch), replace(self, ranks=None, offload=None)
             base = alone.forward_time(self.draft, local, 1, context)
             base += self._logits_time(self.draft.vocab, local, 6)
             draft = self.adjust.draft * base
@@ -115,9 +124,13 @@ class ForwardModel:
         total = self._dense_time(spec.head * spec.dense_bytes, spec.head, tokens)
         total += 4 * self.adjust.launch * self.machine.launch
         for layer, count in spec.layer_groups:
-            total += count * self._layer_time(spec, layer, local, per_sequence, context)
+            one = self._layer_time(spec, layer, local, per_sequence, context)
             if layer.num_experts:
-                total += count * self._expert_time(spec, layer, sequences, per_sequence)
+                one += self._expert_time(spec, layer, sequences, per_sequence)
+                if self.offload is not None:
+                    active, _ = self.expert_load(layer, sequences, per_sequence)
+                    one = self.offload.layer_seconds(one, active, layer.num_experts)
+            total += count * one
         return total + self.adjust.token * self._token_time(spec, tokens)
 
     def rank_times(self, batch: int, gamma: int, context: int = 512) -> RankTimes:
@@ -128,6 +141,17 @@ class ForwardModel:
             if layer.num_experts
         )
         return RankTimes(self.forward_time(self.target, batch, gamma + 1, context), collective)
+
+    def read_bytes(self, batch: int, gamma: int) -> float:
+        """Bytes of experts that a forward over ``gamma + 1`` tokens a row brings; 0 if all fit."""
+        if self.offload is None:
+            return 0.0
+        return sum(
+            count
+            * self.offload.layer_bytes(self.expert_load(x, batch, gamma + 1)[0], x.num_experts)
+            for x, count in self.target.layer_groups
+            if x.num_experts
+        )
 
     def sample_time(self, batch: int, gamma: int) -> float:
         """Seconds to turn logits into tokens: two passes over fp32 logits and a few launches."""
@@ -173,11 +197,8 @@ class ForwardModel:
             routed / active,
             (self.adjust.expert_memory, self.adjust.expert_compute),
         )
-        time = active * layer.expert * per_param
-        if self.link is not None:
-            weights = self.link.remote_share * active * layer.expert * spec.expert_bytes
-            time += weights / self.link.bandwidth
-        return time + self._collective_time(spec, layer, sequences, per_sequence)
+        collective = self._collective_time(spec, layer, sequences, per_sequence)
+        return active * layer.expert * per_param + collective
 
     def expert_load(
         self, layer: LayerSpec, sequences: int, per_sequence: int

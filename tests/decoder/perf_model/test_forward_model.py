@@ -15,7 +15,6 @@ from decoder.perf_model.forward_fit import (
     sensitivities,
 )
 from decoder.perf_model.forward_model import Adjustments, ForwardModel
-from decoder.perf_model.hardware.link import Link
 from decoder.perf_model.hardware.machine import RowCurve, named_machine
 from decoder.perf_model.observations import Observation, d_optimal_indices, spread_indices
 from decoder.perf_model.presets import paper_draft_spec, preset_spec
@@ -179,13 +178,6 @@ def test_measured_curves_take_precedence() -> None:
     for tokens, seconds in [(1, 1e-12), (8, 1.5e-12), (36, 4.75e-12), (128, 16e-12)]:
         launches = model.forward_time(spec, tokens, 1, context=1) - params * seconds
         assert launches == pytest.approx(32 * 14 * 2.5e-6 + 4 * 2.5e-6, rel=0.05)
-
-
-def test_links_slow_offloaded_experts(model: ForwardModel) -> None:
-    local = model.round_times(4, 4)
-    offload = replace(model, link=Link(bandwidth=50e9, remote_share=0.5)).round_times(4, 4)
-    moved = 0.5 * float(model.activation(4, 1, 64, 8)) * model.target.one_expert_bytes
-    assert offload.ar - local.ar == pytest.approx(moved / 50e9)
 
 
 def test_json_round_trip(model: ForwardModel) -> None:

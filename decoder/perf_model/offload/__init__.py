@@ -1,0 +1,1 @@
+"""Experts that are brought when a step needs them: how many, and what waiting for them costs."""
