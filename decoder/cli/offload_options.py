@@ -11,17 +11,22 @@ from decoder.offload import Offload
 from . import flag_types as types
 
 _OWN = True  # no folder is named: the target's own files
-_HOST = "cpu"
+HOST = "cpu"
 _MOST = 10**6  # GB
 
 
 def add_offload_arguments(group: argparse._ArgumentGroup) -> None:
     """For commands that load a target."""
     group.add_argument(
-        "--offload-experts", nargs="?", const=_OWN, type=types.path, metavar=f"DIR|{_HOST}",
+        "--offload-experts", nargs="?", const=_OWN, type=types.path, metavar=f"DIR|{HOST}",
         help="on a CPU: read experts from the target's safetensors files as steps need them, or "
-        f"from a copy of these in DIR; on a GPU, {_HOST}: copy them from host memory",
+        f"from a copy of these in DIR; on a GPU, {HOST}: copy them from host memory",
     )  # fmt: skip
+    add_budget_argument(group)
+
+
+def add_budget_argument(group: argparse._ArgumentGroup) -> None:
+    """How much memory experts may take."""
     group.add_argument(
         "--offload-budget", type=types.number(0, _MOST), metavar="GB",
         help="memory for experts with --offload-experts, of the device",
@@ -41,7 +46,7 @@ def offload_of(args: argparse.Namespace) -> Offload | None:
         raise UserError("--offload-budget is read with --offload-experts only")
     if budget is None:
         raise UserError("--offload-experts needs --offload-budget: memory for experts, in GB")
-    if folder == _HOST:
+    if folder == HOST:
         return Offload(int(budget * 1e9), host=True)
     copies = None if folder is _OWN else Path(folder)
     if copies is not None and not copies.is_dir():

@@ -16,6 +16,7 @@ from decoder.perf_model.parallel.network import NETWORKS
 from decoder.perf_model.parallel.ranks import EXCHANGES, MAX_RANKS
 
 from .inputs import DEFAULT_LINK, build_model, parse_range
+from .offload import add_read_arguments
 from .vllm_table import speculative_config
 
 FORMATS = ("text", "json", "vllm")
@@ -73,6 +74,7 @@ def add_parser(subparsers: Any) -> None:
         help="as --format json, under the name that other commands have for it",
     )  # fmt: skip
     _add_rank_arguments(parser)
+    add_read_arguments(parser)
     parser.set_defaults(run=run)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from decoder.builtin import BUILTIN
 from decoder.perf_model.model_spec import EXPERTS_ONLY, WEIGHT_BYTES
 
+from .offload import expert_reads
+
 if TYPE_CHECKING:
     from decoder.perf_model.forward_model import ForwardModel
     from decoder.perf_model.hardware.machine import Machine
@@ -72,7 +74,9 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
         if model.target.moe is None:
             raise ValueError(f"--top-k-experts needs a model with experts, got {model.target.name}")
         model = model.with_top_k(args.top_k_experts)
-    model = replace(model, ranks=_ranks(args, model.target))
+    model = replace(
+        model, ranks=_ranks(args, model.target), offload=expert_reads(args, model.target)
+    )
     if args.launch_us:
         model = replace(model, machine=replace(model.machine, launch=args.launch_us * 1e-6))
     if args.independent_experts:

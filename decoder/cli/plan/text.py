@@ -21,6 +21,8 @@ def print_plan(plan: Plan) -> None:
     if plan.batches[0].cells[0].collective_share is not None:
         title = "Share of collectives in a verify step of γ + 1 tokens"
         console.print(_grid(plan, title, "collective_share", 2))
+    if plan.batches[0].in_memory is not None:
+        console.print(_offload_table(plan))
     console.print(_answer(plan))
     error = "unknown" if plan.error is None else f"± {plan.error:.0%} (90 % of held-out points)"
     console.print(f"[bold]How sure:[/bold] {error}; {plan.basis}.")
@@ -42,8 +44,34 @@ def _summary_table(plan: Plan) -> Table:
             "dense" if entry.active_share is None else f"{entry.active_share:.0%}",
             str(best.gamma),
             f"{best.speedup:.2f}x{band if best.gamma else ''}",
-            f"{best.tokens_per_second:,.0f}",
+            _rate(best.tokens_per_second),
             f"{min(lowest):.2f}" if lowest else "never",
+        )
+    return table
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _offload_table(plan: Plan) -> Table:
+    """At the draft length that is best, or the longest where none is: what reading changes."""
+    table = Table(title="Experts brought as needed / all in memory (prediction)")
+    for name in ("B", "best γ", "speedup", "γ", "target efficiency", "GB a plain step, verify"):
+        table.add_column(name, justify="right")
+    for entry in plan.batches:
+        whole = entry.in_memory
+        assert whole is not None
+        index = entry.cells.index(entry.best) or len(entry.cells) - 1
+        cell, plain = entry.cells[index], entry.cells[0]
+        assert cell.read_bytes is not None and plain.read_bytes is not None
+        table.add_row(
+            str(entry.batch),
+            f"{entry.best.gamma} / {whole.best.gamma}",
+            f"{entry.best.speedup:.2f}x / {whole.best.speedup:.2f}x",
+            str(cell.gamma),
+            f"{cell.target_efficiency:.2f} / {whole.cells[index].target_efficiency:.2f}",
+            f"{plain.read_bytes / 1e9:.3g}, {cell.read_bytes / 1e9:.3g}",
         )
     return table
 

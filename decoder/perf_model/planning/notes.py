@@ -19,6 +19,12 @@ def basis(model: ForwardModel, profile: Profile | None) -> str:
     if model.ranks is not None:
         alone = basis(replace(model, ranks=None), profile)
         return f"a prediction: no run over ranks stands behind it. One rank is {alone}"
+    if model.offload is not None:
+        whole = basis(replace(model, offload=None), profile)
+        return (
+            "a prediction: experts are taken to be routed to uniformly, by each step independently "
+            f"of the one before. Of the model in memory: {whole}"
+        )
     if profile is None:
         return (
             f"zero-measurement: machine rates alone ({model.machine.source or 'given'}); no run of "
@@ -45,7 +51,7 @@ def notes_on(
         gamma: the largest of the grid.
         profile: the fit behind ``model``, if any.
     """
-    notes = _rank_notes(model, batches[-1])
+    notes = [*_rank_notes(model, batches[-1]), *_offload_notes(model)]
     moe = model.target.moe
     if moe is not None:
         threshold = theory.full_activation_threshold(moe.num_experts, moe.top_k)
@@ -74,6 +80,8 @@ def _memory_notes(model: ForwardModel, batch: int, gamma: int, context: int) -> 
         )
     shares = 1 if model.ranks is None else model.ranks.count
     weights = target.weight_bytes_per_rank(shares)
+    if model.offload is not None:
+        weights += model.offload.budget - model.offload.total_bytes
     weights += model.draft.weight_bytes if model.draft else 0.0
     row = target.kv_cache_bytes(context) + recurrent
     local = batch if model.ranks is None else model.ranks.local(batch)
@@ -86,6 +94,26 @@ def _memory_notes(model: ForwardModel, batch: int, gamma: int, context: int) -> 
         where = " on a rank" if shares > 1 else ""
         fits = int((memory - weights) / row)
         notes.append(f"caches of {context} tokens fit for about {fits} sequences{where}")
+    return notes
+
+
+def _offload_notes(model: ForwardModel) -> list[str]:
+    offload = model.offload
+    if offload is None:
+        return []
+    how = (
+        "a layer waits for those it misses; some are read while the layer before it computes, "
+        "where steps use nine of ten"
+        if offload.prefetches
+        else "a layer waits for those it misses, and none are copied ahead"
+    )
+    notes = [
+        f"memory for {offload.places} of {sum(offload.counts)} experts of "
+        f"{offload.expert_bytes / 1e6:.3g} MB; each distinct one is brought once per forward, at "
+        f"{offload.bandwidth / 1e9:g} GB/s: {how}"
+    ]
+    if model.target.expert_bytes < 2:
+        notes.append("the decoder offloads experts of 16 and 32 bits, none that are quantised")
     return notes
 
 

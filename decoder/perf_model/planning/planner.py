@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from decoder.perf_model import theory
@@ -19,25 +19,39 @@ _MARGIN = 1.02  # speculation "pays" from 2 % on: less is noise in any run
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One (batch, gamma): what the model predicts."""
+    """One (batch, gamma): what the model predicts.
+
+    Args:
+        break_even_alpha: None where no acceptance rate is enough.
+        collective_share: of the verify forward; None without ranks.
+        read_bytes: of experts that the verify forward brings, of the plain step at gamma 0; None
+            where all are in memory.
+    """
 
     batch: int
     gamma: int
     target_efficiency: float
     speedup: float
     tokens_per_second: float
-    break_even_alpha: float | None  # None: no acceptance rate is enough
-    collective_share: float | None = None  # of the verify forward; None without ranks
+    break_even_alpha: float | None
+    collective_share: float | None = None
+    read_bytes: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """The cells of one batch size and the best of them (gamma 0 is plain decoding)."""
+    """The cells of one batch size and the best of them (gamma 0 is plain decoding).
+
+    Args:
+        active_share: of experts, in a plain step; None for a dense model.
+        in_memory: the same with all experts in memory, where they are offloaded.
+    """
 
     batch: int
     ar_seconds: float
-    active_share: float | None  # of experts, in a plain step; None for a dense model
+    active_share: float | None
     cells: tuple[Cell, ...]
+    in_memory: BatchPlan | None = None
 
     @property
     def best(self) -> Cell:
@@ -77,6 +91,9 @@ class Plan:
         for entry, plan in zip(data["batches"], self.batches, strict=True):
             entry["best_gamma"] = plan.best.gamma
             entry["best_speedup"] = plan.best.speedup
+            if plan.in_memory is not None:
+                entry["in_memory"]["best_gamma"] = plan.in_memory.best.gamma
+                entry["in_memory"]["best_speedup"] = plan.in_memory.best.speedup
         return data
 
 
@@ -143,7 +160,8 @@ def _plan_batch(
 ) -> BatchPlan:
     step = model.round_cost(batch, 0, context)
     share = _collective_share(model, batch, 0, context)
-    cells = [Cell(batch, 0, 1.0, 1.0, batch / step, 0.0, share)]
+    read = _read_bytes(model, batch, 0)
+    cells = [Cell(batch, 0, 1.0, 1.0, batch / step, 0.0, share, read)]
     for gamma in gammas:
         if gamma == 0:
             continue
@@ -160,6 +178,7 @@ def _plan_batch(
                 tokens_per_second=speedup * batch / step,
                 break_even_alpha=None if threshold != threshold else threshold,
                 collective_share=_collective_share(model, batch, gamma, context),
+                read_bytes=_read_bytes(model, batch, gamma),
             )
         )
     moe = model.target.moe
@@ -167,7 +186,14 @@ def _plan_batch(
     if moe is not None:
         active = model.activation(batch, 1, moe.num_experts, moe.top_k)
         share = float(active) / moe.num_experts
-    return BatchPlan(batch, step, share, tuple(cells))
+    in_memory = None
+    if model.offload is not None:
+        in_memory = _plan_batch(replace(model, offload=None), batch, gammas, alpha, context)
+    return BatchPlan(batch, step, share, tuple(cells), in_memory)
+
+
+def _read_bytes(model: ForwardModel, batch: int, gamma: int) -> float | None:
+    return None if model.offload is None else model.read_bytes(batch, gamma)
 
 
 def _collective_share(model: ForwardModel, batch: int, gamma: int, context: int) -> float | None:
@@ -193,6 +219,8 @@ def _paying_ranges(plans: Sequence[BatchPlan]) -> tuple[tuple[int, int], ...]:
 
 def _machine(model: ForwardModel) -> str:
     name = model.machine.name
+    if model.offload is not None:
+        return f"{name}, experts brought as needed (prediction)"
     return name if model.ranks is None else f"{model.ranks.count} ranks of {name} (prediction)"
 
 
