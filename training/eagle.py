@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from training.attention import RMSNorm, chain_attention
 from training.data import SEED
 from training.optim import Budget, Optimizers
 from training.teacher import Rows, TeacherBatches, agreement, distillation_loss
@@ -51,18 +52,6 @@ CONFIG = {
 }
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., H]."""
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 class Attention(nn.Module):
     """Llama attention; deeper draft steps see true keys up to where they branched off.
 
@@ -87,7 +76,7 @@ class Attention(nn.Module):
         half = self.size // 2
         rates = self.theta ** (-torch.arange(half, device=x.device) / half)
         angles = torch.arange(x.shape[2], device=x.device)[:, None] * rates
-        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        cos, sin = (t.repeat(1, 2).to(x.dtype) for t in (angles.cos(), angles.sin()))
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
     def forward(
@@ -104,30 +93,9 @@ class Attention(nn.Module):
             p(x).view(rows, length, -1, self.size).transpose(1, 2)
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        k = self.rotate(self.k_norm(k))
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        q = self.rotate(self.q_norm(q)) / self.size**0.5
-        past.append((k, v))
-        depth = len(past) - 1
-        true_k, true_v = past[0]
-        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril(-depth)
-        scores = [(q @ true_k.mT).masked_fill(~seen, -torch.inf)]
-        own = [
-            (shifted(km, depth - m), shifted(vm, depth - m))
-            for m, (km, vm) in enumerate(past)
-            if m > 0
-        ]
-        scores += [(q * km).sum(-1, keepdim=True) for km, _ in own]
-        weights = torch.cat(scores, dim=-1).softmax(-1)
-        out = weights[..., :length] @ true_v
-        for i, (_, vm) in enumerate(own):
-            out = out + weights[..., length + i, None] * vm
+        past.append((self.rotate(self.k_norm(k)), v))
+        out = chain_attention(self.rotate(self.q_norm(q)) / self.size**0.5, past)
         return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-def shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-    """``[B, heads, L, D]`` moved right along L: index t holds what was at t - by, zeros before."""
-    return F.pad(x, (0, 0, by, 0))[:, :, : x.shape[2]] if by else x
 
 
 class MLP(nn.Module):
