@@ -6,14 +6,23 @@ import torch
 
 
 def orthogonalize(grad: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Newton-Schulz iteration towards U V^T of [..., M, N] (Jordan et al. 2024, "Muon")."""
+    """Newton-Schulz iteration towards U V^T of [..., M, N] (Jordan et al. 2024, "Muon").
+
+    In the gradient's type; under autocast in that one's.
+    """
+    device = grad.device.type
+    low = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if low else grad.dtype
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = grad / (grad.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    tall = grad.shape[-2] > grad.shape[-1]
+    x = grad.mT if tall else grad
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).contiguous()
+    stack = x.flatten(0, -3) if x.ndim > 2 else x[None]
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = stack @ stack.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        stack = torch.baddbmm(stack, polynomial, stack, beta=a)
+    x = stack.view_as(x)
     return x.mT if tall else x
 
 
