@@ -31,32 +31,26 @@ def cut(documents: list[list[int]]) -> list[torch.Tensor]:
     return [row for row in rows if len(row) >= SHORTEST]
 
 
-class RowStream:
-    """Endless rows of all domains in shares of tokens, every epoch of a domain shuffled anew.
+def mixed(texts: Texts, seed: int) -> list[torch.Tensor]:
+    """Every row once, int64 ``[<= ROW]``, in an order that depends on the seed alone.
 
-    The order depends on the seed and on what was drawn alone, so that a resumed run goes on where
-    it stopped.
+    Domains in SHARES of tokens; where one has ended, those that are left.
     """
-
-    def __init__(self, texts: Texts, seed: int):
-        self.rows = {domain: cut(documents) for domain, documents in texts.items()}
-        self.rows = {domain: rows for domain, rows in self.rows.items() if rows}
-        self.seed = seed
-        self.drawn = {domain: {"rows": 0, "tokens": 0} for domain in self.rows}
-
-    def take(self, count: int) -> list[torch.Tensor]:
-        """The next ``count`` rows, int64 ``[<= ROW]`` each."""
-        return [self._next() for _ in range(count)]
-
-    def _next(self) -> torch.Tensor:
-        domain = min(self.drawn, key=lambda d: self.drawn[d]["tokens"] / SHARES[d])
-        rows, drawn = self.rows[domain], self.drawn[domain]
-        epoch, place = divmod(drawn["rows"], len(rows))
-        order = torch.Generator().manual_seed(self.seed + epoch)
-        row = rows[int(torch.randperm(len(rows), generator=order)[place])]
-        drawn["rows"] += 1
-        drawn["tokens"] += len(row)
-        return row
+    random = torch.Generator().manual_seed(seed)
+    left = {}
+    for domain, documents in texts.items():
+        rows = cut(documents)
+        left[domain] = [rows[i] for i in torch.randperm(len(rows), generator=random).tolist()]
+    tokens = dict.fromkeys(left, 0)
+    order = []
+    while tokens:
+        domain = min(tokens, key=lambda d: tokens[d] / SHARES[d])
+        if left[domain]:
+            order.append(left[domain].pop())
+            tokens[domain] += len(order[-1])
+        else:
+            del tokens[domain]
+    return order
 
 
 @dataclass
@@ -84,10 +78,7 @@ def annotated(target, rows: list[torch.Tensor], layers: list[int], device: str) 
     """One batch of ``rows``, and the target's hidden states ``layers`` and last over it."""
     ids = pad_sequence(rows, batch_first=True).to(device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    with torch.autocast(device, torch.bfloat16):
-        states = target.model(
-            input_ids=ids, use_cache=False, output_hidden_states=True
-        ).hidden_states
+    states = target.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     features = torch.cat([states[layer] for layer in layers], dim=-1)
     real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     return Batch(ids, real, features.to(torch.bfloat16), states[-1].to(torch.bfloat16))

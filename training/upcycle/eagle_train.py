@@ -1,78 +1,34 @@
 """Train the EAGLE-3 head: distillation at every draft depth, held-out acceptance, checkpoints.
 
-A run lives in a folder and goes on from what is there, also over another target of the same shapes:
-the dense model at first, whose features are cheap, then the sparse one that came of it.
+The target reads every row once; passes over what it made of them follow until the budget is spent.
+A run lives in a folder and goes on from what is there, also with more rows.
 """
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
+from statistics import mean
 
 import torch
-import torch.nn.functional as F
+from tqdm import tqdm
 
 from training.checkpoint import save_checkpoint
 from training.data import SEED
 from training.optim import Budget, Optimizers
-from training.teacher import ARGMAX_WEIGHT
 
 from .eagle_accept import acceptance
-from .eagle_data import Batch, RowStream, Texts, annotated, cut, draft_vocabulary, grouped
+from .eagle_data import Batch, Texts, annotated, cut, draft_vocabulary, grouped, mixed
 from .eagle_head import Eagle3, head_config, save_head, start_from_dense
+from .eagle_lessons import PART_ROWS, Lesson, Lessons
+from .eagle_loss import head_loss
 
 VOCABULARY = 8192
-DEPTHS = 4
-DEPTH_WEIGHT = 0.8  # of a depth, over the one before it
-BATCH_TOKENS = 1024
-CHUNK_ROWS = 64  # between two places where a run can stop and go on
+ANNOTATING = 0.6  # of the budget, at most: on a CPU a pass over a row takes a quarter of that
+DEEPER = (0.4, 0.7)  # where in training the head is unrolled by one depth more
+DRAFTS = 4  # of a chain whose acceptance is measured
+BATCH_TOKENS = 4096
+MUON_RATE, NORM_RATE, DECAY_FROM = 0.02, 2e-3, 0.3
 HELD_OUT_ROWS = 24  # of each domain
 MINUTES_BETWEEN_CHECKPOINTS = 3.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run may choose.
-
-    Attributes:
-        device: ``cpu`` or ``cuda``.
-        passes: over each chunk of rows, once the target has annotated it.
-        muon_lr, adam_lr: peak learning rates of matrices and norms.
-    """
-
-    device: str = "cpu"
-    passes: int = 1
-    muon_lr: float = 0.02
-    adam_lr: float = 2e-3
-
-
-def head_loss(
-    head: Eagle3, batch: Batch, embedding: torch.Tensor, rows: torch.Tensor, depths: int
-) -> torch.Tensor:
-    """Mean over depths, by DEPTH_WEIGHT, of the cross entropy against the target's distribution.
-
-    The distribution is the target's over the draft vocabulary, sharpened towards its arg-max: the
-    one trains acceptance when sampling, the other acceptance when greedy.
-
-    Args:
-        head: the head.
-        batch: annotated rows.
-        embedding: ``[V, H]``, the target's.
-        rows: ``[draft vocabulary, H]``, the target's output rows.
-        depths: how many to unroll.
-    """
-    outputs = head.depths(F.embedding(batch.ids[:, 1:], embedding), batch.features[:, :-1], depths)
-    with torch.no_grad():
-        wanted = (batch.last[:, 1:] @ rows.T).float().softmax(-1)
-        top = wanted.argmax(-1, keepdim=True)
-        sharp = torch.full_like(top, ARGMAX_WEIGHT, dtype=wanted.dtype)
-        wanted = wanted.mul_(1 - ARGMAX_WEIGHT).scatter_add_(-1, top, sharp)
-    losses = []
-    for depth, output in enumerate(outputs):
-        counted = batch.real[:, 1:].clone()
-        counted[:, :depth] = False
-        logits = (output[counted] @ rows.T).float()
-        losses.append(F.cross_entropy(logits, wanted[counted]))
-    weights = torch.tensor([DEPTH_WEIGHT**depth for depth in range(depths)], device=rows.device)
-    return (torch.stack(losses) * weights).sum() / weights.sum()
 
 
 class Run:
@@ -84,7 +40,7 @@ class Run:
         texts: token ids by part (``train``, ``held_out``) and domain.
         folder: of checkpoint and log, made if need be.
         budget: how long to train, over all resumed parts.
-        settings: see there.
+        device: ``cpu`` or ``cuda``.
     """
 
     def __init__(
@@ -94,19 +50,25 @@ class Run:
         texts: dict[str, Texts],
         folder: Path,
         budget: Budget,
-        settings: Settings,
+        device: str,
     ):
         torch.manual_seed(SEED)
-        self.target, self.folder, self.settings = target, folder, settings
-        vocab, device = target.config.vocab_size, settings.device
-        self.vocabulary = draft_vocabulary(texts["train"], vocab, min(VOCABULARY, vocab)).to(device)
+        self.target, self.folder, self.device = target, folder, device
+        vocab = target.config.vocab_size
+        self.lessons = Lessons(folder / "lessons")
+        vocabulary = self.lessons.vocabulary
+        if vocabulary is None:
+            vocabulary = draft_vocabulary(texts["train"], vocab, min(VOCABULARY, vocab))
+            self.lessons.vocabulary = vocabulary
+        self.vocabulary = vocabulary.to(device)
         self.head = Eagle3(head_config(target.config, len(self.vocabulary)))
         start_from_dense(self.head, dense)
         self.head.to(device).train()
-        self.optimizers = Optimizers(self.head, settings.muon_lr, settings.adam_lr)
-        self.stream = RowStream(texts["train"], SEED)
+        self.optimizers = Optimizers(self.head, MUON_RATE, NORM_RATE)
+        self.unseen = self.lessons.without(mixed(texts["train"], SEED))
+        self.steps, self.begun = 0, 0.0
         self.budget = budget
-        self.rows = target.get_output_embeddings().weight[self.vocabulary]
+        self.rows = target.get_output_embeddings().weight[self.vocabulary].to(torch.bfloat16)
         self.held_out = {
             domain: self.annotated(cut(documents)[:HELD_OUT_ROWS])
             for domain, documents in texts["held_out"].items()
@@ -120,56 +82,68 @@ class Run:
         """The target's view of rows, by batches."""
         layers = self.head.config["eagle_aux_hidden_state_layer_ids"]
         return [
-            annotated(self.target, group, layers, self.settings.device)
+            annotated(self.target, group, layers, self.device)
             for group in grouped(rows, BATCH_TOKENS)
         ]
 
+    def annotate(self) -> None:
+        """Have the target read rows that it has not read, as far as the budget goes."""
+        for start in tqdm(range(0, len(self.unseen), PART_ROWS), desc="annotating", unit="part"):
+            if self.budget.progress > ANNOTATING:
+                break
+            part = self.unseen[start : start + PART_ROWS]
+            self.lessons.append(self.annotated(part), self.rows)
+        self.unseen = []
+        if not self.steps:
+            self.begun = self.budget.progress
+
     def train(self) -> Eagle3:
         """Spend the budget; the held-out acceptance at every checkpoint goes to the log."""
-        loss, saved = float("nan"), self.budget.seconds
-        self.report(loss)
+        self.annotate()
+        losses: list[float] = []
+        saved = self.budget.seconds
+        self.report(losses)
         while self.budget.progress < 1.0:
-            loss = self.chunk()
-            if self.budget.seconds - saved > 60 * MINUTES_BETWEEN_CHECKPOINTS:
-                self.save()
-                self.report(loss)
-                saved = self.budget.seconds
+            for lesson in self.lessons.epoch(BATCH_TOKENS, SEED + self.steps, self.device):
+                losses.append(self.step(lesson))
+                if self.budget.progress == 1.0:
+                    break
+                if self.budget.seconds - saved > 60 * MINUTES_BETWEEN_CHECKPOINTS:
+                    self.save()
+                    self.report(losses)
+                    losses, saved = [], self.budget.seconds
         self.save()
-        self.report(loss)
-        return self.head
+        self.report(losses)
+        return self.head.eval()
 
-    def chunk(self) -> float:
-        """Train on the next CHUNK_ROWS rows; the mean loss."""
-        batches = self.annotated(self.stream.take(CHUNK_ROWS))
-        losses = []
-        for _ in range(self.settings.passes):
-            for index in torch.randperm(len(batches)).tolist():
-                losses.append(self.step(batches[index]))
-        self.budget.tokens_done += sum(int(batch.real.sum()) for batch in batches)
-        return sum(losses) / len(losses)
-
-    def step(self, batch: Batch) -> float:
+    def step(self, lesson: Lesson) -> float:
         """One update; under autocast the optimizer's own products are in bf16, too."""
+        learned = (self.budget.progress - self.begun) / (1 - self.begun)
         # Shallow first: deeper depths only make sense once the first one predicts something.
-        depths = min(DEPTHS, 1 + int(self.budget.progress * 2 * DEPTHS))
-        with torch.autocast(self.settings.device, torch.bfloat16):
+        depths = 1 + sum(learned > place for place in DEEPER)
+        with torch.autocast(self.device, torch.bfloat16):
             embedding = self.target.get_input_embeddings().weight
-            loss = head_loss(self.head, batch, embedding, self.rows, depths)
+            loss = head_loss(self.head, lesson, embedding, self.rows, depths)
             loss.backward()
-            self.optimizers.step(self.budget.lr_factor())
+            decay_from = self.begun + DECAY_FROM * (1 - self.begun)
+            self.optimizers.step(self.budget.lr_factor(0.0, decay_from))
+        self.steps += 1
+        self.budget.tokens_done += int(lesson.counted.sum())
         return loss.item()
 
-    def report(self, loss: float) -> None:
+    def report(self, losses: list[float]) -> None:
         """Print and log minutes, tokens, loss and each domain's held-out acceptance."""
         parts = [
             f"{self.budget.seconds / 60:.1f} min",
             f"{self.budget.tokens_done} tokens",
-            f"loss {loss:.3f}",
+            f"loss {mean(losses or [math.nan]):.3f}",
         ]
+        self.head.eval()
         for domain, batches in self.held_out.items():
-            got = acceptance(self.head, self.target, self.vocabulary, batches, DEPTHS)
+            got = acceptance(self.head, self.target, self.vocabulary, batches, DRAFTS)
             depths = " ".join(f"{rate:.2f}" for rate in got.by_depth)
             parts.append(f"{domain} alpha {got.alpha:.3f} ({depths}) sampled {got.sampled:.3f}")
+        self.head.train()
         line = " · ".join(parts)
         print(line, flush=True)
         with (self.folder / "eagle.log").open("a") as log:
@@ -180,8 +154,8 @@ class Run:
         state = {
             "head": self.head.state_dict(),
             "optimizers": self.optimizers.state_dict(),
-            "drawn": self.stream.drawn,
-            "vocabulary": self.vocabulary,
+            "steps": self.steps,
+            "begun": self.begun,
             "tokens": self.budget.tokens_done,
             "seconds": self.budget.seconds,
         }
@@ -189,13 +163,10 @@ class Run:
 
     def restore(self) -> None:
         """Go on from the checkpoint."""
-        device = self.settings.device
-        state = torch.load(self.checkpoint, weights_only=True, map_location=device)
+        state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
         self.head.load_state_dict(state["head"])
         self.optimizers.load_state_dict(state["optimizers"])
-        self.stream.drawn = state["drawn"]
-        self.vocabulary = state["vocabulary"]
-        self.rows = self.target.get_output_embeddings().weight[self.vocabulary]
+        self.steps, self.begun = state["steps"], state["begun"]
         self.budget.tokens_done, self.budget.seconds_before = state["tokens"], state["seconds"]
 
     def export(self, out: Path) -> None:

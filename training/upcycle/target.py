@@ -137,15 +137,6 @@ class Trainer:
         self.budget.tokens_done, self.budget.seconds_before = state["tokens"], state["seconds"]
 
 
-def load_upcycled(dense: Any, checkpoint: Path) -> Any:
-    """The dense model with the experts of a run's ``target.pt`` in place of its FFNs, frozen.
-
-    Its hidden states cost a third more than the dense model's, the built model's twice as much.
-    """
-    _fill(upcycle(dense, SEED), torch.load(checkpoint, weights_only=True))
-    return dense.requires_grad_(False)
-
-
 def _fill(layers: list[UpcycledFFN], state: dict) -> None:
     for layer, trained in zip(layers, state["layers"], strict=True):
         layer.load_state_dict(trained, strict=False)

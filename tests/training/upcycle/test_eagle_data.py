@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
-from training.upcycle.eagle_data import ROW, SHARES, RowStream, cut, draft_vocabulary, grouped
+from training.upcycle.eagle_data import ROW, SHARES, cut, draft_vocabulary, grouped, mixed
 
 
 def texts(**counts: int) -> dict[str, list[list[int]]]:
@@ -30,23 +28,22 @@ def test_long_texts_are_cut_and_scraps_left_out() -> None:
     assert [len(row) for row in rows] == [ROW, ROW, 40]
 
 
-def test_the_stream_keeps_the_shares_and_goes_on_where_it_stopped() -> None:
-    source = texts(chat=9, code=7, docs=5)
-    stream, other = RowStream(source, seed=3), RowStream(source, seed=3)
-    first = stream.take(200)
-    tokens = {domain: drawn["tokens"] for domain, drawn in stream.drawn.items()}
+def test_every_row_comes_once_and_domains_by_shares_while_they_last() -> None:
+    source = texts(chat=40, code=40, docs=40)
+    rows = mixed(source, seed=3)
+    assert len({int(row[0]) for row in rows}) == len(rows) == 120
+    tokens = dict.fromkeys(source, 0)
+    chats = 0
+    for row in rows:
+        domain = list(source)[int(row[0]) // 100]
+        tokens[domain] += len(row)
+        chats += domain == "chat"
+        if chats == 40:
+            break
     for domain, share in SHARES.items():
-        assert tokens[domain] / sum(tokens.values()) == pytest.approx(share, abs=0.02)
-    assert sum(tokens.values()) == sum(map(len, first))
-    other.drawn = copy.deepcopy(stream.drawn)
-    ahead = zip(stream.take(10), other.take(10), strict=True)
-    assert all(torch.equal(a, b) for a, b in ahead)
-
-
-def test_an_epoch_shows_every_row_once() -> None:
-    stream = RowStream(texts(chat=9), seed=3)
-    epochs = [sorted(int(row[0]) for row in stream.take(9)) for _ in range(2)]
-    assert epochs == [list(range(9))] * 2
+        assert tokens[domain] / sum(tokens.values()) == pytest.approx(share, abs=0.05)
+    again = zip(rows, mixed(source, seed=3), strict=True)
+    assert all(torch.equal(a, b) for a, b in again)
 
 
 def test_batches_are_of_like_length_and_bounded() -> None:

@@ -42,7 +42,7 @@ def dense() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def head(dense: LlamaForCausalLM) -> Eagle3:
     """As it begins, then with every weight moved, and rounded as its file is."""
-    head = Eagle3(head_config(dense.config, len(VOCABULARY), inner=40))
+    head = Eagle3(head_config(dense.config, len(VOCABULARY), inner=40)).eval()
     start_from_dense(head, dense)
     with torch.no_grad():
         for weight in head.parameters():
@@ -59,7 +59,7 @@ def saved(head: Eagle3, dense: LlamaForCausalLM, tmp_path_factory: pytest.TempPa
 
 
 def test_it_begins_as_the_dense_models_last_layer(dense: LlamaForCausalLM) -> None:
-    head = Eagle3(head_config(dense.config, len(VOCABULARY), inner=40))
+    head = Eagle3(head_config(dense.config, len(VOCABULARY), inner=40)).eval()
     start_from_dense(head, dense)
     features = torch.randn(1, 5, 3 * H)
     torch.testing.assert_close(head.fc(features), features[..., -H:])
