@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    # Weights of attention and their gradients underflow, and a CPU multiplies denormal numbers a
-    # hundred times more slowly: they made up nine tenths of the head's first steps.
+    # A CPU multiplies denormal numbers, to which small gradients underflow, far more slowly: with
+    # them the head's first steps took several times as long.
     torch.set_flush_denormal(True)
     args.run_dir.mkdir(parents=True, exist_ok=True)
     for stage in SHARES if args.stage == "all" else [args.stage]:
