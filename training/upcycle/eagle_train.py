@@ -66,6 +66,8 @@ class Run:
         self.head.to(device).train()
         self.optimizers = Optimizers(self.head, MUON_RATE, NORM_RATE)
         self.unseen = self.lessons.without(mixed(texts["train"], SEED))
+        if not self.unseen and not self.lessons.tokens:
+            raise ValueError("expected texts to train on, got none that are long enough")
         self.steps, self.begun = 0, 0.0
         self.budget = budget
         self.rows = target.get_output_embeddings().weight[self.vocabulary].to(torch.bfloat16)

@@ -108,3 +108,8 @@ def test_only_the_last_turn_of_a_conversation_counts() -> None:
     batch = Batch(ids, real, torch.empty(0), torch.empty(0))
     assert answered(batch)[0].nonzero().flatten().tolist() == [7, 8]
     assert answered(batch)[1].all()
+
+
+def test_no_text_is_an_error(dense, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected texts to train on"):
+        Run(dense, dense, texts([[1, 2]]), tmp_path, Budget(None, 1), "cpu")
