@@ -1,6 +1,6 @@
 // Weight rows as tiles read them: plain ones where they lie; others decoded into a thread's buffer,
-// for many panels all of them once, for few a chunk of the depth at a time, while the tiles multiply
-// the chunk before it.
+// for many panels all of them once, for few a chunk of the depth at a time, while the tiles
+// multiply the chunk before it.
 #pragma once
 
 #include "amx_tiles.h"
@@ -33,8 +33,8 @@ struct TileOfRows {
                 count};
     }
 
-    // Decodes elements [k, k + length) of rows [row, row + n), and puts zeros after them up to a step
-    // of the tiles: a row may end within a run.
+    // Decodes elements [k, k + length) of rows [row, row + n), and puts zeros after them up to a
+    // step of the tiles: a row may end within a run.
     void decode(int64_t row, int64_t n, int64_t k, int64_t length, bf16* out,
                 int64_t stride = kChunkStride) const {
         if (count == 0) return;

@@ -8,8 +8,8 @@
 
 namespace moesd::MOESD_ISA {
 
-// Writes weights [k, k + n) of `count` rows to out, each `stride` after the one before it, and fills
-// up the last run; k is a multiple of kRun.
+// Writes weights [k, k + n) of `count` rows to out, each `stride` after the one before it, and
+// fills up the last run; k is a multiple of kRun.
 template <class X>
 using Decode = void(const StoredRow* rows, int64_t count, int64_t k, int64_t n, X* out,
                     int64_t stride);
