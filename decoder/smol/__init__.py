@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct made sparse, its dense draft and its EAGLE-3 head.
+"""The real model: SmolLM2-135M-Instruct made sparse, its dense draft and room for an EAGLE-3 head.
 
 ``MODEL_CARD.md`` says what it is. The repository holds what makes it different from the dense
 model (``assets``), a package from the index holds that one, and the folders are built from both
