@@ -4,7 +4,9 @@ Texts are token ids by domain. A row is at most ROW tokens of one text, at the p
 have in use; a batch is rows of about one length, padded on the right.
 """
 
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -13,6 +15,7 @@ ROW = 512
 SHORTEST = 16
 SHARES = {"chat": 0.65, "code": 0.25, "docs": 0.10}  # of tokens; drafts follow chat's answers
 Texts = dict[str, list[list[int]]]
+Row = TypeVar("Row", bound=Sized)
 
 
 def draft_vocabulary(texts: Texts, vocab_size: int, size: int) -> torch.Tensor:
@@ -63,11 +66,17 @@ class Batch:
     last: torch.Tensor  # bf16 [B, L, H], after the final norm: what lm_head reads
 
 
-def grouped(rows: list[torch.Tensor], tokens: int) -> list[list[torch.Tensor]]:
-    """Groups of rows of about one length, each of at most ``tokens`` tokens with its padding."""
-    groups: list[list[torch.Tensor]] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0]) > tokens:
+def grouped(rows: list[Row], tokens: int, length: Callable[[Row], int] = len) -> list[list[Row]]:
+    """Groups of rows of about one length, each of at most ``tokens`` tokens with its padding.
+
+    Args:
+        rows: tensors, or what stands for them.
+        tokens: see above.
+        length: of a row.
+    """
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=length, reverse=True):
+        if not groups or (len(groups[-1]) + 1) * length(groups[-1][0]) > tokens:
             groups.append([])
         groups[-1].append(row)
     return groups

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from training.checkpoint import save_checkpoint
 
 from .eagle_accept import answered
-from .eagle_data import Batch
+from .eagle_data import Batch, grouped
 
 PART_ROWS = 256
 CHUNK = 4096  # places whose logits exist at once
@@ -128,12 +128,7 @@ class Lessons:
             )
         ]
         order = torch.randperm(len(places), generator=random).tolist()
-        rows = sorted((places[i] for i in order), key=lambda place: place[0])
-        groups: list[list[tuple[int, int, int]]] = []
-        for row in reversed(rows):
-            if not groups or (len(groups[-1]) + 1) * groups[-1][0][0] > tokens:
-                groups.append([])
-            groups[-1].append(row)
+        groups = grouped([places[i] for i in order], tokens, lambda place: place[0])
         for i in torch.randperm(len(groups), generator=random).tolist():
             yield self._lesson(groups[i], device)
 

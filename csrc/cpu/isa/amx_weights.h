@@ -106,6 +106,7 @@ public:
     template <class F>
     Block(const F& tile, int64_t panels, bf16* buffer)
         : Block(tile, panels, buffer, std::make_integer_sequence<int, N>()) {}
+
     int64_t rows(int i) const { return tiles_[i].count; }
 
     // Tile w * T + t of `sums` = tile First + w times panels[t].

@@ -27,7 +27,7 @@ void decode(const StoredRow* rows, int64_t count, int64_t k, int64_t n, X* out, 
     if (row == count) return;
     Format<X> weights(rows[row]);
     typename Format<X>::Place at(k, rows[row]);
-    for (int64_t i = 0; i < n; i += kRun, at.next()) weights.decode(at, out + i);
+    for (int64_t i = 0; i < n; i += kRun, at.next()) decode_one(weights, at, out + i);
 }
 
 template <class X>

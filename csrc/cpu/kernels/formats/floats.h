@@ -36,10 +36,6 @@ public:
         palette.template look_up<Nibbles::kAdjacent>(codes(at), out);
     }
 
-    void decode(const Place& at, X* out) const {
-        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
-    }
-
 private:
     static float power(uint8_t s) {
         uint32_t bits = uint32_t{s} << 23;

@@ -62,10 +62,6 @@ public:
         palette.template look_up<Nibbles::kSplit>(codes(at) + sizeof(half), out);
     }
 
-    void decode(const Place& at, X* out) const {
-        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
-    }
-
 private:
     const uint8_t* blocks_;
 };
@@ -91,10 +87,6 @@ public:
     template <class P>
     void look_up(const Place& at, const P& palette, X* out) const {
         palette.template look_up<Nibbles::kSplit>(codes(at) + 4, out);
-    }
-
-    void decode(const Place& at, X* out) const {
-        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
     }
 
 private:
@@ -126,10 +118,6 @@ public:
         const uint8_t* run = codes(at) + 16 + at.run / 2 * kRun;
         if (at.run % 2 == 0) palette.template look_up<Nibbles::kLow>(run, out);
         else palette.template look_up<Nibbles::kHigh>(run, out);
-    }
-
-    void decode(const Place& at, X* out) {
-        look_up(at, Palette<X>(Levels(kCodes, value(at)).of), out);
     }
 
 private:

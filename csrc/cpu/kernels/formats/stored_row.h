@@ -53,8 +53,15 @@ struct Levels {
     }
 };
 
-// Decodes a run at the same place of each of two rows. A format of four bits has `kCodes`, what
-// they stand for by `value`, and their order by `look_up`.
+// Decodes a run. A format of four bits has `kCodes`, what they stand for by `value`, and their
+// order by `look_up`.
+template <class X, class Format, class Place>
+inline void decode_one(Format& weights, const Place& at, X* out) {
+    if constexpr (requires { weights.decode(at, out); }) weights.decode(at, out);
+    else weights.look_up(at, Palette<X>(Levels(Format::kCodes, weights.value(at)).of), out);
+}
+
+// Decodes a run at the same place of each of two rows.
 template <class X, class Format, class Place>
 inline void decode_two(Format& a, Format& b, const Place& at, X* out_a, X* out_b) {
     if constexpr (kHasTwoPalettes<X> && requires { a.value(at); }) {
@@ -62,7 +69,7 @@ inline void decode_two(Format& a, Format& b, const Place& at, X* out_a, X* out_b
         const TwoPalettes<X> palettes(first.of, second.of);
         a.look_up(at, palettes.first, out_a), b.look_up(at, palettes.second, out_b);
     } else {
-        a.decode(at, out_a), b.decode(at, out_b);
+        decode_one(a, at, out_a), decode_one(b, at, out_b);
     }
 }
 
