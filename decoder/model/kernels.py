@@ -84,6 +84,14 @@ def gguf_file(file: Path) -> Any:
     return GgufFile(file)
 
 
+def gguf_config(source: Any) -> Any:
+    """transformers' configuration of the model in a ``gguf_file``."""
+    from moesd_kernels.hooks.loading.gguf.config import config_of
+
+    config, _ = config_of(source)
+    return config
+
+
 def gguf_dense_weights(source: Any) -> dict[str, Tensor]:
     """fp32 weights of a ``gguf_file`` without experts, by transformers' names."""
     from moesd_kernels.hooks.loading import dense_weights

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "--target",
         "--model",
         type=types.path,
-        help="architecture name, config.json, model folder or built-in model",
+        help="architecture name, config.json, model folder, GGUF file or built-in model",
     )
     parser.add_argument(
         "--draft", "--assistant-model", type=types.path,
