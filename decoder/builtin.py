@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from . import embedded, smol
 from .embedded import prompts as texts
 from .requests.chat import as_chat
@@ -19,7 +21,13 @@ class Builtin(Protocol):
 
     def target_path(self) -> Path: ...
 
-    def draft_of(self, drafter: str) -> Path | None: ...
+    def draft_of(
+        self,
+        drafter: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = "auto",
+        kernels: bool = False,
+    ) -> Path | None: ...
 
     def stated_alphas(self) -> dict[str, Any]: ...
 

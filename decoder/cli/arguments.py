@@ -67,7 +67,9 @@ def draft_path(args: argparse.Namespace, target: str) -> str | Path | None:
     """What drafts: what ``--draft`` names, or the own draft of a built-in ``target``."""
     if args.draft is not None or target not in BUILTIN:
         return args.draft
-    return BUILTIN[target].draft_of(canonical_name(args.drafter))
+    kernels = args.experts_implementation == OURS and args.weight_format is None
+    name = canonical_name(args.drafter)
+    return BUILTIN[target].draft_of(name, args.device, args.dtype, kernels)
 
 
 def _speculative_config(text: str) -> dict[str, Any]:

@@ -37,10 +37,16 @@ def eagle_path() -> Path:
     return _existing("eagle")
 
 
-def draft_of(drafter: str) -> Path | None:
+def draft_of(
+    drafter: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    kernels: bool = False,
+) -> Path | None:
     """What a drafter of this name reads, of those in ``decoder.drafters.DRAFTERS`` that need one.
 
-    ``"auto"`` is the draft model; ``None`` for drafters that need nothing.
+    ``"auto"`` is the draft model; ``None`` for drafters that need nothing. The same wherever it
+    will run, of which ``decoder.smol.draft_of`` is told too.
     """
     find = {"auto": draft_path, "independent": draft_path, "eagle": eagle_path}.get(drafter)
     return None if find is None else find()

@@ -237,9 +237,14 @@ def context_length(model: Any) -> int:
     return length if isinstance(length, int) and length > 0 else 2**15
 
 
+def default_device() -> torch.device:
+    """CUDA when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _usable_device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     with explained(f"device {str(device)!r} cannot be used"):
         usable = torch.device(device)
         if usable.type == "meta":

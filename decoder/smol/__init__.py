@@ -10,7 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from decoder.checkpoint.folder import read_json
+from decoder.model.kernels import cpu_isa
+from decoder.model.loading import DTYPES, default_device
 
 from .build import folder_of
 from .recipe import Part, shipped
@@ -46,13 +50,43 @@ def has_eagle() -> bool:
     return asset is not None and asset.is_file()
 
 
-def draft_of(drafter: str) -> Path | None:
+def draft_of(
+    drafter: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    kernels: bool = False,
+) -> Path | None:
     """What a drafter of this name reads, of those in ``decoder.drafters.DRAFTERS`` that need one.
 
-    ``"auto"`` is the draft model; ``None`` for drafters that need nothing.
+    ``"auto"`` is the draft model. On a CPU, in bf16 and on our kernels it runs from the package's
+    file itself: a step reads the file's blocks, about a third of the bytes of the same weights in
+    bf16. Everything else takes the folder of plain weights.
+
+    Args:
+        drafter: its name.
+        device: where the draft will run; CUDA when there is one, by default.
+        dtype: of its hidden states, or a name in ``DTYPES``; ``"auto"`` is bf16.
+        kernels: whether ours will run it, with the weights as they are stored.
+
+    Returns:
+        A GGUF file or a folder; ``None`` for drafters that need nothing.
+
+    Raises:
+        UserError: it is not there and cannot be built.
     """
-    find = {"auto": draft_path, "independent": draft_path, "eagle": eagle_path}.get(drafter)
-    return None if find is None else find()
+    if drafter == "eagle":
+        return eagle_path()
+    if drafter not in ("auto", "independent"):
+        return None
+    recipe = shipped()
+    packed = (
+        kernels
+        and torch.device(device or default_device()).type == "cpu"
+        and DTYPES.get(str(dtype), dtype) in ("auto", torch.bfloat16)
+        and cpu_isa() is not None  # without them blocks are unpacked at every call
+        and recipe.unreadable() is None  # a folder outlives its package
+    )
+    return recipe.file if packed else draft_path()
 
 
 def stated_alphas() -> dict[str, Any]:

@@ -6,9 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from decoder import smol
+from decoder.smol import build
 from decoder.smol.difference import MATRICES, write_difference
 from decoder.smol.head import write_head
 from decoder.smol.recipe import Recipe
@@ -50,8 +53,8 @@ def tiny_llama() -> LlamaForCausalLM:
     return model
 
 
-def write_gguf(file: Path, model: LlamaForCausalLM) -> None:
-    """As llama.cpp's converter does."""
+def write_gguf(file: Path, model: LlamaForCausalLM, kind: str = "BF16") -> None:
+    """As llama.cpp's converter does; ``kind`` is how MLPs and embedding are stored."""
     import gguf
 
     config = model.config
@@ -66,7 +69,7 @@ def write_gguf(file: Path, model: LlamaForCausalLM) -> None:
     writer.add_rope_freq_base(1e4)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     _add_tokenizer(writer)
-    _add_weights(writer, model)
+    _add_weights(writer, model, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -87,7 +90,7 @@ def _add_tokenizer(writer: Any) -> None:
     writer.add_chat_template(TEMPLATE)
 
 
-def _add_weights(writer: Any, model: LlamaForCausalLM) -> None:
+def _add_weights(writer: Any, model: LlamaForCausalLM, kind: str) -> None:
     """The pairs of rotary embedding side by side; some weights packed, the norms in fp32."""
     import gguf
 
@@ -98,11 +101,11 @@ def _add_weights(writer: Any, model: LlamaForCausalLM) -> None:
         heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
         if heads:
             weight = weight.view(heads, 2, -1, H).transpose(1, 2).reshape(weight.shape)
-        data, kind = weight.numpy(), None
+        data, stored = weight.numpy(), None
         if "mlp" in name or "embed" in name:
-            kind = gguf.GGMLQuantizationType.BF16
-            data = gguf.quantize(data, kind)
-        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
+            stored = gguf.GGMLQuantizationType[kind]
+            data = gguf.quantize(data, stored)
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=stored)
 
 
 def write_assets(folder: Path) -> None:
@@ -132,6 +135,23 @@ def write_assets(folder: Path) -> None:
     config = {"hidden_size": H, "num_attention_heads": 4, "num_key_value_heads": 2}
     write_head(folder / "eagle.safetensors", state, config)
     (folder / "upcycle.json").write_text('{"tokens": 5}')
+
+
+def ship_tiny(folder: Path, patch: pytest.MonkeyPatch, kind: str = "BF16") -> Recipe:
+    """Have a folder's file and assets, both written here, be what is shipped, built in its cache.
+
+    Args:
+        folder: exists; its ``cache`` becomes the project's.
+        patch: undoes that.
+        kind: as of ``write_gguf``.
+    """
+    patch.setenv("MOESD_CACHE_DIR", str(folder / "cache"))
+    write_gguf(folder / "tiny.gguf", tiny_llama(), kind)
+    write_assets(folder / "assets")
+    made = tiny_recipe(folder)
+    build.record(made)
+    patch.setattr(smol, "shipped", lambda: made)
+    return made
 
 
 def tiny_recipe(folder: Path) -> Recipe:

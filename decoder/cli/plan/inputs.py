@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from decoder.perf_model.profile import Profile
 
 DEFAULT_LINK = "ib-400"
+_HERE = "this"  # machine
 _MAX_VALUES = 4096  # of a range
 # Of a GGUF file: the table that is looked up, and what the names of experts have in them.
 _EMBEDDING, _EXPERTS = "token_embd.weight", "_exps."
@@ -70,7 +71,7 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
         if not args.target:
             raise ValueError("--target is needed unless --machine is a profile")
         target = _spec(args.target, args.dtype)
-        draft = _draft(args.draft, args.target, target, args.dtype)
+        draft = _draft(args, target)
         if profile is not None:
             profile.check_target(target)
             model = replace(profile.model, draft=draft if args.draft else profile.model.draft)
@@ -116,7 +117,7 @@ def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
     from decoder.perf_model.hardware.machine import named_machine
     from decoder.perf_model.profile import load_profile
 
-    if name == "this":
+    if name == _HERE:
         import torch
 
         from decoder.model.loading import DTYPES
@@ -184,18 +185,18 @@ def _stored_in(spec: ModelSpec, dtype: str | None) -> ModelSpec:
     return spec.with_weight_bytes(2.0 if dtype in EXPERTS_ONLY else size, size)
 
 
-def _draft(
-    name: str | None, target_name: str, target: ModelSpec, dtype: str | None
-) -> ModelSpec | None:
+def _draft(args: argparse.Namespace, target: ModelSpec) -> ModelSpec | None:
     from decoder.perf_model.model_spec import eagle_spec
     from decoder.perf_model.presets import is_preset, paper_draft_spec
 
+    name, dtype = args.draft, args.dtype
     if name == "none":
         return None
-    if name is None and target_name in BUILTIN:
-        name = str(BUILTIN[target_name].draft_of("auto"))
-    if name is None and is_preset(target_name):
-        return _stored_in(paper_draft_spec(target_name), dtype)
+    if name is None and args.target in BUILTIN:
+        device = None if args.machine == _HERE else "cuda"  # as all are that have a name
+        name = str(BUILTIN[args.target].draft_of("auto", device, kernels=dtype is None))
+    if name is None and is_preset(args.target):
+        return _stored_in(paper_draft_spec(args.target), dtype)
     if name is None or name == "eagle":
         return eagle_spec(target)
     return _spec(name, dtype)

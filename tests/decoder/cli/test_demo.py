@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 def test_without_the_real_model_the_small_pair_is_shown_and_said(folder, monkeypatch, capsys):
     monkeypatch.setattr(smol, "unavailable", lambda: "the package is not installed: pip install x")
     monkeypatch.setattr(embedded, "target_path", lambda: folder)
-    monkeypatch.setattr(embedded, "draft_of", lambda drafter: folder)
+    monkeypatch.setattr(embedded, "draft_of", lambda *_: folder)
     arguments = ["--threads", "1", "--max-new-tokens", "6", "--repetitions", "1", "--gamma", "2"]
     assert main(arguments) == 0
     shown, said = capsys.readouterr()

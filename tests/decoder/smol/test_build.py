@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.tiny_smol import E, H, tiny_llama, tiny_recipe, vocabulary, write_assets, write_gguf
+from support.tiny_smol import E, H, ship_tiny, tiny_llama, tiny_recipe, vocabulary
 from transformers import LlamaForCausalLM
 
 import decoder
@@ -39,14 +39,11 @@ def dense() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def origin(dense, tmp_path_factory) -> Path:
+def origin(tmp_path_factory) -> Path:
     """A folder with a GGUF file and assets, with a record of what they make."""
     folder = tmp_path_factory.mktemp("origin")
-    write_gguf(folder / "tiny.gguf", dense)
-    write_assets(folder / "assets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOESD_CACHE_DIR", str(folder / "cache"))
-        build.record(tiny_recipe(folder))
+        ship_tiny(folder, patch)
     shutil.rmtree(folder / "cache")
     return folder
 

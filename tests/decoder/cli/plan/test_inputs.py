@@ -1,4 +1,4 @@
-"""What a plan counts of a model in a GGUF file."""
+"""What a plan counts of a model in a GGUF file, and which draft of the real model it counts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,40 @@ from typing import Any
 
 import pytest
 
+from decoder import smol
 from decoder.__main__ import build_parser, main
 from decoder.cli.plan.inputs import build_model
+from decoder.perf_model.hardware import measure_machine
+from decoder.perf_model.hardware.machine import named_machine
 from decoder.perf_model.model_spec import WEIGHT_BYTES
 
 pytest.importorskip("gguf", reason="the files are written with it")
 
 from support.formats.gguf_file import write_gguf
+from support.tiny_smol import LAYERS, H, I, ship_tiny, vocabulary
 
 
 def model_of(*flags: str) -> Any:
     model, _ = build_model(build_parser().parse_args(["plan", *flags]))
     return model
+
+
+def test_the_real_models_draft_is_what_this_machine_would_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(smol, "default_device", lambda: "cpu")
+    monkeypatch.setattr(measure_machine, "measure_machine", lambda *_: named_machine("h200"))
+    ship_tiny(tmp_path, monkeypatch, "Q4_1")
+    here = model_of("--target", "smol").draft
+    assert here.name == "tiny"
+    # Attention is in fp32, which is loaded in bf16; the head is the embedding's blocks.
+    attention = LAYERS * 3 * H * H
+    packed = LAYERS * 3 * H * I + len(vocabulary()[0]) * H
+    expected = 2 * attention + WEIGHT_BYTES["q4_1"] * packed
+    assert here.dense_weight_bytes == pytest.approx(expected)
+    for other in (["--machine", "h200"], ["--dtype", "bf16"]):
+        draft = model_of("--target", "smol", *other).draft
+        assert draft.name == smol.draft_path().name
+        assert draft.dense_weight_bytes == 2 * (attention + packed)
+    assert model_of("--target", "smol", "--dtype", "int4").draft.dense_bytes == WEIGHT_BYTES["int4"]
 
 
 def test_experts_and_the_rest_count_as_they_are_stored(tmp_path):
