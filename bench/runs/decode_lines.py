@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.machine import machine_with_kernels
@@ -15,6 +16,7 @@ from bench.runs.subject import Subject
 from decoder.drafters.heads.eagle_config import EagleCheckpoint
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import ModelSpec, eagle_spec
+from moesd_kernels.formats import QuantizedLinear
 
 PROBES = 3
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -43,7 +45,7 @@ def draft_spec(draft: Any, target: ModelSpec) -> ModelSpec | None:
     if draft is None or isinstance(draft, str):
         return None
     if not isinstance(draft, EagleCheckpoint):
-        return spec_from_config(draft.config)
+        return _as_stored(spec_from_config(draft.config), draft)
     # A head of the target's class, as wide as this one is and with the vocabulary it speaks.
     spec = eagle_spec(target)
     (layer,) = spec.layers
@@ -57,6 +59,17 @@ def draft_spec(draft: Any, target: ModelSpec) -> ModelSpec | None:
         layers=(read,),
         embedding=own or spec.embedding,
     )
+
+
+def _as_stored(spec: ModelSpec, model: nn.Module) -> ModelSpec:
+    """The spec of a model, whose weights outside of experts count as the bytes they are kept in."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+    if not any(isinstance(m, QuantizedLinear) for m in linears):
+        return spec
+    weights = sum(m.in_features * m.out_features for m in linears)
+    kept = [dict(m.named_parameters(recurse=False)) for m in linears]
+    size = sum(each[name].nbytes for each in kept for name in each.keys() - {"bias"})
+    return spec.with_weight_bytes(size / weights, spec.expert_bytes)
 
 
 def memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
