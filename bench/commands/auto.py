@@ -139,7 +139,7 @@ def _in_vllm(args: argparse.Namespace) -> Callable[[int], Lines]:
 
 def _trained(args: argparse.Namespace) -> dict[str, Subject]:
     """The pair on each data set."""
-    pair = TrainedPair.of_preset(args.preset, args.drafter)
+    pair = TrainedPair.of_flags(args)
     target = pair.load_target(getattr(torch, args.dtype), args.device)
     draft, tokenizer = pair.load_draft(target), pair.load_tokenizer()
     prompts = {x: prompt_tokens(tokenizer, x, args.prompts_dir) for x in words(args.datasets)}

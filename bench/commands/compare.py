@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     recorder = Recorder(args.out, args.device)
-    pair = TrainedPair.of_preset(args.preset, args.drafter)
+    pair = TrainedPair.of_flags(args)
     tokenizer = pair.load_tokenizer()
     settings = Settings(
         gamma=args.gamma,

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
 def _pair(args: argparse.Namespace) -> TrainedPair | None:
     """The pair of a preset or of paths; a target alone is not drafted for unless asked."""
     if args.preset:
-        return TrainedPair.of_preset(args.preset, args.drafter)
+        return TrainedPair.of_flags(args)
     if args.target in RANDOM:
         return None
     asked = args.draft or args.drafter != AUTO

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _trained_pair(args: argparse.Namespace) -> TrainedPair | None:
     if args.preset in PAIRS:
-        return TrainedPair.of_preset(args.preset, args.drafter)
+        return TrainedPair.of_flags(args)
     if not args.target:
         return None
     drafter = drafter_kind(args.drafter, args.draft).name

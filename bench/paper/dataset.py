@@ -65,6 +65,7 @@ def measure_dataset(
     return {
         "target": pair.name,
         "drafter": pair.drafter,
+        "draft_format": pair.draft_format,
         "gamma": settings.gamma,
         "verifier": settings.verifier,
         "temperature": settings.temperature,

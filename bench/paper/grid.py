@@ -99,6 +99,7 @@ def _run_fields(pair: TrainedPair, grid: Grid, dtype: torch.dtype) -> Line:
     return {
         "target": pair.name,
         "drafter": pair.drafter,
+        "draft_format": pair.draft_format,
         "verifier": grid.verifier,
         "new_tokens": grid.new_tokens,
         "repetitions": grid.repetitions,

@@ -77,10 +77,11 @@ def load_cells(paths: Sequence[str | Path], target: str | None = None) -> list[C
 
 
 def group_cells(lines: Iterable[dict[str, Any]]) -> list[Cells]:
-    """Lines as cells, one group per target, weight format and drafter."""
+    """Lines as cells, one group per target, drafter and format of the weights of each."""
     groups: dict[tuple[str | None, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        groups[line["target"], line.get("weight_format"), line.get("drafter")].append(line)
+        stored = line.get("weight_format"), line.get("draft_format")
+        groups[line["target"], line.get("drafter"), *stored].append(line)
     return [_cells(group) for group in groups.values()]
 
 

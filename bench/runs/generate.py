@@ -135,6 +135,7 @@ def _common_fields(settings: Settings, prompts: list[list[int]]) -> dict[str, An
     return {
         "target": settings.pair.name if settings.pair else settings.random,
         "drafter": settings.pair.drafter if settings.pair else None,
+        "draft_format": settings.pair.draft_format if settings.pair else None,
         "prompts": settings.prompts,
         "prompt_tokens": mean_length(prompts),
         "dtype": str(settings.dtype).removeprefix("torch."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from bench.gguf.contents import PLAIN, contents_of
+from decoder.checkpoint.folder import is_gguf
 from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.drafters.table import canonical_name, drafter_kind
 from decoder.model.loading import load_model, load_tokenizer
@@ -26,7 +29,7 @@ class TrainedPair:
         name: of the pair, in lines.
         drafter: name in ``decoder.drafters.DRAFTERS``.
         target: the target's folder or GGUF file, with its tokenizer.
-        draft: folder of what the drafter reads, or None.
+        draft: folder or GGUF file of what the drafter reads, or None.
     """
 
     name: str
@@ -35,15 +38,35 @@ class TrainedPair:
     draft: Path | None
 
     @classmethod
-    def of_preset(cls, name: str, drafter: str) -> TrainedPair:
+    def of_preset(cls, name: str, drafter: str, **run: Any) -> TrainedPair:
         """The pair of a name in ``PAIRS``, built first where it is built at its first use.
+
+        Args:
+            name: of the pair.
+            drafter: name or alias.
+            run: how the draft will run, as ``draft_of`` of the pair's package is told; without,
+                whatever runs it can read the draft.
 
         Raises:
             UserError: it cannot be had here, and why.
         """
         package = importlib.import_module(PAIRS[name])
-        target, draft = package.target_path(), package.draft_of(canonical_name(drafter))
+        target, draft = package.target_path(), package.draft_of(canonical_name(drafter), **run)
         return cls(name, drafter_kind(drafter, draft).name, Path(target), draft)
+
+    @classmethod
+    def of_flags(cls, args: argparse.Namespace) -> TrainedPair:
+        """The pair of ``--preset`` and ``--drafter``, to run here on our kernels."""
+        dtype = getattr(torch, args.dtype)
+        run = {"device": args.device, "dtype": dtype, "kernels": True}
+        return cls.of_preset(args.preset, args.drafter, **run)
+
+    @property
+    def draft_format(self) -> str:
+        """How most of the draft's weights are stored: ``q4_1``, or ``plain``."""
+        if self.draft is None or not is_gguf(self.draft):
+            return PLAIN
+        return contents_of(Path(self.draft)).weight_format
 
     def load_target(self, dtype: torch.dtype, device: torch.device | str) -> Any:
         """The target."""
