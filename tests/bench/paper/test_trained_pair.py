@@ -14,7 +14,7 @@ from bench.__main__ import main
 from bench.measure.record import read_lines
 from bench.paper import grid
 from bench.paper.beside import rows_of, runs_of
-from bench.runs.cells import load_cells, setup_fields
+from bench.runs.cells import group_cells, load_cells, setup_fields
 from bench.workloads.trained import TrainedPair
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.hardware.machine import named_machine
@@ -83,6 +83,10 @@ def test_a_run_that_was_cut_off_measures_what_is_missing(
     assert "0.93" in table and "1.96" in table, "the paper's row of HumanEval, T = 0, gamma = 3"
     (group,) = load_cells([out])
     assert len(group.observations) == 8 and len(group.by_text()) == 4
+    lines = list(read_lines([out]))
+    assert {line["draft_format"] for line in lines} == {"plain"}
+    packed = [line | {"draft_format": "q4_1"} for line in lines]
+    assert len(group_cells([*lines, *packed])) == 2, "drafts of other costs are fitted apart"
 
 
 def test_coupled_outputs_are_the_targets_own(tmp_path, prompts, machine):
