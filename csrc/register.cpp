@@ -16,7 +16,7 @@ TORCH_LIBRARY(moesd, m) {
     m.def("try_experts(" MOESD_EXPERTS ") -> Tensor?");
     m.def(
         "linear(Tensor x, Tensor w, Tensor? bias, Tensor? scale=None, "
-        "str weight_format=\"plain\") -> Tensor");
+        "str weight_format=\"plain\", bool int8_activations=False) -> Tensor");
     m.def(
         "ragged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor positions, float scale, "
         "int window, Tensor? sinks, Tensor? rows) -> Tensor");

@@ -15,7 +15,7 @@ from moesd_kernels.experts.spec import ExpertsSpec
 from moesd_kernels.hooks.accelerate import accelerate, decelerate
 from moesd_kernels.hooks.experts import register
 from moesd_kernels.hooks.loading import keep_quantized, load_gguf
-from moesd_kernels.hooks.quantize import quantize, quantize_experts
+from moesd_kernels.hooks.quantize import quantize, quantize_experts, use_int8_activations
 from moesd_kernels.hooks.routers import RouterRule
 
 from .moe import MoE, MoEConfig
@@ -36,4 +36,5 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "register",
+    "use_int8_activations",
 ]

@@ -19,7 +19,7 @@ def register_fakes() -> None:
         return None
 
     @fake("moesd::linear")
-    def _(x, w, bias, scale=None, weight_format="plain"):
+    def _(x, w, bias, scale=None, weight_format="plain", int8_activations=False):
         return x.new_empty(x.shape[0], w.shape[0])
 
     @fake("moesd::ragged_attention")

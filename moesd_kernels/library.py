@@ -48,6 +48,7 @@ _AVX512_FLAGS = (
     "-Wno-maybe-uninitialized",  # false alarms inside GCC's own avx512fintrin.h (GCC bug 105593)
     "-Wno-uninitialized",
 )
+_AVX512_BF16_FLAGS = (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni")
 _CUDA_FLAGS = (
     *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     "-gencode=arch=compute_90a,code=sm_90a",  # wgmma exists there only, not on plain sm_90
@@ -55,8 +56,8 @@ _CUDA_FLAGS = (
 _X86_SOURCES = {
     "cpu/isa/isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "cpu/isa/isa_avx512.cpp": _AVX512_FLAGS,
-    "cpu/isa/isa_avx512_bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
-    "cpu/isa/isa_amx.cpp": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "cpu/isa/isa_avx512_bf16.cpp": _AVX512_BF16_FLAGS,
+    "cpu/isa/isa_amx.cpp": (*_AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16"),
 }
 
 

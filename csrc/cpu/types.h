@@ -219,6 +219,7 @@ struct KernelTable {
     bool panels;  // whether activations are packed in panels
     void (*experts)(const ExpertsArgs&);
     void (*linear)(const LinearArgs&);
+    void (*linear_int8)(const LinearArgs&);  // with activations of eight bits
     void (*attention)(const AttentionArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*rope_to_cache)(const RopeArgs&);

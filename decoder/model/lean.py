@@ -62,7 +62,7 @@ class LeanForward:
             walk.add_attention(self._stack, layer, following, window)
             self.whole &= walk.set_mlp(self._stack, layer.mlp)
         if self.whole:
-            walk.tell_format(self._stack, "head", *walk.stored_weight(head)[1:])
+            walk.tell_format(self._stack, "head", walk.stored_weight(head))
         # Whether it can also walk from step to step; on a GPU graphs spare the interpreter.
         on_gpu = kernels.on_gpu(self._embedding.device)
         self.walks_steps = self.whole and head.bias is None and not on_gpu

@@ -39,6 +39,7 @@ def linear(
     *,
     scale: Tensor | None = None,
     weight_format: str = "plain",
+    int8_activations: bool = False,
 ) -> Tensor:
     """x ``[T, K]`` times w ``[N, K]`` transposed, plus bias ``[N]``: fp32 sums, the result in
     x.dtype.
@@ -50,9 +51,12 @@ def linear(
         scale: what the format keeps beside w.
         weight_format: "plain" or another of ``torch.ops.moesd.weight_format_names()``. The product
             is that with the decoded weights, rounded to x.dtype, bit for bit.
+        int8_activations: round x to eight bits, with a scale for every 32 of a row, before the
+            product, where the format's weights are integers (``formats.WeightFormat.integers``);
+            these are then not rounded to x.dtype.
     """
     _require()
-    return torch.ops.moesd.linear(x, w, bias, scale, weight_format)
+    return torch.ops.moesd.linear(x, w, bias, scale, weight_format, int8_activations)
 
 
 def ragged_attention(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .activations import round_to_int8
 from .check import check_weight
 from .description import GROUPS, WeightFormat
 from .floating import FP8_BLOCK, MXFP4
@@ -26,6 +27,7 @@ __all__ = [
     "check_weight",
     "dequantize",
     "quantize",
+    "round_to_int8",
 ]
 
 

@@ -27,6 +27,8 @@ class WeightFormat:
         scales: "none", "square" (one for ``BLOCK`` x ``BLOCK`` weights), "fixed" (one for every
             ``block`` weights of a row) or "group" (one for every G of a row, G of ``GROUPS``).
         scale_dtype: of the scale tensor, or None.
+        integers: whether weights are integers times a scale, maybe plus a number, for every 32 of
+            a row: hidden states may then be rounded to eight bits before a product.
     """
 
     name: str
@@ -37,6 +39,7 @@ class WeightFormat:
     stored: int = 1
     scales: str = "none"
     scale_dtype: torch.dtype | None = None
+    integers: bool = False
 
     def depth(self, weight: Tensor) -> int:
         """C of a weight tensor ``[..., R, C]`` as stored."""

@@ -66,4 +66,5 @@ MXFP4 = WeightFormat(
     stored=_MX_GROUP // 2,
     scales="fixed",
     scale_dtype=torch.uint8,
+    integers=True,  # half integers, which is as well
 )

@@ -117,8 +117,16 @@ def decode_q6_k(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return (factors[..., None] * (codes.float() - 32)).flatten(-3)
 
 
-Q8_0 = WeightFormat("q8_0", "GGUF Q8_0", decode_q8_0, torch.uint8, block=32, stored=34)
-Q4_0 = WeightFormat("q4_0", "GGUF Q4_0", decode_q4_0, torch.uint8, block=32, stored=18)
-Q4_1 = WeightFormat("q4_1", "GGUF Q4_1", decode_q4_1, torch.uint8, block=32, stored=20)
-Q4_K = WeightFormat("q4_k", "GGUF Q4_K", decode_q4_k, torch.uint8, block=256, stored=144)
+Q8_0 = WeightFormat(
+    "q8_0", "GGUF Q8_0", decode_q8_0, torch.uint8, block=32, stored=34, integers=True
+)
+Q4_0 = WeightFormat(
+    "q4_0", "GGUF Q4_0", decode_q4_0, torch.uint8, block=32, stored=18, integers=True
+)
+Q4_1 = WeightFormat(
+    "q4_1", "GGUF Q4_1", decode_q4_1, torch.uint8, block=32, stored=20, integers=True
+)
+Q4_K = WeightFormat(
+    "q4_k", "GGUF Q4_K", decode_q4_k, torch.uint8, block=256, stored=144, integers=True
+)
 Q6_K = WeightFormat("q6_k", "GGUF Q6_K", decode_q6_k, torch.uint8, block=256, stored=210)

@@ -126,6 +126,7 @@ INT8 = WeightFormat(
     stored=GROUPS[0],
     scales="group",
     scale_dtype=torch.bfloat16,
+    integers=True,
 )
 INT4 = WeightFormat(
     "int4",
@@ -136,4 +137,5 @@ INT4 = WeightFormat(
     stored=GROUPS[0] // 2,
     scales="group",
     scale_dtype=torch.bfloat16,
+    integers=True,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activations import round_to_int8
 from .check import check_weight
 from .description import WeightFormat
 
@@ -41,6 +42,10 @@ class QuantizedLinear(KeepsScales):
         bias: ``[out_features]`` in the dtype of the hidden states, or None.
         weight_format: how ``weight`` is stored.
 
+    Attributes:
+        int8_activations: whether inputs are rounded to eight bits (``round_to_int8``) before the
+            product, where W is of integers; see ``moesd_kernels.use_int8_activations``.
+
     Raises:
         TypeError: a dtype is not that of the format, or a scale is missing or too much.
         ValueError: a shape is not.
@@ -56,7 +61,8 @@ class QuantizedLinear(KeepsScales):
         shape = self.out_features, self.in_features
         check_weight("weight", weight, scale, weight_format, shape)
         self.weight_format = weight_format.name
-        self._decode = weight_format.decode
+        self._stored_as = weight_format
+        self.int8_activations = False
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -69,12 +75,16 @@ class QuantizedLinear(KeepsScales):
         """
         if not input.is_floating_point():
             raise TypeError(f"input must be floating, got {input.dtype}")
-        weight = self._decode(self.weight, self.weight_scale).to(input.dtype)
-        return F.linear(input, weight, self.bias)
+        weight = self._stored_as.decode(self.weight, self.weight_scale)
+        if self.int8_activations and self._stored_as.integers:
+            product = F.linear(round_to_int8(input), weight)
+            return (product if self.bias is None else product + self.bias).to(input.dtype)
+        return F.linear(input, weight.to(input.dtype), self.bias)
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the name."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weight_format={self.weight_format}"
+            f"{', int8_activations=True' if self.int8_activations else ''}"
         )

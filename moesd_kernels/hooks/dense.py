@@ -118,18 +118,18 @@ def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
 
 def _stored_forward(self: Any, input: Tensor) -> Tensor:
     """A linear layer whose matrix is in a quantised format."""
-    weight, scale, name = stored_weight(self)
+    weight, scale, name, int8_activations = stored_weight(self)
     bias = self.bias
     if not fits(input, weight) or (bias is not None and bias.dtype != input.dtype):
         return type(self).forward(self, input)
     rows = input.reshape(-1, input.shape[-1])
-    out = torch.ops.moesd.linear.default(rows, weight, bias, scale, name)
+    out = torch.ops.moesd.linear.default(rows, weight, bias, scale, name, int8_activations)
     return out.view(*input.shape[:-1], -1)
 
 
 def _readable(stored: StoredWeight) -> bool:
     """Whether the CPU kernels read a matrix where it lies."""
-    weight, scale, name = stored
+    weight, scale, name, _ = stored
     return (
         name != "plain"
         and name in _cpu_formats()

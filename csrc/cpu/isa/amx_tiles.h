@@ -24,15 +24,24 @@ constexpr int64_t steps_of(int64_t depth) { return (depth + kStepDepth - 1) / kS
 class Tiles {
 public:
     Tiles() { configure({kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile}); }
+    // For products of bytes: tiles 0 to 3 hold sums and 4 and 5 the first operand, `rows` rows
+    // each, the latter of `depth` bytes; 6 and 7 hold the second, four of the depth in a row.
+    Tiles(int rows, int depth) {
+        const auto sums = static_cast<uint8_t>(rows), fours = static_cast<uint8_t>(depth / 4);
+        const auto width = static_cast<uint8_t>(depth);
+        configure({sums, sums, sums, sums, sums, sums, fours, fours},
+                  {64, 64, 64, 64, width, width, 64, 64});
+    }
 
     // Clears all tiles. The time of a product is proportional to the rows of its first operand.
-    void configure(const uint8_t (&rows)[8]) {
+    void configure(const uint8_t (&rows)[8],
+                   const uint8_t (&row_bytes)[8] = {64, 64, 64, 64, 64, 64, 64, 64}) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
             uint8_t rows[16] = {};
         } config;
-        for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = rows[i];
+        for (int i = 0; i < 8; ++i) config.row_bytes[i] = row_bytes[i], config.rows[i] = rows[i];
         asm volatile("ldtilecfg %0" ::"m"(config));
     }
     ~Tiles() { asm volatile("tilerelease"); }
@@ -55,6 +64,11 @@ inline void tile_store(void* address, int64_t row_bytes) {
 template <int Sums, int Weights, int Panel>
 inline void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Weights), "i"(Panel));
+}
+// The same of signed bytes times bytes that are not negative, four to a sum.
+template <int Sums, int Signed, int Unsigned>
+inline void tile_multiply_bytes() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Signed), "i"(Unsigned));
 }
 
 // Calls f.template operator()<0>() ... <N - 1>(): an instruction names its tiles by constants, so a

@@ -5,6 +5,7 @@
 #include "../kernels/argmax_kernel.h"
 #include "../kernels/attention_kernel.h"
 #include "../kernels/experts_kernel.h"
+#include "../kernels/int8/linear_int8_kernel.h"
 #include "../kernels/linear_kernel.h"
 #include "../kernels/recurrent/convolution_kernel.h"
 #include "../kernels/recurrent/delta_rule_kernel.h"
@@ -12,6 +13,11 @@
 #include "../kernels/recurrent/state_space_kernel.h"
 #include "../kernels/rope_kernel.h"
 #include "../kernels/row_kernels.h"
+#if defined(MOESD_AMX)
+#include "amx_product.h"
+#elif defined(MOESD_AVX512_BF16)
+#include "../kernels/int8/vnni_product.h"
+#endif
 
 namespace moesd::MOESD_ISA {
 
@@ -24,12 +30,23 @@ void run_for_dtype(const Args& args) {
     }
 }
 
+#if defined(MOESD_AMX)
+using IntegerProduct = AmxProduct;
+#elif defined(MOESD_AVX512_BF16)
+using IntegerProduct = VnniProduct;  // processors that have the one have the other
+#else
+using IntegerProduct = PlainProduct;
+#endif
+template <class W>
+using LinearInt8 = LinearInt8Kernel<W, IntegerProduct>;
+
 // constexpr: nothing compiled for a wider instruction set may run while the library loads.
 constexpr KernelTable make_table(const char* name) {
     return {name,
             false,
             run_for_dtype<ExpertsKernel, ExpertsArgs>,
             run_for_dtype<LinearKernel, LinearArgs>,
+            run_for_dtype<LinearInt8, LinearArgs>,
             run_for_dtype<AttentionKernel, AttentionArgs>,
             run_for_dtype<NormKernel, NormArgs>,
             run_for_dtype<RopeKernel, RopeArgs>,

@@ -48,7 +48,7 @@ Tensor normed(const Tensor& x, const Tensor& w, const NormRule& rule, const Tens
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& scale,
-              c10::string_view weight_format) {
+              c10::string_view weight_format, bool int8_activations) {
     if (is_plain(weight_format)) check_matrix(x, w, "N");
     TORCH_CHECK_VALUE(x.dim() == 2, "x must be [T, K], got ", x.sizes());
     TORCH_CHECK_VALUE(w.dim() == 2, "w must be [N, ...], got ", w.sizes());
@@ -69,7 +69,9 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
     if (out.numel() == 0) return out;
     args.x = rows.const_data_ptr();
     args.bias = bias ? offset.const_data_ptr() : nullptr;
-    const int64_t packed = kernels().panels ? panel_rows(args.tokens, 1) : args.tokens;
+    int8_activations = int8_activations && has_integers(args.w.format);
+    const bool panels = kernels().panels || int8_activations;
+    const int64_t packed = panels ? panel_rows(args.tokens, 1) : args.tokens;
     args.threads = team_size(args.tokens * args.depth * args.features);
     const int64_t floats = packed * align_depth(args.depth);
     const int64_t decoded = decoded_elements(args.w, args.threads, args.depth);
@@ -77,7 +79,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
     args.decoded = reinterpret_cast<bf16*>(args.packed_x + floats);
     args.out = out.mutable_data_ptr();
     args.run = run_team;
-    kernels().linear(args);
+    (int8_activations ? kernels().linear_int8 : kernels().linear)(args);
     return out;
 }
 

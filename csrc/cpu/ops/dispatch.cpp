@@ -36,6 +36,11 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
 // Whether the kernel lets this process use tiles, which it has to be asked for because their state
 // is large.
 bool may_use_tiles() {
@@ -53,10 +58,9 @@ const KernelTable& choose() {
     // Best first.
     Candidate candidates[] = {
 #ifdef MOESD_X86_KERNELS
-        {&kAmxTable, has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-                         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                         may_use_tiles()},
-        {&kAvx512Bf16Table, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+        {&kAmxTable, has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+                         __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
+        {&kAvx512Bf16Table, has_avx512_bf16()},
         {&kAvx512Table, has_avx512()},
         {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("f16c")},

@@ -23,17 +23,19 @@ constexpr struct Format {
     at::ScalarType dtype;
     int64_t block, bytes;  // weights of a block, and the bytes that hold them
     Scales scales;
+    bool integers;  // with one scale for each 32 weights
 } kFormats[] = {
-    {"plain", WeightFormat::kPlain, at::kFloat, 1, 0, Scales::kNone},  // in the activations' dtype
-    {"fp8_block", WeightFormat::kFp8Block, at::kFloat8_e4m3fn, 1, 1, Scales::kSquares},
-    {"mxfp4", WeightFormat::kMxfp4, at::kByte, 32, 16, Scales::kExponents},
-    {"int8", WeightFormat::kInt8, at::kChar, 32, 32, Scales::kGroups},
-    {"int4", WeightFormat::kInt4, at::kByte, 32, 16, Scales::kGroups},
-    {"q8_0", WeightFormat::kQ8_0, at::kByte, 32, 34, Scales::kNone},
-    {"q4_0", WeightFormat::kQ4_0, at::kByte, 32, 18, Scales::kNone},
-    {"q4_1", WeightFormat::kQ4_1, at::kByte, 32, 20, Scales::kNone},
-    {"q4_k", WeightFormat::kQ4_K, at::kByte, 256, 144, Scales::kNone},
-    {"q6_k", WeightFormat::kQ6_K, at::kByte, 256, 210, Scales::kNone},
+    {"plain", WeightFormat::kPlain, at::kFloat, 1, 0, Scales::kNone,
+     false},  // in the activations' dtype
+    {"fp8_block", WeightFormat::kFp8Block, at::kFloat8_e4m3fn, 1, 1, Scales::kSquares, false},
+    {"mxfp4", WeightFormat::kMxfp4, at::kByte, 32, 16, Scales::kExponents, true},
+    {"int8", WeightFormat::kInt8, at::kChar, 32, 32, Scales::kGroups, true},
+    {"int4", WeightFormat::kInt4, at::kByte, 32, 16, Scales::kGroups, true},
+    {"q8_0", WeightFormat::kQ8_0, at::kByte, 32, 34, Scales::kNone, true},
+    {"q4_0", WeightFormat::kQ4_0, at::kByte, 32, 18, Scales::kNone, true},
+    {"q4_1", WeightFormat::kQ4_1, at::kByte, 32, 20, Scales::kNone, true},
+    {"q4_k", WeightFormat::kQ4_K, at::kByte, 256, 144, Scales::kNone, true},
+    {"q6_k", WeightFormat::kQ6_K, at::kByte, 256, 210, Scales::kNone, false},
 };
 
 std::vector<std::string> weight_format_names() {
@@ -96,6 +98,13 @@ void enter_scales(const Tensor& scale, const std::string& name, const Format& fo
 }  // namespace
 
 bool is_plain(c10::string_view format) { return format == "plain"; }
+
+bool has_integers(WeightFormat format) {
+    for (const Format& known : kFormats) {
+        if (known.format == format) return known.integers;
+    }
+    return false;
+}
 
 StoredWeights stored_weights(const Tensor& w, const char* name, const OptTensor& scale,
                              const char* scale_name, c10::string_view format_name,

@@ -14,6 +14,7 @@ struct Weight {
     at::Tensor data;
     OptTensor scale = std::nullopt;
     std::string format = "plain";
+    bool int8_activations = false;
 
     size_t nbytes() const { return data.nbytes() + (scale ? scale->nbytes() : 0); }
 };
@@ -51,7 +52,8 @@ auto scoped(const char* name, const F& f) {
 }
 
 inline at::Tensor scoped_linear(const at::Tensor& x, const Weight& w, const OptTensor& bias) {
-    return scoped("moesd::linear", [&] { return linear(x, w.data, bias, w.scale, w.format); });
+    return scoped("moesd::linear",
+                  [&] { return linear(x, w.data, bias, w.scale, w.format, w.int8_activations); });
 }
 
 inline at::Tensor run_mlp(const Mlp& m, const at::Tensor& x) {

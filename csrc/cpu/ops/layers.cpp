@@ -57,10 +57,12 @@ public:
     }
     // How a weight of the layer added last is stored: "qkv", "out", of its MLP "gate", "up" or
     // "down", of its experts "gate_up" or "down". Or the "head", whose data continue_greedily is
-    // given.
-    void set_format(const std::string& weight, OptTensor scale, std::string format) {
+    // given. Of experts, activations stay as they are.
+    void set_format(const std::string& weight, OptTensor scale, std::string format,
+                    bool int8_activations) {
         Weight& stored = weight_named(weight);
         stored.scale = std::move(scale), stored.format = std::move(format);
+        stored.int8_activations = int8_activations;
     }
 
     // Runs layers from `first` up to `stop` (exclusive), or up to and including the attention half
@@ -177,7 +179,9 @@ private:
                 positions, rows, keys, values, 0, depth, true, latest);
         TORCH_CHECK_VALUE(reached == depth, "expected an MLP in every layer, got none in layer ",
                           reached);
-        return scoped_linear(normed, {head, head_.scale, head_.format}, std::nullopt);
+        Weight weight = head_;
+        weight.data = head;
+        return scoped_linear(normed, weight, std::nullopt);
     }
 
     size_t weight_bytes() const {

@@ -38,6 +38,9 @@ StoredWeights stored_weights(const at::Tensor& w, const char* name, const OptTen
                              std::vector<int64_t> sizes, const at::Tensor& like,
                              const char* like_name);
 bool is_plain(c10::string_view format);
+// Whether weights of a format are integers with one scale for each of its runs: activations of
+// eight bits are for such weights; with others, activations stay as they are.
+bool has_integers(WeightFormat format);
 
 // Elements of scratch in which a team holds decoded weights, where kernels compute in tiles.
 inline int64_t decoded_elements(const StoredWeights& w, int threads, int64_t depth) {
@@ -65,7 +68,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& w, double eps, double
                     bool cast_first = true);
 std::tuple<at::Tensor, at::Tensor> argmax(const at::Tensor& x);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const OptTensor& bias,
-                  const OptTensor& scale = std::nullopt, c10::string_view weight_format = "plain");
+                  const OptTensor& scale = std::nullopt, c10::string_view weight_format = "plain",
+                  bool int8_activations = false);
 std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& delta,
                                                 const at::Tensor& w, double eps);
 at::Tensor act_and_mul(const at::Tensor& gate, const at::Tensor& up, c10::string_view activation);

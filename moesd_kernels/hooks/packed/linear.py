@@ -20,15 +20,18 @@ class StoredWeight(NamedTuple):
         weight: as the format stores ``[out, in]``.
         scale: its scales, or None.
         weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``, or None: not one of them.
+        int8_activations: whether hidden states are rounded to eight bits before the product.
     """
 
     weight: nn.Parameter
     scale: Tensor | None = None
     weight_format: str | None = "plain"
+    int8_activations: bool = False
 
 
 def _own(module: Any) -> StoredWeight:
-    return StoredWeight(module.weight, module.weight_scale, module.weight_format)
+    stored = module.weight, module.weight_scale, module.weight_format
+    return StoredWeight(*stored, module.int8_activations)
 
 
 def _plain(module: Any) -> StoredWeight:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..packed import stored_weight
+from ..packed import StoredWeight, stored_weight
 from .joined import joined, may_join
 
 _SQUARE = 128  # rows of FP8 weights that share a scale
@@ -44,14 +44,15 @@ def add_attention(stack: Any, layer: Any, following: tuple[Tensor, float], windo
         query_heads,
         kv_heads,
     )
-    tell_format(stack, "qkv", joined(scales) if scales else None, _formats(layer)[0])
-    tell_format(stack, "out", *stored_weight(attention.o_proj)[1:])
+    query = stored_weight(attention.q_proj)
+    tell_format(stack, "qkv", query._replace(scale=joined(scales) if scales else None))
+    tell_format(stack, "out", stored_weight(attention.o_proj))
 
 
-def tell_format(stack: Any, name: str, scale: Tensor | None, weight_format: str | None) -> None:
+def tell_format(stack: Any, name: str, stored: StoredWeight) -> None:
     """Tell the stack how a weight of the layer added last, or the head, is stored."""
-    if weight_format != "plain":  # which they are until they are said not to be
-        stack.set_format(name, scale, weight_format)
+    if stored.weight_format != "plain":  # which they are until they are said not to be
+        stack.set_format(name, *stored[1:])
 
 
 def norm_of(module: Any) -> tuple[Tensor, float]:
@@ -63,17 +64,19 @@ def projections(layer: Any) -> list[list[nn.Parameter]]:
     """Weights of queries, keys and values, and their scales and biases if there are any."""
     linears = _linears(layer)
     stored = [stored_weight(linear) for linear in linears]
-    beside = [[scale for _, scale, _ in stored], [linear.bias for linear in linears]]
-    return [[weight for weight, _, _ in stored], *([] if None in part else part for part in beside)]
+    beside = [[weight.scale for weight in stored], [linear.bias for linear in linears]]
+    return [[part.weight for part in stored], *([] if None in part else part for part in beside)]
 
 
 def joining_obstacle(layer: Any) -> str | None:
     """Why the three projections cannot become one, or None."""
-    if len(set(_formats(layer))) > 1:
+    stored = [stored_weight(linear) for linear in _linears(layer)]
+    if len({weight[2:] for weight in stored}) > 1:
         return "queries, keys and values are in more than one weight format"
-    stored = [stored_weight(linear) for linear in _linears(layer)[:-1]]
     # Scales follow each other as rows do: one a row, or one for each whole square.
-    if any(s is not None and w.shape[0] not in (len(s), _SQUARE * len(s)) for w, s, _ in stored):
+    if any(
+        s is not None and w.shape[0] not in (len(s), _SQUARE * len(s)) for w, s, *_ in stored[:-1]
+    ):
         return "the scales of queries, keys and values are not those of all their rows together"
     if not all(map(may_join, projections(layer))):
         return "weights share memory with other tensors, as of a state dict that is held"
@@ -83,7 +86,3 @@ def joining_obstacle(layer: Any) -> str | None:
 def _linears(layer: Any) -> list[Any]:
     attention = layer.self_attn
     return [attention.q_proj, attention.k_proj, attention.v_proj]
-
-
-def _formats(layer: Any) -> list[str | None]:
-    return [stored_weight(linear)[2] for linear in _linears(layer)]

@@ -18,6 +18,7 @@ from ..dense import fused_router_of, runs_linear
 from ..experts import settings_of, spec_of
 from ..mlps import gated_activation_of
 from ..packed import scale_of, stored_weight
+from .attention import tell_format
 
 
 def layer_stack() -> Any:
@@ -41,7 +42,7 @@ def set_mlp(stack: Any, module: Any) -> bool:
             return False
         stack.set_mlp(*(t for m in linears for t in (m.weight, m.bias)), activation)
         for name, linear in zip(("gate", "up", "down"), linears, strict=True):
-            stack.set_format(name, *stored_weight(linear)[1:])
+            tell_format(stack, name, stored_weight(linear))
         return True
     return set(module._modules) == {"gate", "experts"} and _set_moe(stack, module)
 
@@ -57,7 +58,7 @@ def _set_moe(stack: Any, block: Any) -> bool:
         *(experts.gate_up_proj, experts.down_proj, spec.activation),
     )
     for name, stored_as in zip(("gate_up", "down"), spec.formats, strict=True):
-        stack.set_format(name, scale_of(experts, f"{name}_proj", stored), stored_as)
+        stack.set_format(name, scale_of(experts, f"{name}_proj", stored), stored_as, False)
     return True
 
 

@@ -36,6 +36,17 @@ public:
         palette.template look_up<Nibbles::kAdjacent>(codes(at), out);
     }
 
+    static constexpr Packing kPacking = Packing::kAdjacent;
+    // Twice the numbers are integers; and twelve more, not negative.
+    alignas(16) static constexpr uint8_t kIntegers[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                                          12, 11, 10, 9,  8,  6,  4,  0};
+    static constexpr int kMiddle = 12;
+    static constexpr bool kHasLeast = false;
+    const uint8_t* packed(const Place& at) const { return codes(at); }
+    void scale_to(const Place& at, float* scale, float* least) const {
+        *scale = 0.5f * power(scales_[at.k / kRun]), *least = 0.0f;
+    }
+
 private:
     static float power(uint8_t s) {
         uint32_t bits = uint32_t{s} << 23;

@@ -36,6 +36,16 @@ public:
         scale_run(block + sizeof(half), splat(load_at<half>(block)), out);
     }
 
+    static constexpr Packing kPacking = Packing::kBytes;
+    static constexpr int kMiddle = 128;
+    static constexpr bool kHasLeast = false;
+    using Scale = half;
+    const uint8_t* packed(const Place& at) const { return codes(at) + sizeof(half); }
+    const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
+    void scale_to(const Place& at, float* scale, float* least) const {
+        *scale = widened(load_at<half>(blocks_ + at.block)), *least = 0.0f;
+    }
+
 private:
     const uint8_t* blocks_;
 };
@@ -60,6 +70,16 @@ public:
     template <class P>
     void look_up(const Place& at, const P& palette, X* out) const {
         palette.template look_up<Nibbles::kSplit>(codes(at) + sizeof(half), out);
+    }
+
+    static constexpr Packing kPacking = Packing::kSplit;
+    static constexpr int kMiddle = 8;
+    static constexpr bool kHasLeast = false;
+    using Scale = half;
+    const uint8_t* packed(const Place& at) const { return codes(at) + sizeof(half); }
+    const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
+    void scale_to(const Place& at, float* scale, float* least) const {
+        *scale = widened(load_at<half>(blocks_ + at.block)), *least = 0.0f;
     }
 
 private:
@@ -87,6 +107,17 @@ public:
     template <class P>
     void look_up(const Place& at, const P& palette, X* out) const {
         palette.template look_up<Nibbles::kSplit>(codes(at) + 4, out);
+    }
+
+    static constexpr Packing kPacking = Packing::kSplit;
+    static constexpr int kMiddle = 0;
+    static constexpr bool kHasLeast = true;
+    using Scale = half;
+    const uint8_t* packed(const Place& at) const { return codes(at) + 4; }
+    const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
+    void scale_to(const Place& at, float* scale, float* least) const {
+        const uint8_t* block = blocks_ + at.block;
+        *scale = widened(load_at<half>(block)), *least = widened(load_at<half>(block + 2));
     }
 
 private:
@@ -118,6 +149,15 @@ public:
         const uint8_t* run = codes(at) + 16 + at.run / 2 * kRun;
         if (at.run % 2 == 0) palette.template look_up<Nibbles::kLow>(run, out);
         else palette.template look_up<Nibbles::kHigh>(run, out);
+    }
+
+    static constexpr Packing kPacking = Packing::kAlternating;
+    static constexpr int kMiddle = 0;
+    static constexpr bool kHasLeast = true;
+    const uint8_t* packed(const Place& at) const { return codes(at) + 16 + at.run / 2 * kRun; }
+    void scale_to(const Place& at, float* scale, float* least) {
+        if (at.enters) take_scales(blocks_ + at.block);
+        *scale = scales_[at.run], *least = -minima_[8 + at.run];
     }
 
 private:

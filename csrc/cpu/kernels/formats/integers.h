@@ -36,6 +36,16 @@ public:
         scale_run(codes_ + at.k, splat(load_at<bf16>(scales_ + at.scale)), out);
     }
 
+    static constexpr Packing kPacking = Packing::kBytes;
+    static constexpr int kMiddle = 128;
+    static constexpr bool kHasLeast = false;
+    using Scale = bf16;
+    const uint8_t* packed(const Place& at) const { return codes(at); }
+    const uint8_t* scale(const Place& at) const { return scales_ + at.scale; }
+    void scale_to(const Place& at, float* scale, float* least) const {
+        *scale = widened(load_at<bf16>(this->scale(at))), *least = 0.0f;
+    }
+
 private:
     const uint8_t *codes_, *scales_;
 };
@@ -65,6 +75,16 @@ public:
     void decode(const Place& at, X* out) {
         if (at.enters) palette_ = Palette<X>(Levels(kCodes, value(at)).of);
         look_up(at, palette_, out);
+    }
+
+    static constexpr Packing kPacking = Packing::kAdjacent;
+    static constexpr int kMiddle = 8;
+    static constexpr bool kHasLeast = false;
+    using Scale = bf16;
+    const uint8_t* packed(const Place& at) const { return codes(at); }
+    const uint8_t* scale(const Place& at) const { return scales_ + at.scale; }
+    void scale_to(const Place& at, float* scale, float* least) const {
+        *scale = widened(load_at<bf16>(this->scale(at))), *least = 0.0f;
     }
 
 private:

@@ -10,4 +10,12 @@ enum class Nibbles {
     kHigh,      // the same in the high half
 };
 
+// How a run's codes lie: a byte each, or in halves of bytes.
+enum class Packing {
+    kBytes,        // signed, so that 128 more is not negative
+    kAdjacent,     // see Nibbles
+    kSplit,        // likewise
+    kAlternating,  // two runs share 32 bytes: the first has the low halves, the second the high
+};
+
 }  // namespace moesd

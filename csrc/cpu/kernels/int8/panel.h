@@ -1,0 +1,92 @@
+// Activations of eight bits: scale * code, with a scale for each run of a row, the largest
+// magnitude of the run over 127; codes are rounded to the nearest, ties to even. A run that holds
+// a number that is not finite has a scale that is not finite.
+#pragma once
+
+#include "../formats/decoders.h"
+
+namespace moesd::MOESD_ISA {
+
+// Up to kPanelRows rows of activations, by run, and within it by row.
+struct Panel {
+    int8_t* codes;  // kRun of each
+    float* scales;
+    float* sums;  // scale times the sum of the codes
+    int32_t*
+        starts;  // what the sum of products with codes that are too large by `middle` begins at
+
+    static constexpr int64_t kBytesOfRun = kPanelRows * (kRun + 3 * sizeof(float));
+    static constexpr int64_t bytes_of(int64_t depth) { return depth / kRun * kBytesOfRun; }
+
+    Panel(void* memory, int64_t depth)
+        : codes(static_cast<int8_t*>(memory)),
+          scales(reinterpret_cast<float*>(codes + depth * kPanelRows)),
+          sums(scales + depth / kRun * kPanelRows),
+          starts(reinterpret_cast<int32_t*>(sums + depth / kRun * kPanelRows)) {}
+    // From a run on.
+    Panel(const Panel& whole, int64_t run)
+        : codes(whole.codes + run * kPanelRows * kRun),
+          scales(whole.scales + run * kPanelRows),
+          sums(whole.sums + run * kPanelRows),
+          starts(whole.starts + run * kPanelRows) {}
+};
+
+// Codes of a run of fp32 numbers; returns their scale.
+inline float quantize_run(const float* x, int8_t* codes) {
+    uint32_t bits[kRun], largest = 0;
+    std::memcpy(bits, x, sizeof(bits));
+    // Magnitudes in their order, above which come infinity and what is not a number.
+    for (int i = 0; i < kRun; ++i) {
+        const uint32_t magnitude = bits[i] & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float most;
+    std::memcpy(&most, &largest, sizeof(most));
+    // The inverse of anything smaller would overflow.
+    const float inverse = most >= 1e-36f ? 127.0f / most : 0.0f;
+    // Added to a number, leaves it as an integer in the lower bits.
+    constexpr float kToInteger = 12582912.0f;
+    for (int i = 0; i < kRun; ++i) {
+        const float shifted = x[i] * inverse + kToInteger;
+        std::memcpy(bits + i, &shifted, sizeof(shifted));
+    }
+    for (int i = 0; i < kRun; ++i) codes[i] = static_cast<int8_t>(bits[i]);
+    return most / 127.0f;
+}
+
+// How a panel is packed for the weights it will be multiplied by.
+struct PanelOrder {
+    bool even_first;  // within eight codes the even ones come first, four to a half of the run
+    int middle;       // see Panel::starts
+};
+
+// Packs kRun adjacent activations of `count` <= kPanelRows rows as a run of a panel; the scales of
+// other rows are zero.
+template <class W>
+void pack_run(const W* const* rows, int count, int64_t run, PanelOrder order, const Panel& out) {
+    for (int r = 0; r < kPanelRows; ++r) {
+        const int64_t at = run * kPanelRows + r;
+        if (r >= count) {
+            out.scales[at] = out.sums[at] = 0.0f, out.starts[at] = 0;
+            continue;
+        }
+        alignas(64) float numbers[kRun];
+        alignas(64) int8_t codes[kRun];
+        load_row(numbers, rows[r] + run * kRun, kRun);
+        const float scale = quantize_run(numbers, codes);
+        int sum = 0;
+        for (int i = 0; i < kRun; ++i) sum += codes[i];
+        out.scales[at] = scale, out.sums[at] = scale * static_cast<float>(sum);
+        out.starts[at] = -order.middle * sum;
+        int8_t* packed = out.codes + at * kRun;
+        if (!order.even_first) {
+            std::memcpy(packed, codes, kRun);
+            continue;
+        }
+        for (int i = 0; i < kRun / 2; ++i) {
+            packed[i] = codes[2 * i], packed[kRun / 2 + i] = codes[2 * i + 1];
+        }
+    }
+}
+
+}  // namespace moesd::MOESD_ISA

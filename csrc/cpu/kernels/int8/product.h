@@ -1,0 +1,146 @@
+// Products of sixteen weight rows and up to sixteen rows of activations, both integers, on any
+// processor; vnni_product.h is the same in AVX-512.
+//
+// Invariance: an output is the sum over runs, in ascending order, of the run's products, an exact
+// integer, times both scales, and of the weights' least times the activations' sum; nothing else
+// that shares the call plays a part.
+#pragma once
+
+#include "panel.h"
+
+namespace moesd::MOESD_ISA {
+
+constexpr int kTileRows = 16;      // weight rows that are multiplied together
+constexpr int64_t kTileRuns = 24;  // of each row that are read at a time, at most
+
+// Some runs of a tile of weight rows: a weight is scale * (code - middle) + least.
+struct CodeTile {
+    int64_t runs;
+    alignas(64) uint8_t codes[kTileRuns * kTileRows * kRun];  // by run, then as the product has it
+    // By run, and within it by row.
+    alignas(64) float scales[kTileRuns * kTileRows];
+    alignas(64) float leasts[kTileRuns * kTileRows];
+};
+
+// Prefetches memory into the second-level cache: a line of each of its quarters, which hardware
+// prefetchers follow, so many times at each run.
+struct Ahead {
+    const uint8_t* address;
+    int64_t quarter, left;  // bytes, and lines of a quarter
+    int64_t at_once;
+
+    // `times`: how often fetch will be called.
+    Ahead(const uint8_t* first, int64_t bytes, int64_t times)
+        : address(first),
+          quarter(bytes / 4),
+          left(first ? (quarter + 63) / 64 : 0),
+          at_once((left + times - 1) / times) {}
+
+    void fetch() {
+        for (int64_t i = 0; i < at_once && left > 0; ++i, --left, address += 64) {
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; ++q) __builtin_prefetch(address + q * quarter, 0, 2);
+        }
+    }
+};
+
+// Reads runs of a tile's rows from weight k, a multiple of kRun, on: `out.runs` of them.
+using ReadCodes = void(const StoredRow (&rows)[kTileRows], int64_t k, Ahead& ahead, CodeTile& out);
+
+// The scales of a tile; and calls visit(weights, place, row, run) at every run.
+template <class Format, class F>
+inline void read_scales(const StoredRow (&rows)[kTileRows], int64_t k, CodeTile& out,
+                        const F& visit) {
+    for (int r = 0; r < kTileRows; ++r) {
+        Format weights(rows[r]);
+        typename Format::Place at(k, rows[r]);
+        for (int64_t run = 0; run < out.runs; ++run, at.next()) {
+            const int64_t i = run * kTileRows + r;
+            weights.scale_to(at, out.scales + i, out.leasts + i);
+            visit(weights, at, r, run);
+        }
+    }
+}
+
+// The order of a run's codes: codes of two adjacent weights that share a byte come apart, the even
+// ones first, and so do the activations.
+template <class Format>
+constexpr bool kEvenFirst = Format::kPacking == Packing::kAdjacent;
+
+class PlainProduct {
+public:
+    // What a thread holds while it multiplies `rows` rows of activations.
+    struct Thread {
+        explicit Thread(int64_t rows) {}
+    };
+
+    // Codes by run and row.
+    template <class Format>
+    static void read(const StoredRow (&rows)[kTileRows], int64_t k, Ahead&, CodeTile& out) {
+        read_scales<Format>(
+            rows, k, out, [&](const Format& weights, const auto& at, int r, int64_t run) {
+                uint8_t* codes = out.codes + (run * kTileRows + r) * kRun;
+                const uint8_t* packed = weights.packed(at);
+                constexpr Packing kPacking = Format::kPacking;
+                for (int i = 0; i < kRun; ++i) {
+                    if constexpr (kPacking == Packing::kBytes) codes[i] = packed[i] ^ 0x80;
+                    else if constexpr (kPacking == Packing::kAlternating) {
+                        codes[i] = packed[i] >> at.run % 2 * 4 & 15;
+                    } else codes[i] = packed[i % (kRun / 2)] >> i / (kRun / 2) * 4 & 15;
+                    if constexpr (requires { Format::kIntegers; }) {
+                        codes[i] = Format::kIntegers[codes[i]];
+                    }
+                }
+            });
+    }
+
+    // Adds the products with the tile's runs to `sums`, [row of the panel][row of the tile].
+    template <bool HasLeast>
+    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, Ahead&) {
+        for (int64_t run = 0; run < tile.runs; ++run) {
+            const float* scales = tile.scales + run * kTileRows;
+            const float* leasts = tile.leasts + run * kTileRows;
+            for (int m = 0; m < rows; ++m) {
+                const int64_t at = run * kPanelRows + m;
+                for (int r = 0; r < kTileRows; ++r) {
+                    const uint8_t* w = tile.codes + (run * kTileRows + r) * kRun;
+                    int dot = x.starts[at];
+                    for (int i = 0; i < kRun; ++i) dot += int{w[i]} * int{x.codes[at * kRun + i]};
+                    float& sum = sums[m * kTileRows + r];
+                    sum += static_cast<float>(dot) * scales[r] * x.scales[at];
+                    if (HasLeast) sum += leasts[r] * x.sums[at];
+                }
+            }
+        }
+    }
+};
+
+// How a format's weights are read for a product; `read` is null where they are not integers with
+// one scale for each run.
+struct CodeReader {
+    ReadCodes* read;
+    bool has_least;  // whether any least is not zero
+    PanelOrder order;
+};
+
+template <class Product>
+constexpr CodeReader code_reader_of(WeightFormat format) {
+    const auto reader = []<class F>() -> CodeReader {
+        return {Product::template read<F>, F::kHasLeast, {kEvenFirst<F>, F::kMiddle}};
+    };
+    switch (format) {
+        case WeightFormat::kInt8: return reader.template operator()<Int8<float>>();
+        case WeightFormat::kInt4: return reader.template operator()<Int4<float>>();
+        case WeightFormat::kMxfp4: return reader.template operator()<Mxfp4<float>>();
+        case WeightFormat::kQ8_0: return reader.template operator()<Q8_0<float>>();
+        case WeightFormat::kQ4_0: return reader.template operator()<Q4_0<float>>();
+        case WeightFormat::kQ4_1: return reader.template operator()<Q4_1<float>>();
+        case WeightFormat::kQ4_K: return reader.template operator()<Q4_K<float>>();
+        case WeightFormat::kPlain:
+        case WeightFormat::kFp8Block:
+        case WeightFormat::kQ6_K: break;
+    }
+    return {nullptr, false, {false, 0}};
+}
+
+}  // namespace moesd::MOESD_ISA

@@ -1,0 +1,187 @@
+// PlainProduct with AVX-512-VNNI: a lane holds a weight row, four adjacent activations are
+// broadcast to all of them.
+#pragma once
+
+#include "../for_size.h"
+#include "product.h"
+
+namespace moesd::MOESD_ISA {
+
+class VnniProduct {
+protected:
+    static constexpr int kVectors = kRun / 4;  // of codes of a run
+    static constexpr int kRows = 8;            // of activations that share the codes in registers
+
+public:
+    using Thread = PlainProduct::Thread;
+
+    // Codes by run, by four of the run, and by row.
+    template <class Format>
+    __attribute__((noinline)) static void read(const StoredRow (&rows)[kTileRows], int64_t k,
+                                               Ahead& ahead, CodeTile& out) {
+        const uint8_t* packed[kTileRows];
+        alignas(64) int32_t from_first[kTileRows];
+        const Format first(rows[0]);
+        typename Format::Place at(k, rows[0]);
+        for (int r = 0; r < kTileRows; ++r) {
+            const Format row(rows[r]);
+            packed[r] = row.packed(at);
+            if constexpr (kGathers<Format>) {
+                from_first[r] = static_cast<int32_t>(row.scale(at) - first.scale(at));
+            }
+        }
+        const uint8_t* const start = packed[0];
+        for (int64_t run = 0; run < out.runs; ++run, at.next()) {
+            auto* codes = reinterpret_cast<__m512i*>(out.codes) + run * kVectors;
+            widen<Format>(packed, first.packed(at) - start, is_odd(at), codes);
+            ahead.fetch();
+            if constexpr (kGathers<Format>) {
+                gather_scales<Format>(first.scale(at), _mm512_load_si512(from_first),
+                                      out.scales + run * kTileRows, out.leasts + run * kTileRows);
+            }
+        }
+        if constexpr (!kGathers<Format>) read_scales<Format>(rows, k, out, [](auto&&...) {});
+    }
+
+    template <bool HasLeast>
+    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, Ahead& ahead) {
+        for (int m = 0; m < rows; m += kRows) {
+            for_size<kRows>(rows - m < kRows ? rows - m : kRows, [&]<int M>() {
+                add_rows<HasLeast, M>(tile, x, m, sums + m * kTileRows, ahead);
+            });
+        }
+    }
+
+private:
+    template <class Format>
+    static constexpr bool kGathers = requires { typename Format::Scale; };
+
+    // The numbers of sixteen rows, from their distances to the first row's. Blocks that begin with
+    // them are longer than the four bytes that are read; of others, the aligned four bytes that
+    // hold a scale are.
+    template <class Format>
+    static inline __attribute__((always_inline)) void gather_scales(const uint8_t* first,
+                                                                    __m512i from_first,
+                                                                    float* scales, float* leasts) {
+        if constexpr (std::is_same_v<typename Format::Scale, half>) {
+            const __m512i both = _mm512_i32gather_epi32(from_first, first, 1);
+            store(scales, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both)));
+            if constexpr (Format::kHasLeast) {
+                store(leasts, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))));
+            }
+        } else {
+            const auto misaligned = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) % 4);
+            const __m512i places = _mm512_add_epi32(from_first, _mm512_set1_epi32(misaligned));
+            const __m512i two = _mm512_set1_epi32(2);
+            const __m512i words =
+                _mm512_i32gather_epi32(_mm512_andnot_si512(two, places), first - misaligned, 1);
+            const __mmask16 is_high = _mm512_test_epi32_mask(places, two);
+            const __m512i high = _mm512_and_si512(words, _mm512_set1_epi32(~0xffff));
+            const __m512i low = _mm512_slli_epi32(words, 16);
+            store(scales, _mm512_castsi512_ps(_mm512_mask_mov_epi32(low, is_high, high)));
+        }
+    }
+
+    template <class Place>
+    static bool is_odd(const Place& at) {
+        if constexpr (requires { at.run; }) return at.run % 2;
+        return false;
+    }
+
+    // Sixteen bytes of each row, turned round: out[i] holds the i-th four of each.
+    static inline __attribute__((always_inline)) void transpose(
+        const uint8_t* const (&rows)[kTileRows], int64_t offset, __m512i (&out)[4]) {
+        __m512i a[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            const auto quarter = [&](int q) {
+                return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * q + n] + offset));
+            };
+            a[n] = _mm512_castsi128_si512(quarter(0));
+            a[n] = _mm512_inserti32x4(a[n], quarter(1), 1);
+            a[n] = _mm512_inserti32x4(a[n], quarter(2), 2);
+            a[n] = _mm512_inserti32x4(a[n], quarter(3), 3);
+        }
+        const __m512i b0 = _mm512_unpacklo_epi32(a[0], a[1]);
+        const __m512i b1 = _mm512_unpackhi_epi32(a[0], a[1]);
+        const __m512i b2 = _mm512_unpacklo_epi32(a[2], a[3]);
+        const __m512i b3 = _mm512_unpackhi_epi32(a[2], a[3]);
+        out[0] = _mm512_unpacklo_epi64(b0, b2), out[1] = _mm512_unpackhi_epi64(b0, b2);
+        out[2] = _mm512_unpacklo_epi64(b1, b3), out[3] = _mm512_unpackhi_epi64(b1, b3);
+    }
+
+    template <class Format>
+    static inline __attribute__((always_inline)) void widen(const uint8_t* const (&rows)[kTileRows],
+                                                            int64_t offset, bool is_odd,
+                                                            __m512i* out) {
+        constexpr Packing kPacking = Format::kPacking;
+        constexpr bool kWhole = kPacking == Packing::kBytes || kPacking == Packing::kAlternating;
+        const __m512i low_half = _mm512_set1_epi8(15);
+#pragma GCC unroll 2
+        for (int half = 0; half < (kWhole ? 2 : 1); ++half) {
+            __m512i v[4];
+            transpose(rows, offset + half * 16, v);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                if constexpr (kPacking == Packing::kBytes) {
+                    out[4 * half + i] = _mm512_xor_si512(v[i], _mm512_set1_epi8(-128));
+                } else if constexpr (kPacking == Packing::kAlternating) {
+                    const __m512i shifted =
+                        _mm512_srl_epi16(v[i], _mm_cvtsi32_si128(is_odd ? 4 : 0));
+                    out[4 * half + i] = _mm512_and_si512(shifted, low_half);
+                } else {
+                    out[i] = looked_up<Format>(_mm512_and_si512(v[i], low_half));
+                    out[4 + i] =
+                        looked_up<Format>(_mm512_and_si512(_mm512_srli_epi16(v[i], 4), low_half));
+                }
+            }
+        }
+    }
+
+    template <class Format>
+    static __m512i looked_up(__m512i codes) {
+        if constexpr (requires { Format::kIntegers; }) {
+            const __m128i integers =
+                _mm_load_si128(reinterpret_cast<const __m128i*>(Format::kIntegers));
+            return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(integers), codes);
+        } else {
+            return codes;
+        }
+    }
+
+    template <bool HasLeast, int M>
+    __attribute__((noinline)) static void add_rows(const CodeTile& tile, const Panel& x, int first,
+                                                   float* sums, Ahead& ahead) {
+        Vec acc[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] = load(sums + m * kTileRows);
+        for (int64_t run = 0; run < tile.runs; ++run) {
+            ahead.fetch();
+            __m512i w[kVectors];
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) {
+                w[i] = _mm512_load_si512(tile.codes + (run * kVectors + i) * 64);
+            }
+            const Vec scales = load(tile.scales + run * kTileRows);
+            const Vec leasts = load(tile.leasts + run * kTileRows);
+            const int64_t at = run * kPanelRows + first;
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                __m512i dot = _mm512_set1_epi32(x.starts[at + m]);
+#pragma GCC unroll 8
+                for (int i = 0; i < kVectors; ++i) {
+                    int32_t four;
+                    std::memcpy(&four, x.codes + (at + m) * kRun + 4 * i, sizeof(four));
+                    dot = _mm512_dpbusd_epi32(dot, w[i], _mm512_set1_epi32(four));
+                }
+                const Vec scaled = mul(_mm512_cvtepi32_ps(dot), scales);
+                acc[m] = fma(scaled, splat(x.scales[at + m]), acc[m]);
+                if (HasLeast) acc[m] = fma(leasts, splat(x.sums[at + m]), acc[m]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) store(sums + m * kTileRows, acc[m]);
+    }
+};
+
+}  // namespace moesd::MOESD_ISA
