@@ -49,7 +49,7 @@ private:
 
     // The weights of a block, if there is one, to be fetched in so many times.
     Ahead ahead_of(int64_t block, int64_t times) const {
-        if (block >= blocks_.total) return {nullptr, 0, 1};
+        if (block >= blocks_.total || runs_ == 0) return {nullptr, 0, 1};
         return {w_.row(block * block_), (end_of(block) - block * block_) * a_.w.row_bytes, times};
     }
 

@@ -29,7 +29,7 @@ struct Ahead {
     int64_t quarter, left;  // bytes, and lines of a quarter
     int64_t at_once;
 
-    // `times`: how often fetch will be called.
+    // `times`: how often fetch will be called, once at least.
     Ahead(const uint8_t* first, int64_t bytes, int64_t times)
         : address(first),
           quarter(bytes / 4),
