@@ -18,7 +18,8 @@ using ExpertsOp = void(const at::Tensor& hidden, const at::Tensor& w_gate_up,
                        bool gated, bool interleaved, bool transposed,
                        std::optional<double> activation_limit,
                        std::optional<double> activation_alpha, std::string_view weight_format,
-                       std::string_view down_format, const std::optional<at::Tensor>& gate_up_scale,
+                       std::string_view down_format, bool int8_activations,
+                       const std::optional<at::Tensor>& gate_up_scale,
                        const std::optional<at::Tensor>& down_scale, at::Tensor& out);
 
 }  // namespace moesd

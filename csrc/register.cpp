@@ -9,7 +9,7 @@
     "Tensor hidden, Tensor w_gate_up, Tensor w_down, Tensor topk_ids, Tensor topk_weights, "  \
     "Tensor? gate_up_bias, Tensor? down_bias, str activation, bool gated, bool interleaved, " \
     "bool transposed, float? activation_limit, float? activation_alpha, str weight_format, "  \
-    "str down_format, Tensor? gate_up_scale, Tensor? down_scale"
+    "str down_format, bool int8_activations, Tensor? gate_up_scale, Tensor? down_scale"
 
 TORCH_LIBRARY(moesd, m) {
     m.def("experts(" MOESD_EXPERTS ", Tensor(a!) out) -> ()");

@@ -219,7 +219,9 @@ struct KernelTable {
     bool panels;  // whether activations are packed in panels
     void (*experts)(const ExpertsArgs&);
     void (*linear)(const LinearArgs&);
-    void (*linear_int8)(const LinearArgs&);  // with activations of eight bits
+    // The same with activations of eight bits.
+    void (*experts_int8)(const ExpertsArgs&);
+    void (*linear_int8)(const LinearArgs&);
     void (*attention)(const AttentionArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*rope_to_cache)(const RopeArgs&);

@@ -118,14 +118,14 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
              const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
              std::string_view activation, bool gated, bool interleaved, bool transposed,
              std::optional<double> activation_limit, std::optional<double> activation_alpha,
-             std::string_view weight_format, std::string_view down_format,
+             std::string_view weight_format, std::string_view down_format, bool int8_activations,
              const std::optional<Tensor>& gate_up_scale, const std::optional<Tensor>& down_scale,
              Tensor& out) {
     const c10::cuda::CUDAGuard guard(hidden.device());
     TORCH_CHECK_NOT_IMPLEMENTED(
         activation == "silu" && gated && !interleaved && !transposed && !gate_up_bias &&
             !down_bias && !activation_limit && !activation_alpha && weight_format == "plain" &&
-            down_format == "plain" && !gate_up_scale && !down_scale,
+            down_format == "plain" && !int8_activations && !gate_up_scale && !down_scale,
         "the CUDA kernel takes plain silu-gated weights in two halves, without bias or limits");
     check_weights(hidden, w_gate_up, w_down);
     is_int64(topk_ids);

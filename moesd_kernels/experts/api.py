@@ -96,6 +96,7 @@ def _checked(
         all(weight is None or weight.is_contiguous() for weight in weights[:2] + weights[4:]),
         batch_invariant,
         spec.formats,
+        spec.rounds_activations,
     )
     chosen = choose_backend(backend, traits)
     if chosen.quick is not None:

@@ -89,6 +89,7 @@ class Backend:
         compiled: whether it is a compiled kernel: no gradients, weights contiguous.
         invariant: whether it honours ``batch_invariant``.
         formats: weight formats it reads.
+        rounding: whether it rounds activations to eight bits where it is asked to.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Backend:
     compiled: bool = True
     invariant: bool = True
     formats: frozenset[str] = PLAIN
+    rounding: bool = False
 
 
 class CallTraits(NamedTuple):
@@ -115,6 +117,7 @@ class CallTraits(NamedTuple):
     contiguous: bool = True
     batch_invariant: bool = False
     formats: tuple[str, str] = ALL_PLAIN
+    rounding: bool = False
 
 
 def _cpu_reason() -> str | None:
@@ -181,6 +184,7 @@ BACKENDS = {
             _load_cpu,
             _load_quick_cpu,
             formats=EVERY_FORMAT,
+            rounding=True,
         ),
         # Not automatic until it has been measured on a GPU.
         Backend(
@@ -199,6 +203,7 @@ BACKENDS = {
             lambda: fused_experts_torch,
             compiled=False,
             formats=EVERY_FORMAT,
+            rounding=True,
         ),
         Backend(
             "reference",
@@ -210,6 +215,7 @@ BACKENDS = {
             compiled=False,
             invariant=False,
             formats=EVERY_FORMAT,
+            rounding=True,
         ),
     )
 }
@@ -235,6 +241,8 @@ def _refusal(backend: Backend, traits: CallTraits) -> str | None:
         return f"it takes {_listed(map(str, backend.dtypes))}, got {traits.dtype}"
     if not backend.formats.issuperset(traits.formats):
         return f"it reads weights as {_listed(backend.formats)}, got {_stored(traits)}"
+    if traits.rounding and not backend.rounding:
+        return "it does not round activations to eight bits"
     if backend.compiled and traits.needs_grad:
         return "it has no backward pass, and an input requires gradients"
     if backend.compiled and not traits.contiguous:

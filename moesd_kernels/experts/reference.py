@@ -8,11 +8,13 @@ weights are first read as numbers of that dtype, in both, an expert at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesd_kernels.formats import dequantize
+from moesd_kernels.formats import dequantize, round_to_int8
 
 from .spec import ExpertsSpec, ExpertsWeights, TopK
 from .spec.activations import FUNCTIONS
@@ -59,13 +61,15 @@ def fused_experts_reference(
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
     weighted = wide.new_zeros(*routing.ids.shape, x.shape[1])  # [T, K, H]
+    rounded, stored_in = _rounding(spec, x.dtype)
+    wide = rounded(wide)
     for expert in range(weights.down.shape[0]):
         token, k = torch.where(routing.ids == expert)
-        up_weight, down_weight = (w.to(dtype) for w in _matrices(weights, expert, spec, x.dtype))
+        up_weight, down_weight = (w.to(dtype) for w in _matrices(weights, expert, spec, stored_in))
         projected = wide[token] @ up_weight.T
         if weights.gate_up_bias is not None:
             projected = projected + weights.gate_up_bias[expert].to(dtype)
-        y = apply_activation(projected, spec) @ down_weight.T
+        y = rounded(apply_activation(projected, spec)) @ down_weight.T
         if weights.down_bias is not None:
             y = y + weights.down_bias[expert].to(dtype)
         weighted = weighted.index_put((token, k), y * routing.weights[token, k, None].to(dtype))
@@ -96,7 +100,9 @@ def fused_experts_torch(
     valid = (pair_ids >= 0) & (pair_ids < E)
     order = torch.where(valid, pair_ids, E).argsort(stable=True)  # [N], dropped pairs last
     counts = torch.bincount(pair_ids[valid], minlength=E).tolist()
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    own, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    rounded, stored_in = _rounding(spec, own)
+    x = rounded(x.to(stored_in))
     biases = weights.gate_up_bias, weights.down_bias
     pieces = []
     start = 0
@@ -105,19 +111,28 @@ def fused_experts_torch(
             continue
         rows = order[start : start + count]
         start += count
-        gate_up, down = _matrices(weights, expert, spec, x.dtype)
-        gate_up_bias, down_bias = (b if b is None else b[expert].to(x.dtype) for b in biases)
+        gate_up, down = _matrices(weights, expert, spec, stored_in)
+        gate_up_bias, down_bias = (b if b is None else b[expert].to(stored_in) for b in biases)
         for part in rows.split(1 if batch_invariant else count):
             projected = F.linear(x[part // K], gate_up, gate_up_bias)
-            active = apply_activation(projected.to(dtype), spec).to(x.dtype)
+            active = rounded(apply_activation(projected.to(dtype), spec)).to(stored_in)
             pieces.append(F.linear(active, down, down_bias))
     weighted = torch.zeros(T * K, H, dtype=dtype, device=x.device)
     if pieces:
         kept = order[:start]
         pair_weights = routing.weights.reshape(-1)[kept].to(dtype)
         weighted = weighted.index_put((kept,), torch.cat(pieces).to(dtype) * pair_weights[:, None])
-    result = weighted.view(T, K, H).sum(dim=1).to(x.dtype)
+    result = weighted.view(T, K, H).sum(dim=1).to(own)
     return result if out is None else out.copy_(result)
+
+
+def _rounding(
+    spec: ExpertsSpec, dtype: torch.dtype
+) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
+    """What is done to activations before a product, and the dtype that weights are read in."""
+    if not spec.rounds_activations:
+        return lambda x: x, dtype
+    return lambda x: round_to_int8(x).to(x.dtype), torch.promote_types(dtype, torch.float32)
 
 
 def _matrices(

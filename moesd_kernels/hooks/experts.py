@@ -20,7 +20,7 @@ from moesd_kernels.experts.api import fused_experts, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
 from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
-from .packed import DOWN_FORMAT, FORMAT, StoredExperts, scale_of, stored_experts
+from .packed import DOWN_FORMAT, FORMAT, INT8_ACTIVATIONS, StoredExperts, scale_of, stored_experts
 from .shadow import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 # Above this many tokens per expert a GPU is compute-bound and large-tile GEMMs win.
 LARGE_TOKENS_PER_EXPERT = 512
 
-_SOURCES = ("act_fn", "is_transposed", FORMAT, DOWN_FORMAT, *LIMIT_NAMES, *ALPHA_NAMES)
+_FORMATS = FORMAT, DOWN_FORMAT, INT8_ACTIVATIONS
+_SOURCES = ("act_fn", "is_transposed", *_FORMATS, *LIMIT_NAMES, *ALPHA_NAMES)
 _OPTION_NAMES = tuple(option.name for option in OPTIONS)
 _PLAIN = (nn.Parameter, Tensor)
 _DEVICES = ("cpu", "cuda")
@@ -101,6 +102,7 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
         transposed=getattr(experts, "is_transposed", False),
         weight_format=stored.weight_format,
         down_format=stored.down_format,
+        int8_activations=stored.int8_activations,
     )
     return ModuleSpec(None, spec, getattr(experts, "has_bias", False), stored)
 

@@ -23,7 +23,7 @@ from moesd_kernels.formats import (
 from moesd_kernels.formats import quantize as quantize_weight
 
 from .experts import experts_forward, spec_of
-from .packed import DOWN_FORMAT, FORMAT, SCALE
+from .packed import DOWN_FORMAT, FORMAT, INT8_ACTIVATIONS, SCALE
 
 logger = logging.getLogger(__name__)
 
@@ -143,13 +143,14 @@ def quantize_experts(model: Model, weight_format: str, *, group: int = 32) -> Mo
 
 
 def use_int8_activations(model: Model, enabled: bool = True) -> Model:
-    """Let a model's quantised linear layers round their inputs to eight bits; returns ``model``.
+    """Let a model's quantised layers round their inputs to eight bits; returns ``model``.
 
     Products of integers cost less than the weights' bytes do, where those of 16-bit numbers cost
     more: on a CPU four-bit weights then take about half the time. Results change a little, by the
     rounding that ``formats.round_to_int8`` defines, and no more depend on what shares a batch than
-    they did. For weights in integers (``WeightFormat.integers``) on the CPU kernels; other layers,
-    and experts, stay as they are. Say so before ``accelerate``, or a decoder, takes the model.
+    they did. For weights in integers (``WeightFormat.integers``) on the CPU kernels, of experts
+    where both projections' are; other layers stay as they are. Say so before ``accelerate``, or a
+    decoder, takes the model.
 
     Args:
         model: one that ``quantize`` or ``load_gguf`` made.
@@ -158,16 +159,21 @@ def use_int8_activations(model: Model, enabled: bool = True) -> Model:
     Raises:
         ValueError: no layer has such weights.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, QuantizedLinear) and WEIGHT_FORMATS[module.weight_format].integers
-    ]
+    layers: list[Any] = [m for m in model.modules() if _holds_integers(m)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer with weights in integers")
+        raise ValueError(f"{type(model).__name__} has no layer with weights in integers")
     for layer in layers:
-        layer.int8_activations = enabled
+        setattr(layer, INT8_ACTIVATIONS, enabled)
     return model
+
+
+def _holds_integers(module: nn.Module) -> bool:
+    if isinstance(module, QuantizedLinear):
+        return WEIGHT_FORMATS[module.weight_format].integers
+    if not isinstance(module, QuantizedExperts):
+        return False
+    spec = spec_of(module).spec
+    return all(WEIGHT_FORMATS[name].integers for name in spec.formats)
 
 
 def _group_for(depth: int, group: int) -> int | None:

@@ -10,14 +10,17 @@ from moesd_kernels.library import SOURCE_ROOT
 
 FILES = sorted(path for path in SOURCE_ROOT.rglob("*") if path.is_file())
 NAMES = [str(path.relative_to(SOURCE_ROOT)) for path in FILES]
+KERNEL_ROOMS = "cpu/kernels/formats", "cpu/kernels/int8", "cpu/kernels/recurrent"
 # What each room may include besides itself: kernels reach the ops through types.h's KernelTable.
 MAY_INCLUDE = {
     ".": set(),
     "cpu": set(),
     "cpu/kernels": {"cpu", "cpu/kernels/formats"},
     "cpu/kernels/formats": {"cpu", "cpu/kernels"},
+    "cpu/kernels/int8": {"cpu", "cpu/kernels", "cpu/kernels/formats"},
     "cpu/kernels/recurrent": {"cpu", "cpu/kernels"},
-    "cpu/isa": {"cpu", "cpu/kernels", "cpu/kernels/formats", "cpu/kernels/recurrent"},
+    "cpu/isa": {"cpu", "cpu/kernels", *KERNEL_ROOMS, "cpu/isa/amx"},
+    "cpu/isa/amx": {"cpu", "cpu/kernels", *KERNEL_ROOMS},
     "cpu/ops": {"cpu", "."},
     "cuda": {"."},
 }

@@ -5,9 +5,9 @@
 #define MOESD_AMX
 #include "vec_avx512.h"
 
-#include "amx_attention.h"
-#include "amx_experts_kernel.h"
-#include "amx_linear_kernel.h"
+#include "amx/attention.h"
+#include "amx/experts_kernel.h"
+#include "amx/linear_kernel.h"
 #include "table.h"
 
 namespace moesd {

@@ -5,6 +5,7 @@
 #include "../kernels/argmax_kernel.h"
 #include "../kernels/attention_kernel.h"
 #include "../kernels/experts_kernel.h"
+#include "../kernels/int8/experts_int8_kernel.h"
 #include "../kernels/int8/linear_int8_kernel.h"
 #include "../kernels/linear_kernel.h"
 #include "../kernels/recurrent/convolution_kernel.h"
@@ -14,7 +15,7 @@
 #include "../kernels/rope_kernel.h"
 #include "../kernels/row_kernels.h"
 #if defined(MOESD_AMX)
-#include "amx_product.h"
+#include "amx/product.h"
 #elif defined(MOESD_AVX512_BF16)
 #include "../kernels/int8/vnni_product.h"
 #endif
@@ -38,6 +39,8 @@ using IntegerProduct = VnniProduct;  // processors that have the one have the ot
 using IntegerProduct = PlainProduct;
 #endif
 template <class W>
+using ExpertsInt8 = ExpertsInt8Kernel<W, IntegerProduct>;
+template <class W>
 using LinearInt8 = LinearInt8Kernel<W, IntegerProduct>;
 
 // constexpr: nothing compiled for a wider instruction set may run while the library loads.
@@ -46,6 +49,7 @@ constexpr KernelTable make_table(const char* name) {
             false,
             run_for_dtype<ExpertsKernel, ExpertsArgs>,
             run_for_dtype<LinearKernel, LinearArgs>,
+            run_for_dtype<ExpertsInt8, ExpertsArgs>,
             run_for_dtype<LinearInt8, LinearArgs>,
             run_for_dtype<AttentionKernel, AttentionArgs>,
             run_for_dtype<NormKernel, NormArgs>,

@@ -36,6 +36,8 @@ private:
 struct Weights {
     int64_t experts, inter;
     StoredWeights gate_up, down;
+
+    bool have_integers() const { return has_integers(gate_up.format) && has_integers(down.format); }
 };
 
 // Enough for either: a matrix is not decoded before the other is done with.
@@ -157,7 +159,7 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
              const Tensor& topk_ids, const Tensor& topk_weights, const OptTensor& gate_up_bias,
              const OptTensor& down_bias, c10::string_view activation, bool gated, bool interleaved,
              bool transposed, std::optional<double> limit, std::optional<double> alpha,
-             c10::string_view weight_format, c10::string_view down_format,
+             c10::string_view weight_format, c10::string_view down_format, bool int8_activations,
              const OptTensor& gate_up_scale, const OptTensor& down_scale, Tensor& out) {
     const Weights weights =
         checked_weights(hidden, w_gate_up, w_down, gate_up_bias, down_bias, gated, transposed,
@@ -172,37 +174,37 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     phases.enter("moesd::plan");
     const Tensor x = hidden.contiguous();
     const int64_t rows = topk_ids.numel();
-    const int64_t depth_x = align_depth(hidden_size), depth_act = align_depth(inter);
-    const bool panels = kernels().panels;
-    const int64_t packed_x = (panels ? panel_rows(rows, experts) : tokens) * depth_x;
-    const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * depth_act;
+    int8_activations = int8_activations && weights.have_integers();
+    const bool panels = kernels().panels || int8_activations;
+    const int64_t packed_x =
+        (panels ? panel_rows(rows, experts) : tokens) * align_depth(hidden_size);
+    const int64_t packed_act = (panels ? panel_rows(rows, experts) : rows) * align_depth(inter);
     const int64_t acc = (tokens * hidden_size + 15) / 16 * 16;
     const int threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
     const int64_t decoded = decoded_elements(weights, threads, std::max(hidden_size, inter));
     const size_t floats = packed_x + packed_act + acc + decoded / 2;
-    auto* memory =
-        static_cast<float*>(scratch(floats * 4 + Plan::bytes(experts, rows) + experts * 8));
+    const size_t bytes = floats * 4 + Plan::bytes(experts, rows) + experts * 8;
+    auto* memory = static_cast<float*>(scratch(bytes));
     auto* cursor = reinterpret_cast<int64_t*>(memory + floats);
     Plan plan(cursor + experts, experts, rows);
     plan.fill(topk_ids, topk_weights, experts, cursor);
 
     ExpertsArgs args{};
     args.threads = threads, args.run = run_team;
-    args.dtype = storage_dtype(hidden, "hidden");
-    args.activation = parse_activation(activation);
+    args.dtype = storage_dtype(hidden, "hidden"), args.activation = parse_activation(activation);
     args.gated = gated, args.interleaved = interleaved, args.transposed = transposed;
     args.has_limit = limit.has_value(), args.limit = static_cast<float>(limit.value_or(0));
     args.has_alpha = alpha.has_value(), args.alpha = static_cast<float>(alpha.value_or(0));
-    args.tokens = tokens, args.hidden = hidden_size;
-    args.inter = inter, args.num_active = plan.num_active;
+    args.tokens = tokens, args.hidden = hidden_size, args.inter = inter;
+    args.num_active = plan.num_active;
     args.x = x.const_data_ptr();
     args.w_gate_up = weights.gate_up, args.w_down = weights.down;
     args.gate_up_bias = gate_up_bias ? gate_up_bias->const_data_ptr() : nullptr;
     args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;
     args.active = plan.active, args.offsets = plan.offsets;
     args.sorted_token = plan.sorted_token, args.sorted_weight = plan.sorted_weight;
-    args.packed_x = memory, args.packed_act = memory + packed_x;
-    args.acc = args.packed_act + packed_act;
+    args.packed_x = memory, args.packed_act = memory + packed_x,
+    args.acc = memory + packed_x + packed_act;
     args.decoded = reinterpret_cast<bf16*>(args.acc + acc);
     args.out = out.mutable_data_ptr();
     if (phases.active) {
@@ -211,7 +213,7 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
         };
         args.phase_ctx = &phases;
     }
-    if (tokens > 0) kernels().experts(args);
+    if (tokens > 0) (int8_activations ? kernels().experts_int8 : kernels().experts)(args);
 }
 
 namespace {
@@ -226,7 +228,8 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
                       c10::string_view activation, bool gated, bool interleaved, bool transposed,
                       std::optional<double> limit, std::optional<double> alpha,
                       c10::string_view weight_format, c10::string_view down_format,
-                      const OptTensor& gate_up_scale, const OptTensor& down_scale) {
+                      bool int8_activations, const OptTensor& gate_up_scale,
+                      const OptTensor& down_scale) {
     const bool recording = at::GradMode::is_enabled();
     const auto served = [recording](const Tensor& t) {
         return t.is_cpu() && !(recording && t.requires_grad());
@@ -242,7 +245,7 @@ OptTensor try_experts(const Tensor& hidden, const Tensor& w_gate_up, const Tenso
     try {
         experts(hidden, w_gate_up, w_down, topk_ids, topk_weights, gate_up_bias, down_bias,
                 activation, gated, interleaved, transposed, limit, alpha, weight_format,
-                down_format, gate_up_scale, down_scale, out);
+                down_format, int8_activations, gate_up_scale, down_scale, out);
     } catch (const c10::ValueError&) {
         return std::nullopt;
     } catch (const c10::TypeError&) {

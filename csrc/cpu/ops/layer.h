@@ -73,7 +73,7 @@ inline at::Tensor run_moe(const Moe& m, const at::Tensor& x) {
     scoped("moesd::experts", [&] {
         experts(x, m.gate_up.data, m.down.data, ids, weights, std::nullopt, std::nullopt,
                 m.activation, true, false, false, std::nullopt, std::nullopt, m.gate_up.format,
-                m.down.format, m.gate_up.scale, m.down.scale, out);
+                m.down.format, m.gate_up.int8_activations, m.gate_up.scale, m.down.scale, out);
     });
     return out;
 }

@@ -57,7 +57,7 @@ public:
     }
     // How a weight of the layer added last is stored: "qkv", "out", of its MLP "gate", "up" or
     // "down", of its experts "gate_up" or "down". Or the "head", whose data continue_greedily is
-    // given. Of experts, activations stay as they are.
+    // given. Experts round their activations where `gate_up` says so.
     void set_format(const std::string& weight, OptTensor scale, std::string format,
                     bool int8_activations) {
         Weight& stored = weight_named(weight);

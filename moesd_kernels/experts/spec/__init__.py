@@ -29,6 +29,9 @@ class ExpertsSpec:
         activation_alpha: use gpt-oss's gate, ``gate * sigmoid(alpha * gate) * (up + 1)``.
         weight_format: a key of ``moesd_kernels.formats.WEIGHT_FORMATS``.
         down_format: of the down projection, where it has another; None where it is the same.
+        int8_activations: round hidden states, and what goes into the down projection, to eight
+            bits (``formats.round_to_int8``) where both formats' weights are integers; these are
+            then not rounded to the dtype of the hidden states. On CPUs.
         op_options: all of them, in the order of the C++ schemas; derived.
 
     Raises:
@@ -43,6 +46,7 @@ class ExpertsSpec:
     activation_alpha: float | None = None
     weight_format: str = "plain"
     down_format: str | None = None
+    int8_activations: bool = False
     # Kept because a decode step cannot afford to put it together on every call.
     op_options: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
@@ -65,16 +69,22 @@ class ExpertsSpec:
                 f"gated=False, interleaved={self.interleaved}, activation_limit={limit}, "
                 f"activation_alpha={alpha}"
             )
-        *values, _ = (getattr(self, option.name) for option in OPTIONS)
-        object.__setattr__(self, "op_options", (*values, self.formats[1]))
+        *values, _, _ = (getattr(self, option.name) for option in OPTIONS)
+        options = *values, self.formats[1], self.int8_activations
+        object.__setattr__(self, "op_options", options)
 
     @property
     def formats(self) -> tuple[str, str]:
         """Weight formats of the first projection and of the second."""
         return self.weight_format, self.down_format or self.weight_format
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether activations are of eight bits: asked for, and both formats allow it."""
+        return self.int8_activations and all(WEIGHT_FORMATS[f].integers for f in self.formats)
 
-# The fields that a caller gives; `down_format` is the last.
+
+# The fields that a caller gives, in the order of the C++ schemas.
 OPTIONS = tuple(option for option in fields(ExpertsSpec) if option.init)
 # silu-gated experts in transformers' own layout: Mixtral, Qwen, OLMoE, DeepSeek and most others.
 DEFAULT_SPEC = ExpertsSpec()

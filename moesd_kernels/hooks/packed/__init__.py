@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from .experts import DOWN_FORMAT, FORMAT, SCALE, StoredExperts, scale_of, stored_experts
+from .experts import (
+    DOWN_FORMAT,
+    FORMAT,
+    INT8_ACTIVATIONS,
+    SCALE,
+    StoredExperts,
+    scale_of,
+    stored_experts,
+)
 from .linear import StoredWeight, linear_classes, stored_weight
 
 __all__ = [
     "DOWN_FORMAT",
     "FORMAT",
+    "INT8_ACTIVATIONS",
     "SCALE",
     "StoredExperts",
     "StoredWeight",

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from .fp8 import is_block_scaled, read_scale
 
-# Of a module of our own: its weight formats, and what the name of a scale adds to its weight's.
+# Of a module of our own: its weight formats, what the name of a scale adds to its weight's, and
+# whether activations are rounded.
 FORMAT, DOWN_FORMAT, SCALE = "weight_format", "down_format", "_scale"
+INT8_ACTIVATIONS = "int8_activations"
 
 
 class StoredExperts(NamedTuple):
@@ -21,12 +23,14 @@ class StoredExperts(NamedTuple):
         down_format: of the down projection, where it has another.
         scale: what a scale's name adds to its weight's.
         refusal: why we cannot read them, or None.
+        int8_activations: whether activations are rounded to eight bits before the products.
     """
 
     weight_format: str = "plain"
     down_format: str | None = None
     scale: str = SCALE
     refusal: str | None = None
+    int8_activations: bool = False
 
     @property
     def plain(self) -> bool:
@@ -38,7 +42,9 @@ def stored_experts(experts: nn.Module) -> StoredExperts:
     """How the projections of an experts module lie; plain, unless it says otherwise."""
     own = experts.__dict__.get(FORMAT)
     if own is not None:
-        return StoredExperts(own, experts.__dict__.get(DOWN_FORMAT))
+        state = experts.__dict__
+        rounds = state.get(INT8_ACTIVATIONS, False)
+        return StoredExperts(own, state.get(DOWN_FORMAT), int8_activations=rounds)
     fp8 = sys.modules.get("transformers.integrations.finegrained_fp8")
     if fp8 is None or not isinstance(experts, fp8.FP8Experts):
         return StoredExperts()

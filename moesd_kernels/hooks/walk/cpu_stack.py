@@ -58,7 +58,8 @@ def _set_moe(stack: Any, block: Any) -> bool:
         *(experts.gate_up_proj, experts.down_proj, spec.activation),
     )
     for name, stored_as in zip(("gate_up", "down"), spec.formats, strict=True):
-        stack.set_format(name, scale_of(experts, f"{name}_proj", stored), stored_as, False)
+        scale = scale_of(experts, f"{name}_proj", stored)
+        stack.set_format(name, scale, stored_as, spec.int8_activations)
     return True
 
 
@@ -72,6 +73,7 @@ def _plain_experts(experts: nn.Module, dtype: torch.dtype) -> bool:
     fits = all(name != "plain" or weight.dtype == dtype for weight, name in named)
     if not fits or refusal is not None or not BACKENDS["cpu"].formats.issuperset(spec.formats):
         return False
-    stored = {name: getattr(spec, name) for name in ("weight_format", "down_format")}
+    formats = "weight_format", "down_format", "int8_activations"
+    stored = {name: getattr(spec, name) for name in formats}
     plain = not has_bias and spec == ExpertsSpec(spec.activation, **stored)
     return plain and settings_of(experts).backend in ("auto", "cpu")

@@ -3,25 +3,23 @@
 #pragma once
 
 #include "../work.h"
-#include "product.h"
+#include "tile_sums.h"
 
 namespace moesd::MOESD_ISA {
 
 // W: of x, bias and y. Product: how integers are multiplied.
 template <class W, class Product>
 class LinearInt8Kernel {
-    static constexpr int64_t kPanels = 8;                // for which weights are read once
     static constexpr int64_t kMostRows = 4 * kTileRows;  // of a block
-    static constexpr int64_t kFetches = 2;               // of Ahead, for each run of a tile
 
 public:
     explicit LinearInt8Kernel(const LinearArgs& a)
         : a_(a),
           reader_(code_reader_of<Product>(a.w.format)),
           w_(a.w, a.depth),
-          panels_((a.tokens + kPanelRows - 1) / kPanelRows),
+          panels_{reinterpret_cast<uint8_t*>(a.packed_x), a.depth, a.tokens},
           runs_(a.depth / kRun),
-          pack_(panels_ * runs_, a.threads),
+          pack_(panels_.count() * runs_, a.threads),
           block_(a.features < 8 * kMostRows * a.threads ? 2 * kTileRows : kMostRows),
           blocks_((a.features + block_ - 1) / block_) {}
 
@@ -41,7 +39,7 @@ private:
             const int64_t next = blocks_.take();
             Ahead ahead = ahead_of(next, kFetches * block_ / kTileRows * runs_);
             for (int64_t j = i * block_; j < end_of(i); j += kTileRows) {
-                for (int64_t p = 0; p < panels_; p += kPanels) project(j, p, ahead);
+                for (int64_t p = 0; p < panels_.count(); p += kTilePanels) project(j, p, ahead);
             }
             i = next;
         }
@@ -49,7 +47,7 @@ private:
 
     // The weights of a block, if there is one, to be fetched in so many times.
     Ahead ahead_of(int64_t block, int64_t times) const {
-        if (block >= blocks_.total || runs_ == 0) return {nullptr, 0, 1};
+        if (block >= blocks_.total) return {nullptr, 0, 1};
         return {w_.row(block * block_), (end_of(block) - block * block_) * a_.w.row_bytes, times};
     }
 
@@ -58,67 +56,41 @@ private:
         return end < a_.features ? end : a_.features;
     }
 
-    Panel panel(int64_t p) const {
-        return {reinterpret_cast<uint8_t*>(a_.packed_x) + p * Panel::bytes_of(a_.depth), a_.depth};
-    }
-    int rows_of(int64_t p) const {
-        const int64_t left = a_.tokens - p * kPanelRows;
-        return static_cast<int>(left < kPanelRows ? left : kPanelRows);
-    }
-
     // An item is a run of a panel, whose numbers share cache lines with those of no other.
     void pack(int64_t item) const {
         const int64_t p = item / runs_;
         const W* rows[kPanelRows];
-        for (int m = 0; m < rows_of(p); ++m) {
+        for (int m = 0; m < panels_.rows_of(p); ++m) {
             rows[m] = static_cast<const W*>(a_.x) + (p * kPanelRows + m) * a_.depth;
         }
-        pack_run(rows, rows_of(p), item % runs_, reader_.order, panel(p));
+        pack_run(rows, panels_.rows_of(p), item % runs_, reader_.order, panels_[p]);
     }
 
-    // Weight rows j .. j + kTileRows with panels first .. first + kPanels.
+    // Weight rows j .. j + kTileRows with panels first .. first + kTilePanels.
     void project(int64_t j, int64_t first, Ahead& ahead) const {
-        const int64_t count = panels_ - first < kPanels ? panels_ - first : kPanels;
-        const int64_t width = a_.features - j < kTileRows ? a_.features - j : kTileRows;
-        StoredRow rows[kTileRows];
-        for (int64_t r = 0; r < kTileRows; ++r) {
-            rows[r] = w_.stored_row(j + (r < width ? r : width - 1));
-        }
-        alignas(64) float sums[kPanels][kTileRows * kPanelRows];
-        std::memset(sums, 0, count * sizeof(sums[0]));
-        CodeTile tile;
-        const int64_t parts = (runs_ + kTileRuns - 1) / kTileRuns;
-        for (int64_t part = 0; part < parts; ++part) {
-            const int64_t run = runs_ * part / parts;
-            tile.runs = runs_ * (part + 1) / parts - run;
-            reader_.read(rows, run * kRun, ahead, tile);
-            for (int64_t p = 0; p < count; ++p) {
-                const Panel x(panel(first + p), run);
-                if (reader_.has_least) {
-                    Product::template add<true>(tile, x, rows_of(first + p), sums[p], ahead);
-                } else {
-                    Product::template add<false>(tile, x, rows_of(first + p), sums[p], ahead);
-                }
+        const int64_t left = panels_.count() - first;
+        const int64_t count = left < kTilePanels ? left : kTilePanels;
+        const RowsOfTile tile(w_, j, 1, a_.features - j);
+        alignas(64) float sums[kTilePanels][kTileSize], bias[kTileRows] = {};
+        tile_sums<Product>(reader_, tile, panels_, first, count, ahead, sums);
+        if (a_.bias) load_row(bias, static_cast<const W*>(a_.bias) + j, tile.width);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int m = 0; m < panels_.rows_of(first + i); ++m) {
+                float* row = sums[i] + m * kTileRows;
+                for (int r = 0; r < kTileRows; ++r) row[r] += bias[r];
+                const int64_t t = (first + i) * kPanelRows + m;
+                store_row(static_cast<W*>(a_.out) + t * a_.features + j, row, tile.width);
             }
-        }
-        for (int64_t p = 0; p < count; ++p) store(j, width, first + p, sums[p]);
-    }
-
-    void store(int64_t j, int64_t width, int64_t p, float* sums) const {
-        alignas(64) float bias[kTileRows] = {};
-        if (a_.bias) load_row(bias, static_cast<const W*>(a_.bias) + j, width);
-        for (int m = 0; m < rows_of(p); ++m) {
-            float* row = sums + m * kTileRows;
-            for (int r = 0; r < kTileRows; ++r) row[r] += bias[r];
-            store_row(static_cast<W*>(a_.out) + (p * kPanelRows + m) * a_.features + j, row, width);
         }
     }
 
     const LinearArgs& a_;
     const CodeReader reader_;
     const Matrix<float> w_;
-    const int64_t panels_, runs_, block_;
+    const Panels panels_;
+    const int64_t runs_;
     Rows pack_;
+    const int64_t block_;
     Counter blocks_;
 };
 

@@ -60,33 +60,42 @@ struct PanelOrder {
     int middle;       // see Panel::starts
 };
 
-// Packs kRun adjacent activations of `count` <= kPanelRows rows as a run of a panel; the scales of
-// other rows are zero.
+// Packs a run of a panel's row r.
+inline void pack_numbers(const float* numbers, int64_t run, int r, PanelOrder order,
+                         const Panel& out) {
+    alignas(64) int8_t codes[kRun];
+    const int64_t at = run * kPanelRows + r;
+    const float scale = quantize_run(numbers, codes);
+    int sum = 0;
+    for (int i = 0; i < kRun; ++i) sum += codes[i];
+    out.scales[at] = scale, out.sums[at] = scale * static_cast<float>(sum);
+    out.starts[at] = -order.middle * sum;
+    int8_t* packed = out.codes + at * kRun;
+    if (!order.even_first) {
+        std::memcpy(packed, codes, kRun);
+        return;
+    }
+    for (int i = 0; i < kRun / 2; ++i) {
+        packed[i] = codes[2 * i], packed[kRun / 2 + i] = codes[2 * i + 1];
+    }
+}
+
+// Lets the rows of a run from `count` on count for nothing.
+inline void clear_rows(int64_t run, int count, const Panel& out) {
+    for (int64_t at = run * kPanelRows + count; at < (run + 1) * kPanelRows; ++at) {
+        out.scales[at] = out.sums[at] = 0.0f, out.starts[at] = 0;
+    }
+}
+
+// Packs a run of `count` <= kPanelRows rows.
 template <class W>
 void pack_run(const W* const* rows, int count, int64_t run, PanelOrder order, const Panel& out) {
-    for (int r = 0; r < kPanelRows; ++r) {
-        const int64_t at = run * kPanelRows + r;
-        if (r >= count) {
-            out.scales[at] = out.sums[at] = 0.0f, out.starts[at] = 0;
-            continue;
-        }
+    for (int r = 0; r < count; ++r) {
         alignas(64) float numbers[kRun];
-        alignas(64) int8_t codes[kRun];
         load_row(numbers, rows[r] + run * kRun, kRun);
-        const float scale = quantize_run(numbers, codes);
-        int sum = 0;
-        for (int i = 0; i < kRun; ++i) sum += codes[i];
-        out.scales[at] = scale, out.sums[at] = scale * static_cast<float>(sum);
-        out.starts[at] = -order.middle * sum;
-        int8_t* packed = out.codes + at * kRun;
-        if (!order.even_first) {
-            std::memcpy(packed, codes, kRun);
-            continue;
-        }
-        for (int i = 0; i < kRun / 2; ++i) {
-            packed[i] = codes[2 * i], packed[kRun / 2 + i] = codes[2 * i + 1];
-        }
+        pack_numbers(numbers, run, r, order, out);
     }
+    clear_rows(run, count, out);
 }
 
 }  // namespace moesd::MOESD_ISA

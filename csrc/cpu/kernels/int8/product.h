@@ -22,22 +22,22 @@ struct CodeTile {
     alignas(64) float leasts[kTileRuns * kTileRows];
 };
 
-// Prefetches memory into the second-level cache: a line of each of its quarters, which hardware
-// prefetchers follow, so many times at each run.
+// Prefetches memory into the second-level cache, a line of each of its quarters at a time, which
+// hardware prefetchers follow; evenly, so that memory is never idle.
 struct Ahead {
     const uint8_t* address;
-    int64_t quarter, left;  // bytes, and lines of a quarter
-    int64_t at_once;
+    int64_t quarter, lines;  // bytes, and lines of a quarter
+    int64_t times, due = 0;
 
-    // `times`: how often fetch will be called, once at least.
-    Ahead(const uint8_t* first, int64_t bytes, int64_t times)
+    // `calls`: of fetch, by which all will have been prefetched.
+    Ahead(const uint8_t* first, int64_t bytes, int64_t calls)
         : address(first),
           quarter(bytes / 4),
-          left(first ? (quarter + 63) / 64 : 0),
-          at_once((left + times - 1) / times) {}
+          lines(first ? (quarter + 63) / 64 : 0),
+          times(calls > 0 ? calls : 1) {}
 
     void fetch() {
-        for (int64_t i = 0; i < at_once && left > 0; ++i, --left, address += 64) {
+        for (due += lines; due >= times; due -= times, address += 64) {
 #pragma GCC unroll 4
             for (int q = 0; q < 4; ++q) __builtin_prefetch(address + q * quarter, 0, 2);
         }

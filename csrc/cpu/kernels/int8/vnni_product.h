@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../for_size.h"
-#include "product.h"
+#include "vnni_scales.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -20,27 +20,22 @@ public:
     __attribute__((noinline)) static void read(const StoredRow (&rows)[kTileRows], int64_t k,
                                                Ahead& ahead, CodeTile& out) {
         const uint8_t* packed[kTileRows];
-        alignas(64) int32_t from_first[kTileRows];
         const Format first(rows[0]);
         typename Format::Place at(k, rows[0]);
         for (int r = 0; r < kTileRows; ++r) {
-            const Format row(rows[r]);
-            packed[r] = row.packed(at);
-            if constexpr (kGathers<Format>) {
-                from_first[r] = static_cast<int32_t>(row.scale(at) - first.scale(at));
-            }
+            packed[r] = Format(rows[r]).packed(at);
         }
         const uint8_t* const start = packed[0];
+        GatheredScales<Format> scales(rows);
         for (int64_t run = 0; run < out.runs; ++run, at.next()) {
             auto* codes = reinterpret_cast<__m512i*>(out.codes) + run * kVectors;
             widen<Format>(packed, first.packed(at) - start, is_odd(at), codes);
             ahead.fetch();
-            if constexpr (kGathers<Format>) {
-                gather_scales<Format>(first.scale(at), _mm512_load_si512(from_first),
-                                      out.scales + run * kTileRows, out.leasts + run * kTileRows);
-            }
+            scales.read(first, at, out.scales + run * kTileRows, out.leasts + run * kTileRows);
         }
-        if constexpr (!kGathers<Format>) read_scales<Format>(rows, k, out, [](auto&&...) {});
+        if constexpr (!GatheredScales<Format>::kAll) {
+            read_scales<Format>(rows, k, out, [](auto&&...) {});
+        }
     }
 
     template <bool HasLeast>
@@ -53,35 +48,6 @@ public:
     }
 
 private:
-    template <class Format>
-    static constexpr bool kGathers = requires { typename Format::Scale; };
-
-    // The numbers of sixteen rows, from their distances to the first row's. Blocks that begin with
-    // them are longer than the four bytes that are read; of others, the aligned four bytes that
-    // hold a scale are.
-    template <class Format>
-    static inline __attribute__((always_inline)) void gather_scales(const uint8_t* first,
-                                                                    __m512i from_first,
-                                                                    float* scales, float* leasts) {
-        if constexpr (std::is_same_v<typename Format::Scale, half>) {
-            const __m512i both = _mm512_i32gather_epi32(from_first, first, 1);
-            store(scales, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both)));
-            if constexpr (Format::kHasLeast) {
-                store(leasts, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16))));
-            }
-        } else {
-            const auto misaligned = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) % 4);
-            const __m512i places = _mm512_add_epi32(from_first, _mm512_set1_epi32(misaligned));
-            const __m512i two = _mm512_set1_epi32(2);
-            const __m512i words =
-                _mm512_i32gather_epi32(_mm512_andnot_si512(two, places), first - misaligned, 1);
-            const __mmask16 is_high = _mm512_test_epi32_mask(places, two);
-            const __m512i high = _mm512_and_si512(words, _mm512_set1_epi32(~0xffff));
-            const __m512i low = _mm512_slli_epi32(words, 16);
-            store(scales, _mm512_castsi512_ps(_mm512_mask_mov_epi32(low, is_high, high)));
-        }
-    }
-
     template <class Place>
     static bool is_odd(const Place& at) {
         if constexpr (requires { at.run; }) return at.run % 2;

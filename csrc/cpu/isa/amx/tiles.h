@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "../kernels/dot_pairs.h"
+#include "../../kernels/dot_pairs.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -3,8 +3,8 @@
 // multiply the chunk before it.
 #pragma once
 
-#include "amx_tiles.h"
-#include "../kernels/formats/dot_stored.h"
+#include "tiles.h"
+#include "../../kernels/formats/dot_stored.h"
 
 namespace moesd::MOESD_ISA {
 

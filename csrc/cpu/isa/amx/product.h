@@ -3,8 +3,8 @@
 // each has scales of its own. The sums have the same bits.
 #pragma once
 
-#include "amx_tiles.h"
-#include "../kernels/int8/vnni_product.h"
+#include "tiles.h"
+#include "../../kernels/int8/vnni_product.h"
 
 namespace moesd::MOESD_ISA {
 

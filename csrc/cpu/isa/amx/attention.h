@@ -7,9 +7,9 @@
 // block on. A position that it must not see has a weight of zero, which adds nothing.
 #pragma once
 
-#include "amx_tiles.h"
-#include "../kernels/attention_rows.h"
-#include "../kernels/dot_pairs.h"
+#include "tiles.h"
+#include "../../kernels/attention_rows.h"
+#include "../../kernels/dot_pairs.h"
 
 namespace moesd::MOESD_ISA {
 

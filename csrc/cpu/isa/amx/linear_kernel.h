@@ -3,8 +3,8 @@
 // router.
 #pragma once
 
-#include "amx_weights.h"
-#include "../kernels/work.h"
+#include "weights.h"
+#include "../../kernels/work.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -3,8 +3,8 @@
 // how the panels of the down projection hold them: nothing is transposed between the two passes.
 #pragma once
 
-#include "amx_weights.h"
-#include "../kernels/experts_kernel.h"
+#include "weights.h"
+#include "../../kernels/experts_kernel.h"
 
 namespace moesd::MOESD_ISA {
 

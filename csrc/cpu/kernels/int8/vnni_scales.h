@@ -1,0 +1,113 @@
+// The scales of sixteen rows, run by run, gathered where they lie.
+#pragma once
+
+#include "product.h"
+
+namespace moesd::MOESD_ISA {
+
+// Distances from the first row of what begins at `data` in each of them.
+template <class F>
+inline __m512i distances(const StoredRow (&rows)[kTileRows], const F& data) {
+    alignas(64) int32_t bytes[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+        bytes[r] = static_cast<int32_t>(data(rows[r]) - data(rows[0]));
+    }
+    return _mm512_load_si512(bytes);
+}
+
+inline Vec widened_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
+
+// Of formats that it does not know it reads nothing.
+template <class Format>
+class GatheredScales {
+    static constexpr bool kOne = requires { typename Format::Scale; };
+
+public:
+    static constexpr bool kAll = kOne;
+
+    explicit GatheredScales(const StoredRow (&rows)[kTileRows])
+        : rows_(distances(rows, [](const StoredRow& row) {
+              if constexpr (requires { typename Format::Scale; }) {
+                  return Format(row).scale(typename Format::Place(0, row));
+              } else {
+                  return row.data;
+              }
+          })) {}
+
+    // What is read lies in the block that begins with the numbers, or is the aligned four bytes
+    // that hold a scale.
+    template <class Place>
+    void read(const Format& first, const Place& at, float* scales, float* leasts) const {
+        if constexpr (kOne) {
+            const uint8_t* scale = first.scale(at);
+            if constexpr (std::is_same_v<typename Format::Scale, half>) {
+                const __m512i both = _mm512_i32gather_epi32(rows_, scale, 1);
+                store(scales, widened_halves(both));
+                if (Format::kHasLeast) store(leasts, widened_halves(_mm512_srli_epi32(both, 16)));
+            } else {
+                store(scales, bf16_at(scale));
+            }
+        }
+    }
+
+private:
+    Vec bf16_at(const uint8_t* scale) const {
+        const auto misaligned = static_cast<int32_t>(reinterpret_cast<uintptr_t>(scale) % 4);
+        const __m512i places = _mm512_add_epi32(rows_, _mm512_set1_epi32(misaligned));
+        const __m512i two = _mm512_set1_epi32(2);
+        const __m512i words =
+            _mm512_i32gather_epi32(_mm512_andnot_si512(two, places), scale - misaligned, 1);
+        const __mmask16 is_high = _mm512_test_epi32_mask(places, two);
+        const __m512i high = _mm512_and_si512(words, _mm512_set1_epi32(~0xffff));
+        return _mm512_castsi512_ps(
+            _mm512_mask_mov_epi32(_mm512_slli_epi32(words, 16), is_high, high));
+    }
+
+    const __m512i rows_;
+};
+
+// Blocks of eight runs: d and dmin, then the factors that Q4_K::take_scales takes apart.
+template <class X>
+class GatheredScales<Q4_K<X>> {
+public:
+    static constexpr bool kAll = true;
+
+    explicit GatheredScales(const StoredRow (&rows)[kTileRows])
+        : rows_(distances(rows, [](const StoredRow& row) { return row.data; })) {}
+
+    template <class Place>
+    void read(const Q4_K<X>& first, const Place& at, float* scales, float* leasts) {
+        if (at.enters) take(first.codes(at));
+        const __m512i shift = _mm512_set1_epi32(at.run % 4 * 8);
+        __m512i scale = _mm512_srlv_epi32(packed_[0], shift);
+        __m512i least = _mm512_srlv_epi32(packed_[1], shift);
+        const __m512i six = _mm512_set1_epi32(63);
+        if (at.run >= 4) {
+            const __m512i low = _mm512_srlv_epi32(packed_[2], shift), four = _mm512_set1_epi32(15);
+            const __m512i upper = _mm512_set1_epi32(48);
+            scale = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(scale, 2), upper),
+                                    _mm512_and_si512(low, four));
+            least = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(least, 2), upper),
+                                    _mm512_and_si512(_mm512_srli_epi32(low, 4), four));
+        }
+        store(scales, mul(d_, _mm512_cvtepi32_ps(_mm512_and_si512(scale, six))));
+        store(leasts, mul(minus_least_, _mm512_cvtepi32_ps(_mm512_and_si512(least, six))));
+    }
+
+private:
+    void take(const uint8_t* block) {
+        const __m512i both = _mm512_i32gather_epi32(rows_, block, 1);
+        d_ = widened_halves(both);
+        minus_least_ = sub(splat(0.0f), widened_halves(_mm512_srli_epi32(both, 16)));
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+            packed_[i] = _mm512_i32gather_epi32(rows_, block + 4 + 4 * i, 1);
+        }
+    }
+
+    const __m512i rows_;
+    Vec d_, minus_least_;
+    __m512i packed_[3];
+};
+
+}  // namespace moesd::MOESD_ISA
