@@ -50,11 +50,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         offload_of(args)
         _check_paths(args)
         _check_drafting(args)
-        if args.batch_invariant and args.experts_implementation != OURS:
-            raise UserError(
-                f"--batch-invariant is read by --experts-implementation {OURS} only, "
-                f"got {shown(args.experts_implementation)}"
-            )
+        for flag in ("batch_invariant", "int8_activations"):
+            if getattr(args, flag) and args.experts_implementation != OURS:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} is read by --experts-implementation {OURS} only, "
+                    f"got {shown(args.experts_implementation)}"
+                )
     return args
 
 

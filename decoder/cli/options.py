@@ -189,6 +189,10 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-invariant", action="store_true",
         help="on a GPU, rows' bits do not depend on the batch (a CPU's never do)",
     )  # fmt: skip
+    group.add_argument(
+        "--int8-activations", action="store_true",
+        help="on a CPU, a quantised target rounds what its matrices are multiplied with",
+    )  # fmt: skip
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument(
         "--attention", "--attn-implementation", choices=ATTENTION, default=ATTENTION[0],

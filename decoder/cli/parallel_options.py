@@ -47,6 +47,7 @@ def check_parallel(args: argparse.Namespace) -> None:
         return
     for flag, given in (
         ("--batch-invariant", args.batch_invariant),
+        ("--int8-activations", args.int8_activations),
         ("--offload-experts", args.offload_experts is not None),
     ):
         if given:

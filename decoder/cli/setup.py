@@ -18,6 +18,7 @@ from decoder.engine.loop import SpeculativeDecoder
 from decoder.engine.profile_rounds import profile_rounds
 from decoder.errors import RankLost
 from decoder.gamma.base import DEFAULT_MAX_GAMMA
+from decoder.model.kernels import with_int8_activations
 from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 from decoder.parallel.group import Ranks
 from decoder.parallel.runner import lead
@@ -117,7 +118,7 @@ def load_target(args: argparse.Namespace, ranks: Ranks | None = None) -> Any:
     path, kernels = _path(target_name(args)), args.experts_implementation == OURS
     experts = None if kernels else args.experts_implementation
     if ranks is None:
-        return load_model(
+        target = load_model(
             path,
             dtype=args.dtype,
             device=args.device,
@@ -125,6 +126,7 @@ def load_target(args: argparse.Namespace, ranks: Ranks | None = None) -> Any:
             packed=kernels,
             offload=offload_of(args),
         )
+        return with_int8_activations(target) if args.int8_activations else target
     from decoder.parallel.loading import load_part  # most of a second, which one process can spare
 
     return load_part(path, args.parallel, ranks, dtype=args.dtype, experts=experts, kernels=kernels)

@@ -87,7 +87,7 @@ class DrafterKind:
 
 
 def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter:
-    from decoder.model.kernels import accelerate, gguf_file, hasten, quantized
+    from decoder.model.kernels import accelerate, gguf_file, hastened, quantized
     from decoder.model.support import hidden_dtype
 
     from .independent import IndependentDrafter
@@ -97,8 +97,7 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
     if not loaded:
         from decoder.model.loading import load_model, load_tokenizer, require_fitting_tokenizer
 
-        device = target.get_input_embeddings().weight.device
-        dtype = hidden_dtype(target)
+        device, dtype = target.get_input_embeddings().weight.device, hidden_dtype(target)
         model = load_model(draft, dtype=dtype, device=device, packed=options.kernels)
         if has_gguf_tokenizer(gguf_file(draft)) if is_gguf(draft) else has_tokenizer(draft):
             tokenizer = load_tokenizer(draft)
@@ -108,11 +107,9 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
         raise UserError(f"draft must be a path or a causal LM, got {type(draft).__name__}")
     if options.weight_format is not None:  # a model that was given stays its owner's
         draft = quantized(copy.deepcopy(draft) if loaded else draft, options.weight_format)
-        loaded = False
     if options.kernels:
-        if not loaded:
-            hasten(draft)
-        accelerate(draft)
+        own = not loaded or options.weight_format is not None
+        accelerate(hastened(draft) if own else draft)
     return _with_lookup(IndependentDrafter(draft, tokenizer, options.tokenizer), options)
 
 

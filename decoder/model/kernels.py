@@ -63,17 +63,25 @@ def quantized(model: torch.nn.Module, weight_format: str) -> torch.nn.Module:
         return moesd_kernels.quantize(model, weight_format)
 
 
-def hasten(draft: torch.nn.Module) -> None:
-    """Let a draft's quantised layers round their inputs, where that makes its steps cheaper.
+def with_int8_activations(model: torch.nn.Module) -> torch.nn.Module:
+    """``model``, its quantised layers now rounding their inputs to eight bits.
 
-    What a draft proposes need not be exact: the target verifies it.
+    Raises:
+        UserError: none of them can, or it is not on a CPU with our operators.
     """
     import moesd_kernels
 
-    if cpu_isa() is None or any(p.device.type != "cpu" for p in draft.parameters()):
-        return
-    with suppress(ValueError):  # it has no such layers
-        moesd_kernels.use_int8_activations(draft)
+    if cpu_isa() is None or any(p.device.type != "cpu" for p in model.parameters()):
+        raise UserError("activations of eight bits need a model on a CPU, and its C++ operators")
+    with explained("activations stay as they are"):
+        return moesd_kernels.use_int8_activations(model)
+
+
+def hastened(draft: torch.nn.Module) -> torch.nn.Module:
+    """``draft``, rounding its inputs where it can: what it proposes is verified all the same."""
+    with suppress(UserError):
+        return with_int8_activations(draft)
+    return draft
 
 
 def keeping_quantized() -> AbstractContextManager[None]:

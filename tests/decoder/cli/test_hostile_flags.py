@@ -42,6 +42,7 @@ FLAGS = [
     (["--verifier", "none"], "--verifier"),
     (["--experts-implementation", HALF], "--experts-implementation"),
     (["--batch-invariant", "--experts-implementation", "eager"], "--batch-invariant is read by"),
+    (["--int8-activations", "--experts-implementation", "eager"], "--int8-activations is read by"),
     (["--target", ""], "--target"),
     (["--target", "nowhere"], "nowhere"),
     (["--target", "/no/such/model"], "/no/such/model"),

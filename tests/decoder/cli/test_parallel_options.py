@@ -20,6 +20,7 @@ REFUSED = [
     (["plan", "--target", "embedded"], _TORCHRUN, "torchrun has started 2 processes"),
     ([*_GENERATE, "--parallel", "pipeline"], _TORCHRUN, "invalid choice: 'pipeline'"),
     ([*_EXPERT, "--batch-invariant"], _TORCHRUN, "--batch-invariant is of one process"),
+    ([*_EXPERT, "--int8-activations"], _TORCHRUN, "--int8-activations is of one process"),
     ([*_EXPERT, "--parallel-timeout", "0"], _TORCHRUN, "--parallel-timeout"),
 ]
 
