@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="plain",
         type=_weight_format,
         help=f"of our weights, one of {', '.join(WEIGHT_FORMATS)}, or A+B where down has another: "
-        "all others, and ours again as 'plain', get the numbers in --dtype",
+        "all others, and ours again as 'plain', get the numbers in --dtype; 'int8_activations' is "
+        "ours with activations of eight bits",
     )
     add_machine(parser)
     parser.add_argument("--backend", default="auto")

@@ -22,6 +22,7 @@ from bench.workloads.layer import Batch, Layer, make_batch, make_layer
 from bench.workloads.shapes import Shape
 from bench.workloads.stored import formats_of
 from moesd_kernels import fused_experts
+from moesd_kernels.formats import WEIGHT_FORMATS
 
 if TYPE_CHECKING:
     from bench.peers.fused_moe_triton import FusedMoeTriton
@@ -32,6 +33,7 @@ BATCHED_LIMIT_BYTES = 4 * 2**30  # batched_mm copies the weights of every (token
 ROUND_SEED = 1_000
 PROFILED_ROUNDS = 5
 RATES = ("read", "peak")  # samples of the ceilings, taken as variants
+ROUNDED = "int8_activations"  # ours again, with activations of eight bits
 SLOW_S = 1.0  # a peer this slow is timed once, in its correctness gate
 
 
@@ -60,6 +62,9 @@ class LayerBenchmark:
         self.calls: dict[str, LayerCall] = {"moesd": self._ours}
         if settings.weight_format != "plain":
             self.calls["plain"] = self._plain
+            integers = (WEIGHT_FORMATS[f].integers for f in formats_of(settings.weight_format))
+            if on_cpu and all(integers):
+                self.calls[ROUNDED] = partial(self._stored, rounded=True)
         self.calls |= {name: TransformersExperts(name) for name in settings.peers}
         self.fused_moe: dict[str, FusedMoeTriton] = {}
         if settings.fused_moe_source:
@@ -73,8 +78,18 @@ class LayerBenchmark:
             vllm.prepare(shape, seed=0)
 
     def _ours(self, layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if layer.stored is None:
-            return self._plain(layer, hidden, ids, weights)
+        return (self._plain if layer.stored is None else self._stored)(layer, hidden, ids, weights)
+
+    def _stored(
+        self,
+        layer: Layer,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        rounded: bool = False,
+        backend: str | None = None,
+    ) -> Tensor:
+        assert layer.stored is not None
         stored, scales = layer.stored[:2], layer.stored[4:]
         weight_format, down_format = formats_of(self.settings.weight_format)
         return fused_experts(
@@ -83,7 +98,8 @@ class LayerBenchmark:
             down_scale=scales[1],
             weight_format=weight_format,
             down_format=down_format,
-            backend=self.settings.backend,
+            int8_activations=rounded,
+            backend=backend or self.settings.backend,
             batch_invariant=self.settings.batch_invariant,
         )
 
@@ -214,7 +230,10 @@ class LayerBenchmark:
                     logger.warning("%s does not run at T=%d: %s", name, len(ours), not_run[name])
                     continue
                 seconds[name], theirs = spent, theirs.float()
-                error = ((ours - theirs).norm() / theirs.norm()).item()
+                defined = ours
+                if name == ROUNDED:
+                    defined = self._stored(*inputs, rounded=True, backend="torch").float()
+                error = ((defined - theirs).norm() / theirs.norm()).item()
                 if not error <= tolerance:
                     raise RuntimeError(f"{name} differs from moesd by {error:.2e} at T={len(ours)}")
         if self.vllm:
