@@ -7,9 +7,10 @@ from support.oracle import Case, make_case
 from torch import Tensor
 
 from bench.workloads import stored
-from moesd_kernels.formats import WEIGHT_FORMATS, dequantize
+from moesd_kernels.formats import WEIGHT_FORMATS, dequantize, round_to_int8
 
 QUANTISED = [name for name in WEIGHT_FORMATS if name != "plain"]
+INTEGERS = [name for name in QUANTISED if WEIGHT_FORMATS[name].integers]
 # Formats of gate and up, and of down, in one layer: llama.cpp's mixtures, and some of ours.
 MIXTURES = [
     ("q4_k", "q6_k"),
@@ -50,3 +51,20 @@ def quantised_case(
         tensors[place], more[("gate_up_scale", "down_scale")[place - 1]] = weight, scale
         numbers[place] = dequantize(weight, scale, kind, plain.x.dtype)
     return Case(tuple(tensors), more), plain._replace(tensors=tuple(numbers))
+
+
+def check_int8_product(
+    out: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, name: str, bias=None
+) -> None:
+    """``out`` is the product of the rounded ``x``: up to fp32 sums, and a rounding to its dtype."""
+    w = dequantize(weight, scale, name, torch.float32).double()
+    rounded = round_to_int8(x).double()
+    expected, shift = rounded @ w.T, 0 if bias is None else bias.double()
+    # A run's codes and its minimum are summed apart, and each may be thrice its largest weight.
+    largest = w.abs().unflatten(-1, (-1, 32)).amax(-1).repeat_interleave(32, -1)
+    sums = 2 * rounded.abs() @ largest.T + (expected + shift).abs()
+    once = torch.finfo(x.dtype)
+    budget = sums * 2**-22 + (expected + shift).abs() * once.eps / 2 + once.tiny
+    error = (out.double() - (expected + shift)).abs()
+    assert out.dtype == x.dtype and out.shape == expected.shape
+    assert (error <= budget).all(), (name, (error / budget).max())
