@@ -1,11 +1,13 @@
 """MOESD_CPU_ISA: every set this processor has agrees with PyTorch; others are refused by name.
 
-Weights of every format have on every set the bits of plain weights of the same values.
+Weights of every format have on every set the bits of plain weights of the same values, and with
+activations of eight bits their definition.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +43,9 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     assert relative < 4 * torch.finfo(dtype).eps, (dtype, relative)
 import sys
 sys.path.insert(0, {tests!r})
-from support.formats import MIXTURES, QUANTISED, quantised_case, stored_weight
+from support.formats import (
+    INTEGERS, MIXTURES, QUANTISED, check_int8_product, quantised_case, stored_weight
+)
 from moesd_kernels.formats import WEIGHT_FORMATS, dequantize
 torch.set_num_threads(1)
 # A short depth, one of several blocks that end within a run, and for those that allow it, odd ones.
@@ -56,6 +60,16 @@ for name in QUANTISED:
                 out = ops.linear(rows, w, scale=scale, weight_format=name)
                 start = 4 if len(rows) == 1 else 0
                 assert torch.equal(out, plain[start : start + len(rows)]), (name, depth, dtype)
+for name in INTEGERS:
+    for depth in (256, 2304):
+        w, scale = stored_weight(name, 37, depth)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x = torch.randn(33, depth).to(dtype)
+            options = dict(scale=scale, weight_format=name, int8_activations=True)
+            whole = ops.linear(x, w, **options)
+            check_int8_product(whole, x, w, scale, name)
+            for rows in (slice(3), slice(4, 5), slice(5, 26), slice(16, 33)):
+                assert torch.equal(ops.linear(x[rows], w, **options), whole[rows]), (name, rows)
 for name, down in [(name, None) for name in QUANTISED] + MIXTURES:
     sizes, options = (13, 2, 3, 256, 256), dict(dtype=torch.bfloat16, bias=True, interleaved=True)
     stored, plain = quantised_case(name, *sizes, down=down, **options)
@@ -77,12 +91,28 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert error.abs().max() <= 16 * torch.finfo(dtype).eps, (sizes, dtype)
 print("ok")
 """
+# Every output of these calls, in hexadecimal digits that stand for its bits.
+BITS = """
+import sys
+sys.path.insert(0, {tests!r})
+import hashlib, torch
+from support.formats import INTEGERS, stored_weight
+from moesd_kernels.dense import ops
+assert ops.isa() == {isa!r}
+x = torch.randn(130, 2304, generator=torch.Generator().manual_seed(0))
+for name in INTEGERS:
+    w, scale = stored_weight(name, 37, 2304)
+    for tokens in (1, 4, 5, 16, 17, 130):
+        options = dict(scale=scale, weight_format=name, int8_activations=True)
+        out = ops.linear(x[:tokens], w, **options)
+        print(name, tokens, hashlib.sha256(out.numpy().tobytes()).hexdigest())
+"""
 TESTS = str(Path(__file__).resolve().parents[1])
 
 
-def run(isa: str) -> subprocess.CompletedProcess[str]:
+def run(isa: str, script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(isa=isa, tests=TESTS)],
+        [sys.executable, "-c", script.format(isa=isa, tests=TESTS)],
         env=os.environ | {"MOESD_CPU_ISA": isa},
         capture_output=True,
         text=True,
@@ -98,6 +128,16 @@ def test_each_instruction_set(isa):
     if "must be one of" in done.stderr:
         pytest.skip(f"{isa} is not built for this architecture")
     assert done.stdout == "ok\n", done.stderr
+
+
+def test_sums_on_tiles_have_the_bits_of_those_in_vectors():
+    """The integers of a run are exact, and their scaled sums are added by the same operations."""
+    tiles, vectors = (run(isa, BITS) for isa in ("amx", "avx512_bf16"))
+    for done in (tiles, vectors):
+        if re.search("is not supported by this processor|must be one of", done.stderr):
+            pytest.skip("amx or avx512_bf16 cannot run here")
+    assert tiles.returncode == vectors.returncode == 0, tiles.stderr + vectors.stderr
+    assert tiles.stdout == vectors.stdout and tiles.stdout.count("\n") == 7 * 6
 
 
 def test_unknown_name():
