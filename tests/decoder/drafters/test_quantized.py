@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from decoder.drafters import DraftOptions, build_drafter
 from decoder.embedded import draft_path, target_path
 from decoder.errors import UserError
 from decoder.model.loading import load_model
-from moesd_kernels import available_backends, quantize
+from moesd_kernels import available_backends, quantize, use_int8_activations
 from moesd_kernels.formats import QuantizedLinear
 
 pytestmark = pytest.mark.skipif(
@@ -62,6 +63,73 @@ def test_the_embedded_pair(weight_format: str) -> None:
     assert all(torch.equal(p, weights[name]) for name, p in target.named_parameters())
     quantize(target, weight_format)
     assert outputs(target, draft_path(), 4, **drafter) == outputs(target)
+
+
+def flags(model: Any) -> set[bool]:
+    """Whether its quantised layers round their inputs."""
+    return {m.int8_activations for m in model.modules() if isinstance(m, QuantizedLinear)}
+
+
+def small(**changes: Any) -> Any:
+    return tiny_model("llama", **SIZES | {"intermediate_size": 96} | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a draft that is not quantised."""
+    small(num_hidden_layers=1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_drafts_that_are_quantised_here_round_their_activations(
+    folder: Path, weight_format: str
+) -> None:
+    """Read from a folder, or a copy of one that was given, which stays what it was."""
+    target, given = small(), small(num_hidden_layers=1)
+    options = DraftOptions(weight_format=weight_format)
+    for draft in (folder, given):
+        drafter: Any = build_drafter("independent", target, draft, options)
+        assert flags(drafter.model) == {True}
+    assert flags(given) == flags(target) == set()
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("q4_0", True), ("q4_k", True), ("q6_k", False)])
+def test_a_draft_of_ggufs_blocks_rounds_where_they_are_integers(
+    tmp_path: Path, kind: str, rounds: bool
+) -> None:
+    gguf_file = pytest.importorskip("support.formats.gguf_file")
+    no_tokens = lambda writer: writer.add_tokenizer_model("none")
+    file = tmp_path / "draft.gguf"
+    gguf_file.write_gguf(file, "llama", {"": kind}, metadata=no_tokens, layers=1)
+    target = small()
+    drafter: Any = build_drafter("independent", target, file)
+    assert flags(drafter.model) == {rounds}
+    assert outputs(target, file, 3) == outputs(target)
+
+
+def test_a_draft_that_was_given_is_left_as_it_is(folder: Path) -> None:
+    """As is one that is run without our kernels."""
+    target, given = small(), quantize(small(num_hidden_layers=1), "int4")
+    drafter: Any = build_drafter("independent", target, given)
+    assert drafter.model is given and flags(given) == {False}
+    use_int8_activations(given)
+    drafter = build_drafter("independent", target, given)
+    assert drafter.model is given and flags(given) == {True}
+    options = DraftOptions(weight_format="int8", kernels=False)
+    drafter = build_drafter("independent", target, folder, options)
+    assert flags(drafter.model) == {False}
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_rounding_drafts_lose_nobody_anything(folder: Path, weight_format: str) -> None:
+    """The target's tokens are its own, as are those of one that is asked to round."""
+    for target in (small(), use_int8_activations(quantize(small(), "int4"))):
+        alone, before = outputs(target), flags(target)
+        assert outputs(target, folder, 3, weight_format=weight_format) == alone
+        assert flags(target) == before
+        copied = copy.deepcopy(target)
+        assert outputs(target, copied, 3) == alone  # everything is accepted
 
 
 def test_a_draft_that_cannot_be_is_said() -> None:
