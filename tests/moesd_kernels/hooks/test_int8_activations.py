@@ -13,13 +13,7 @@ from support.tiny import VOCAB, tiny_model
 from torch import nn
 
 from decoder.model.runner import ModelRunner
-from moesd_kernels import (
-    accelerate,
-    available_backends,
-    quantize,
-    quantize_experts,
-    use_int8_activations,
-)
+from moesd_kernels import accelerate, available_backends, quantize, use_int8_activations
 from moesd_kernels.formats import WEIGHT_FORMATS, QuantizedLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,15 +57,14 @@ def test_on_and_off():
     [
         lambda: nn.Linear(64, 4),
         model_of,
-        lambda: quantize_experts(model_of("qwen3_moe"), "int8"),
         lambda: nn.Sequential(*(layer_of(n, torch.float32) for n in ("fp8_block", "q6_k"))),
     ],
-    ids=["linear", "plain", "experts", "floats"],
+    ids=["linear", "plain", "floats"],
 )
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_model_without_such_layers_is_refused(make, enabled):
     model = make()
-    message = f"{type(model).__name__} has no linear layer with weights in integers"
+    message = f"{type(model).__name__} has no .*layer with weights in integers"
     with pytest.raises(ValueError, match=message):
         use_int8_activations(model, enabled)
     assert flags(model) <= {False}
