@@ -196,6 +196,8 @@ def check(model: Any, ids: Tensor, tried: Sequence[tuple[Step, Tensor]]) -> None
     own = _own_logits(model, ids)
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     dtypes = [t.dtype for t in (own, *weights) if t.dtype.is_floating_point]
+    if any(getattr(module, "int8_activations", False) for module in model.modules()):
+        dtypes.append(torch.bfloat16)  # a code's step is as coarse as its numbers
     dtype = min(dtypes, key=lambda dtype: dtype.itemsize)  # logits are often widened
     for step, ragged in tried:
         index = step.positions.clamp(min=0)[..., None].expand(-1, -1, own.shape[-1])

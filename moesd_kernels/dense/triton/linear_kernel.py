@@ -188,6 +188,7 @@ def linear(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     weight_format: str = "plain",
+    int8_activations: bool = False,
 ) -> Tensor:
     """x times w transposed, plus bias: fp32 sums in an order fixed by K, the result in x.dtype.
 
@@ -197,6 +198,7 @@ def linear(
         bias: ``[N]`` in x.dtype, or None.
         scale: of other formats.
         weight_format: "plain"; the operator knows more of them on a CPU.
+        int8_activations: of weights in integers, which are among those.
 
     Returns:
         ``[T, N]`` contiguous.

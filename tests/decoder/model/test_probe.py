@@ -17,6 +17,7 @@ from decoder.errors import UserError
 from decoder.model.kernels import accelerate
 from decoder.model.probe import shown_mask, window_of
 from decoder.model.runner import ModelRunner
+from moesd_kernels import available_backends, quantize, use_int8_activations
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -224,3 +225,13 @@ def test_an_unknown_instruction_set_is_no_fault_of_the_model(
     for use in (accelerate, lambda model: ModelRunner(model, 1, 32)):
         with pytest.raises(UserError, match=r"^MOESD_CPU_ISA must be one of avx2, got garbage$"):
             use(tiny_model("llama"))
+
+
+@pytest.mark.skipif(available_backends()["cpu"] is not None, reason="the CPU kernels cannot run")
+@pytest.mark.parametrize("seed", range(10))
+def test_a_code_that_falls_on_the_other_side_of_an_edge_is_rounding(seed: int) -> None:
+    """In fp32 as well: where attention sums in another order, activations are rounded otherwise."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12}
+    model = use_int8_activations(quantize(tiny_model("llama", seed=seed, **sizes), "int4"))
+    assert accelerate(model)
+    ModelRunner(model, 2, 64)
