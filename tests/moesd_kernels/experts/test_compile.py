@@ -87,7 +87,7 @@ def test_compiled_with_gradients_says_so():
 def test_op_contract():
     """Schema, fake implementation and tracing agree with the real op."""
     x, w_gate_up, w_down, ids, weights = make_case(3, 2, 4, 32, 16).tensors
-    flags = ("silu", True, False, False, None, None, "plain", None, "auto", False)
+    flags = ("silu", True, False, False, None, None, "plain", None, False, "auto", False)
     torch.library.opcheck(
         torch.ops.moesd.fused_experts,
         (x, w_gate_up, w_down, ids, weights, *[None] * 4, *flags),

@@ -240,7 +240,7 @@ def test_a_profiler_sees_the_phases(threads):
 def test_schema_and_fake():
     data = make(3, 4, 2, 32, 32, torch.bfloat16)
     arguments = (*data.values(), None, None, "silu", True, False, False, None, None)
-    arguments = (*arguments, "plain", "plain", None, None)
+    arguments = (*arguments, "plain", "plain", False, None, None)
     torch.library.opcheck(
         torch.ops.moesd.experts.default, (*arguments, torch.empty_like(data["hidden"]))
     )

@@ -27,13 +27,13 @@ def test_a_down_projection_of_the_same_format_is_no_other_spec():
         weight_format="q4_k"
     )
     mixed = ExpertsSpec(weight_format="q4_k", down_format="q6_k")
-    assert mixed.formats == mixed.op_options[-2:] == ("q4_k", "q6_k")
+    assert mixed.formats == mixed.op_options[-3:-1] == ("q4_k", "q6_k")
     assert dataclasses.replace(ExpertsSpec(), weight_format="int8").formats == ("int8", "int8")
 
 
 def test_a_replaced_field_is_checked_and_reaches_the_op():
     spec = dataclasses.replace(ExpertsSpec(), activation="swish", activation_limit=7.0)
-    assert spec.op_options == ("silu", True, False, False, 7.0, None, "plain", "plain")
+    assert spec.op_options == ("silu", True, False, False, 7.0, None, "plain", "plain", False)
     with pytest.raises(ValueError, match="got 'mish'"):
         dataclasses.replace(spec, activation="mish")
     with pytest.raises(dataclasses.FrozenInstanceError):
