@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from decoder.checkpoint.folder import read_json
-from decoder.model.kernels import cpu_isa
+from decoder.model.kernels import multiplies_integers
 from decoder.model.loading import DTYPES, default_device
 
 from .build import folder_of
@@ -58,9 +58,10 @@ def draft_of(
 ) -> Path | None:
     """What a drafter of this name reads, of those in ``decoder.drafters.DRAFTERS`` that need one.
 
-    ``"auto"`` is the draft model. On a CPU, in bf16 and on our kernels it runs from the package's
-    file itself: a step reads the file's blocks, about a third of the bytes of the same weights in
-    bf16. Everything else takes the folder of plain weights.
+    ``"auto"`` is the draft model. On a CPU that multiplies integers (AVX-512-VNNI), in bf16 and on
+    our kernels it runs from the package's file itself: a step reads the file's blocks, about a
+    third of the bytes of the same weights in bf16. Everything else takes the folder of plain
+    weights.
 
     Args:
         drafter: its name.
@@ -83,7 +84,7 @@ def draft_of(
         kernels
         and torch.device(device or default_device()).type == "cpu"
         and DTYPES.get(str(dtype), dtype) in ("auto", torch.bfloat16)
-        and cpu_isa() is not None  # without them blocks are unpacked at every call
+        and multiplies_integers()
         and recipe.unreadable() is None  # a folder outlives its package
     )
     return recipe.file if packed else draft_path()

@@ -140,6 +140,8 @@ def write_assets(folder: Path) -> None:
 def ship_tiny(folder: Path, patch: pytest.MonkeyPatch, kind: str = "BF16") -> Recipe:
     """Have a folder's file and assets, both written here, be what is shipped, built in its cache.
 
+    On a processor that multiplies integers, whichever this one is.
+
     Args:
         folder: exists; its ``cache`` becomes the project's.
         patch: undoes that.
@@ -151,6 +153,7 @@ def ship_tiny(folder: Path, patch: pytest.MonkeyPatch, kind: str = "BF16") -> Re
     made = tiny_recipe(folder)
     build.record(made)
     patch.setattr(smol, "shipped", lambda: made)
+    patch.setattr(smol, "multiplies_integers", lambda: True)
     return made
 
 

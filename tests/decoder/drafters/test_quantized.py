@@ -14,6 +14,7 @@ from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter
 from decoder.embedded import draft_path, target_path
 from decoder.errors import UserError
+from decoder.model import kernels
 from decoder.model.loading import load_model
 from moesd_kernels import available_backends, quantize, use_int8_activations
 from moesd_kernels.formats import QuantizedLinear
@@ -65,6 +66,12 @@ def test_the_embedded_pair(weight_format: str) -> None:
     assert outputs(target, draft_path(), 4, **drafter) == outputs(target)
 
 
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that multiplies them, whichever this one is."""
+    monkeypatch.setattr(kernels, "multiplies_integers", lambda: True)
+
+
 def flags(model: Any) -> set[bool]:
     """Whether its quantised layers round their inputs."""
     return {m.int8_activations for m in model.modules() if isinstance(m, QuantizedLinear)}
@@ -81,6 +88,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
 def test_drafts_that_are_quantised_here_round_their_activations(
     folder: Path, weight_format: str
@@ -94,6 +102,16 @@ def test_drafts_that_are_quantised_here_round_their_activations(
     assert flags(given) == flags(target) == set()
 
 
+def test_where_integers_take_longer_nothing_is_rounded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_integers", lambda: False)
+    options = DraftOptions(weight_format="int4")
+    drafter: Any = build_drafter("independent", small(), folder, options)
+    assert flags(drafter.model) == {False}
+
+
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize(("kind", "rounds"), [("q4_0", True), ("q4_k", True), ("q6_k", False)])
 def test_a_draft_of_ggufs_blocks_rounds_where_they_are_integers(
     tmp_path: Path, kind: str, rounds: bool
@@ -121,6 +139,7 @@ def test_a_draft_that_was_given_is_left_as_it_is(folder: Path) -> None:
     assert flags(drafter.model) == {False}
 
 
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
 def test_rounding_drafts_lose_nobody_anything(folder: Path, weight_format: str) -> None:
     """The target's tokens are its own, as are those of one that is asked to round."""

@@ -50,9 +50,9 @@ def test_what_would_unpack_them_takes_the_folder(tiny, other) -> None:
     assert smol.draft_of("auto", **PACKED | other) == smol.draft_path()
 
 
-def test_without_operators_or_package_it_is_the_folder(tiny, monkeypatch) -> None:
+def test_without_products_of_integers_or_the_package_it_is_the_folder(tiny, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(smol, "cpu_isa", lambda: None)
+        patch.setattr(smol, "multiplies_integers", lambda: False)
         assert smol.draft_of("auto", **PACKED) == smol.draft_path()
     tiny.file.write_bytes(b"another release")
     assert smol.draft_of("auto", **PACKED) == smol.draft_path()
