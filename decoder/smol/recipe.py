@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import shutil
@@ -104,6 +105,13 @@ def shipped() -> Recipe:
 
 
 def _sha256(file: Path) -> str:
+    """Read once as long as the file stays what it is: a run asks several times."""
+    state = file.stat()
+    return _digest(file, state.st_mtime_ns, state.st_size)
+
+
+@functools.cache
+def _digest(file: Path, changed: int, size: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
