@@ -21,8 +21,7 @@ from bench.runs.layer_record import Samples, Settings, layer_fields
 from bench.workloads.layer import Batch, Layer, make_batch, make_layer
 from bench.workloads.shapes import Shape
 from bench.workloads.stored import formats_of
-from moesd_kernels import fused_experts
-from moesd_kernels.formats import WEIGHT_FORMATS
+from moesd_kernels import ExpertsSpec, fused_experts
 
 if TYPE_CHECKING:
     from bench.peers.fused_moe_triton import FusedMoeTriton
@@ -62,8 +61,9 @@ class LayerBenchmark:
         self.calls: dict[str, LayerCall] = {"moesd": self._ours}
         if settings.weight_format != "plain":
             self.calls["plain"] = self._plain
-            integers = (WEIGHT_FORMATS[f].integers for f in formats_of(settings.weight_format))
-            if on_cpu and all(integers):
+            weight_format, down_format = formats_of(settings.weight_format)
+            spec = ExpertsSpec(weight_format=weight_format, down_format=down_format)
+            if on_cpu and spec.integers:
                 self.calls[ROUNDED] = partial(self._stored, rounded=True)
         self.calls |= {name: TransformersExperts(name) for name in settings.peers}
         self.fused_moe: dict[str, FusedMoeTriton] = {}

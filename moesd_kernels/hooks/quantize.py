@@ -170,10 +170,7 @@ def use_int8_activations(model: Model, enabled: bool = True) -> Model:
 def _holds_integers(module: nn.Module) -> bool:
     if isinstance(module, QuantizedLinear):
         return WEIGHT_FORMATS[module.weight_format].integers
-    if not isinstance(module, QuantizedExperts):
-        return False
-    spec = spec_of(module).spec
-    return all(WEIGHT_FORMATS[name].integers for name in spec.formats)
+    return isinstance(module, QuantizedExperts) and spec_of(module).spec.integers
 
 
 def _group_for(depth: int, group: int) -> int | None:

@@ -25,8 +25,8 @@ constexpr struct Format {
     Scales scales;
     bool integers;  // with one scale for each 32 weights
 } kFormats[] = {
-    {"plain", WeightFormat::kPlain, at::kFloat, 1, 0, Scales::kNone,
-     false},  // in the activations' dtype
+    // In the activations' dtype.
+    {"plain", WeightFormat::kPlain, at::kFloat, 1, 0, Scales::kNone, false},
     {"fp8_block", WeightFormat::kFp8Block, at::kFloat8_e4m3fn, 1, 1, Scales::kSquares, false},
     {"mxfp4", WeightFormat::kMxfp4, at::kByte, 32, 16, Scales::kExponents, true},
     {"int8", WeightFormat::kInt8, at::kChar, 32, 32, Scales::kGroups, true},

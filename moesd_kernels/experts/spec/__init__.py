@@ -79,9 +79,14 @@ class ExpertsSpec:
         return self.weight_format, self.down_format or self.weight_format
 
     @property
+    def integers(self) -> bool:
+        """Whether both projections' weights are integers (``WeightFormat.integers``)."""
+        return all(WEIGHT_FORMATS[name].integers for name in self.formats)
+
+    @property
     def rounds_activations(self) -> bool:
         """Whether activations are of eight bits: asked for, and both formats allow it."""
-        return self.int8_activations and all(WEIGHT_FORMATS[f].integers for f in self.formats)
+        return self.int8_activations and self.integers
 
 
 # The fields that a caller gives, in the order of the C++ schemas.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.formats import QUANTISED, quantised_case
+from support.formats import INTEGERS, QUANTISED, quantised_case
 
 from moesd_kernels import ExpertsSpec, fused_experts
 from moesd_kernels.dense import ops
 from moesd_kernels.experts.backends import CallTraits, choose_backend
-from moesd_kernels.formats import WEIGHT_FORMATS
 
 pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 
-INTEGERS = [name for name in QUANTISED if WEIGHT_FORMATS[name].integers]
 OTHERS = [name for name in QUANTISED if name not in INTEGERS]
 GPT_OSS = {
     "bias": True,

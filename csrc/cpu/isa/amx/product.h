@@ -74,9 +74,7 @@ private:
         for (int m = 0; m < M; ++m) {
             const __m512i products = _mm512_load_si512(dots + m * kTileRows);
             const __m512i dot = _mm512_add_epi32(products, _mm512_set1_epi32(x.starts[at + m]));
-            const Vec scaled = mul(_mm512_cvtepi32_ps(dot), scales);
-            acc[m] = fma(scaled, splat(x.scales[at + m]), acc[m]);
-            if (HasLeast) acc[m] = fma(leasts, splat(x.sums[at + m]), acc[m]);
+            acc[m] = added<HasLeast>(acc[m], dot, scales, leasts, x, at + m);
         }
     }
 };

@@ -99,8 +99,7 @@ private:
         const Matrix<float> matrix = gate_up_of(e);
         alignas(64) float sums[2 * kHalves][kTilePanels][kTileSize];
         for (int64_t first = 0; first < x.count(); first += kTilePanels) {
-            const int64_t left = x.count() - first;
-            const int64_t count = left < kTilePanels ? left : kTilePanels;
+            const int64_t count = x.count_from(first);
             for (int64_t tile = 0; tile < parts_ * kHalves; ++tile) {
                 const int64_t j = run * kRun + tile % kHalves * kTileRows;
                 const RowsOfTile rows(matrix, up_row(tile / kHalves, j), a_.interleaved ? 2 : 1,
@@ -163,8 +162,7 @@ private:
                 const RowsOfTile rows(matrix, h, 1, h1 - h);
                 Ahead ahead = after_down(e, h, h0, h1, next);
                 for (int64_t first = 0; first < act.count(); first += kTilePanels) {
-                    const int64_t left = act.count() - first;
-                    const int64_t count = left < kTilePanels ? left : kTilePanels;
+                    const int64_t count = act.count_from(first);
                     tile_sums<Product>(down_reader_, rows, act, first, count, ahead, sums);
                     for (int64_t i = 0; i < count; ++i) {
                         combine(e, h, rows.width, first + i, act.rows_of(first + i), sums[i], out);

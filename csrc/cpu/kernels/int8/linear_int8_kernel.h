@@ -68,8 +68,7 @@ private:
 
     // Weight rows j .. j + kTileRows with panels first .. first + kTilePanels.
     void project(int64_t j, int64_t first, Ahead& ahead) const {
-        const int64_t left = panels_.count() - first;
-        const int64_t count = left < kTilePanels ? left : kTilePanels;
+        const int64_t count = panels_.count_from(first);
         const RowsOfTile tile(w_, j, 1, a_.features - j);
         alignas(64) float sums[kTilePanels][kTileSize], bias[kTileRows] = {};
         tile_sums<Product>(reader_, tile, panels_, first, count, ahead, sums);

@@ -11,9 +11,8 @@ namespace moesd::MOESD_ISA {
 struct Panel {
     int8_t* codes;  // kRun of each
     float* scales;
-    float* sums;  // scale times the sum of the codes
-    int32_t*
-        starts;  // what the sum of products with codes that are too large by `middle` begins at
+    float* sums;      // scale times the sum of the codes
+    int32_t* starts;  // of sums of products, whose weights' codes are too large by `middle`
 
     static constexpr int64_t kBytesOfRun = kPanelRows * (kRun + 3 * sizeof(float));
     static constexpr int64_t bytes_of(int64_t depth) { return depth / kRun * kBytesOfRun; }

@@ -15,6 +15,11 @@ struct Panels {
     int64_t depth, rows;
 
     int64_t count() const { return (rows + kPanelRows - 1) / kPanelRows; }
+    // Of those that are multiplied together with panel `first`.
+    int64_t count_from(int64_t first) const {
+        const int64_t left = count() - first;
+        return left < kTilePanels ? left : kTilePanels;
+    }
     Panel operator[](int64_t p) const { return {memory + p * Panel::bytes_of(depth), depth}; }
     int rows_of(int64_t p) const {
         const int64_t left = rows - p * kPanelRows;

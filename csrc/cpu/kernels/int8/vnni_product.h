@@ -8,7 +8,6 @@
 namespace moesd::MOESD_ISA {
 
 class VnniProduct {
-protected:
     static constexpr int kVectors = kRun / 4;  // of codes of a run
     static constexpr int kRows = 8;            // of activations that share the codes in registers
 
@@ -45,6 +44,15 @@ public:
                 add_rows<HasLeast, M>(tile, x, m, sums + m * kTileRows, ahead);
             });
         }
+    }
+
+protected:
+    // `acc` and the sum of a run's products, for the row of a panel whose numbers are at `at`.
+    template <bool HasLeast>
+    static inline __attribute__((always_inline)) Vec added(Vec acc, __m512i dot, Vec scales,
+                                                           Vec leasts, const Panel& x, int64_t at) {
+        acc = fma(mul(_mm512_cvtepi32_ps(dot), scales), splat(x.scales[at]), acc);
+        return HasLeast ? fma(leasts, splat(x.sums[at]), acc) : acc;
     }
 
 private:
@@ -140,9 +148,7 @@ private:
                     std::memcpy(&four, x.codes + (at + m) * kRun + 4 * i, sizeof(four));
                     dot = _mm512_dpbusd_epi32(dot, w[i], _mm512_set1_epi32(four));
                 }
-                const Vec scaled = mul(_mm512_cvtepi32_ps(dot), scales);
-                acc[m] = fma(scaled, splat(x.scales[at + m]), acc[m]);
-                if (HasLeast) acc[m] = fma(leasts, splat(x.sums[at + m]), acc[m]);
+                acc[m] = added<HasLeast>(acc[m], dot, scales, leasts, x, at + m);
             }
         }
 #pragma GCC unroll 8
