@@ -54,6 +54,13 @@ struct StoredWeights {
     int64_t group;  // adjacent weights of a row that share a scale
 };
 
+// Whether tiles multiply a matrix by activations of sixteen bits: its rows have one scale each, and
+// are longer than the groups that may have one.
+static constexpr bool takes_int16(const StoredWeights& w, int64_t depth) {
+    constexpr int64_t kLargestGroup = 128, kMostDepth = 65536;  // sums of products are 32 bits
+    return w.format == WeightFormat::kInt8 && w.group > kLargestGroup && depth <= kMostDepth;
+}
+
 // Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their
 // work from counters.
 using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
@@ -66,6 +73,12 @@ using EnterPhase = void (*)(void* ctx, const char* name);
 constexpr int64_t kPanelRows = 16;
 static constexpr int64_t panel_rows(int64_t rows, int64_t experts) {
     return (rows / kPanelRows + (experts < rows ? experts : rows)) * kPanelRows;
+}
+
+// Floats that a row of activations takes where kernels pack it. Tiles take it as pairs of bf16 and,
+// where weights are integers, as integers of sixteen bits, too.
+static constexpr int64_t packed_floats(int64_t depth, bool int16) {
+    return align_depth(depth) * (int16 ? 3 : 2) / 2;
 }
 
 // What a thread needs to hold decoded weight rows for kernels that compute in tiles: whole rows, or

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Weights of a row that share one scale, in the formats that leave it open.
+# Weights of a row that share one scale, in the formats that leave it open; or all of them do.
 GROUPS = (32, 64, 128)
 BLOCK = 128  # side of the square that shares a scale in `fp8_block`
 
@@ -25,7 +25,8 @@ class WeightFormat:
         block: weights along the depth that lie together: C is a multiple of it.
         stored: elements of the weight tensor that a block takes.
         scales: "none", "square" (one for ``BLOCK`` x ``BLOCK`` weights), "fixed" (one for every
-            ``block`` weights of a row) or "group" (one for every G of a row, G of ``GROUPS``).
+            ``block`` weights of a row) or "group" (one for every G of a row, G of ``GROUPS``, or
+            one for the row).
         scale_dtype: of the scale tensor, or None.
         integers: whether weights are integers times a scale, maybe plus a number, for every 32 of
             a row: hidden states may then be rounded to eight bits before a product.
@@ -71,5 +72,6 @@ class WeightFormat:
         if self.scales == "fixed":
             return ((rows, depth // self.block),)
         if self.scales == "group":
-            return tuple((rows, depth // group) for group in GROUPS if depth % group == 0)
+            groups = [depth // group for group in GROUPS if depth % group == 0]
+            return tuple((rows, count) for count in dict.fromkeys([*groups, 1]))
         return ()

@@ -21,7 +21,7 @@ def decode_int8(weight: Tensor, scale: Tensor | None) -> Tensor:
 
     Args:
         weight: ``[..., R, C]`` int8.
-        scale: ``[..., R, C / G]`` bf16.
+        scale: ``[..., R, C / G]`` bf16; G may be all of C.
 
     Returns:
         ``[..., R, C]`` fp32.
@@ -34,7 +34,7 @@ def decode_int4(weight: Tensor, scale: Tensor | None) -> Tensor:
 
     Args:
         weight: ``[..., R, C / 2]`` uint8, two codes a byte, the low nibble first.
-        scale: ``[..., R, C / G]`` bf16.
+        scale: ``[..., R, C / G]`` bf16; G may be all of C.
 
     Returns:
         ``[..., R, C]`` fp32.
@@ -57,7 +57,7 @@ def quantize(weight: Tensor, name: str, group: int = GROUPS[0]) -> tuple[Tensor,
     Args:
         weight: ``[..., R, C]`` floating point, finite, G divides C.
         name: "int8" or "int4".
-        group: G, one of ``GROUPS``.
+        group: G, one of ``GROUPS``, or C for one scale for a row.
 
     Returns:
         The weight and the scale tensor of that format, on the device of ``weight``.
@@ -67,17 +67,18 @@ def quantize(weight: Tensor, name: str, group: int = GROUPS[0]) -> tuple[Tensor,
     """
     if name not in ("int8", "int4"):
         raise ValueError(f"weights can be quantised to 'int8' or 'int4', got {name!r}")
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {GROUPS}, got {group}")
     C = weight.shape[-1]
-    if C % group:
-        raise ValueError(f"the depth of a weight must be a multiple of {group}, got {C}")
+    if group not in (*GROUPS, C):
+        raise ValueError(f"group must be one of {GROUPS} or the depth {C}, got {group}")
+    if C % group or C % GROUPS[0]:
+        least = group if group in GROUPS else GROUPS[0]
+        raise ValueError(f"the depth of a weight must be a multiple of {least}, got {C}")
     shape = weight.shape[:-1]
     groups = weight.detach().reshape(-1, group)
     codes = torch.empty(groups.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(groups), dtype=torch.bfloat16, device=weight.device)
     spread = _spread_int8 if name == "int8" else _spread_int4
-    parts = (tensor.split(_CHUNK // group) for tensor in (groups, codes, scales))
+    parts = (tensor.split(max(1, _CHUNK // group)) for tensor in (groups, codes, scales))
     for part, code, scale in zip(*parts, strict=True):
         found = spread(part.float())
         code.copy_(found[0])
@@ -119,7 +120,7 @@ def _rounded(groups: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
 
 INT8 = WeightFormat(
     "int8",
-    "int8, a bf16 scale for 32, 64 or 128 weights of a row (ours)",
+    "int8, a bf16 scale for 32, 64 or 128 weights of a row or for all (ours)",
     decode_int8,
     torch.int8,
     block=GROUPS[0],
@@ -130,7 +131,7 @@ INT8 = WeightFormat(
 )
 INT4 = WeightFormat(
     "int4",
-    "int4, a bf16 scale for 32, 64 or 128 weights of a row (ours)",
+    "int4, a bf16 scale for 32, 64 or 128 weights of a row or for all (ours)",
     decode_int4,
     torch.uint8,
     block=GROUPS[0],

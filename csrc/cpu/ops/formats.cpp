@@ -73,9 +73,12 @@ void enter_scales(const Tensor& scale, const std::string& name, const Format& fo
             const int64_t count = scale.dim() > 0 ? scale.size(-1) : 0;
             weights.group = count > 0 ? depth / count : kExponentGroup;
             const bool known = weights.group == 32 || weights.group == 64 || weights.group == 128;
-            TORCH_CHECK_VALUE(known && depth % weights.group == 0 && count == depth / weights.group,
+            TORCH_CHECK_VALUE(count == 1 || (known && depth % weights.group == 0 &&
+                                             count == depth / weights.group),
                               name, " must have one number for each 32, 64 or 128 of ", depth,
-                              " weights of a row, got ", scale.sizes());
+                              " weights of a row, or for all, got ", scale.sizes());
+            // Places of groups are shifts.
+            while (count == 1 && (weights.group & (weights.group - 1)) != 0) ++weights.group;
             groups = count;
             check_storage(scale, name, sizes, at::kBFloat16, format.name);
             break;

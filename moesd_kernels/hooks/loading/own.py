@@ -55,9 +55,12 @@ def _checked(steps: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: they are not what ``quantize`` is called with.
     """
-    names = {"weight_format": str, "group": int, "linears": bool}
+    names = {"weight_format": str, "group": int | None, "linears": bool}
     fits = isinstance(steps, list) and all(
-        isinstance(step, dict) and {name: type(value) for name, value in step.items()} == names
+        isinstance(step, dict)
+        and step.keys() == names.keys()
+        and all(isinstance(value, names[name]) for name, value in step.items())
+        and type(step["group"]) is not bool
         for step in steps
     )
     if not fits:

@@ -28,7 +28,7 @@ def test_names_are_those_of_the_table():
         ("q4_k", {}, ValueError, "rows of a multiple of 256 weights, got 64"),
         (
             *("int4", {"scale": torch.ones(5, 4).bfloat16()}, ValueError),
-            r"one number for each 32, 64 or 128 of 64 weights of a row, got \[5, 4\]",
+            r"each 32, 64 or 128 of 64 weights of a row, or for all, got \[5, 4\]",
         ),
         ("int4", {"scale": torch.ones(5, 2)}, TypeError, "scale must be BFloat16 .*got Float"),
         (

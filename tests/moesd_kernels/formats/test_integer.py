@@ -24,7 +24,7 @@ def test_int4_is_code_less_eight_times_scale():
     assert torch.equal(actual, codes * scale.float().repeat_interleave(128, dim=1))
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [*GROUPS, 256])
 @pytest.mark.parametrize(("name", "least", "most"), [("int8", -127, 127), ("int4", -8, 7)])
 def test_no_weight_moves_by_more_than_its_rounding(name, least, most, group):
     """To the nearest step, or to the edge of the codes."""
@@ -78,7 +78,7 @@ def test_large_weights_are_taken_in_parts(monkeypatch):
     ("name", "group", "message"),
     [
         ("int2", 32, "'int8' or 'int4', got 'int2'"),
-        ("int8", 16, r"one of \(32, 64, 128\), got 16"),
+        ("int8", 16, r"one of \(32, 64, 128\) or the depth 192, got 16"),
         ("int4", 128, "multiple of 128, got 192"),
     ],
 )

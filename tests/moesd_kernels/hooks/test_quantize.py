@@ -82,6 +82,15 @@ def test_experts_alone():
     assert experts.down_proj_scale.shape[-1] == 1  # of 32: 64 is more than there are
 
 
+@torch.no_grad()
+def test_one_scale_for_a_row():
+    model = quantize(model_of(dtype=torch.bfloat16), "int8", group=None)
+    scales = {n: p.shape[-1] for n, p in model.named_parameters() if n.endswith("_scale")}
+    assert scales and set(scales.values()) == {1}
+    expected = model(IDS).logits
+    assert (accelerate(model)(IDS).logits - expected).norm() < 0.03 * expected.norm()
+
+
 def test_bits():
     model = model_of(num_hidden_layers=1)
     before = sum(p.nbytes for n, p in model.named_parameters() if "experts" in n)
@@ -143,7 +152,7 @@ def test_what_does_not_fit_stays_and_is_said(caplog):
         quantize_experts(model_of(moe_intermediate_size=24), "int8")
     with pytest.raises(ValueError, match="'int8' or 'int4', got 'fp8'"):
         quantize(model, "fp8")
-    with pytest.raises(ValueError, match=r"\(32, 64, 128\), got 48"):
+    with pytest.raises(ValueError, match=r"\(32, 64, 128\) or None, got 48"):
         quantize(nn.Linear(96, 4), "int8", group=48)
 
 

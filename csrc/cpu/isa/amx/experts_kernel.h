@@ -14,8 +14,10 @@ class AmxExpertsKernel {
 public:
     explicit AmxExpertsKernel(const ExpertsArgs& a)
         : a_(a),
-          x_size_(steps_of(a.hidden) * kStepSize),
-          act_size_(steps_of(a.inter) * kStepSize),
+          x_integers_(panel_integers(a.w_gate_up, a.hidden)),
+          act_integers_(panel_integers(a.w_down, a.inter)),
+          x_size_(x_integers_ + steps_of(a.hidden) * kStepSize),
+          act_size_(act_integers_ + steps_of(a.inter) * kStepSize),
           up_rows_(a.gated ? 2 * a.inter : a.inter),
           blocks_((a.inter + kRows - 1) / kRows),
           slice_(output_slice(a)),
@@ -24,6 +26,7 @@ public:
           pack_(a.num_active, a.threads),
           threads_(a.threads),
           up_(a.num_active * blocks_),
+          take_(act_integers_ > 0 ? a.num_active : 0, a.threads),
           down_((a.hidden + slice_ - 1) / slice_) {}
 
     void run() {
@@ -51,6 +54,8 @@ private:
             i = next_item;
         }
         up_.finish(done), up_.wait();
+        take_.share([this](int64_t e) { take_act(e); });
+        take_.wait();
         if (a_.enter_phase) a_.enter_phase(a_.phase_ctx, "moesd::down_combine");
         if (slice < 0) slice = down_.take();
         while (slice < down_.total) {
@@ -82,7 +87,17 @@ private:
             for (int m = 0; m < count; ++m) {
                 rows[m] = static_cast<const bf16*>(a_.x) + a_.sorted_token[first + m] * a_.hidden;
             }
-            pack_panel(rows, count, a_.hidden, x_panels(e) + p * x_size_);
+            bf16* const panel = x_panels(e) + p * x_size_;
+            pack_panel(rows, count, a_.hidden, panel + x_integers_);
+            if (x_integers_ > 0) take_integers(panel + x_integers_, a_.hidden, Int16Panel(panel));
+        }
+    }
+
+    // Of an expert's intermediate numbers, when all of them are there.
+    void take_act(int64_t e) const {
+        for (int64_t p = 0; p < panels_of(e); ++p) {
+            bf16* const panel = act_panels(e) + p * act_size_;
+            take_integers(panel + act_integers_, a_.inter, Int16Panel(panel));
         }
     }
 
@@ -147,7 +162,7 @@ private:
     // Activates sums of intermediate rows j .. j + kTile and panel p, and packs them: they are part
     // of the depth of the down projection.
     void activate_tile(int64_t e, int64_t j, int64_t p, const float* gate, const float* up) const {
-        bf16* panel = act_panels(e) + p * act_size_ + j * kTile;
+        bf16* panel = act_panels(e) + p * act_size_ + act_integers_ + j * kTile;
         for (int64_t n = 0; n < kTile; n += 2, panel += 2 * kTile) {
             const Vec even = activated(e, j + n, gate + n * kTile, up + n * kTile);
             const Vec odd = activated(e, j + n + 1, gate + (n + 1) * kTile, up + (n + 1) * kTile);
@@ -214,10 +229,12 @@ private:
     }
 
     const ExpertsArgs& a_;
-    const int64_t x_size_, act_size_, up_rows_, blocks_, slice_;
+    const int64_t x_integers_, act_integers_, x_size_, act_size_, up_rows_, blocks_, slice_;
     const Matrix<bf16> all_gate_up_, all_down_;
     Rows pack_;
-    Counter threads_, up_, down_;
+    Counter threads_, up_;
+    Rows take_;
+    Counter down_;
 };
 
 }  // namespace moesd::MOESD_ISA

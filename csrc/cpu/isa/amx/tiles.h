@@ -71,6 +71,12 @@ inline void tile_multiply_bytes() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(Signed), "i"(Unsigned));
 }
 
+// The same of signed bytes times signed bytes.
+template <int Sums, int First, int Second>
+inline void tile_multiply_signed() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(First), "i"(Second));
+}
+
 // Calls f.template operator()<0>() ... <N - 1>(): an instruction names its tiles by constants, so a
 // loop over tiles has to be unrolled.
 template <int N, class F>

@@ -3,7 +3,7 @@
 // multiply the chunk before it.
 #pragma once
 
-#include "tiles.h"
+#include "int16.h"
 #include "../../kernels/formats/dot_stored.h"
 
 namespace moesd::MOESD_ISA {
@@ -113,6 +113,7 @@ public:
     template <int First, int W, int T>
     void multiply(const bf16* const (&panels)[T], PrefetchStreams& prefetch, float* sums) const {
         static_assert(First + W <= N);
+        if (int16_) return multiply_int16<First, W, T>(panels, prefetch, sums);
         if (!decodes_) {
             WeightRows part[W];
             for (int i = 0; i < W; ++i) part[i] = lying_[First + i];
@@ -124,10 +125,34 @@ public:
 private:
     template <class F, int... I>
     Block(const F& tile, int64_t panels, bf16* buffer, std::integer_sequence<int, I...>)
-        : tiles_{tile(I)...}, depth_(tiles_[0].rows.matrix.depth), buffer_(buffer) {
+        : tiles_{tile(I)...},
+          depth_(tiles_[0].rows.matrix.depth),
+          buffer_(buffer),
+          int16_(takes_int16(tiles_[0].rows.matrix.stored, depth_)),
+          decodes_(false) {
+        if (int16_) return;
         const bool stored = tiles_[0].rows.matrix.decoder.runs;
         decodes_ = stored && panels <= kFewPanels;
         if (!decodes_) ((lying_[I] = stored ? decoded(I) : tiles_[I].as_they_lie()), ...);
+    }
+
+    template <int First, int W, int T>
+    void multiply_int16(const bf16* const (&panels)[T], PrefetchStreams& prefetch,
+                        float* sums) const {
+        constexpr int kTogether = T == 1 && W > 1 ? 2 : 1;
+        for_tiles<W / kTogether>([&]<int I>() {
+            constexpr int kFrom = First + I * kTogether;
+            if (tiles_[kFrom].count == 0) return;
+            const StoredRow* rows[kTogether];
+            bool whole = true;
+            for (int i = 0; i < kTogether; ++i) {
+                const TileOfRows& tile = tiles_[kFrom + i];
+                rows[i] = tile.count == 0 ? tiles_[kFrom].stored : tile.stored;
+                whole = whole && tile.count == kTile;
+            }
+            int16_product<kTogether, T>(rows, whole, panels, depth_, prefetch,
+                                        sums + I * kTogether * T * kTileSums);
+        });
     }
 
     WeightRows decoded(int i) const {
@@ -140,6 +165,7 @@ private:
     const TileOfRows tiles_[N];
     const int64_t depth_;
     bf16* const buffer_;
+    const bool int16_;
     bool decodes_;
     WeightRows lying_[N];
 };

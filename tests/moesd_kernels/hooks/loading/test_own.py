@@ -42,10 +42,11 @@ def assert_same(model: Any, other: Any) -> None:
         assert tensor.dtype == loaded[name].dtype and torch.equal(tensor, loaded[name]), name
 
 
+@pytest.mark.parametrize("group", [64, None])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
+def test_saved_and_loaded(family: str, group: int | None, tmp_path: Path) -> None:
     tables = dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
-    model = quantize(made(family, tie_word_embeddings=family == "llama"), "int8", group=64)
+    model = quantize(made(family, tie_word_embeddings=family == "llama"), "int8", group=group)
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     assert tables == (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING)

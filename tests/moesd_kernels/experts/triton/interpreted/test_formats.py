@@ -44,6 +44,11 @@ def test_format(name, group, T, dtype):
     check(*quantised_case(name, T, 1, 2, H, I, dtype, group=group))
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_one_scale_for_a_row(name):
+    check(*quantised_case(name, 5, 2, 3, 96, 96, group=96))
+
+
 @pytest.mark.parametrize(("name", "T"), [("fp8_block", 1), ("mxfp4", 1), ("mxfp4", 5), ("int4", 5)])
 def test_options_of_gpt_oss(name, T):
     options = {"interleaved": True, "bias": True, "activation_limit": 0.7}
