@@ -61,6 +61,12 @@ static constexpr bool takes_int16(const StoredWeights& w, int64_t depth) {
     return w.format == WeightFormat::kInt8 && w.group > kLargestGroup && depth <= kMostDepth;
 }
 
+// Floats that a row of activations takes where kernels pack it: for tiles as pairs of bf16 and, as
+// the case may be, as integers of sixteen bits, too.
+static constexpr int64_t packed_floats(const StoredWeights& w, int64_t depth) {
+    return align_depth(depth) * (takes_int16(w, depth) ? 3 : 2) / 2;
+}
+
 // Runs body(ctx) at least once and on up to `threads` threads at the same time; bodies take their
 // work from counters.
 using RunTeam = void (*)(int threads, void (*body)(void*), void* ctx);
@@ -73,12 +79,6 @@ using EnterPhase = void (*)(void* ctx, const char* name);
 constexpr int64_t kPanelRows = 16;
 static constexpr int64_t panel_rows(int64_t rows, int64_t experts) {
     return (rows / kPanelRows + (experts < rows ? experts : rows)) * kPanelRows;
-}
-
-// Floats that a row of activations takes where kernels pack it. Tiles take it as pairs of bf16 and,
-// where weights are integers, as integers of sixteen bits, too.
-static constexpr int64_t packed_floats(int64_t depth, bool int16) {
-    return align_depth(depth) * (int16 ? 3 : 2) / 2;
 }
 
 // What a thread needs to hold decoded weight rows for kernels that compute in tiles: whole rows, or

@@ -18,6 +18,7 @@ from decoder.model.loading import DTYPES, default_device
 
 from .build import folder_of
 from .recipe import Part, shipped
+from .tuned import TUNED_FILE
 
 
 def unavailable() -> str | None:
@@ -35,7 +36,10 @@ def target_path() -> Path:
 
 
 def draft_path() -> Path:
-    """Directory of the dense draft and tokenizer, for ``AutoModelForCausalLM.from_pretrained``."""
+    """Directory of the dense draft and tokenizer, for ``AutoModelForCausalLM.from_pretrained``.
+
+    Its weights as a GGUF file are in there, too, where they are not the package's own.
+    """
     return _built("draft")
 
 
@@ -59,9 +63,8 @@ def draft_of(
     """What a drafter of this name reads, of those in ``decoder.drafters.DRAFTERS`` that need one.
 
     ``"auto"`` is the draft model. On a CPU that multiplies integers (AVX-512-VNNI), in bf16 and on
-    our kernels it runs from the package's file itself: a step reads the file's blocks, about a
-    third of the bytes of the same weights in bf16. Everything else takes the folder of plain
-    weights.
+    our kernels it runs from its GGUF file: a step reads the file's blocks, about a third of the
+    bytes of the same weights in bf16. Everything else takes the folder of plain weights.
 
     Args:
         drafter: its name.
@@ -79,15 +82,13 @@ def draft_of(
         return eagle_path()
     if drafter not in ("auto", "independent"):
         return None
-    recipe = shipped()
     packed = (
         kernels
         and torch.device(device or default_device()).type == "cpu"
         and DTYPES.get(str(dtype), dtype) in ("auto", torch.bfloat16)
         and multiplies_integers()
-        and recipe.unreadable() is None  # a folder outlives its package
     )
-    return recipe.file if packed else draft_path()
+    return (packed and _draft_file()) or draft_path()
 
 
 def stated_alphas() -> dict[str, Any]:
@@ -96,6 +97,13 @@ def stated_alphas() -> dict[str, Any]:
     return dict(read_json(record).get("alpha", {})) if record.exists() else {}
 
 
-def _built(part: Part) -> Path:
+def _draft_file() -> Path | None:
+    """The draft in GGUF; ``None`` where it was the package's, which is there no more."""
+    recipe = shipped()
+    if recipe.asset("draft") is not None:
+        return draft_path() / TUNED_FILE
+    return recipe.file if recipe.unreadable() is None else None
 
+
+def _built(part: Part) -> Path:
     return folder_of(shipped(), part)

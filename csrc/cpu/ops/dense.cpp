@@ -73,8 +73,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
     const bool panels = kernels().panels || int8_activations;
     const int64_t packed = panels ? panel_rows(args.tokens, 1) : args.tokens;
     args.threads = team_size(args.tokens * args.depth * args.features);
-    const bool int16 = kernels().panels && takes_int16(args.w, args.depth) && !int8_activations;
-    const int64_t floats = packed * packed_floats(args.depth, int16);
+    const int64_t floats = packed * packed_floats(args.w, args.depth);
     const int64_t decoded = decoded_elements(args.w, args.threads, args.depth);
     args.packed_x = static_cast<float*>(scratch(floats * sizeof(float) + decoded * sizeof(bf16)));
     args.decoded = reinterpret_cast<bf16*>(args.packed_x + floats);

@@ -173,15 +173,12 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     PhaseScopes phases;
     phases.enter("moesd::plan");
     const Tensor x = hidden.contiguous();
-    const int64_t rows = topk_ids.numel();
+    const int64_t rows = topk_ids.numel(), in_panels = panel_rows(rows, experts);
     int8_activations = int8_activations && weights.have_integers();
     const bool panels = kernels().panels || int8_activations;
-    const auto packed = [&](const StoredWeights& w, int64_t rows_packed, int64_t depth) {
-        const bool int16 = kernels().panels && takes_int16(w, depth) && !int8_activations;
-        return (panels ? panel_rows(rows, experts) : rows_packed) * packed_floats(depth, int16);
-    };
-    const int64_t packed_x = packed(weights.gate_up, tokens, hidden_size);
-    const int64_t packed_act = packed(weights.down, rows, inter);
+    const int64_t packed_x =
+        (panels ? in_panels : tokens) * packed_floats(weights.gate_up, hidden_size);
+    const int64_t packed_act = (panels ? in_panels : rows) * packed_floats(weights.down, inter);
     const int64_t acc = (tokens * hidden_size + 15) / 16 * 16;
     const int threads = team_size(rows * inter * hidden_size * (gated ? 3 : 2));
     const int64_t decoded = decoded_elements(weights, threads, std::max(hidden_size, inter));

@@ -193,7 +193,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     measure_losses(journal, args.dense, texts, [(text, None) for text in texts], args.device)
     asked = [(text, k) for text in texts for k in (TOP_KS if text[0] == "held_out" else (K,))]
     measure_losses(journal, args.target, texts, asked, args.device)
-    drafts = {"independent": args.dense} | ({"eagle": args.eagle} if args.eagle else {})
+    drafts = {"independent": args.draft} | ({"eagle": args.eagle} if args.eagle else {})
     measure_acceptance(journal, args.target, drafts, args.prompts, args.new_tokens, args.device)
     versions = {name: version(name) for name in ("torch", "transformers")}
     return {"device": args.device, "versions": versions, "cells": journal.cells}
@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, default=Path("outputs/upcycle"))
     parser.add_argument("--target", type=Path, help="default: the built model")
     parser.add_argument("--dense", type=Path, help="default: the model it was made from")
+    parser.add_argument("--draft", type=Path, help="default: the built one")
     parser.add_argument("--eagle", type=Path, help="default: the built head, if there is one")
     parser.add_argument(
         "--outside", action="append", default=[], metavar="NAME=PATH", help="another text, unseen"
@@ -222,9 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--card", type=Path, default=HOME / "MODEL_CARD.md")
     args = parser.parse_args(argv)
     from decoder import smol
+    from training.upcycle.install import dense_path
 
     args.target = args.target or smol.target_path()
-    args.dense = args.dense or smol.draft_path()
+    args.dense = args.dense or dense_path()
+    args.draft = args.draft or smol.draft_path()
     if args.eagle is None and smol.has_eagle():
         args.eagle = smol.eagle_path()
     torch.set_num_threads(args.threads)

@@ -88,6 +88,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> argparse.Namespace:
     return argparse.Namespace(
         run_dir=root,
         **{name: root / name for name in ("target", "dense", "eagle")},
+        draft=root / "dense",
         outside=[f"HumanEval={human_eval}"],
         windows=2,
         prompts=prompts,

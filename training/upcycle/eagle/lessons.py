@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from training.checkpoint import save_checkpoint
 
-from .eagle_accept import answered
-from .eagle_data import Batch, grouped
+from .accept import answered
+from .data import Batch, grouped
 
 PART_ROWS = 256
 CHUNK = 4096  # places whose logits exist at once

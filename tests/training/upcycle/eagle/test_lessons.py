@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from training.upcycle.eagle_data import Batch
-from training.upcycle.eagle_lessons import Lessons, wanted
+from training.upcycle.eagle.data import Batch
+from training.upcycle.eagle.lessons import Lessons, wanted
 
 H, V = 4, 11
 

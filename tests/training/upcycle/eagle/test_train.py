@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters.eagle import EagleDrafter
 from training.optim import Budget
-from training.upcycle import eagle_train
-from training.upcycle.eagle_accept import TURN, acceptance, answered
-from training.upcycle.eagle_data import Batch, annotated, cut
-from training.upcycle.eagle_train import DRAFTS, Run
+from training.upcycle.eagle import train
+from training.upcycle.eagle.accept import TURN, acceptance, answered
+from training.upcycle.eagle.data import Batch, annotated, cut
+from training.upcycle.eagle.train import DRAFTS, Run
 
 V = 64
 
@@ -55,8 +55,8 @@ def texts(own_text: list[list[int]]) -> dict[str, dict[str, list[list[int]]]]:
 
 @pytest.fixture
 def run(dense, own_text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(eagle_train, "BATCH_TOKENS", 256)
-    monkeypatch.setattr(eagle_train, "PART_ROWS", 16)
+    monkeypatch.setattr(train, "BATCH_TOKENS", 256)
+    monkeypatch.setattr(train, "PART_ROWS", 16)
     return Run(dense, dense, texts(own_text), tmp_path, Budget(None, 12_000), "cpu")
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .eagle_data import Batch
-from .eagle_head import Eagle3
+from .data import Batch
+from .head import Eagle3
 
 TURN = 1  # `<|im_start|>`; the role and a line break follow it
 HEADER = 3

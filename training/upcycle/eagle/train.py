@@ -15,11 +15,11 @@ from training.checkpoint import save_checkpoint
 from training.data import SEED
 from training.optim import Budget, Optimizers
 
-from .eagle_accept import acceptance
-from .eagle_data import Batch, Texts, annotated, cut, draft_vocabulary, grouped, mixed
-from .eagle_head import Eagle3, head_config, save_head, start_from_dense
-from .eagle_lessons import PART_ROWS, Lesson, Lessons
-from .eagle_loss import head_loss
+from .accept import acceptance
+from .data import Batch, Texts, annotated, cut, draft_vocabulary, grouped, mixed
+from .head import Eagle3, head_config, save_head, start_from_dense
+from .lessons import PART_ROWS, Lesson, Lessons
+from .loss import head_loss
 
 VOCABULARY = 8192
 ANNOTATING = 0.6  # of the budget, at most: on a CPU a pass over a row takes a quarter of that

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from training.teacher import ARGMAX_WEIGHT
 
-from .eagle_head import Eagle3
-from .eagle_lessons import Lesson
+from .head import Eagle3
+from .lessons import Lesson
 
 DEPTH_WEIGHT = 0.8  # of a depth, over the one before it
 CHUNK = 4096  # places whose logits exist at once: a product lays out its matrix anew each time

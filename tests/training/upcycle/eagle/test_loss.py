@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.upcycle import eagle_lessons, eagle_loss
-from training.upcycle.eagle_lessons import wanted
-from training.upcycle.eagle_loss import DraftLoss
+from training.upcycle.eagle import lessons, loss
+from training.upcycle.eagle.lessons import wanted
+from training.upcycle.eagle.loss import DraftLoss
 
 N, H, V = 13, 8, 29
 
 
 def test_it_is_cross_entropy_and_so_is_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eagle_loss, "CHUNK", 5)
-    monkeypatch.setattr(eagle_lessons, "CHUNK", 4)
+    monkeypatch.setattr(loss, "CHUNK", 5)
+    monkeypatch.setattr(lessons, "CHUNK", 4)
     torch.manual_seed(0)
     hidden = torch.randn(N, H, requires_grad=True)
     last, rows = torch.randn(N, H), torch.randn(V, H)

@@ -14,7 +14,7 @@ from decoder.drafters.heads.eagle_head import EagleHead
 from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.model.attention import Placement
 from decoder.model.cache import RaggedCache
-from training.upcycle.eagle_head import Eagle3, head_config, save_head, start_from_dense
+from training.upcycle.eagle.head import Eagle3, head_config, save_head, start_from_dense
 
 H, V, LENGTH, DEPTHS = 32, 64, 12, 3
 VOCABULARY = torch.arange(1, V, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.upcycle.eagle_data import ROW, SHARES, cut, draft_vocabulary, grouped, mixed
+from training.upcycle.eagle.data import ROW, SHARES, cut, draft_vocabulary, grouped, mixed
 
 
 def texts(**counts: int) -> dict[str, list[list[int]]]:
