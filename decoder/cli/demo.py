@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     # Four drafts are drafted also where that is no gain: the demonstration shows what it brings.
-    parser.set_defaults(run=run, max_new_tokens=96, batch_size=12, gamma=4)
+    parser.set_defaults(run=run, max_new_tokens=96, batch_size=12)
 
 
 def run(args: argparse.Namespace) -> int:
