@@ -26,7 +26,7 @@ from bench.workloads.arguments import add_machine, numbers
 from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
 from bench.workloads.stored import formats_of
-from moesd_kernels.formats import WEIGHT_FORMATS
+from moesd_kernels.formats import GROUPS, WEIGHT_FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of our weights, one of {', '.join(WEIGHT_FORMATS)}, or A+B where down has another: "
         "all others, and ours again as 'plain', get the numbers in --dtype; 'int8_activations' is "
         "ours with activations of eight bits",
+    )
+    parser.add_argument(
+        "--group",
+        default=str(GROUPS[0]),
+        choices=[*map(str, GROUPS), "row"],
+        help="weights that share a scale in int8 and int4 (default: %(default)s)",
     )
     add_machine(parser)
     parser.add_argument("--backend", default="auto")
@@ -89,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         peers=[name for name in args.peers.split(",") if name != "none"],
         fused_moe_source=args.fused_moe_source,
         weight_format=args.weight_format,
+        group=None if args.group == "row" else int(args.group),
     )
     ceilings = measure_ceilings(device)
     recorder = Recorder(args.out, device)

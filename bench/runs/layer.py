@@ -52,7 +52,10 @@ class LayerBenchmark:
         weights = shape.E * shape.expert_bytes(settings.weight_bytes)
         count = stack_size(weights) if settings.graph else 1
         self.layers = [
-            make_layer(shape, settings.dtype, settings.device, seed, settings.weight_format)
+            make_layer(
+                *(shape, settings.dtype, settings.device, seed, settings.weight_format),
+                group=settings.group,
+            )
             for seed in range(count)
         ]
         self.flush = CacheFlusher(settings.device)

@@ -15,7 +15,9 @@ from bench.measure.timer import summarize
 from bench.workloads.layer import floor_seconds, layer_bytes
 from bench.workloads.shapes import Shape
 from bench.workloads.stored import formats_of
-from moesd_kernels.formats import WEIGHT_FORMATS
+from moesd_kernels.formats import GROUPS, WEIGHT_FORMATS
+
+_ENDLESS = 1 << 20  # weights of a group, where a whole row has one scale: next to no bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Settings:
     Attributes:
         weight_format: of our weights; others are given the numbers these stand for, and so are we,
             as the variant ``plain``.
+        group: weights of a row that share a scale in int8 and int4; None for all of them.
         graph: time CUDA graphs of a stack of layers instead of single calls.
         peers: names of transformers' implementations.
         fused_moe_source: folder with vLLM's ``fused_moe.py`` and ``configs/``; needs ``graph``,
@@ -43,12 +46,14 @@ class Settings:
     peers: Sequence[str]
     fused_moe_source: Path | None = None
     weight_format: str = "plain"
+    group: int | None = GROUPS[0]
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of one of our weights, its share of the scales included."""
+        group = self.group or _ENDLESS
         first, second = (
-            WEIGHT_FORMATS[name].bits(plain_bits=8 * self.dtype.itemsize)
+            WEIGHT_FORMATS[name].bits(group, plain_bits=8 * self.dtype.itemsize)
             for name in formats_of(self.weight_format)
         )
         return (2 * first + second) / 3 / 8  # gate and up have twice the weights of down
@@ -99,6 +104,7 @@ def layer_fields(
         "shape": list(shape),
         "dtype": dtype,
         "weight_format": settings.weight_format,
+        "group": settings.group,
         "routing": settings.routing,
         "union_ratio": settings.union_ratio if correlated else None,
         "backend": settings.backend,

@@ -11,7 +11,7 @@ from bench.workloads.routing import distinct_experts, route
 from bench.workloads.shapes import Shape
 from bench.workloads.stored import formats_of, stored_weight
 from moesd_kernels.experts.spec import ExpertsWeights
-from moesd_kernels.formats import dequantize
+from moesd_kernels.formats import GROUPS, dequantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +44,19 @@ def make_layer(
     device: torch.device,
     seed: int,
     weight_format: str = "plain",
+    group: int | None = GROUPS[0],
 ) -> Layer:
     """Random weights scaled so that outputs keep the input's magnitude; never zeros.
 
-    ``weight_format`` is as ``formats_of`` takes it.
+    ``weight_format`` is as ``formats_of`` takes it, ``group`` as ``moesd_kernels.quantize`` does.
     """
     E, _, H, I = shape
     generator = torch.Generator(device).manual_seed(seed)
     if weight_format != "plain":
         weights, scales, numbers = [], [], []
         for name, rows, depth in zip(formats_of(weight_format), (2 * I, H), (H, I), strict=True):
-            weight, scale = stored_weight(name, E, rows, depth, generator=generator)
+            sizes = (E, rows, depth)
+            weight, scale = stored_weight(name, *sizes, generator=generator, group=group or depth)
             numbers.append(dequantize(weight, scale, name, dtype))
             weights.append(numbers[-1] if name == "plain" else weight)
             scales.append(scale)
