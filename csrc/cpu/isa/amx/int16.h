@@ -6,7 +6,7 @@
 // Source: products in floating point from those of integers, the Ozaki scheme (Ootomo, Ozaki and
 // Yokota 2024, "DGEMM on integer matrix multiplication unit").
 //
-// Invariance: an output is an exact integer, which is rounded and multiplied by both scales.
+// Invariance: an output is made of two exact integers and both scales, whatever else tiles hold.
 #pragma once
 
 #include "tiles.h"
