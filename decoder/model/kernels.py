@@ -128,6 +128,21 @@ def gguf_dense_weights(source: Any) -> dict[str, Tensor]:
     return dense_weights(source)
 
 
+def to_int4(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [N], 32 to a step, in four bits: uint8 [N / 2] and bf16 steps [N / 32]."""
+    from moesd_kernels.formats import quantize
+
+    codes, steps = quantize(numbers[None], "int4")
+    return codes[0], steps[0]
+
+
+def from_int4(codes: Tensor, steps: Tensor) -> Tensor:
+    """The numbers [N] that ``to_int4`` keeps, in fp32."""
+    from moesd_kernels.formats import dequantize
+
+    return dequantize(codes[None], steps[None], "int4", torch.float32)[0]
+
+
 def cache_folder(name: str) -> Path:
     """This user's folder ``name`` of the cache, made where it is not there.
 

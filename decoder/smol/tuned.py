@@ -3,9 +3,11 @@
 A Q4_1 block of 32 weights is ``scale * code + least``. The repository keeps how both change, for
 tensors t of R rows and B blocks a row, in the file's order of rows:
 
-* ``{t}.scale`` int8 ``[R, B]``: a block's weights grow by this times ``steps[0]``
-* ``{t}.least`` int8 ``[R, B]``: and this times ``steps[1]`` is added to them
-* ``{t}.steps`` fp32 ``[2]``
+* ``{t}.scale``: by what share of themselves a block's weights grow
+* ``{t}.least``: what is added to them after that
+
+each as ``int4`` of ``moesd_kernels.formats``, 32 of the flattened changes to a scale: uint8
+``[R * B / 2]``, and bf16 ``[R * B / 32]`` under the name with ``.step`` behind it.
 
 Codes and everything else stay, so the draft costs what the dense model costs.
 """
@@ -20,10 +22,10 @@ import torch
 from torch import Tensor
 
 from decoder.errors import UserError
-from decoder.model.kernels import gguf_file
+from decoder.model.kernels import from_int4, gguf_file, to_int4
 
 TUNED_FILE = "draft.gguf"
-_LARGEST = 127
+_PARTS = ("scale", "least")
 _BYTES = 20  # of a block: fp16 scale and least, then the codes
 
 
@@ -38,15 +40,10 @@ def write_changes(file: Path, changes: Mapping[str, tuple[Tensor, Tensor]]) -> N
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    for name, (scale, least) in changes.items():
-        both = torch.stack([scale.detach().float().cpu(), least.detach().float().cpu()])
-        steps = both.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
-        codes = (both / steps[:, None, None]).round().to(torch.int8)
-        tensors |= {
-            f"{name}.scale": codes[0].contiguous(),
-            f"{name}.least": codes[1].contiguous(),
-            f"{name}.steps": steps,
-        }
+    for name, pair in changes.items():
+        for part, change in zip(_PARTS, pair, strict=True):
+            codes, steps = to_int4(change.detach().float().cpu().flatten())
+            tensors |= {f"{name}.{part}": codes, f"{name}.{part}.step": steps}
     save_file(tensors, file)
 
 
@@ -66,10 +63,10 @@ def write_tuned(dense: Path, changes: Path, out: Path) -> None:
 
     kept = load_file(changes)
     stored = gguf_file(dense).tensors
-    names = sorted({name.rpartition(".")[0] for name in kept})
+    names = sorted(name.removesuffix(".scale") for name in kept if name.endswith(".scale"))
     for name in names:
         tensor, changed = stored.get(name), kept[f"{name}.scale"]
-        if tensor is None or tensor.kind != "q4_1" or changed.numel() * _BYTES != tensor.size:
+        if tensor is None or tensor.kind != "q4_1" or 2 * changed.numel() * _BYTES != tensor.size:
             raise UserError(
                 f"{changes} must hold changes of Q4_1 tensors of {dense}, got {name} "
                 f"{tuple(changed.shape)}"
@@ -80,8 +77,8 @@ def write_tuned(dense: Path, changes: Path, out: Path) -> None:
         tensor = stored[name]
         blocks = data[tensor.start : tensor.start + tensor.size].view(-1, _BYTES)
         scale, least = blocks[:, :4].contiguous().view(torch.float16).float().unbind(1)
-        steps = kept[f"{name}.steps"]
-        growth = kept[f"{name}.scale"].flatten().float() * steps[0] + 1
-        added = kept[f"{name}.least"].flatten().float() * steps[1]
-        tuned = torch.stack([scale * growth, least * growth + added], dim=1)
+        growth, added = (
+            from_int4(kept[f"{name}.{part}"], kept[f"{name}.{part}.step"]) for part in _PARTS
+        )
+        tuned = torch.stack([scale * (growth + 1), least * (growth + 1) + added], dim=1)
         blocks[:, :4] = tuned.to(torch.float16).view(torch.uint8)

@@ -200,7 +200,7 @@ def no_room(recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
         (lambda r, _: r.file.write_bytes(b"another"), r"SHA-256 is \w{64}, got \w{64}$"),
         (lambda r, _: r.record.unlink(), r"upcycle.json is missing"),
         (lambda r, _: r.asset("target").unlink(), r"No such file.*difference.safetensors"),
-        (no_room, r"takes 3.1 GB in .*, where 1.0 GB are free; MOESD_CACHE_DIR"),
+        (no_room, r"takes 3.2 GB in .*, where 1.0 GB are free; MOESD_CACHE_DIR"),
     ],
     ids=["no package", "another release", "no record", "no asset", "no room"],
 )

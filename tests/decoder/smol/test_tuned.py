@@ -48,9 +48,9 @@ def test_blocks_grow_and_move_as_was_trained(tiny, changes) -> None:
         blocks = before[THEIRS[name]].unflatten(1, (-1, 32))
         wanted = (blocks * (1 + scale[..., None]) + least[..., None]).flatten(1)
         found = after.pop(THEIRS[name])
-        # Changes are kept in 8 bits, scales in half precision.
+        # Changes are kept in 4 bits, scales in half precision.
         moved = (wanted - before[THEIRS[name]]).norm()
-        assert (found - wanted).norm() < 0.02 * moved
+        assert (found - wanted).norm() < 0.12 * moved
         assert len(found.unflatten(1, (-1, 32))[0, 0].unique()) <= 16
     for name, weight in after.items():
         assert torch.equal(weight, before[name]), name
