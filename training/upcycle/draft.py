@@ -7,25 +7,23 @@ arXiv 2310.08461, with the forward divergence on fixed texts).
 """
 
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from training.checkpoint import save_checkpoint
 from training.data import is_held_out
 from training.optim import Budget
 from training.upcycle.answers import read_answers
+from training.upcycle.loop import spend
 
 SEED = 23
 BLOCK = 32
 BATCH_TOKENS = 3000
 RATE = 2e-3
-CHECKPOINT_SECONDS = 180
 LOSS_CHUNK = 1024  # positions whose logits exist at once
 
 
@@ -126,23 +124,9 @@ class Trainer:
 
     def train(self) -> None:
         """Until the budget is spent; a checkpoint every few minutes and at the end."""
-        saved = time.monotonic()
-        with (
-            self.log.open("a") as log,
-            tqdm(total=100.0, bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5) as bar,
-        ):
-            while self.budget.progress < 1.0:
-                loss = self._step()
-                log.write(f"{self.budget.tokens_done} {self.budget.seconds:.0f} {loss:.4f}\n")
-                log.flush()
-                bar.n = 100 * self.budget.progress
-                bar.set_postfix_str(f"divergence {loss:.4f}")
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self._save()
-                    saved = time.monotonic()
-        self._save()
+        spend(self.budget, self.log, self._step, self._save)
 
-    def _step(self) -> float:
+    def _step(self) -> dict[str, float]:
         ids, mask, counted = self._batch()
         with torch.no_grad():
             wanted = self.target.model(ids, attention_mask=mask).last_hidden_state[counted]
@@ -156,7 +140,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.budget.tokens_done += int(mask.sum())
-        return loss.item()
+        return {"divergence": loss.item()}
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids, attention mask and which places' next token is an answer's: ``[rows, length]``."""

@@ -13,6 +13,7 @@ from decoder.smol.difference import write_difference
 from decoder.smol.head import write_head
 from decoder.smol.recipe import ASSETS, Recipe, shipped
 from decoder.smol.tuned import write_changes
+from moesd_kernels.hooks.loading.gguf.families import LAYER, K, Q
 from training.upcycle.experts import MATRICES
 
 
@@ -23,6 +24,12 @@ def dense_path() -> Path:
     return folder_of(recipe, "draft")
 
 
+def _asset(name: str) -> Path:
+    """Where it is written; a training from nothing has no folder yet."""
+    ASSETS.mkdir(exist_ok=True)
+    return ASSETS / f"{name}.safetensors"
+
+
 def install_target(checkpoint: Path) -> None:
     """Write the difference of a run's ``target.pt``, and record what the built model hashes to.
 
@@ -30,7 +37,7 @@ def install_target(checkpoint: Path) -> None:
         checkpoint: from ``training.upcycle.target``.
     """
     layers = torch.load(checkpoint, weights_only=True)["layers"]
-    write_difference(ASSETS / "difference.safetensors", factors(layers))
+    write_difference(_asset("difference"), factors(layers))
     record(shipped())
 
 
@@ -54,19 +61,8 @@ def install_draft(checkpoint: Path, config: Any) -> None:
         config: the dense Llama's.
     """
     state = torch.load(checkpoint, weights_only=True)
-    write_changes(ASSETS / "draft.safetensors", changes(state["layers"], state["units"], config))
+    write_changes(_asset("draft"), changes(state["layers"], state["units"], config))
     record(shipped())
-
-
-_IN_FILE = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def changes(
@@ -76,16 +72,16 @@ def changes(
 
     A file for llama.cpp has the two halves of a head's rotary dimensions side by side.
     """
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {Q: config.num_attention_heads, K: config.num_key_value_heads}
     found = {}
     for name, layer in layers.items():
-        _, _, index, part = name.split(".", 3)
-        kind = _IN_FILE[part]
+        _, _, index, module = name.split(".", 3)
+        part = f"{module}.weight"
         pair = layer["scale"], layer["least"] * units[name]
-        if kind in heads:
-            paired = [p.unflatten(0, (heads[kind], 2, -1)).transpose(1, 2) for p in pair]
+        if part in heads:
+            paired = [p.unflatten(0, (heads[part], 2, -1)).transpose(1, 2) for p in pair]
             pair = paired[0].flatten(0, 2), paired[1].flatten(0, 2)
-        found[f"blk.{index}.{kind}.weight"] = pair
+        found[f"blk.{index}.{LAYER[part]}"] = pair
     return found
 
 
@@ -96,5 +92,5 @@ def install_eagle(head: Path) -> None:
         head: a folder of ``config.json`` and ``model.safetensors``.
     """
     config = json.loads((head / "config.json").read_text())
-    write_head(ASSETS / "eagle.safetensors", load_file(head / "model.safetensors"), config)
+    write_head(_asset("eagle"), load_file(head / "model.safetensors"), config)
     record(shipped())

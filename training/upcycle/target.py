@@ -1,17 +1,16 @@
 """Train the experts' differences and the routers; everything else of the dense model is frozen."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from training.checkpoint import save_checkpoint
 from training.data import TokenStream
 from training.optim import Budget
 from training.upcycle.experts import UpcycledFFN, balance_loss, upcycle
+from training.upcycle.loop import spend
 
 SEED = 22
 SEPARATOR = 0  # <|endoftext|>, between two documents
@@ -19,7 +18,6 @@ SHARES = {"code": 0.45, "docs": 0.2, "chat": 0.35}
 ROWS, LENGTH = 4, 256
 LEARNING_RATE, ROUTER_RATE = 1.5e-3, 1e-3
 BALANCE = 0.02
-CHECKPOINT_SECONDS = 180
 LOSS_CHUNK = 256  # positions whose logits exist at once
 
 
@@ -90,24 +88,9 @@ class Trainer:
 
     def train(self) -> None:
         """Until the budget is spent; a checkpoint every few minutes and at the end."""
-        saved = time.monotonic()
-        with (
-            self.log.open("a") as log,
-            tqdm(total=100.0, bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5) as bar,
-        ):
-            while self.budget.progress < 1.0:
-                loss, balance = self._step()
-                line = f"{self.budget.tokens_done} {self.budget.seconds:.0f} {loss:.4f}"
-                log.write(f"{line} {balance:.4f}\n")
-                log.flush()
-                bar.n = 100 * self.budget.progress
-                bar.set_postfix_str(f"loss {loss:.3f} balance {balance:.2f}")
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self._save()
-                    saved = time.monotonic()
-        self._save()
+        spend(self.budget, self.log, self._step, self._save)
 
-    def _step(self) -> tuple[float, float]:
+    def _step(self) -> dict[str, float]:
         ids = self.stream.batch(ROWS, LENGTH - 1).to(self.model.device)
         loss = losses(self.model, ids)
         balance = balance_loss(self.layers)
@@ -118,7 +101,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.budget.tokens_done += ids.numel()
-        return loss.item(), balance.item()
+        return {"loss": loss.item(), "balance": balance.item()}
 
     def _save(self) -> None:
         state = {

@@ -55,12 +55,11 @@ def _checked(steps: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: they are not what ``quantize`` is called with.
     """
-    names = {"weight_format": str, "group": int | None, "linears": bool}
+    names = {"weight_format": (str,), "group": (int, type(None)), "linears": (bool,)}
     fits = isinstance(steps, list) and all(
         isinstance(step, dict)
         and step.keys() == names.keys()
-        and all(isinstance(value, names[name]) for name, value in step.items())
-        and type(step["group"]) is not bool
+        and all(type(value) in names[name] for name, value in step.items())
         for step in steps
     )
     if not fits:

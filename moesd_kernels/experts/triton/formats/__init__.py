@@ -70,9 +70,8 @@ def matrices(
     if scale is not None:
         scale = scale.contiguous()
         square = WEIGHT_FORMATS[weight_format].scales == "square"
-        group = SQUARE if square else depth // scale.shape[-1]
-        if scale.shape[-1] == 1:  # of a row: kernels count in powers of two
-            group = 1 << (depth - 1).bit_length()
+        # Of a row's one scale it is all of the row; kernels count in powers of two.
+        group = SQUARE if square else 1 << (depth // scale.shape[-1] - 1).bit_length()
     if weight.dtype == torch.float8_e4m3fn and capability < NATIVE_FP8:
         weight = weight.view(torch.uint8)
     bias = None if bias is None else bias.contiguous()
