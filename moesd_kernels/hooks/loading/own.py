@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from moesd_kernels.hooks.quantize import METHOD, quantize
+from moesd_kernels.hooks.packed import SCALE
+from moesd_kernels.hooks.quantize import METHOD, QuantizedExperts, quantize
 
 
 def own_mappings() -> dict[str, dict[str, Any]]:
@@ -36,6 +37,12 @@ def own_mappings() -> dict[str, dict[str, Any]]:
                 for step in config.steps:
                     quantize(model, **step)
 
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            for module in model.modules():
+                if isinstance(module, QuantizedExperts):
+                    _restore_scales(module)
+            return model
+
         def is_serializable(self) -> bool:
             return True
 
@@ -47,6 +54,15 @@ def own_mappings() -> dict[str, dict[str, Any]]:
         "AUTO_QUANTIZATION_CONFIG_MAPPING": {METHOD: OwnConfig},
         "AUTO_QUANTIZER_MAPPING": {METHOD: OwnQuantizer},
     }
+
+
+def _restore_scales(experts: QuantizedExperts) -> None:
+    """Give a scale for a whole row its last axis, of size 1, which transformers 5.17 squeezes."""
+    for name in experts.scale_names:
+        scale = experts._parameters.get(name)
+        weight = experts._parameters.get(name.removesuffix(SCALE))
+        if scale is not None and weight is not None and scale.ndim < weight.ndim:
+            scale.data = scale.data[..., None]
 
 
 def _checked(steps: Any) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def assert_same(model: Any, other: Any) -> None:
         assert tensor.dtype == loaded[name].dtype and torch.equal(tensor, loaded[name]), name
 
 
-@pytest.mark.parametrize("group", [64, None])
+@pytest.mark.parametrize("group", [64, 128, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded(family: str, group: int | None, tmp_path: Path) -> None:
     tables = dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
