@@ -34,6 +34,7 @@ TORCH_LIBRARY(moesd, m) {
         "softmax_topk_router(Tensor x, Tensor w, int top_k, bool renormalize) "
         "-> (Tensor logits, Tensor weights, Tensor ids)");
     m.def("argmax(Tensor x) -> (Tensor ids, Tensor undefined)");
+    m.def("race(Tensor probs, Tensor keys) -> Tensor");
     // Recurrent layers.
     m.def(
         "gated_delta_rule(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, "

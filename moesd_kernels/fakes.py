@@ -53,6 +53,10 @@ def register_fakes() -> None:
         ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
         return ids, x.new_empty(x.shape[:-1], dtype=torch.bool)
 
+    @fake("moesd::race")
+    def _(probs, keys):
+        return probs.new_empty(probs.shape[:-1], dtype=torch.int64)
+
     _register_recurrent(fake)
 
 

@@ -221,6 +221,15 @@ struct ArgmaxArgs {
     RunTeam run;
 };
 
+struct RaceArgs {
+    int64_t rows, width;
+    const float* probs;   // [rows, width]
+    const int64_t* keys;  // [rows]
+    int64_t* ids;         // [rows]
+    int threads;
+    RunTeam run;
+};
+
 // Of recurrent layers: recurrent.h.
 struct DeltaRuleArgs;
 struct StateSpaceArgs;
@@ -241,6 +250,7 @@ struct KernelTable {
     void (*act_and_mul)(const ActArgs&);
     void (*router)(const RouterArgs&);
     void (*argmax)(const ArgmaxArgs&);
+    void (*race)(const RaceArgs&);
     void (*delta_rule)(const DeltaRuleArgs&);
     void (*mamba2)(const StateSpaceArgs&);
     void (*mamba)(const StateSpaceArgs&);

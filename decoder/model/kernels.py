@@ -229,6 +229,13 @@ def sampling_ops(device: torch.device, dtype: torch.dtype) -> Any | None:
 
 
 @functools.cache
+def race_op(device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """``probs [..., V], keys [...] -> tokens [...]`` of exponential races on a CPU, or ``None``."""
+    ops = _cpu_ops(device, dtype) if dtype == torch.float32 else None
+    return None if ops is None else ops.race.default
+
+
+@functools.cache
 def on_gpu(device: torch.device) -> bool:
     """Whether tensors of this device have Triton kernels."""
     if device.type != "cuda":

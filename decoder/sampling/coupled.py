@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from decoder.model import kernels
 from decoder.round import Draft, Verdict
 
 from . import rng
@@ -29,6 +30,9 @@ def race(probs: Tensor, keys: Tensor) -> Tensor:
     Returns:
         ``[...]`` int64; a token of probability 0 is never drawn.
     """
+    in_one = kernels.race_op(probs.device, probs.dtype)
+    if in_one is not None:
+        return in_one(probs, keys)
     return first_argmax(probs / rng.exponential_of(keys, probs.shape[-1]))
 
 

@@ -184,6 +184,20 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.moesd.argmax(x)
 
 
+def race(probs: Tensor, keys: Tensor) -> Tensor:
+    """A draw from each of probs [..., V] fp32 on a CPU, int64 [...]: ``argmax(probs / Exp(1))``.
+
+    The noise of keys [...] int64 is that of ``decoder.sampling.rng``, but for a logarithm's last
+    bits; the lowest place wins among equals, and a probability of 0 never does.
+
+    Args:
+        probs: not negative, with positive mass, not necessarily normalised.
+        keys: 64 random bits for each.
+    """
+    _require()
+    return torch.ops.moesd.race(probs, keys)
+
+
 def _require() -> None:
     reason = unavailable()
     if reason is not None:

@@ -76,6 +76,13 @@ def argmax(d: Draw) -> None:
     assert torch.equal(undefined, top.isnan() | (top == -float("inf")))
 
 
+def race(d: Draw) -> None:
+    T, V = d.among(COUNTS), d.among((*WIDTHS[1:], 5000))
+    probs = d.flat(T, V).float().softmax(-1)
+    tokens = ops.race(probs, torch.randint(-(2**63), 2**63 - 1, (T,)))
+    assert ((tokens >= 0) & (tokens < V)).all()
+
+
 def rotary(d: Draw) -> None:
     T, D = d.among(COUNTS), d.among((2, 6, 8, 16, 22, 32, 64, 96, 128, 576))
     q_heads, kv_heads, rows = d.among((1, 3, 5, 8)), d.among((1, 2, 5)), T + 3
@@ -235,8 +242,8 @@ def layers(d: Draw) -> None:
         assert torch.equal(all_of_them[-1:], alone)
 
 
-OPS = (*LINEAR, norms, activations, router, argmax, rotary, attention, experts, stored_experts)
-OPS += (layers, *RECURRENT)
+OPS = (*LINEAR, norms, activations, router, argmax, race, rotary, attention, experts)
+OPS += (stored_experts, layers, *RECURRENT)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 // header.
 #pragma once
 
-#include "../kernels/argmax_kernel.h"
 #include "../kernels/attention_kernel.h"
 #include "../kernels/experts_kernel.h"
 #include "../kernels/int8/experts_int8_kernel.h"
@@ -14,6 +13,8 @@
 #include "../kernels/recurrent/state_space_kernel.h"
 #include "../kernels/rope_kernel.h"
 #include "../kernels/row_kernels.h"
+#include "../kernels/sampling/argmax_kernel.h"
+#include "../kernels/sampling/race_kernel.h"
 #if defined(MOESD_AMX)
 #include "amx/product.h"
 #elif defined(MOESD_AVX512_BF16)
@@ -57,6 +58,7 @@ constexpr KernelTable make_table(const char* name) {
             run_for_dtype<ActKernel, ActArgs>,
             run_for_dtype<RouterKernel, RouterArgs>,
             run_for_dtype<ArgmaxKernel, ArgmaxArgs>,
+            [](const RaceArgs& args) { RaceKernel(args).run(); },
             run_for_dtype<DeltaRuleKernel, DeltaRuleArgs>,
             run_for_dtype<Mamba2Kernel, StateSpaceArgs>,
             run_for_dtype<MambaKernel, StateSpaceArgs>,

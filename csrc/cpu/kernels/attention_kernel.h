@@ -12,6 +12,8 @@ namespace moesd::MOESD_ISA {
 
 // `Rows` is an AttentionRows with start() and add_block(): the (query, head) rows of one pass over
 // the keys. A work item is a span of up to span_ queries of one sequence with one of its key heads.
+// A thread takes one, or all of a sequence where sequences are many and short: what prefetchers
+// bring of the neighbouring heads is then in the second-level cache that looks for it.
 template <class W, class Rows>
 class RaggedAttention {
     static constexpr int kMaxRows = Rows::kMax;
@@ -24,29 +26,47 @@ public:
           // Sharing a pass over the keys is worth less than an idle thread.
           span_(a.batch * a.kv_heads < a.threads ? 1 : kMaxRows / heads_),
           spans_((a.queries + span_ - 1) / span_),
-          items_(a.batch * a.kv_heads * spans_) {}
+          run_(takes_sequences() ? a.kv_heads * spans_ : 1),
+          runs_(a.batch * a.kv_heads * spans_ / run_) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<RaggedAttention*>(self)->work(); }, this);
     }
 
 private:
+    // Keys and values of a sequence that a second-level cache holds beside much else.
+    static constexpr int64_t kSequenceBytes = 512 << 10;
+
+    bool takes_sequences() const {
+        if (a_.batch < 4 * a_.threads) return false;
+        int64_t longest = 0;
+        for (int64_t i = 0; i < a_.batch * a_.queries; ++i) {
+            longest = a_.positions[i] > longest ? a_.positions[i] : longest;
+        }
+        const int64_t values = a_.kv_heads * (a_.head_dim + a_.value_dim);
+        return (longest + 1) * values * static_cast<int64_t>(sizeof(W)) <= kSequenceBytes;
+    }
+
     void work() {
         Rows rows(a_);
-        for (int64_t i; (i = items_.take()) < items_.total;) {
-            const int64_t h = i / spans_ % a_.kv_heads, b = i / spans_ / a_.kv_heads;
-            const int64_t start = i % spans_ * span_;
-            const int64_t end = start + span_ < a_.queries ? start + span_ : a_.queries;
-            for (int64_t g = 0; g < group_; g += heads_) {
-                rows.heads = static_cast<int>(group_ - g < heads_ ? group_ - g : heads_);
-                for (int64_t j = start; j < end; j += rows.queries) {
-                    rows.queries = 1;
-                    while (j + rows.queries < end &&
-                           first_position(b, j) == first_position(b, j + rows.queries)) {
-                        ++rows.queries;
-                    }
-                    attend(b, j, h, h * group_ + g, rows);
+        for (int64_t run; (run = runs_.take()) < runs_.total;) {
+            for (int64_t i = run * run_; i < (run + 1) * run_; ++i) attend_span(i, rows);
+        }
+    }
+
+    void attend_span(int64_t item, Rows& rows) const {
+        const int64_t h = item / spans_ % a_.kv_heads, b = item / spans_ / a_.kv_heads;
+        const int64_t start = item % spans_ * span_;
+        const int64_t end = start + span_ < a_.queries ? start + span_ : a_.queries;
+        for (int64_t g = 0; g < group_; g += heads_) {
+            rows.heads = static_cast<int>(group_ - g < heads_ ? group_ - g : heads_);
+            for (int64_t j = start; j < end; j += rows.queries) {
+                rows.queries = 1;
+                while (j + rows.queries < end &&
+                       first_position(b, j) == first_position(b, j + rows.queries)) {
+                    ++rows.queries;
                 }
+                attend(b, j, h, h * group_ + g, rows);
             }
         }
     }
@@ -94,7 +114,8 @@ private:
 
     const AttentionArgs& a_;
     const int64_t group_, heads_, span_, spans_;
-    Counter items_;
+    const int64_t run_;  // items that a thread takes at a time
+    Counter runs_;
 };
 
 template <class W>

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "row_kernels.h"
+#include "../row_kernels.h"
 
 namespace moesd::MOESD_ISA {
 
