@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from decoder.model import kernels
 from decoder.model.loading import context_length
 from decoder.round import Draft, StepState
 
@@ -38,15 +39,22 @@ class IndependentDrafter:
         model: a transformers causal LM in evaluation mode.
         tokenizer: of the draft model, to compare vocabularies; optional when sizes are equal.
         target_tokenizer: of the target.
+        hasten: let our kernels run the model, in other numbers where those are sooner multiplied;
+            for a model that nobody else has.
     """
 
     name = "independent"
     hidden_layers: tuple[int, ...] | None = None
 
     def __init__(
-        self, model: Any, tokenizer: Any | None = None, target_tokenizer: Any | None = None
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        target_tokenizer: Any | None = None,
+        hasten: bool = False,
     ) -> None:
         self.model = model
+        self._hasten = hasten
         self._tokenizers = (target_tokenizer, tokenizer)
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
@@ -54,6 +62,8 @@ class IndependentDrafter:
 
         draft_size = self.model.get_output_embeddings().weight.shape[0]
         require_same_vocabulary(sampler.vocab_size, draft_size, *self._tokenizers)
+        if self._hasten:
+            kernels.accelerate(kernels.hastened(self.model, runner.max_batch_size))
         self._limit = usable_length("draft model", context_length(self.model), runner.max_length)
         self.runner = ModelRunner(
             self.model,

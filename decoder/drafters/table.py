@@ -87,7 +87,7 @@ class DrafterKind:
 
 
 def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter:
-    from decoder.model.kernels import accelerate, gguf_file, hastened, quantized
+    from decoder.model.kernels import accelerate, gguf_file, quantized
     from decoder.model.support import hidden_dtype
 
     from .independent import IndependentDrafter
@@ -107,10 +107,10 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
         raise UserError(f"draft must be a path or a causal LM, got {type(draft).__name__}")
     if options.weight_format is not None:  # a model that was given stays its owner's
         draft = quantized(copy.deepcopy(draft) if loaded else draft, options.weight_format)
-    if options.kernels:
-        own = not loaded or options.weight_format is not None
-        accelerate(hastened(draft) if own else draft)
-    return _with_lookup(IndependentDrafter(draft, tokenizer, options.tokenizer), options)
+    hasten = options.kernels and (not loaded or options.weight_format is not None)
+    if options.kernels and not hasten:
+        accelerate(draft)
+    return _with_lookup(IndependentDrafter(draft, tokenizer, options.tokenizer, hasten), options)
 
 
 def _make_eagle(draft: Any, target: Any, options: DraftOptions) -> Drafter:

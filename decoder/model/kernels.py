@@ -25,6 +25,7 @@ ATTENTION: tuple[str, ...] = get_args(AttentionName)
 
 QUANTIZED = ("int8", "int4")  # weight formats that plain weights can be turned into
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS_FOR_TILES = 8  # from which on a draft's int8 rows take less time than four-bit groups
 
 
 def accelerate(model: torch.nn.Module, batch_invariant: bool = False) -> bool:
@@ -85,10 +86,21 @@ def multiplies_integers() -> bool:
     return cpu_isa() in ("avx512_bf16", "amx")
 
 
-def hastened(draft: torch.nn.Module) -> torch.nn.Module:
-    """``draft``, rounding its inputs where that pays: what it proposes is verified all the same."""
+def hastened(draft: torch.nn.Module, rows: int) -> torch.nn.Module:
+    """``draft``, in numbers that steps of ``rows`` tokens take least time with.
+
+    What it proposes is verified all the same. Packed weights may be given inputs of eight bits, or
+    be stored anew; plain ones stay as they are.
+    """
+    if not multiplies_integers():
+        return draft
     with suppress(UserError):
-        return with_int8_activations(draft) if multiplies_integers() else draft
+        draft = with_int8_activations(draft)
+    if cpu_isa() == "amx" and rows >= _ROWS_FOR_TILES:
+        from moesd_kernels.hooks.int8_rows import store_as_int8_rows
+
+        with suppress(ValueError):
+            draft = store_as_int8_rows(draft)
     return draft
 
 

@@ -64,7 +64,8 @@ def draft_of(
 
     ``"auto"`` is the draft model. On a CPU that multiplies integers (AVX-512-VNNI), in bf16 and on
     our kernels it runs from its GGUF file: a step reads the file's blocks, about a third of the
-    bytes of the same weights in bf16. Everything else takes the folder of plain weights.
+    bytes of the same weights in bf16, or int8 made of them where a batch fills AMX tiles.
+    Everything else takes the folder of plain weights.
 
     Args:
         drafter: its name.

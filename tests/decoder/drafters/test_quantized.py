@@ -77,6 +77,13 @@ def flags(model: Any) -> set[bool]:
     return {m.int8_activations for m in model.modules() if isinstance(m, QuantizedLinear)}
 
 
+def model_of(target: Any, draft: Any, rows: int = 3, **options: Any) -> Any:
+    """The draft's model as a decoder of ``rows`` sequences runs it."""
+    drafter: Any = build_drafter("independent", target, draft, DraftOptions(**options))
+    SpeculativeDecoder(target, drafter, 3, max_batch_size=rows, max_length=128)
+    return drafter.model
+
+
 def small(**changes: Any) -> Any:
     return tiny_model("llama", **SIZES | {"intermediate_size": 96} | changes)
 
@@ -95,10 +102,8 @@ def test_drafts_that_are_quantised_here_round_their_activations(
 ) -> None:
     """Read from a folder, or a copy of one that was given, which stays what it was."""
     target, given = small(), small(num_hidden_layers=1)
-    options = DraftOptions(weight_format=weight_format)
     for draft in (folder, given):
-        drafter: Any = build_drafter("independent", target, draft, options)
-        assert flags(drafter.model) == {True}
+        assert flags(model_of(target, draft, weight_format=weight_format)) == {True}
     assert flags(given) == flags(target) == set()
 
 
@@ -106,9 +111,28 @@ def test_where_integers_take_longer_nothing_is_rounded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "multiplies_integers", lambda: False)
-    options = DraftOptions(weight_format="int4")
-    drafter: Any = build_drafter("independent", small(), folder, options)
-    assert flags(drafter.model) == {False}
+    assert flags(model_of(small(), folder, rows=16, weight_format="int4")) == {False}
+
+
+@pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize(
+    ("isa", "rows", "anew"), [("amx", 8, True), ("amx", 7, False), ("avx512_bf16", 8, False)]
+)
+def test_tiles_are_given_rows_of_int8(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, isa: str, rows: int, anew: bool
+) -> None:
+    """Where a batch fills them; groups are of 32."""
+    monkeypatch.setattr(kernels, "cpu_isa", lambda: isa)
+    model = model_of(small(), folder, rows, weight_format="int4")
+    kinds = {
+        (m.weight_format, m.weight_scale.shape[1])
+        for m in model.modules()
+        if isinstance(m, QuantizedLinear)
+    }
+    assert kinds == ({("int8", 1)} if anew else {("int4", 2), ("int4", 3), ("int4", 4)})
+    assert flags(model) == {not anew}
+    target = small()
+    assert outputs(target, folder, 3, weight_format="int4") == outputs(target)
 
 
 @pytest.mark.usefixtures("integers")
@@ -121,22 +145,17 @@ def test_a_draft_of_ggufs_blocks_rounds_where_they_are_integers(
     file = tmp_path / "draft.gguf"
     gguf_file.write_gguf(file, "llama", {"": kind}, metadata=no_tokens, layers=1)
     target = small()
-    drafter: Any = build_drafter("independent", target, file)
-    assert flags(drafter.model) == {rounds}
+    assert flags(model_of(target, file)) == {rounds}
     assert outputs(target, file, 3) == outputs(target)
 
 
 def test_a_draft_that_was_given_is_left_as_it_is(folder: Path) -> None:
     """As is one that is run without our kernels."""
     target, given = small(), quantize(small(num_hidden_layers=1), "int4")
-    drafter: Any = build_drafter("independent", target, given)
-    assert drafter.model is given and flags(given) == {False}
+    assert model_of(target, given, rows=8) is given and flags(given) == {False}
     use_int8_activations(given)
-    drafter = build_drafter("independent", target, given)
-    assert drafter.model is given and flags(given) == {True}
-    options = DraftOptions(weight_format="int8", kernels=False)
-    drafter = build_drafter("independent", target, folder, options)
-    assert flags(drafter.model) == {False}
+    assert model_of(target, given, rows=8) is given and flags(given) == {True}
+    assert flags(model_of(target, folder, weight_format="int8", kernels=False)) == {False}
 
 
 @pytest.mark.usefixtures("integers")
