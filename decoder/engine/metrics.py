@@ -49,8 +49,13 @@ class DecoderStats:
         return cls(offload=None if store is None else store.begin())
 
     def mean_output(self, otherwise: float) -> float:
-        """Mean tokens of a finished output; ``otherwise`` before the first one."""
-        return self.tokens / self.sequences if self.sequences else otherwise
+        """Tokens to expect of an output; ``otherwise`` before the first one has finished.
+
+        All tokens so far by finished outputs. Of those that run together the short ones finish
+        first, and a mean of finished ones alone would be theirs.
+        """
+        emitted = self.accepted + self.row_rounds
+        return 1 + emitted / self.sequences if self.sequences else otherwise
 
     def mean_rounds(self, otherwise: float) -> float:
         """Mean rounds of a finished output; ``otherwise`` before the first one."""

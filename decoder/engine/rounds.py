@@ -101,7 +101,8 @@ class Rounds:
         self, sequences: Sequence[ActiveSequence], controller: Controller, stats: DecoderStats
     ) -> None:
         seconds = self._clock.stop()
-        expected = sum(stats.mean_output(sequence.remaining) for sequence in sequences)
+        lengths = (sequence.remaining for sequence in sequences)
+        expected = sum(min(stats.mean_output(length), length) for length in lengths)
         stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
         admitted = partial(controller.admitted, expected, seconds["draft"])
         self._tolerance.call("the controller's admitted", admitted, None)

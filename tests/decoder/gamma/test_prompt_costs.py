@@ -2,6 +2,7 @@
 
 import pytest
 
+from decoder.engine.metrics import DecoderStats
 from decoder.gamma.auto import AutoGamma
 from decoder.gamma.step_cost import MeasuredCost
 
@@ -46,3 +47,13 @@ def test_prompts_that_an_idle_drafter_reads_as_well_are_no_cost_of_drafting() ->
     for _ in range(4):
         controller.admitted(80.0, 20.0)
     assert run(controller, 100)[-1] > 0
+
+
+def test_outputs_that_still_run_count_for_the_length_to_expect() -> None:
+    """Of 16 outputs of 100 tokens and one of 8, the short one finishes first."""
+    stats = DecoderStats()
+    assert stats.mean_output(256.0) == 256.0
+    for _ in range(7):
+        stats.observe(0, [0] * 17, [0] * 17, {"verify": 1.0})
+    stats.sequences, stats.tokens = 1, 8
+    assert stats.mean_output(256.0) == 1 + 7 * 17
