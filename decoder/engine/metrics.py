@@ -48,14 +48,14 @@ class DecoderStats:
         store = store_of(target)
         return cls(offload=None if store is None else store.begin())
 
-    def mean_output(self, otherwise: float) -> float:
-        """Tokens to expect of an output; ``otherwise`` before the first one has finished.
+    def output_to_expect(self, most: float) -> float:
+        """Tokens to expect of an output that has ``most`` at most.
 
         All tokens so far by finished outputs. Of those that run together the short ones finish
         first, and a mean of finished ones alone would be theirs.
         """
         emitted = self.accepted + self.row_rounds
-        return 1 + emitted / self.sequences if self.sequences else otherwise
+        return min(1 + emitted / self.sequences, most) if self.sequences else most
 
     def mean_rounds(self, otherwise: float) -> float:
         """Mean rounds of a finished output; ``otherwise`` before the first one."""

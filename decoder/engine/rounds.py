@@ -101,8 +101,7 @@ class Rounds:
         self, sequences: Sequence[ActiveSequence], controller: Controller, stats: DecoderStats
     ) -> None:
         seconds = self._clock.stop()
-        lengths = (sequence.remaining for sequence in sequences)
-        expected = sum(min(stats.mean_output(length), length) for length in lengths)
+        expected = sum(stats.output_to_expect(sequence.remaining) for sequence in sequences)
         stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
         admitted = partial(controller.admitted, expected, seconds["draft"])
         self._tolerance.call("the controller's admitted", admitted, None)

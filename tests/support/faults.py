@@ -31,7 +31,7 @@ BATCH = {
         "_rounds.batch": ("take_rows", "write_prompts", "append", "advance", "remove"),
         "_rounds._clock": ("start", "mark", "stop"),
         "controller": ("choose", "observe", "admitted"),
-        "DecoderStats": ("observe", "mean_output"),
+        "DecoderStats": ("observe", "output_to_expect"),
         "verification": ("token_logprobs",),
     }.items()
     for method in methods

@@ -52,8 +52,9 @@ def test_prompts_that_an_idle_drafter_reads_as_well_are_no_cost_of_drafting() ->
 def test_outputs_that_still_run_count_for_the_length_to_expect() -> None:
     """Of 16 outputs of 100 tokens and one of 8, the short one finishes first."""
     stats = DecoderStats()
-    assert stats.mean_output(256.0) == 256.0
+    assert stats.output_to_expect(256.0) == 256.0
     for _ in range(7):
         stats.observe(0, [0] * 17, [0] * 17, {"verify": 1.0})
     stats.sequences, stats.tokens = 1, 8
-    assert stats.mean_output(256.0) == 1 + 7 * 17
+    assert stats.output_to_expect(256.0) == 1 + 7 * 17
+    assert stats.output_to_expect(100.0) == 100.0
