@@ -25,7 +25,6 @@ ATTENTION: tuple[str, ...] = get_args(AttentionName)
 
 QUANTIZED = ("int8", "int4")  # weight formats that plain weights can be turned into
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ROWS_FOR_TILES = 8  # from which on a draft's int8 rows take less time than four-bit groups
 
 
 def accelerate(model: torch.nn.Module, batch_invariant: bool = False) -> bool:
@@ -96,11 +95,10 @@ def hastened(draft: torch.nn.Module, rows: int) -> torch.nn.Module:
         return draft
     with suppress(UserError):
         draft = with_int8_activations(draft)
-    if cpu_isa() == "amx" and rows >= _ROWS_FOR_TILES:
-        from moesd_kernels.hooks.int8_rows import store_as_int8_rows
+    if cpu_isa() == "amx":
+        from moesd_kernels.hooks.int8_rows import suit_tiles
 
-        with suppress(ValueError):
-            draft = store_as_int8_rows(draft)
+        draft = suit_tiles(draft, rows)
     return draft
 
 

@@ -1,7 +1,8 @@
-"""``store_as_int8_rows``: packed linear layers stored anew, for a processor with tiles."""
+"""Packed linear layers as a processor with tiles likes them: rows of int8."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TypeVar
 
 from torch import nn
@@ -9,6 +10,22 @@ from torch import nn
 from moesd_kernels.formats import WEIGHT_FORMATS, QuantizedLinear, quantize
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_ROWS = 8  # of activations, from which on rows of int8 take less time than four-bit groups
+
+
+def suit_tiles(model: Model, rows: int) -> Model:
+    """Let packed linear layers take tiles least time at ``rows`` rows; returns ``model``.
+
+    Rows of int8 do not round their activations to eight bits: tiles take sixteen in less time.
+    """
+    if rows >= _ROWS:
+        with suppress(ValueError):
+            store_as_int8_rows(model)
+    for module in model.modules():
+        if type(module) is QuantizedLinear and _has_rows(module):
+            module.int8_activations = False
+    return model
 
 
 def store_as_int8_rows(model: Model) -> Model:

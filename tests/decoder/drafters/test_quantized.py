@@ -136,6 +136,21 @@ def test_tiles_are_given_rows_of_int8(
 
 
 @pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize("again", [2, 16])
+def test_a_second_decoder_finds_rows_of_int8_as_they_were(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, again: int
+) -> None:
+    """As do rows that were a draft's own: none of them round their activations on tiles."""
+    monkeypatch.setattr(kernels, "cpu_isa", lambda: "amx")
+    drafter: Any = build_drafter("independent", small(), folder, DraftOptions(weight_format="int8"))
+    for rows in (16, again):
+        SpeculativeDecoder(small(), drafter, 3, max_batch_size=rows, max_length=128)
+        assert flags(drafter.model) == {False}
+    quantize(small(num_hidden_layers=1), "int8", group=None).save_pretrained(folder)
+    assert flags(model_of(small(), folder, again)) == {False}
+
+
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize(("kind", "rounds"), [("q4_0", True), ("q4_k", True), ("q6_k", False)])
 def test_a_draft_of_ggufs_blocks_rounds_where_they_are_integers(
     tmp_path: Path, kind: str, rounds: bool
