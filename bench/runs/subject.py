@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from decoder.drafters.heads.eagle_config import EagleCheckpoint
 from decoder.drafters.independent import IndependentDrafter
 from decoder.engine.profile_rounds import RoundLog
 from decoder.sampling.sampler import VerifierName
-from moesd_kernels import accelerate
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,5 +74,6 @@ def drafter_for(subject: Subject) -> Any:
     elif isinstance(subject.draft, EagleCheckpoint):
         draft = EagleDrafter(subject.draft, kernels=True)
     elif subject.draft is not None:
-        draft = IndependentDrafter(accelerate(subject.draft))
+        # The batch size decides what a packed draft becomes, so each decoder has its own.
+        draft = IndependentDrafter(copy.deepcopy(subject.draft), hasten=True)
     return draft if subject.alpha is None else ReplayDrafter(subject.alpha, cost=draft)
