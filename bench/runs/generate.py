@@ -22,6 +22,7 @@ from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.independent import IndependentDrafter
+from decoder.model.kernels import with_int8_activations
 from moesd_kernels import accelerate, quantize
 
 VOCAB_SIZE = 4096  # of random prompts
@@ -48,6 +49,7 @@ class Settings:
         llama_cpp: folder of llama.cpp's programs, which is then a peer, or None.
         gguf: the file it runs on.
         weight_format: our target is quantised to, "int8" or "int4"; peers keep theirs.
+        int8_activations: whether our target's quantised layers round their inputs to eight bits.
     """
 
     pair: TrainedPair | None
@@ -66,6 +68,7 @@ class Settings:
     llama_cpp: Path | None = None
     gguf: Path | None = None
     weight_format: str = PLAIN
+    int8_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.llama_cpp and self.gguf is None:
@@ -84,6 +87,8 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     target = _target(settings)
     if settings.weight_format != PLAIN:
         quantize(target, settings.weight_format)
+    if settings.int8_activations:
+        with_int8_activations(target)
     variants: dict[str, Run] = {"ours": _ours(settings, target, prompts, None)}
     for name, gamma in _speculative(settings).items():
         variants[name] = _ours(settings, target, prompts, gamma)
@@ -145,13 +150,14 @@ def _common_fields(settings: Settings, prompts: list[list[int]]) -> dict[str, An
 
 
 def _weight_fields(settings: Settings, name: str) -> dict[str, Any]:
-    """How a variant's weights are stored: as in its file, where it runs on one."""
-    ours = settings.pair.target if settings.pair else None
-    file = settings.gguf if name == LLAMA_CPP else ours
+    """How a variant's weights are stored, as in its file where it runs on one, and multiplied."""
+    target, ours = settings.pair.target if settings.pair else None, name in _ours_of(settings)
+    file = settings.gguf if name == LLAMA_CPP else target
+    rounding = {"int8_activations": True} if ours and settings.int8_activations else {}
     if file is None or file.suffix != ".gguf":
-        return {"weight_format": settings.weight_format if name in _ours_of(settings) else PLAIN}
+        return {"weight_format": settings.weight_format if ours else PLAIN} | rounding
     contents = contents_of(file)
-    return {"weight_format": contents.weight_format, "gguf": contents._asdict()}
+    return {"weight_format": contents.weight_format, "gguf": contents._asdict()} | rounding
 
 
 def _ours_of(settings: Settings) -> set[str]:

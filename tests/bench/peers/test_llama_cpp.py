@@ -118,6 +118,22 @@ def test_ours_at_several_gammas_beside_it_in_one_run(folder, capsys):
     assert "llama.cpp" in capsys.readouterr().out
 
 
+def test_our_inputs_of_eight_bits_are_said_in_our_lines_alone(folder, capsys):
+    pytest.importorskip("gguf")
+    out = folder / "lines.jsonl"
+    flags = ["--preset=embedded", "--drafter=ngram", "--batch-sizes=1", "--new-tokens=4"]
+    flags += ["--rounds=1", "--gamma=1", "--no-transformers", "--device=cpu", f"--out={out}"]
+    flags += [f"--llama-cpp={folder}", f"--gguf={folder / 'm.gguf'}", "--int8-activations"]
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "def add(a, b):"}))
+    flags.append(f"--prompts={folder / 'prompts.jsonl'}")
+    write_gguf(load_model(embedded.target_path(), device="cpu"), folder / "m.gguf")
+    assert main(["generate", *flags]) == 2
+    assert "activations stay as they are" in capsys.readouterr().err  # those of plain weights
+    assert main(["generate", *flags, "--weight-format=int8"]) == 0
+    rounding = {line["variant"]: "int8_activations" in line for line in read_lines([out])}
+    assert rounding == {"ours": True, "ours speculative": True, "llama.cpp": False}
+
+
 def test_a_file_is_named_after_what_most_of_its_experts_are(tmp_path):
     gguf = pytest.importorskip("gguf")
     import numpy as np
