@@ -113,6 +113,21 @@ def test_weights_and_scales_may_begin_anywhere(name):
         assert torch.equal(again, expected)
 
 
+def test_every_exponent_of_mxfp4():
+    """Powers of two from the least to the largest, and the one that is NaN."""
+    rows, groups = 33, 255
+    codes = torch.full((rows, groups * 16), 0x77, dtype=torch.uint8)  # all 6
+    scale = ((torch.arange(groups) + 7 * torch.arange(rows)[:, None]) % 255).to(torch.uint8)
+    x = torch.eye(groups).repeat_interleave(32, 1) * 127
+    for exponents in (scale, scale.flip(1)):
+        out = rounding(x, codes, exponents, "mxfp4")
+        expected = 127 * 6 * 32 * torch.exp2(exponents.T.double() - 127)
+        assert torch.equal(out, expected.float())
+    scale[5, 3] = 255
+    out = rounding(x, codes, scale, "mxfp4")
+    assert out[:, 5].isnan().all() and out.isnan().sum() == groups
+
+
 @pytest.mark.parametrize("groups", [1, 3, 5, 25])
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_an_odd_number_of_scales_in_a_row(name, groups):

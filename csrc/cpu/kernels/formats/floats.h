@@ -42,9 +42,11 @@ public:
                                                           12, 11, 10, 9,  8,  6,  4,  0};
     static constexpr int kMiddle = 12;
     static constexpr bool kHasLeast = false;
+    using Scale = uint8_t;  // the exponent
     const uint8_t* packed(const Place& at) const { return codes(at); }
+    const uint8_t* scale(const Place& at) const { return scales_ + at.k / kRun; }
     void scale_to(const Place& at, float* scale, float* least) const {
-        *scale = 0.5f * power(scales_[at.k / kRun]), *least = 0.0f;
+        *scale = 0.5f * power(*this->scale(at)), *least = 0.0f;
     }
 
 private:

@@ -44,23 +44,34 @@ public:
                 const __m512i both = _mm512_i32gather_epi32(rows_, scale, 1);
                 store(scales, widened_halves(both));
                 if (Format::kHasLeast) store(leasts, widened_halves(_mm512_srli_epi32(both, 16)));
+            } else if constexpr (std::is_same_v<typename Format::Scale, bf16>) {
+                store(scales, _mm512_castsi512_ps(_mm512_slli_epi32(from(scale), 16)));
             } else {
-                store(scales, bf16_at(scale));
+                store(scales, powers(_mm512_and_si512(from(scale), _mm512_set1_epi32(255))));
             }
         }
     }
 
 private:
-    Vec bf16_at(const uint8_t* scale) const {
+    // Half of the powers that Mxfp4 has scales for.
+    static Vec powers(__m512i exponents) {
+        const __m512i least = _mm512_set1_epi32(0x00400000), nan = _mm512_set1_epi32(0x7fc00000);
+        __m512i bits = _mm512_slli_epi32(exponents, 23);
+        bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponents, exponents), least);
+        const __mmask16 is_last = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(255));
+        bits = _mm512_mask_mov_epi32(bits, is_last, nan);
+        return mul(splat(0.5f), _mm512_castsi512_ps(bits));
+    }
+
+    // Of each row the aligned four bytes that hold what is at `scale` of the first row, moved down
+    // to where it begins.
+    __m512i from(const uint8_t* scale) const {
         const auto misaligned = static_cast<int32_t>(reinterpret_cast<uintptr_t>(scale) % 4);
         const __m512i places = _mm512_add_epi32(rows_, _mm512_set1_epi32(misaligned));
-        const __m512i two = _mm512_set1_epi32(2);
+        const __m512i three = _mm512_set1_epi32(3);
         const __m512i words =
-            _mm512_i32gather_epi32(_mm512_andnot_si512(two, places), scale - misaligned, 1);
-        const __mmask16 is_high = _mm512_test_epi32_mask(places, two);
-        const __m512i high = _mm512_and_si512(words, _mm512_set1_epi32(~0xffff));
-        return _mm512_castsi512_ps(
-            _mm512_mask_mov_epi32(_mm512_slli_epi32(words, 16), is_high, high));
+            _mm512_i32gather_epi32(_mm512_andnot_si512(three, places), scale - misaligned, 1);
+        return _mm512_srlv_epi32(words, _mm512_slli_epi32(_mm512_and_si512(places, three), 3));
     }
 
     const __m512i rows_;
