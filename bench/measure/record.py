@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("csrc", "moesd_kernels", "decoder", "bench")
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 LIBRARIES = ("torch", "transformers", "triton", "numpy", "scipy")
+VARIABLES = ("MOESD_CPU_ISA", "THP_MEM_ALLOC_ENABLE")  # that change what a command measures
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
@@ -67,6 +69,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     return {
         "device": device_name(device),
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -74,7 +77,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": git_commit(),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": " ".join([*variables, "python -m bench", *sys.argv[1:]]),
     }
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import takewhile
 
 from bench.pictures.style import Lines
 
 
 def runs_of(lines: Lines) -> list[Lines]:
-    """Lines of one commit and sub-command each, in the order of their first lines."""
+    """Lines of one commit, environment and sub-command each, in the order of their first lines."""
     runs: dict[tuple[str, str], Lines] = defaultdict(list)
     for line in lines:
         words = line["env"]["command"].split()
-        runs[line["env"]["commit"], " ".join(words[:4])].append(line)
+        variables = len(list(takewhile(lambda word: "=" in word, words)))
+        runs[line["env"]["commit"], " ".join(words[: variables + 4])].append(line)
     return list(runs.values())
 
 

@@ -12,8 +12,9 @@ import torch
 from support.tiny import save_tokenizer
 from transformers import AutoTokenizer
 
-from bench.measure.record import Recorder, git_commit, read_lines, sources_digest
+from bench.measure.record import Recorder, environment, git_commit, read_lines, sources_digest
 from bench.measure.timer import interleaved, summarize
+from bench.page.runs import runs_of
 from bench.workloads.prompts import load_prompts, prompt_tokens, random_prompts
 from bench.workloads.routing import ROUTINGS, distinct_experts, route
 from bench.workloads.shapes import Shape, parse_shape
@@ -27,6 +28,19 @@ def test_a_line_carries_its_environment_and_reads_back(tmp_path):
     (line,) = read_lines([tmp_path], "kernel")
     assert line["T"] == 4
     assert {"device", "threads", "versions", "commit", "command"} <= line["env"].keys()
+
+
+def test_a_command_names_the_variables_that_change_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "generate", "--gamma", "4"])
+    monkeypatch.delenv("MOESD_CPU_ISA", raising=False)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    command = "THP_MEM_ALLOC_ENABLE=1 python -m bench generate --gamma 4"
+    assert environment()["command"] == command
+    lines = [{"env": {"commit": "a", "command": f"{c} --B 8"}} for c in (command, command[23:])]
+    assert command[23:].startswith("python") and runs_of([*lines, lines[0]]) == [
+        [lines[0], lines[0]],
+        [lines[1]],
+    ]
 
 
 def test_a_copy_without_its_repository_is_known_by_its_sources(monkeypatch):
