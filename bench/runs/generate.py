@@ -153,7 +153,8 @@ def _common_fields(settings: Settings, prompts: list[list[int]]) -> dict[str, An
 
 def _weight_fields(settings: Settings, name: str) -> dict[str, Any]:
     """How a variant's weights are stored, as in its file where it runs on one, and multiplied."""
-    target, ours = settings.pair.target if settings.pair else None, name in _ours_of(settings)
+    target = settings.pair.target if settings.pair else None
+    ours = name in _ours_of(settings)
     file = settings.gguf if name == LLAMA_CPP else target
     rounding = {"int8_activations": True} if ours and settings.int8_activations else {}
     if file is None or file.suffix != ".gguf":

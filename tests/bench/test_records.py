@@ -34,13 +34,12 @@ def test_a_command_names_the_variables_that_change_it(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", "generate", "--gamma", "4"])
     monkeypatch.delenv("MOESD_CPU_ISA", raising=False)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
-    command = "THP_MEM_ALLOC_ENABLE=1 python -m bench generate --gamma 4"
-    assert environment()["command"] == command
-    lines = [{"env": {"commit": "a", "command": f"{c} --B 8"}} for c in (command, command[23:])]
-    assert command[23:].startswith("python") and runs_of([*lines, lines[0]]) == [
-        [lines[0], lines[0]],
-        [lines[1]],
-    ]
+    plain = "python -m bench generate --gamma 4"
+    huge = f"THP_MEM_ALLOC_ENABLE=1 {plain}"
+    assert environment()["command"] == huge
+    without, first = ({"env": {"commit": "a", "command": command}} for command in (plain, huge))
+    again = {"env": {"commit": "a", "command": f"{huge} --B 8"}}
+    assert runs_of([first, without, again]) == [[first, again], [without]]
 
 
 def test_a_copy_without_its_repository_is_known_by_its_sources(monkeypatch):

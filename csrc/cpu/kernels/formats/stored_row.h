@@ -9,7 +9,8 @@
 // a run's codes begin, packed(place); kMiddle, which is taken from a code; and
 // scale_to(place, scale, least), by which a weight is scale * integer + least, the latter zero
 // unless kHasLeast. Where a code stands for another integer, kIntegers has those. Where the scale
-// is a number of type Scale, and a least the number after it, they lie at scale(place).
+// is a number of type Scale, or the exponent of a power of two if that is uint8_t, and a least the
+// number after it, they lie at scale(place).
 //
 // A decoded weight is its format's definition in fp32 arithmetic, step by step and without fused
 // operations, rounded once to X: what moesd_kernels/formats gives. (Where AVX-512-BF16 rounds

@@ -53,14 +53,12 @@ public:
     }
 
 private:
-    // Half of the powers that Mxfp4 has scales for.
+    // Mxfp4's scale_to of these exponents.
     static Vec powers(__m512i exponents) {
-        const __m512i least = _mm512_set1_epi32(0x00400000), nan = _mm512_set1_epi32(0x7fc00000);
-        __m512i bits = _mm512_slli_epi32(exponents, 23);
-        bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponents, exponents), least);
-        const __mmask16 is_last = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(255));
-        bits = _mm512_mask_mov_epi32(bits, is_last, nan);
-        return mul(splat(0.5f), _mm512_castsi512_ps(bits));
+        const __m512i powers_of_two = _mm512_sub_epi32(exponents, _mm512_set1_epi32(127));
+        const Vec halves = _mm512_scalef_ps(splat(0.5f), _mm512_cvtepi32_ps(powers_of_two));
+        const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(255));
+        return _mm512_mask_mov_ps(halves, is_nan, splat(__builtin_nanf("")));
     }
 
     // Of each row the aligned four bytes that hold what is at `scale` of the first row, moved down
