@@ -8,6 +8,7 @@ models to about 0.1 %. What one layer holds is in ``layers``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from decoder.checkpoint.counts import MOST_OBJECTS, require_countable
@@ -48,7 +49,7 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
         embedding += 2 * embed_width * hidden
     dense_bytes, expert_bytes = _weight_bytes(fields)
     return ModelSpec(
-        name=name or fields.get("_name_or_path") or kind or "model",
+        name=name or _own_name(fields) or kind or "model",
         hidden=hidden,
         vocab=vocab,
         layers=tuple(_layer(fields, kind, index, name) for index, name in enumerate(types)),
@@ -59,6 +60,15 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
         dense_bytes=dense_bytes,
         expert_bytes=expert_bytes,
     )
+
+
+def _own_name(fields: Fields) -> str:
+    """What the model calls itself: a repository's id, or the name of the folder it was read from.
+
+    Profiles and measured lines go to other machines, where a whole path means nothing.
+    """
+    named = fields.get("_name_or_path") or ""
+    return Path(named).name if Path(named).is_absolute() else named
 
 
 def _fields(config: Any) -> Mapping[str, Any]:

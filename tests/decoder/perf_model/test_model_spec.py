@@ -163,3 +163,14 @@ def test_refusals() -> None:
         spec_from_config({"num_hidden_layers": "4"})
     with pytest.raises(ValueError, match="must be a transformers config or a dict"):
         spec_from_config(3)
+
+
+@pytest.mark.parametrize(
+    ("named", "name"),
+    [("/a/b/target-1", "target-1"), ("Org/Model", "Org/Model"), ("", "llama"), ("here", "here")],
+)
+def test_a_model_read_from_a_folder_is_called_by_its_name_alone(named, name):
+    fields = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 99}
+    fields |= {"num_attention_heads": 4, "intermediate_size": 128, "_name_or_path": named}
+    assert spec_from_config(fields).name == name
+    assert spec_from_config(fields, "given").name == "given"
