@@ -84,8 +84,8 @@ static constexpr int64_t panel_rows(int64_t rows, int64_t experts) {
 // What a thread needs to hold decoded weight rows for kernels that compute in tiles: whole rows, or
 // chunks of them.
 constexpr int64_t kDecodedRows = 64;
-// Of the depth: two tiles of chunks and a panel stay in the first-level cache.
-constexpr int64_t kDecodedChunk = 384;
+// Whole blocks of all formats; two chunks of a tile stay in the first-level cache with a panel's.
+constexpr int64_t kDecodedChunk = 256;
 static constexpr int64_t decoded_size(int64_t depth) {
     return kDecodedRows * align_depth(depth > kDecodedChunk ? depth : kDecodedChunk);
 }

@@ -60,6 +60,14 @@ for name in QUANTISED:
                 out = ops.linear(rows, w, scale=scale, weight_format=name)
                 start = 4 if len(rows) == 1 else 0
                 assert torch.equal(out, plain[start : start + len(rows)]), (name, depth, dtype)
+# Every code of MXFP4 with every exponent.
+codes = (torch.arange(16) | torch.arange(16).roll(5) << 4).byte().expand(256, 16).contiguous()
+exponents = torch.arange(256).byte()[:, None].contiguous()
+for dtype in (torch.bfloat16, torch.float32):
+    x = torch.eye(32, dtype=dtype)
+    out = ops.linear(x, codes, scale=exponents, weight_format="mxfp4")
+    plain = ops.linear(x, dequantize(codes, exponents, "mxfp4", dtype))
+    torch.testing.assert_close(out, plain, rtol=0, atol=0, equal_nan=True)
 for name in INTEGERS:
     for depth in (256, 2304):
         w, scale = stored_weight(name, 37, depth)

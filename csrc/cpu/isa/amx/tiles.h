@@ -99,11 +99,12 @@ public:
         : address_(static_cast<const char*>(first)),
           second_offset_(first ? static_cast<const char*>(second) - address_ : 0),
           quarter_(bytes / 4 / 64 * 64),
-          lines_(first && loads > 0 && 2 * bytes <= kMaxBytes ? (bytes / 4 / 64 + loads - 1) / loads
-                                                              : 0) {}
+          lines_(first && loads > 0 && 2 * bytes <= kMaxBytes ? quarter_ / 64 : 0),
+          loads_(loads > 0 ? loads : 1) {}
 
+    // Evenly, so that memory is never idle.
     void fetch() {
-        for (int64_t i = 0; i < lines_; ++i, address_ += 64) {
+        for (due_ += lines_; due_ >= loads_; due_ -= loads_, address_ += 64) {
 #pragma GCC unroll 4
             for (int q = 0; q < 4; ++q) {
                 __builtin_prefetch(address_ + q * quarter_, 0, 2);
@@ -117,7 +118,8 @@ private:
     static constexpr int64_t kMaxBytes = 640 * 1024;
 
     const char* address_;
-    const int64_t second_offset_, quarter_, lines_;
+    const int64_t second_offset_, quarter_, lines_, loads_;
+    int64_t due_ = 0;
 };
 
 // Up to kTile weight rows. Products take missing rows for zeros, and what lies beyond the depth,
@@ -125,6 +127,7 @@ private:
 struct WeightRows {
     const bf16* first;
     int64_t stride;  // elements from row to row
+    int64_t step;    // elements from one step of the depth to the next
     int64_t rows;
 };
 
@@ -148,7 +151,7 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
         load_panels(step);
         for_tiles<W>([&]<int I>() {
             prefetch.fetch();
-            tile_load<4 + I % 2>(weights[I].first + step * kStepDepth,
+            tile_load<4 + I % 2>(weights[I].first + step * weights[I].step,
                                  weights[I].stride * sizeof(bf16));
             multiply.template operator()<I>();
         });
@@ -161,7 +164,7 @@ __attribute__((noinline)) void tile_product(const WeightRows (&weights)[W],
         for_tiles<W>([&]<int I>() {
             alignas(64) bf16 edge[kStepSize];
             for (int64_t n = 0; n < kTile; ++n) {
-                const bf16* row = weights[I].first + n * weights[I].stride + k;
+                const bf16* row = weights[I].first + n * weights[I].stride + step * weights[I].step;
                 _mm512_store_si512(edge + n * kStepDepth,
                                    _mm512_maskz_loadu_epi16(n < weights[I].rows ? valid : 0, row));
             }

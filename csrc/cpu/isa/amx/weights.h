@@ -1,16 +1,16 @@
 // Weight rows as tiles read them: plain ones where they lie; others decoded into a thread's buffer,
-// for many panels all of them once, for few a chunk of the depth at a time, while the tiles
-// multiply the chunk before it.
+// tile by tile, for many panels all of them once, for few a chunk of the depth at a time, while the
+// chunk before it is multiplied.
 #pragma once
 
+#include "decoders.h"
 #include "int16.h"
 #include "../../kernels/formats/dot_stored.h"
 
 namespace moesd::MOESD_ISA {
 
 constexpr int64_t kChunkSteps = kDecodedChunk / kStepDepth;
-constexpr int64_t kChunkStride = align_depth(kDecodedChunk);
-constexpr int64_t kDecodedTile = kTile * kChunkStride;
+constexpr int64_t kChunkSize = kChunkSteps * kStepSize;
 
 // Rows of a matrix that make up a tile, of which `count` exist.
 struct TileOfRows {
@@ -30,69 +30,58 @@ struct TileOfRows {
 
     WeightRows as_they_lie() const {
         return {reinterpret_cast<const bf16*>(rows.address(0)), rows.step * rows.matrix.depth,
-                count};
+                kStepDepth, count};
     }
 
-    // Decodes elements [k, k + length) of rows [row, row + n), and puts zeros after them up to a
-    // step of the tiles: a row may end within a run.
-    void decode(int64_t row, int64_t n, int64_t k, int64_t length, bf16* out,
-                int64_t stride = kChunkStride) const {
-        if (count == 0) return;
-        out += row * stride;
-        rows.matrix.decoder.runs(stored + row, n, k, length, out, stride);
-        const int64_t over = steps_of(length) * kStepDepth - length;
-        for (int64_t i = 0; i < n && over > 0; ++i) {
-            std::memset(static_cast<void*>(out + i * stride + length), 0, over * sizeof(bf16));
-        }
+    // Decodes `steps` steps of the depth from step `first` on, a tile of each after another.
+    void decode(int64_t first, int64_t steps, bf16* out, const AfterRun& after) const {
+        tile_decoder_of(rows.matrix.stored.format)(stored, first * kStepDepth, steps,
+                                                   reinterpret_cast<DecodedRun*>(out), after);
     }
 };
 
-// A stretch of the depth, in steps of the tiles.
+// Decoded steps of one tile's rows.
 struct Chunk {
+    const bf16* weights;
     int64_t first, count;
 };
 
 // tile_product of weights that are decoded as they are multiplied: a chunk of one tile's rows at a
-// time, while the chunk before it is multiplied. `buffer`: 2 * kDecodedTile.
+// time, and after each of its steps a step of the chunk before it is multiplied. `buffer`: two
+// chunks.
 template <int W, int T>
 __attribute__((noinline)) void decoded_product(const TileOfRows* weights,
                                                const bf16* const (&panels)[T], int64_t depth,
                                                PrefetchStreams& prefetch, bf16* buffer,
                                                float* sums) {
     static_assert(W * T <= 4 && T <= 2);
-    constexpr int64_t kParts = 8;  // in which a chunk's rows are decoded, and its steps multiplied
-    const bf16* ready = buffer + kDecodedTile;
-    const auto multiply = [&]<int I>(const Chunk& chunk, int64_t part) {
-        for (int64_t i = chunk.count * part / kParts; i < chunk.count * (part + 1) / kParts; ++i) {
-            prefetch.fetch();
-            tile_load<4>(ready + i * kStepDepth, kChunkStride * sizeof(bf16));
-            for_tiles<T>([&]<int P>() {
-                tile_load<6 + P>(panels[P] + (chunk.first + i) * kStepSize, 64);
-                tile_multiply<I * T + P, 4, 6 + P>();
-            });
-        }
+    Chunk ready{nullptr, 0, 0};
+    const auto multiply = [&]<int I>(int64_t step) {
+        prefetch.fetch();
+        tile_load<4>(ready.weights + step * kStepSize, kStepDepth * sizeof(bf16));
+        for_tiles<T>([&]<int P>() {
+            tile_load<6 + P>(panels[P] + (ready.first + step) * kStepSize, 64);
+            tile_multiply<I * T + P, 4, 6 + P>();
+        });
     };
     for_tiles<W * T>([]<int I>() { tile_zero<I>(); });
-    const int64_t steps = steps_of(depth), chunks = (steps + kChunkSteps - 1) / kChunkSteps;
-    Chunk before{0, 0};
-    bf16* filled = buffer;
-    for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t first = steps * c / chunks, end = steps * (c + 1) / chunks;
-        const Chunk chunk{first, end - first};
-        const int64_t k = first * kStepDepth;
-        const int64_t length = end == steps ? depth - k : chunk.count * kStepDepth;
+    const int64_t steps = steps_of(depth);
+    bf16* out = buffer;
+    for (int64_t first = 0; first < steps; first += kChunkSteps) {
+        const int64_t count = steps - first < kChunkSteps ? steps - first : kChunkSteps;
         for_tiles<W>([&]<int I>() {
-            for (int64_t part = 0; part < kParts; ++part) {
-                multiply.template operator()<(I + W - 1) % W>(before, part);
-                weights[I].decode(part * kTile / kParts, kTile / kParts, k, length, filled);
-            }
-            before = chunk;
-            ready = filled, filled = filled == buffer ? buffer + kDecodedTile : buffer;
+            const auto multiply_before = [&](int64_t step) {
+                if (step < ready.count) multiply.template operator()<(I + W - 1) % W>(step);
+            };
+            // A tile of no rows has sums that nobody reads.
+            const int64_t decoded = weights[I].count > 0 ? count : 0;
+            if (decoded > 0) weights[I].decode(first, count, out, AfterRun(multiply_before));
+            for (int64_t step = decoded; step < ready.count; ++step) multiply_before(step);
+            ready = {out, first, decoded};
+            out = out == buffer ? buffer + kChunkSize : buffer;
         });
     }
-    for (int64_t part = 0; part < kParts; ++part) {
-        multiply.template operator()<W - 1>(before, part);
-    }
+    for (int64_t step = 0; step < ready.count; ++step) multiply.template operator()<W - 1>(step);
     for_tiles<W * T>([&]<int I>() { tile_store<I>(sums + I * kTileSums, 64); });
 }
 
@@ -156,10 +145,10 @@ private:
     }
 
     WeightRows decoded(int i) const {
-        const int64_t stride = align_depth(depth_);
-        bf16* const out = buffer_ + i * kTile * stride;
-        tiles_[i].decode(0, tiles_[i].count, 0, depth_, out, stride);
-        return {out, stride, tiles_[i].count};
+        bf16* const out = buffer_ + i * steps_of(depth_) * kStepSize;
+        const auto nothing = [](int64_t) {};
+        if (tiles_[i].count > 0) tiles_[i].decode(0, steps_of(depth_), out, AfterRun(nothing));
+        return {out, kStepDepth, kStepSize, tiles_[i].count};
     }
 
     const TileOfRows tiles_[N];

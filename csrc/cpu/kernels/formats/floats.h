@@ -143,23 +143,24 @@ public:
         }
     };
 
-    explicit Fp8Block(const StoredRow& row)
-        : codes_(row.data), scales_(row.scales), whole_(row.depth / kRun * kRun) {
-        if (whole_ < row.depth) std::memcpy(last_, codes_ + whole_, row.depth - whole_);
-    }
+    explicit Fp8Block(const StoredRow& row) : codes_(row.data), scales_(row.scales) {}
 
     const uint8_t* codes(const Place& at) const { return codes_ + at.k; }
 
-    void decode(const Place& at, X* out) {
-        const uint8_t* codes = at.k < whole_ ? codes_ + at.k : last_;
+    void decode(const Place& at, X* out) const {
+        if (at.k + kRun <= at.depth) return decode(at, codes(at), out);
+        uint8_t last[kRun] = {};
+        std::memcpy(last, codes(at), at.k < at.depth ? at.depth - at.k : 0);
+        decode(at, last, out);
+    }
+
+private:
+    void decode(const Place& at, const uint8_t* codes, X* out) const {
         if (scales_ == at.scales) at.numbers.decode(codes, out);
         else ScaledE4m3<X, false>(at.scale(scales_)).decode(codes, out);
     }
 
-private:
     const uint8_t *codes_, *scales_;
-    const int64_t whole_;      // weights of whole runs
-    uint8_t last_[kRun] = {};  // those after them
 };
 
 }  // namespace moesd::MOESD_ISA

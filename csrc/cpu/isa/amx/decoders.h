@@ -1,0 +1,165 @@
+// Sixteen weight rows decoded together, a run of each after another, as tiles take them.
+#pragma once
+
+#include <utility>
+
+#include "../../kernels/formats/decoders.h"
+#include "tiles.h"
+
+namespace moesd::MOESD_ISA {
+
+static_assert(kRun == kStepDepth);
+
+using DecodedRun = bf16[kRun];
+
+// Decodes a run of each row at a time.
+template <template <class> class Format>
+class RunDecoder {
+    using Row = Format<bf16>;
+
+public:
+    explicit RunDecoder(const StoredRow (&rows)[kTile])
+        : RunDecoder(rows, std::make_integer_sequence<int, kTile>()) {}
+
+    void decode(const typename Row::Place& at, DecodedRun* out) {
+        for (int r = 0; r < kTile; r += 2) {
+            decode_two(rows_[r], rows_[r + 1], at, out[r], out[r + 1]);
+        }
+    }
+
+private:
+    template <int... R>
+    RunDecoder(const StoredRow (&rows)[kTile], std::integer_sequence<int, R...>)
+        : rows_{Row(rows[R])...} {}
+
+    Row rows_[kTile];
+};
+
+// All rows of most tiles are in one square, whose palette then serves them.
+template <>
+class RunDecoder<Fp8Block> {
+    using Row = Fp8Block<bf16>;
+
+public:
+    explicit RunDecoder(const StoredRow (&rows)[kTile]) : share_scales_(true) {
+        for (int r = 0; r < kTile; ++r) {
+            codes_[r] = rows[r].data, scales_[r] = rows[r].scales;
+            share_scales_ = share_scales_ && scales_[r] == scales_[0];
+        }
+    }
+
+    void decode(const Row::Place& at, DecodedRun* out) const {
+        if (share_scales_ && at.k + kRun <= at.depth) {
+            const ScaledE4m3<bf16> numbers = at.numbers;
+#pragma GCC unroll 16
+            for (int r = 0; r < kTile; ++r) numbers.decode(codes_[r] + at.k, out[r]);
+        } else {
+            for (int r = 0; r < kTile; ++r) {
+                Row({codes_[r], scales_[r], 0, at.depth}).decode(at, out[r]);
+            }
+        }
+    }
+
+private:
+    const uint8_t *codes_[kTile], *scales_[kTile];
+    bool share_scales_;
+};
+
+struct Mxfp4Palettes {
+    alignas(64) uint16_t of[256][32];
+
+    constexpr Mxfp4Palettes() : of() {
+        for (int scale = 0; scale < 256; ++scale) {
+            for (int code = 0; code < 32; ++code) of[scale][code] = product(scale, code);
+        }
+    }
+
+    // The bits of number `code` times 2^(scale - 127): zero where that is too small.
+    static constexpr uint16_t product(int scale, int code) {
+        const int magnitude = code & 7, sign = (code & 8) << 12;
+        if (scale == 255) return 0x7fc0;
+        // 0.5, then 1, 1.5, 2, 3, 4 and 6: of two numbers with an exponent the second is 1.5
+        // times the first.
+        const int exponent = scale + (magnitude == 1 ? -1 : magnitude / 2 - 1);
+        if (magnitude == 0 || exponent <= 0) return static_cast<uint16_t>(sign);
+        if (exponent >= 255) return static_cast<uint16_t>(sign | 0x7f80);
+        const int half = magnitude > 1 && magnitude % 2 == 1 ? 0x40 : 0;
+        return static_cast<uint16_t>(sign | exponent << 7 | half);
+    }
+};
+inline constexpr Mxfp4Palettes kMxfp4Palettes{};
+
+// Powers of two times the numbers of four bits are numbers in bf16: nothing is rounded, and the
+// palettes of all exponents are there.
+template <>
+class RunDecoder<Mxfp4> {
+    using Row = Mxfp4<bf16>;
+
+public:
+    explicit RunDecoder(const StoredRow (&rows)[kTile]) {
+        for (int r = 0; r < kTile; ++r) codes_[r] = rows[r].data, scales_[r] = rows[r].scales;
+    }
+
+    void decode(const Row::Place& at, DecodedRun* out) const {
+        const int64_t run = at.k / kRun;
+#pragma GCC unroll 16
+        for (int r = 0; r < kTile; ++r) {
+            const uint16_t* palette = kMxfp4Palettes.of[scales_[r][run]];
+            const __m512i words = nibbles<Nibbles::kAdjacent>(codes_[r] + run * (kRun / 2));
+            _mm512_store_si512(out[r], _mm512_permutexvar_epi16(words, _mm512_load_si512(palette)));
+        }
+    }
+
+private:
+    const uint8_t *codes_[kTile], *scales_[kTile];
+};
+
+// Called after each run of all rows, with its number: for what a processor does at the same time.
+class AfterRun {
+public:
+    template <class F>
+    explicit AfterRun(const F& f)
+        : call_([](const void* self, int64_t run) { (*static_cast<const F*>(self))(run); }),
+          self_(&f) {}
+
+    void operator()(int64_t run) const { call_(self_, run); }
+
+private:
+    void (*call_)(const void* self, int64_t run);
+    const void* self_;
+};
+
+// Writes `runs` runs of the rows from weight k, a multiple of kRun, on: run i of row r to
+// out[i * kTile + r]. What lies beyond a row's end is zero.
+using DecodeTile = void(const StoredRow (&rows)[kTile], int64_t k, int64_t runs, DecodedRun* out,
+                        const AfterRun& after);
+
+template <template <class> class Format>
+void decode_tile(const StoredRow (&rows)[kTile], int64_t k, int64_t runs, DecodedRun* out,
+                 const AfterRun& after) {
+    RunDecoder<Format> decoder(rows);
+    typename Format<bf16>::Place at(k, rows[0]);
+    for (int64_t run = 0; run < runs; ++run, at.next(), out += kTile) {
+        decoder.decode(at, out);
+        after(run);
+    }
+}
+
+// Null for weights that are stored as bf16.
+constexpr DecodeTile* tile_decoder_of(WeightFormat format) {
+    switch (format) {
+        case WeightFormat::kPlain: break;
+        case WeightFormat::kFp8Block: return decode_tile<Fp8Block>;
+        case WeightFormat::kMxfp4: return decode_tile<Mxfp4>;
+        case WeightFormat::kInt8: return decode_tile<Int8>;
+        case WeightFormat::kInt4: return decode_tile<Int4>;
+        case WeightFormat::kQ8_0: return decode_tile<Q8_0>;
+        case WeightFormat::kQ4_0: return decode_tile<Q4_0>;
+        case WeightFormat::kQ4_1: return decode_tile<Q4_1>;
+        case WeightFormat::kQ4_K: return decode_tile<Q4_K>;
+        case WeightFormat::kQ6_K: return decode_tile<Q6_K>;
+    }
+    return nullptr;
+}
+
+}  // namespace moesd::MOESD_ISA
