@@ -82,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     with ResultWriter(args.output, resume=args.resume, prompts=_source(args)) as writer:
         if total is not None and writer.done:
             total = sum(not writer.is_done(prompt_id(item)) for item in _prompts(args))
+            if total == 0:  # loading a model for it may take minutes
+                say(f"nothing left: every prompt has a result in {args.output}")
+                return 0
         import torch
 
         from .setup import Setup

@@ -96,22 +96,28 @@ class RunDecoder<Mxfp4> {
     using Row = Mxfp4<bf16>;
 
 public:
-    explicit RunDecoder(const StoredRow (&rows)[kTile]) {
-        for (int r = 0; r < kTile; ++r) codes_[r] = rows[r].data, scales_[r] = rows[r].scales;
+    explicit RunDecoder(const StoredRow (&rows)[kTile])
+        : codes_(rows[0].data),
+          scales_(rows[0].scales),
+          to_code_(rows[1].data - rows[0].data),
+          to_scale_(rows[1].scales - rows[0].scales) {
+        while (count_ < kTile && rows[count_].data != rows[count_ - 1].data) ++count_;
     }
 
     void decode(const Row::Place& at, DecodedRun* out) const {
-        const int64_t run = at.k / kRun;
-#pragma GCC unroll 16
-        for (int r = 0; r < kTile; ++r) {
-            const uint16_t* palette = kMxfp4Palettes.of[scales_[r][run]];
-            const __m512i words = nibbles<Nibbles::kAdjacent>(codes_[r] + run * (kRun / 2));
+        const uint8_t *codes = codes_ + at.k / 2, *scale = scales_ + at.k / kRun;
+#pragma GCC unroll 4
+        for (int r = 0; r < count_; ++r, codes += to_code_, scale += to_scale_) {
+            const uint16_t* palette = kMxfp4Palettes.of[*scale];
+            const __m512i words = nibbles<Nibbles::kAdjacent>(codes);
             _mm512_store_si512(out[r], _mm512_permutexvar_epi16(words, _mm512_load_si512(palette)));
         }
     }
 
 private:
-    const uint8_t *codes_[kTile], *scales_[kTile];
+    const uint8_t *const codes_, *const scales_;
+    const int64_t to_code_, to_scale_;  // from row to row
+    int count_ = 1;                     // rows that are no copies
 };
 
 // Called after each run of all rows, with its number: for what a processor does at the same time.
