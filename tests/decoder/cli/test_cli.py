@@ -60,7 +60,7 @@ def test_generate_writes_lines_and_resumes(models, tmp_path, capsys):
     assert "3 sequences" in capsys.readouterr().err
     whole = out.read_bytes()
     # Nothing is loaded: there need not even be a model.
-    assert main(["generate", "--model", "no model", *arguments, "--resume"]) == 0
+    assert main(["generate", "--model", "no/model", *arguments, "--resume"]) == 0
     said = capsys.readouterr().err
     assert said == f"nothing left: every prompt has a result in {out}\n"
     assert out.read_bytes() == whole

@@ -106,25 +106,25 @@ private:
         return a_.interleaved ? 2 * j + part : part * a_.inter + j;
     }
 
-    // Prefetches the weights of a gate/up item as two stretches. All have the length of a full
-    // item, though an expert's last item may be shorter.
+    // Prefetches the weights of a gate/up item; all have as many rows as a full one, though an
+    // expert's last item may have fewer.
     PrefetchStreams fetch_gate_up(int64_t item, int64_t loads) const {
-        const int64_t bytes = kRows * a_.w_gate_up.row_bytes, j = item % blocks_ * kRows;
-        const Matrix<bf16> matrix = gate_up_of(item / blocks_);
-        const uint8_t* first = matrix.row(up_row(0, j));
-        if (!a_.gated) return {first, first + bytes / 2, bytes / 2, loads};
-        return {first, a_.interleaved ? first + bytes : matrix.row(up_row(1, j)), bytes, loads};
+        const int64_t first = up_row(0, item % blocks_ * kRows);
+        const int64_t count = a_.gated ? kRows : kRows / 2;
+        const bool apart = a_.gated && !a_.interleaved;
+        return prefetch_rows(gate_up_of(item / blocks_), first, first + (apart ? a_.inter : count),
+                             count, loads);
     }
 
     // Prefetches the first weights of a slice of the output.
     PrefetchStreams fetch_down(int64_t slice, int64_t loads) const {
-        if (slice >= down_.total) return {nullptr, nullptr, 0, 0};
-        return fetch_rows(down_of(0).row(slice * slice_), slice_ < 4 * kTile ? slice_ : 4 * kTile,
+        if (slice >= down_.total) return {};
+        return fetch_rows(down_of(0), slice * slice_, slice_ < 4 * kTile ? slice_ : 4 * kTile,
                           loads);
     }
-    PrefetchStreams fetch_rows(const uint8_t* first, int64_t rows, int64_t loads) const {
-        const int64_t half = rows * a_.w_down.row_bytes / 2;
-        return {first, first + half, half, loads};
+    static PrefetchStreams fetch_rows(const Matrix<bf16>& matrix, int64_t first, int64_t rows,
+                                      int64_t loads) {
+        return prefetch_rows(matrix, first, first + rows / 2, rows / 2, loads);
     }
 
     // One item: kRows intermediate rows for all of an expert's tokens. Parts: 2 for gate and up, 1
@@ -192,9 +192,9 @@ private:
                 const int64_t rows = h1 - h < 4 * kTile ? h1 - h : 4 * kTile;
                 const int64_t loads = tile_loads(panels_of(e), rows, a_.inter);
                 const bool more = h + 4 * kTile < h1;
-                PrefetchStreams prefetch = more ? fetch_rows(matrix.row(h + 4 * kTile), rows, loads)
+                PrefetchStreams prefetch = more ? fetch_rows(matrix, h + 4 * kTile, rows, loads)
                                            : e + 1 < a_.num_active
-                                               ? fetch_rows(down_of(e + 1).row(h0), rows, loads)
+                                               ? fetch_rows(down_of(e + 1), h0, rows, loads)
                                                : fetch_down(next_item, loads);
                 panels_product(matrix, h, rows, act_panels(e), act_size_, panels_of(e), prefetch,
                                decoded,

@@ -63,12 +63,11 @@ private:
         const int64_t j = item % blocks_ * block_, first_panel = item / blocks_ * part_;
         const int64_t rows = a_.features - j < block_ ? a_.features - j : block_;
         const int64_t count = panels_ - first_panel < part_ ? panels_ - first_panel : part_;
-        const int64_t next_row = next_item % blocks_ * block_;
-        const uint8_t* next =
-            next_item < items_.total && next_row != j ? w_.row(next_row) : nullptr;
-        const int64_t half = block_ / 2 * a_.w.row_bytes;  // the next block as two stretches
-        PrefetchStreams prefetch(next, next ? next + half : nullptr, half,
-                                 tile_loads(count, rows, a_.depth));
+        const int64_t next = next_item % blocks_ * block_, half = block_ / 2;
+        const int64_t loads = tile_loads(count, rows, a_.depth);
+        PrefetchStreams prefetch = next_item < items_.total && next != j
+                                       ? prefetch_rows(w_, next, next + half, half, loads)
+                                       : PrefetchStreams();
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
             store(j + w * kTile, (first_panel + p) * kTile, first, second);
         };

@@ -86,40 +86,54 @@ inline __attribute__((always_inline)) void for_tiles(const F& f) {
     }(std::make_integer_sequence<int, N>());
 }
 
+// Two stretches of memory of `bytes` each.
+struct Stretches {
+    const uint8_t *first, *second;
+    int64_t bytes;
+};
+
 // Prefetches the memory that will be read next into the second-level cache while tiles compute: two
-// stretches of the same length, each as four streams that begin at its quarters. A tile reads one
+// pairs of stretches, each of these as four streams that begin at its quarters. A tile reads one
 // cache line of each of sixteen rows, a pattern that hardware prefetchers do not follow; they
 // follow these streams, and several keep memory busier than one.
 class PrefetchStreams {
 public:
-    // `first`, `second`: the stretches, of `bytes` each, of which every one of `loads` calls of
-    // fetch prefetches a part. Does nothing when `first` is null, or when the stretches would not
-    // fit into the cache beside what is being read: tiles then wait for memory.
-    PrefetchStreams(const void* first, const void* second, int64_t bytes, int64_t loads)
-        : address_(static_cast<const char*>(first)),
-          second_offset_(first ? static_cast<const char*>(second) - address_ : 0),
-          quarter_(bytes / 4 / 64 * 64),
-          lines_(first && loads > 0 && 2 * bytes <= kMaxBytes ? quarter_ / 64 : 0),
-          loads_(loads > 0 ? loads : 1) {}
+    PrefetchStreams() : PrefetchStreams({}, {}, 1) {}
+    // Every one of `loads` calls of fetch prefetches a part, evenly, so that memory is never idle.
+    // Stretches that would not fit into the cache beside what is being read are left out, and tiles
+    // wait for memory.
+    PrefetchStreams(const Stretches& weights, const Stretches& scales, int64_t loads)
+        : weights_(weights), scales_(scales), loads_(loads > 0 ? loads : 1) {}
 
-    // Evenly, so that memory is never idle.
-    void fetch() {
-        for (due_ += lines_; due_ >= loads_; due_ -= loads_, address_ += 64) {
-#pragma GCC unroll 4
-            for (int q = 0; q < 4; ++q) {
-                __builtin_prefetch(address_ + q * quarter_, 0, 2);
-                __builtin_prefetch(address_ + q * quarter_ + second_offset_, 0, 2);
-            }
-        }
-    }
+    void fetch() { weights_.fetch(loads_), scales_.fetch(loads_); }
 
 private:
-    // Of both stretches; every processor with AMX has a second-level cache of 2 MB.
+    struct Streams {
+        const uint8_t* address;
+        int64_t second_offset, quarter, lines, due = 0;
+
+        explicit Streams(const Stretches& s)
+            : address(s.first),
+              second_offset(s.second - s.first),
+              quarter(s.bytes / 4 / 64 * 64),
+              lines(2 * s.bytes <= kMaxBytes ? quarter / 64 : 0) {}
+
+        void fetch(int64_t loads) {
+            for (due += lines; due >= loads; due -= loads, address += 64) {
+#pragma GCC unroll 4
+                for (int q = 0; q < 4; ++q) {
+                    __builtin_prefetch(address + q * quarter, 0, 2);
+                    __builtin_prefetch(address + q * quarter + second_offset, 0, 2);
+                }
+            }
+        }
+    };
+
+    // Of a pair; every processor with AMX has a second-level cache of 2 MB.
     static constexpr int64_t kMaxBytes = 640 * 1024;
 
-    const char* address_;
-    const int64_t second_offset_, quarter_, lines_, loads_;
-    int64_t due_ = 0;
+    Streams weights_, scales_;
+    const int64_t loads_;
 };
 
 // Up to kTile weight rows. Products take missing rows for zeros, and what lies beyond the depth,

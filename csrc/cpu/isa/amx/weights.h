@@ -12,6 +12,16 @@ namespace moesd::MOESD_ISA {
 constexpr int64_t kChunkSteps = kDecodedChunk / kStepDepth;
 constexpr int64_t kChunkSize = kChunkSteps * kStepSize;
 
+// Prefetches `count` rows of a matrix from row `first` on and as many from row `second` on, with
+// the scales that they have to themselves.
+inline PrefetchStreams prefetch_rows(const Matrix<bf16>& w, int64_t first, int64_t second,
+                                     int64_t count, int64_t loads) {
+    const int64_t scales = w.stored.rows_per_scale == 1 ? count * w.stored.scale_row_bytes : 0;
+    return {{w.row(first), w.row(second), count * w.stored.row_bytes},
+            {w.stored_row(first).scales, w.stored_row(second).scales, scales},
+            loads};
+}
+
 // Rows of a matrix that make up a tile, of which `count` exist.
 struct TileOfRows {
     RowsOf<bf16> rows;
