@@ -63,3 +63,17 @@ def test_fp8_rows_of_two_squares(dtype, scale):
     plain = dequantize(gate_up, scales, "fp8_block", dtype)
     expected = fused_experts(x, plain, down, ids, weights, backend="cpu")
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [torch.inf, -torch.inf, 0.5])
+def test_fp8_rows_that_end_within_a_run(dtype, scale):
+    """What is read beyond a row's end has no part in its sums, whatever its scale makes of it."""
+    codes = torch.full((20, 40), 0x38).byte().view(torch.float8_e4m3fn)
+    out = ops.linear(
+        torch.ones(3, 40, dtype=dtype),
+        codes,
+        scale=torch.tensor([[scale]]),
+        weight_format="fp8_block",
+    )
+    assert torch.equal(out, torch.full((3, 20), 40 * scale, dtype=dtype))

@@ -54,8 +54,11 @@ public:
 #pragma GCC unroll 16
             for (int r = 0; r < kTile; ++r) numbers.decode(codes_[r] + at.k, out[r]);
         } else {
+            const int64_t over = at.k + kRun - at.depth;
             for (int r = 0; r < kTile; ++r) {
                 Row({codes_[r], scales_[r], 0, at.depth}).decode(at, out[r]);
+                // A scale that is not finite makes no number of the zeros that are read there.
+                if (over > 0) std::memset(out[r] + kRun - over, 0, over * sizeof(bf16));
             }
         }
     }
@@ -136,7 +139,8 @@ private:
 };
 
 // Writes `runs` runs of the rows from weight k, a multiple of kRun, on: run i of row r to
-// out[i * kTile + r]. What lies beyond a row's end is zero.
+// out[i * kTile + r]. What lies beyond a row's end is zero; rows that are copies of the one before
+// may be left out.
 using DecodeTile = void(const StoredRow (&rows)[kTile], int64_t k, int64_t runs, DecodedRun* out,
                         const AfterRun& after);
 
