@@ -12,27 +12,35 @@ static_assert(kRun == kStepDepth);
 
 using DecodedRun = bf16[kRun];
 
+template <class Row>
+struct DecoderRows {
+    Row of[kTile];
+
+    explicit DecoderRows(const StoredRow (&rows)[kTile])
+        : DecoderRows(rows, std::make_integer_sequence<int, kTile>()) {}
+
+private:
+    template <int... R>
+    DecoderRows(const StoredRow (&rows)[kTile], std::integer_sequence<int, R...>)
+        : of{Row(rows[R])...} {}
+};
+
 // Decodes a run of each row at a time.
 template <template <class> class Format>
 class RunDecoder {
     using Row = Format<bf16>;
 
 public:
-    explicit RunDecoder(const StoredRow (&rows)[kTile])
-        : RunDecoder(rows, std::make_integer_sequence<int, kTile>()) {}
+    explicit RunDecoder(const StoredRow (&rows)[kTile]) : rows_(rows) {}
 
     void decode(const typename Row::Place& at, DecodedRun* out) {
         for (int r = 0; r < kTile; r += 2) {
-            decode_two(rows_[r], rows_[r + 1], at, out[r], out[r + 1]);
+            decode_two(rows_.of[r], rows_.of[r + 1], at, out[r], out[r + 1]);
         }
     }
 
 private:
-    template <int... R>
-    RunDecoder(const StoredRow (&rows)[kTile], std::integer_sequence<int, R...>)
-        : rows_{Row(rows[R])...} {}
-
-    Row rows_[kTile];
+    DecoderRows<Row> rows_;
 };
 
 // All rows of most tiles are in one square, whose palette then serves them.
@@ -41,10 +49,9 @@ class RunDecoder<Fp8Block> {
     using Row = Fp8Block<bf16>;
 
 public:
-    explicit RunDecoder(const StoredRow (&rows)[kTile]) : share_scales_(true) {
-        for (int r = 0; r < kTile; ++r) {
-            codes_[r] = rows[r].data, scales_[r] = rows[r].scales;
-            share_scales_ = share_scales_ && scales_[r] == scales_[0];
+    explicit RunDecoder(const StoredRow (&rows)[kTile]) : rows_(rows), share_scales_(true) {
+        for (const Row& row : rows_.of) {
+            share_scales_ = share_scales_ && row.scales() == rows_.of[0].scales();
         }
     }
 
@@ -52,19 +59,14 @@ public:
         if (share_scales_ && at.k + kRun <= at.depth) {
             const ScaledE4m3<bf16> numbers = at.numbers;
 #pragma GCC unroll 16
-            for (int r = 0; r < kTile; ++r) numbers.decode(codes_[r] + at.k, out[r]);
+            for (int r = 0; r < kTile; ++r) numbers.decode(rows_.of[r].codes(at), out[r]);
         } else {
-            const int64_t over = at.k + kRun - at.depth;
-            for (int r = 0; r < kTile; ++r) {
-                Row({codes_[r], scales_[r], 0, at.depth}).decode(at, out[r]);
-                // A scale that is not finite makes no number of the zeros that are read there.
-                if (over > 0) std::memset(out[r] + kRun - over, 0, over * sizeof(bf16));
-            }
+            for (int r = 0; r < kTile; ++r) rows_.of[r].decode(at, out[r]);
         }
     }
 
 private:
-    const uint8_t *codes_[kTile], *scales_[kTile];
+    const DecoderRows<Row> rows_;
     bool share_scales_;
 };
 
@@ -157,19 +159,9 @@ void decode_tile(const StoredRow (&rows)[kTile], int64_t k, int64_t runs, Decode
 
 // Null for weights that are stored as bf16.
 constexpr DecodeTile* tile_decoder_of(WeightFormat format) {
-    switch (format) {
-        case WeightFormat::kPlain: break;
-        case WeightFormat::kFp8Block: return decode_tile<Fp8Block>;
-        case WeightFormat::kMxfp4: return decode_tile<Mxfp4>;
-        case WeightFormat::kInt8: return decode_tile<Int8>;
-        case WeightFormat::kInt4: return decode_tile<Int4>;
-        case WeightFormat::kQ8_0: return decode_tile<Q8_0>;
-        case WeightFormat::kQ4_0: return decode_tile<Q4_0>;
-        case WeightFormat::kQ4_1: return decode_tile<Q4_1>;
-        case WeightFormat::kQ4_K: return decode_tile<Q4_K>;
-        case WeightFormat::kQ6_K: return decode_tile<Q6_K>;
-    }
-    return nullptr;
+    return of_format<DecodeTile*>(
+        format, nullptr,
+        []<template <class> class Format>() -> DecodeTile* { return decode_tile<Format>; });
 }
 
 }  // namespace moesd::MOESD_ISA

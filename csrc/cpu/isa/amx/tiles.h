@@ -8,6 +8,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../../kernels/ahead.h"
 #include "../../kernels/dot_pairs.h"
 
 namespace moesd::MOESD_ISA {
@@ -92,48 +93,28 @@ struct Stretches {
     int64_t bytes;
 };
 
-// Prefetches the memory that will be read next into the second-level cache while tiles compute: two
-// pairs of stretches, each of these as four streams that begin at its quarters. A tile reads one
-// cache line of each of sixteen rows, a pattern that hardware prefetchers do not follow; they
-// follow these streams, and several keep memory busier than one.
+// Prefetches the memory that will be read next while tiles compute: two pairs of stretches. A tile
+// reads one cache line of each of sixteen rows, a pattern that hardware prefetchers do not follow.
 class PrefetchStreams {
 public:
     PrefetchStreams() : PrefetchStreams({}, {}, 1) {}
-    // Every one of `loads` calls of fetch prefetches a part, evenly, so that memory is never idle.
-    // Stretches that would not fit into the cache beside what is being read are left out, and tiles
-    // wait for memory.
+    // Every one of `loads` calls of fetch prefetches a part. Stretches that would not fit into the
+    // cache beside what is being read are left out, and tiles wait for memory.
     PrefetchStreams(const Stretches& weights, const Stretches& scales, int64_t loads)
-        : weights_(weights), scales_(scales), loads_(loads > 0 ? loads : 1) {}
+        : weights_(ahead(weights, loads)), scales_(ahead(scales, loads)) {}
 
-    void fetch() { weights_.fetch(loads_), scales_.fetch(loads_); }
+    void fetch() { weights_.fetch(), scales_.fetch(); }
 
 private:
-    struct Streams {
-        const uint8_t* address;
-        int64_t second_offset, quarter, lines, due = 0;
-
-        explicit Streams(const Stretches& s)
-            : address(s.first),
-              second_offset(s.second - s.first),
-              quarter(s.bytes / 4 / 64 * 64),
-              lines(2 * s.bytes <= kMaxBytes ? quarter / 64 : 0) {}
-
-        void fetch(int64_t loads) {
-            for (due += lines; due >= loads; due -= loads, address += 64) {
-#pragma GCC unroll 4
-                for (int q = 0; q < 4; ++q) {
-                    __builtin_prefetch(address + q * quarter, 0, 2);
-                    __builtin_prefetch(address + q * quarter + second_offset, 0, 2);
-                }
-            }
-        }
-    };
-
     // Of a pair; every processor with AMX has a second-level cache of 2 MB.
     static constexpr int64_t kMaxBytes = 640 * 1024;
 
-    Streams weights_, scales_;
-    const int64_t loads_;
+    static AheadOf<2> ahead(const Stretches& pair, int64_t loads) {
+        const bool fits = 2 * pair.bytes <= kMaxBytes;
+        return {fits ? pair.first : nullptr, pair.second - pair.first, pair.bytes, loads};
+    }
+
+    AheadOf<2> weights_, scales_;
 };
 
 // Up to kTile weight rows. Products take missing rows for zeros, and what lies beyond the depth,

@@ -42,21 +42,28 @@ constexpr Decoder<X> decoder() {
     else return {decode<X, Format>, nullptr};
 }
 
-template <class X>
-constexpr Decoder<X> decoder_of(WeightFormat format) {
+// f.template operator()<Format>() of the format's class template; `plain` for plain weights.
+template <class Result, class F>
+constexpr Result of_format(WeightFormat format, const Result& plain, const F& f) {
     switch (format) {
         case WeightFormat::kPlain: break;
-        case WeightFormat::kFp8Block: return decoder<X, Fp8Block>();
-        case WeightFormat::kMxfp4: return decoder<X, Mxfp4>();
-        case WeightFormat::kInt8: return decoder<X, Int8>();
-        case WeightFormat::kInt4: return decoder<X, Int4>();
-        case WeightFormat::kQ8_0: return decoder<X, Q8_0>();
-        case WeightFormat::kQ4_0: return decoder<X, Q4_0>();
-        case WeightFormat::kQ4_1: return decoder<X, Q4_1>();
-        case WeightFormat::kQ4_K: return decoder<X, Q4_K>();
-        case WeightFormat::kQ6_K: return decoder<X, Q6_K>();
+        case WeightFormat::kFp8Block: return f.template operator()<Fp8Block>();
+        case WeightFormat::kMxfp4: return f.template operator()<Mxfp4>();
+        case WeightFormat::kInt8: return f.template operator()<Int8>();
+        case WeightFormat::kInt4: return f.template operator()<Int4>();
+        case WeightFormat::kQ8_0: return f.template operator()<Q8_0>();
+        case WeightFormat::kQ4_0: return f.template operator()<Q4_0>();
+        case WeightFormat::kQ4_1: return f.template operator()<Q4_1>();
+        case WeightFormat::kQ4_K: return f.template operator()<Q4_K>();
+        case WeightFormat::kQ6_K: return f.template operator()<Q6_K>();
     }
-    return {nullptr, nullptr};
+    return plain;
+}
+
+template <class X>
+constexpr Decoder<X> decoder_of(WeightFormat format) {
+    return of_format(format, Decoder<X>{nullptr, nullptr},
+                     []<template <class> class Format>() { return decoder<X, Format>(); });
 }
 
 }  // namespace moesd::MOESD_ISA

@@ -149,10 +149,15 @@ public:
 
     void decode(const Place& at, X* out) const {
         if (at.k + kRun <= at.depth) return decode(at, codes(at), out);
+        const int64_t left = at.k < at.depth ? at.depth - at.k : 0;
         uint8_t last[kRun] = {};
-        std::memcpy(last, codes(at), at.k < at.depth ? at.depth - at.k : 0);
+        std::memcpy(last, codes(at), left);
         decode(at, last, out);
+        // A scale that is not finite makes no number of the zeros.
+        std::memset(static_cast<void*>(out + left), 0, (kRun - left) * sizeof(X));
     }
+
+    const uint8_t* scales() const { return scales_; }
 
 private:
     void decode(const Place& at, const uint8_t* codes, X* out) const {

@@ -6,6 +6,7 @@
 // that shares the call plays a part.
 #pragma once
 
+#include "../ahead.h"
 #include "panel.h"
 
 namespace moesd::MOESD_ISA {
@@ -20,28 +21,6 @@ struct CodeTile {
     // By run, and within it by row.
     alignas(64) float scales[kTileRuns * kTileRows];
     alignas(64) float leasts[kTileRuns * kTileRows];
-};
-
-// Prefetches memory into the second-level cache, a line of each of its quarters at a time, which
-// hardware prefetchers follow; evenly, so that memory is never idle.
-struct Ahead {
-    const uint8_t* address;
-    int64_t quarter, lines;  // bytes, and lines of a quarter
-    int64_t times, due = 0;
-
-    // `calls`: of fetch, by which all will have been prefetched.
-    Ahead(const uint8_t* first, int64_t bytes, int64_t calls)
-        : address(first),
-          quarter(bytes / 4),
-          lines(first ? (quarter + 63) / 64 : 0),
-          times(calls > 0 ? calls : 1) {}
-
-    void fetch() {
-        for (due += lines; due >= times; due -= times, address += 64) {
-#pragma GCC unroll 4
-            for (int q = 0; q < 4; ++q) __builtin_prefetch(address + q * quarter, 0, 2);
-        }
-    }
 };
 
 // Reads runs of a tile's rows from weight k, a multiple of kRun, on: `out.runs` of them.
@@ -125,22 +104,15 @@ struct CodeReader {
 
 template <class Product>
 constexpr CodeReader code_reader_of(WeightFormat format) {
-    const auto reader = []<class F>() -> CodeReader {
-        return {Product::template read<F>, F::kHasLeast, {kEvenFirst<F>, F::kMiddle}};
-    };
-    switch (format) {
-        case WeightFormat::kInt8: return reader.template operator()<Int8<float>>();
-        case WeightFormat::kInt4: return reader.template operator()<Int4<float>>();
-        case WeightFormat::kMxfp4: return reader.template operator()<Mxfp4<float>>();
-        case WeightFormat::kQ8_0: return reader.template operator()<Q8_0<float>>();
-        case WeightFormat::kQ4_0: return reader.template operator()<Q4_0<float>>();
-        case WeightFormat::kQ4_1: return reader.template operator()<Q4_1<float>>();
-        case WeightFormat::kQ4_K: return reader.template operator()<Q4_K<float>>();
-        case WeightFormat::kPlain:
-        case WeightFormat::kFp8Block:
-        case WeightFormat::kQ6_K: break;
-    }
-    return {nullptr, false, {false, 0}};
+    constexpr CodeReader kNone{nullptr, false, {false, 0}};
+    return of_format(format, kNone, []<template <class> class Format>() -> CodeReader {
+        using F = Format<float>;
+        if constexpr (requires { F::kPacking; }) {
+            return {Product::template read<F>, F::kHasLeast, {kEvenFirst<F>, F::kMiddle}};
+        } else {
+            return kNone;
+        }
+    });
 }
 
 }  // namespace moesd::MOESD_ISA
