@@ -17,7 +17,8 @@ constexpr int64_t kTileRuns = 24;  // of each row that are read at a time, at mo
 // Some runs of a tile of weight rows: a weight is scale * (code - middle) + least.
 struct CodeTile {
     int64_t runs;
-    alignas(64) uint8_t codes[kTileRuns * kTileRows * kRun];  // by run, then as the product has it
+    // By run, then as the product has it; and room for a run that shares bytes with the last.
+    alignas(64) uint8_t codes[(kTileRuns + 1) * kTileRows * kRun];
     // By run, and within it by row.
     alignas(64) float scales[kTileRuns * kTileRows];
     alignas(64) float leasts[kTileRuns * kTileRows];

@@ -28,7 +28,15 @@ public:
         GatheredScales<Format> scales(rows);
         for (int64_t run = 0; run < out.runs; ++run, at.next()) {
             auto* codes = reinterpret_cast<__m512i*>(out.codes) + run * kVectors;
-            widen<Format>(packed, first.packed(at) - start, is_odd(at), codes);
+            // Pointers that are read when they are needed; the compiler keeps them in vectors.
+            asm volatile("" ::"r"(packed) : "memory");
+            const int64_t offset = first.packed(at) - start;
+            if constexpr (Format::kPacking == Packing::kAlternating) {
+                const bool is_odd = at.run % 2;
+                if (!is_odd || run == 0) widen_two(packed, offset, is_odd, codes);
+            } else {
+                widen<Format>(packed, offset, codes);
+            }
             ahead.fetch();
             scales.read(first, at, out.scales + run * kTileRows, out.leasts + run * kTileRows);
         }
@@ -56,12 +64,6 @@ protected:
     }
 
 private:
-    template <class Place>
-    static bool is_odd(const Place& at) {
-        if constexpr (requires { at.run; }) return at.run % 2;
-        return false;
-    }
-
     // Sixteen bytes of each row, turned round: out[i] holds the i-th four of each.
     static inline __attribute__((always_inline)) void transpose(
         const uint8_t* const (&rows)[kTileRows], int64_t offset, __m512i (&out)[4]) {
@@ -86,30 +88,43 @@ private:
 
     template <class Format>
     static inline __attribute__((always_inline)) void widen(const uint8_t* const (&rows)[kTileRows],
-                                                            int64_t offset, bool is_odd,
-                                                            __m512i* out) {
-        constexpr Packing kPacking = Format::kPacking;
-        constexpr bool kWhole = kPacking == Packing::kBytes || kPacking == Packing::kAlternating;
+                                                            int64_t offset, __m512i* out) {
+        constexpr bool kBytes = Format::kPacking == Packing::kBytes;
         const __m512i low_half = _mm512_set1_epi8(15);
 #pragma GCC unroll 2
-        for (int half = 0; half < (kWhole ? 2 : 1); ++half) {
+        for (int half = 0; half < (kBytes ? 2 : 1); ++half) {
             __m512i v[4];
             transpose(rows, offset + half * 16, v);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                if constexpr (kPacking == Packing::kBytes) {
+                if constexpr (kBytes) {
                     out[4 * half + i] = _mm512_xor_si512(v[i], _mm512_set1_epi8(-128));
-                } else if constexpr (kPacking == Packing::kAlternating) {
-                    const __m512i shifted =
-                        _mm512_srl_epi16(v[i], _mm_cvtsi32_si128(is_odd ? 4 : 0));
-                    out[4 * half + i] = _mm512_and_si512(shifted, low_half);
                 } else {
                     out[i] = looked_up<Format>(_mm512_and_si512(v[i], low_half));
-                    out[4 + i] =
-                        looked_up<Format>(_mm512_and_si512(_mm512_srli_epi16(v[i], 4), low_half));
+                    out[4 + i] = looked_up<Format>(high_halves(v[i]));
                 }
             }
         }
+    }
+
+    // The second of the two runs that share bytes alone, or the first and the one after it.
+    static inline __attribute__((always_inline)) void widen_two(
+        const uint8_t* const (&rows)[kTileRows], int64_t offset, bool second_alone, __m512i* out) {
+        __m512i* const second = second_alone ? out : out + kVectors;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            __m512i v[4];
+            transpose(rows, offset + half * 16, v);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                out[4 * half + i] = _mm512_and_si512(v[i], _mm512_set1_epi8(15));
+                second[4 * half + i] = high_halves(v[i]);
+            }
+        }
+    }
+
+    static __m512i high_halves(__m512i bytes) {
+        return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
     }
 
     template <class Format>

@@ -5,14 +5,17 @@
 
 namespace moesd::MOESD_ISA {
 
-// Distances from the first row of what begins at `data` in each of them.
-template <class F>
-inline __m512i distances(const StoredRow (&rows)[kTileRows], const F& data) {
-    alignas(64) int32_t bytes[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
-        bytes[r] = static_cast<int32_t>(data(rows[r]) - data(rows[0]));
-    }
-    return _mm512_load_si512(bytes);
+// Distances from the first row of what lies at a member in each of them: gathered, since a vector
+// that was written in parts is read back late.
+inline __m512i distances(const StoredRow (&rows)[kTileRows], const uint8_t* StoredRow::* member) {
+    static_assert(sizeof(StoredRow) == 4 * sizeof(int64_t));
+    const __m512i each = _mm512_set_epi64(28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i first = _mm512_set1_epi64(reinterpret_cast<int64_t>(rows[0].*member));
+    const auto eight = [&](int r) {
+        return _mm512_cvtepi64_epi32(
+            _mm512_sub_epi64(_mm512_i64gather_epi64(each, &(rows[r].*member), 8), first));
+    };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(eight(0)), eight(8), 1);
 }
 
 inline Vec widened_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
@@ -21,18 +24,17 @@ inline Vec widened_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi3
 template <class Format>
 class GatheredScales {
     static constexpr bool kOne = requires { typename Format::Scale; };
+    // Only the blocks of GGUF files hold their scales, and those are halves.
+    static constexpr bool kBeside = [] {
+        if constexpr (kOne) return !std::is_same_v<typename Format::Scale, half>;
+        return false;
+    }();
 
 public:
     static constexpr bool kAll = kOne;
 
     explicit GatheredScales(const StoredRow (&rows)[kTileRows])
-        : rows_(distances(rows, [](const StoredRow& row) {
-              if constexpr (requires { typename Format::Scale; }) {
-                  return Format(row).scale(typename Format::Place(0, row));
-              } else {
-                  return row.data;
-              }
-          })) {}
+        : rows_(distances(rows, kBeside ? &StoredRow::scales : &StoredRow::data)) {}
 
     // What is read lies in the block that begins with the numbers, or is the aligned four bytes
     // that hold a scale.
@@ -82,7 +84,7 @@ public:
     static constexpr bool kAll = true;
 
     explicit GatheredScales(const StoredRow (&rows)[kTileRows])
-        : rows_(distances(rows, [](const StoredRow& row) { return row.data; })) {}
+        : rows_(distances(rows, &StoredRow::data)) {}
 
     template <class Place>
     void read(const Q4_K<X>& first, const Place& at, float* scales, float* leasts) {
