@@ -61,8 +61,15 @@ static constexpr bool takes_int16(const StoredWeights& w, int64_t depth) {
     return w.format == WeightFormat::kInt8 && w.group > kLargestGroup && depth <= kMostDepth;
 }
 
+// Whether lanes of vectors may multiply a matrix by very few tokens, instead of tiles.
+static constexpr bool takes_lanes(const StoredWeights& w, int64_t depth) {
+    constexpr int64_t kLeastDepth = 128;
+    return w.format == WeightFormat::kMxfp4 && depth >= kLeastDepth;
+}
+
 // Floats that a row of activations takes where kernels pack it: for tiles as pairs of bf16 and, as
-// the case may be, as integers of sixteen bits, too.
+// the case may be, as integers of sixteen bits, too; a panel's first tokens as floats find room
+// beside the pairs.
 static constexpr int64_t packed_floats(const StoredWeights& w, int64_t depth) {
     return align_depth(depth) * (takes_int16(w, depth) ? 3 : 2) / 2;
 }

@@ -12,6 +12,10 @@ static_assert(kRun == kStepDepth);
 
 using DecodedRun = bf16[kRun];
 
+// Bytes of a row that are prefetched into the first-level cache where rows lie a power of two
+// apart: few sets hold them all, and hardware prefetchers lose them.
+constexpr int64_t kCodesAhead = 192;
+
 template <class Row>
 struct DecoderRows {
     Row of[kTile];
@@ -59,7 +63,11 @@ public:
         if (share_scales_ && at.k + kRun <= at.depth) {
             const ScaledE4m3<bf16> numbers = at.numbers;
 #pragma GCC unroll 16
-            for (int r = 0; r < kTile; ++r) numbers.decode(rows_.of[r].codes(at), out[r]);
+            for (int r = 0; r < kTile; ++r) {
+                const uint8_t* const codes = rows_.of[r].codes(at);
+                __builtin_prefetch(codes + kCodesAhead);
+                numbers.decode(codes, out[r]);
+            }
         } else {
             for (int r = 0; r < kTile; ++r) rows_.of[r].decode(at, out[r]);
         }

@@ -14,10 +14,10 @@ class AmxExpertsKernel {
 public:
     explicit AmxExpertsKernel(const ExpertsArgs& a)
         : a_(a),
-          x_integers_(panel_integers(a.w_gate_up, a.hidden)),
-          act_integers_(panel_integers(a.w_down, a.inter)),
-          x_size_(x_integers_ + steps_of(a.hidden) * kStepSize),
-          act_size_(act_integers_ + steps_of(a.inter) * kStepSize),
+          x_extra_(panel_extra(a.w_gate_up, a.hidden)),
+          act_extra_(panel_extra(a.w_down, a.inter)),
+          x_size_(x_extra_ + steps_of(a.hidden) * kStepSize),
+          act_size_(act_extra_ + steps_of(a.inter) * kStepSize),
           up_rows_(a.gated ? 2 * a.inter : a.inter),
           blocks_((a.inter + kRows - 1) / kRows),
           slice_(output_slice(a)),
@@ -26,7 +26,7 @@ public:
           pack_(a.num_active, a.threads),
           threads_(a.threads),
           up_(a.num_active * blocks_),
-          take_(act_integers_ > 0 ? a.num_active : 0, a.threads),
+          take_(act_extra_ > 0 ? a.num_active : 0, a.threads),
           down_((a.hidden + slice_ - 1) / slice_) {}
 
     void run() {
@@ -88,16 +88,15 @@ private:
                 rows[m] = static_cast<const bf16*>(a_.x) + a_.sorted_token[first + m] * a_.hidden;
             }
             bf16* const panel = x_panels(e) + p * x_size_;
-            pack_panel(rows, count, a_.hidden, panel + x_integers_);
-            if (x_integers_ > 0) take_integers(panel + x_integers_, a_.hidden, Int16Panel(panel));
+            pack_panel(rows, count, a_.hidden, panel + x_extra_);
+            fill_extra(a_.w_gate_up, panel, a_.hidden, tokens_of(e));
         }
     }
 
     // Of an expert's intermediate numbers, when all of them are there.
     void take_act(int64_t e) const {
         for (int64_t p = 0; p < panels_of(e); ++p) {
-            bf16* const panel = act_panels(e) + p * act_size_;
-            take_integers(panel + act_integers_, a_.inter, Int16Panel(panel));
+            fill_extra(a_.w_down, act_panels(e) + p * act_size_, a_.inter, tokens_of(e));
         }
     }
 
@@ -139,7 +138,7 @@ private:
             const int64_t row = j + i / Parts * kTile;
             return {{matrix, up_row(i % Parts, row), a_.interleaved ? 2 : 1}, a_.inter - row};
         };
-        const Block<2 * Parts> block(tile, count, decoded);
+        const Block<2 * Parts> block(tile, tokens_of(e), decoded);
         int64_t p = 0;
         for (; p + 2 <= count; p += 2) {
             const bf16* const pair[2] = {x + p * x_size_, x + (p + 1) * x_size_};
@@ -162,7 +161,7 @@ private:
     // Activates sums of intermediate rows j .. j + kTile and panel p, and packs them: they are part
     // of the depth of the down projection.
     void activate_tile(int64_t e, int64_t j, int64_t p, const float* gate, const float* up) const {
-        bf16* panel = act_panels(e) + p * act_size_ + act_integers_ + j * kTile;
+        bf16* panel = act_panels(e) + p * act_size_ + act_extra_ + j * kTile;
         for (int64_t n = 0; n < kTile; n += 2, panel += 2 * kTile) {
             const Vec even = activated(e, j + n, gate + n * kTile, up + n * kTile);
             const Vec odd = activated(e, j + n + 1, gate + (n + 1) * kTile, up + (n + 1) * kTile);
@@ -196,7 +195,7 @@ private:
                                            : e + 1 < a_.num_active
                                                ? fetch_rows(down_of(e + 1), h0, rows, loads)
                                                : fetch_down(next_item, loads);
-                panels_product(matrix, h, rows, act_panels(e), act_size_, panels_of(e), prefetch,
+                panels_product(matrix, h, rows, act_panels(e), act_size_, tokens_of(e), prefetch,
                                decoded,
                                [&](int64_t w, int64_t p, const float* first, const float* second) {
                                    combine(e, h + w * kTile, h1, p, first, out);
@@ -229,7 +228,7 @@ private:
     }
 
     const ExpertsArgs& a_;
-    const int64_t x_integers_, act_integers_, x_size_, act_size_, up_rows_, blocks_, slice_;
+    const int64_t x_extra_, act_extra_, x_size_, act_size_, up_rows_, blocks_, slice_;
     const Matrix<bf16> all_gate_up_, all_down_;
     Rows pack_;
     Counter threads_, up_;

@@ -151,9 +151,4 @@ __attribute__((noinline)) void int16_product(const StoredRow* const (&rows)[W], 
     });
 }
 
-// Elements of a panel before its pairs, which hold its integers.
-inline int64_t panel_integers(const StoredWeights& w, int64_t depth) {
-    return takes_int16(w, depth) ? Int16Panel::bytes_of(depth) / sizeof(bf16) : 0;
-}
-
 }  // namespace moesd::MOESD_ISA

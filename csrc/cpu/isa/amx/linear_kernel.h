@@ -12,8 +12,8 @@ class AmxLinearKernel {
 public:
     explicit AmxLinearKernel(const LinearArgs& a)
         : a_(a),
-          integers_(panel_integers(a.w, a.depth)),
-          panel_size_(integers_ + steps_of(a.depth) * kStepSize),
+          extra_(panel_extra(a.w, a.depth)),
+          panel_size_(extra_ + steps_of(a.depth) * kStepSize),
           panels_((a.tokens + kTile - 1) / kTile),
           block_(a.features < 8 * kTile * a.threads ? 2 * kTile : 4 * kTile),
           blocks_((a.features + block_ - 1) / block_),
@@ -53,8 +53,8 @@ private:
     void pack(int64_t p) const {
         const bf16* rows = static_cast<const bf16*>(a_.x) + p * kTile * a_.depth;
         transpose_pairs(rows, a_.depth, a_.tokens - p * kTile, a_.depth, nullptr,
-                        reinterpret_cast<__m512i*>(panel(p) + integers_));
-        if (integers_ > 0) take_integers(panel(p) + integers_, a_.depth, Int16Panel(panel(p)));
+                        reinterpret_cast<__m512i*>(panel(p) + extra_));
+        fill_extra(a_.w, panel(p), a_.depth, a_.tokens - p * kTile);
     }
 
     // One item: a block of features for a part of the panels. `next_item`: the thread's next item;
@@ -71,8 +71,9 @@ private:
         const auto finish = [&](int64_t w, int64_t p, const float* first, const float* second) {
             store(j + w * kTile, (first_panel + p) * kTile, first, second);
         };
-        panels_product(w_, j, rows, panel(first_panel), panel_size_, count, prefetch, decoded,
-                       finish);
+        const int64_t left = a_.tokens - first_panel * kTile, most = count * kTile;
+        panels_product(w_, j, rows, panel(first_panel), panel_size_, left < most ? left : most,
+                       prefetch, decoded, finish);
     }
 
     // Stores two tiles of sums: features `feature` .. `feature` + 32 of tokens `token` .. `token` +
@@ -100,7 +101,7 @@ private:
     }
 
     const LinearArgs& a_;
-    const int64_t integers_, panel_size_, panels_, block_, blocks_, part_;
+    const int64_t extra_, panel_size_, panels_, block_, blocks_, part_;
     const Matrix<bf16> w_;
     Rows pack_;
     Counter threads_, items_;

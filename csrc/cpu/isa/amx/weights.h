@@ -5,6 +5,7 @@
 
 #include "decoders.h"
 #include "int16.h"
+#include "lanes.h"
 #include "../../kernels/formats/dot_stored.h"
 
 namespace moesd::MOESD_ISA {
@@ -95,7 +96,25 @@ __attribute__((noinline)) void decoded_product(const TileOfRows* weights,
     for_tiles<W * T>([&]<int I>() { tile_store<I>(sums + I * kTileSums, 64); });
 }
 
-// Up to four tiles of weight rows, to be multiplied by `panels` panels. `buffer`: the thread's.
+// Elements of a panel before its pairs, which hold its numbers as products without tiles of bf16
+// take them.
+inline int64_t panel_extra(const StoredWeights& w, int64_t depth) {
+    const int64_t bytes = takes_int16(w, depth)   ? Int16Panel::bytes_of(depth)
+                          : takes_lanes(w, depth) ? LanePanel::bytes_of(depth)
+                                                  : 0;
+    return bytes / static_cast<int64_t>(sizeof(bf16));
+}
+
+// Takes them out of the pairs of `tokens` tokens.
+inline void fill_extra(const StoredWeights& w, bf16* panel, int64_t depth, int64_t tokens) {
+    const bf16* const pairs = panel + panel_extra(w, depth);
+    if (takes_int16(w, depth)) take_integers(pairs, depth, Int16Panel(panel));
+    if (takes_lanes(w, depth) && tokens <= kLaneTokens) {
+        take_floats(pairs, depth, tokens, LanePanel(panel, depth));
+    }
+}
+
+// Up to four tiles of weight rows, to be multiplied by `tokens` tokens. `buffer`: the thread's.
 template <int N>
 class Block {
     static constexpr int64_t kFewPanels = 2;  // that are multiplied at once
@@ -103,8 +122,8 @@ class Block {
 public:
     // `tile`: the i-th TileOfRows.
     template <class F>
-    Block(const F& tile, int64_t panels, bf16* buffer)
-        : Block(tile, panels, buffer, std::make_integer_sequence<int, N>()) {}
+    Block(const F& tile, int64_t tokens, bf16* buffer)
+        : Block(tile, tokens, buffer, std::make_integer_sequence<int, N>()) {}
 
     int64_t rows(int i) const { return tiles_[i].count; }
 
@@ -113,25 +132,34 @@ public:
     void multiply(const bf16* const (&panels)[T], PrefetchStreams& prefetch, float* sums) const {
         static_assert(First + W <= N);
         if (int16_) return multiply_int16<First, W, T>(panels, prefetch, sums);
+        const bf16* pairs[T];
+        for (int t = 0; t < T; ++t) pairs[t] = panels[t] + extra_;
+        if constexpr (T == 1) {
+            if (lane_tokens_ > 0 && multiply_lanes<First, W>(panels[0], prefetch, sums)) return;
+        }
         if (!decodes_) {
             WeightRows part[W];
             for (int i = 0; i < W; ++i) part[i] = lying_[First + i];
-            return tile_product<W, T>(part, panels, depth_, prefetch, sums);
+            return tile_product<W, T>(part, pairs, depth_, prefetch, sums);
         }
-        decoded_product<W, T>(tiles_ + First, panels, depth_, prefetch, buffer_, sums);
+        decoded_product<W, T>(tiles_ + First, pairs, depth_, prefetch, buffer_, sums);
     }
 
 private:
     template <class F, int... I>
-    Block(const F& tile, int64_t panels, bf16* buffer, std::integer_sequence<int, I...>)
+    Block(const F& tile, int64_t tokens, bf16* buffer, std::integer_sequence<int, I...>)
         : tiles_{tile(I)...},
           depth_(tiles_[0].rows.matrix.depth),
           buffer_(buffer),
+          extra_(panel_extra(tiles_[0].rows.matrix.stored, depth_)),
           int16_(takes_int16(tiles_[0].rows.matrix.stored, depth_)),
+          lane_tokens_(takes_lanes(tiles_[0].rows.matrix.stored, depth_) && tokens <= kLaneTokens
+                           ? static_cast<int>(tokens)
+                           : 0),
           decodes_(false) {
         if (int16_) return;
         const bool stored = tiles_[0].rows.matrix.decoder.runs;
-        decodes_ = stored && panels <= kFewPanels;
+        decodes_ = stored && tokens <= kFewPanels * kTile;
         if (!decodes_) ((lying_[I] = stored ? decoded(I) : tiles_[I].as_they_lie()), ...);
     }
 
@@ -154,6 +182,21 @@ private:
         });
     }
 
+    // Whether the sums are those of tiles.
+    template <int First, int W>
+    bool multiply_lanes(const bf16* memory, PrefetchStreams& prefetch, float* sums) const {
+        const LanePanel panel(memory, depth_);
+        bool same = *panel.in_range;
+        for (int i = 0; i < W && same; ++i) {
+            if (tiles_[First + i].count == 0) continue;
+            for_size<kLaneTokens>(lane_tokens_, [&]<int T>() {
+                same = lanes_product<T>(tiles_[First + i].stored, panel, depth_, prefetch,
+                                        sums + i * kTileSums);
+            });
+        }
+        return same;
+    }
+
     WeightRows decoded(int i) const {
         bf16* const out = buffer_ + i * steps_of(depth_) * kStepSize;
         const auto nothing = [](int64_t) {};
@@ -164,22 +207,25 @@ private:
     const TileOfRows tiles_[N];
     const int64_t depth_;
     bf16* const buffer_;
+    const int64_t extra_;
     const bool int16_;
+    const int lane_tokens_;  // 0: tiles take them
     bool decodes_;
     WeightRows lying_[N];
 };
 
-// Multiplies weight rows [first, first + rows), 4 * kTile at most, by `count` panels, each
-// `panel_size` after the one before it, and calls finish(w, p, sums, more_sums) with the tiles of
-// sums of panel p with the tiles w and w + 1 of the rows. `buffer`: the thread's.
+// Multiplies weight rows [first, first + rows), 4 * kTile at most, by the panels of `tokens`
+// tokens, each `panel_size` after the one before it, and calls finish(w, p, sums, more_sums) with
+// the tiles of sums of panel p with the tiles w and w + 1 of the rows. `buffer`: the thread's.
 template <class F>
 void panels_product(const Matrix<bf16>& w, int64_t first, int64_t rows, const bf16* panels,
-                    int64_t panel_size, int64_t count, PrefetchStreams& prefetch, bf16* buffer,
+                    int64_t panel_size, int64_t tokens, PrefetchStreams& prefetch, bf16* buffer,
                     const F& finish) {
+    const int64_t count = (tokens + kTile - 1) / kTile;
     const auto tile_of_rows = [&](int i) -> TileOfRows {
         return {{w, first + i * kTile, 1}, rows - i * kTile};
     };
-    const Block<4> block(tile_of_rows, count, buffer);
+    const Block<4> block(tile_of_rows, tokens, buffer);
     alignas(64) float sums[4 * kTileSums];
     const auto tile = [&](int i) { return sums + i * kTileSums; };
     int64_t p = 0;
