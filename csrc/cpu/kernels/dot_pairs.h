@@ -45,14 +45,17 @@ inline void transpose16(__m512i (&a)[16], __m512i* out) {
 }
 
 // pairs[k] = elements 2k and 2k + 1 of each of sixteen weight rows; where there are fewer, the last
-// is repeated. Prefetches sixteen rows from `prefetch` on, unless it is null, into the second-level
-// cache: the first is full of pairs.
+// is repeated. Prefetches sixteen rows from `prefetch` on, unless it is null; by default into the
+// second-level cache, since the first is full of pairs.
+template <int Locality = 2>
 inline void transpose_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t depth,
                             const bf16* prefetch, __m512i* pairs) {
     for (int64_t k = 0; k < depth; k += 32, pairs += 16) {
         if (prefetch) {
 #pragma GCC unroll 16
-            for (int n = 0; n < 16; ++n) __builtin_prefetch(prefetch + n * stride + k, 0, 2);
+            for (int n = 0; n < 16; ++n) {
+                __builtin_prefetch(prefetch + n * stride + k, 0, Locality);
+            }
         }
         const __mmask32 valid = depth - k < 32 ? (uint32_t{1} << (depth - k)) - 1 : ~uint32_t{0};
         __m512i a[16];

@@ -25,6 +25,7 @@ public:
     void add_block(const bf16* keys, const bf16* values, bool last_block) {
         for (int64_t j = 0; j < visible_to_any_; j += 2 * kTile) {
             score(keys + j * a_.k_position, j, last_block);
+            fetch_values(values, j);
         }
         const int64_t padded = steps_of(visible_to_any_) * kStepDepth;
         for (int m = 0; m < count(); ++m) {
@@ -52,17 +53,30 @@ private:
         tiled_ = rows;
     }
 
+    // Prefetches the values of positions j .. j + 32, whose turn comes after all of the block's
+    // scores.
+    void fetch_values(const bf16* values, int64_t j) const {
+        const int64_t end = j + 2 * kTile < visible_to_any_ ? j + 2 * kTile : visible_to_any_;
+        for (; j < end; ++j) {
+            for (int64_t d = 0; d < a_.value_dim; d += 32) {
+                __builtin_prefetch(values + j * a_.v_position + d);
+            }
+        }
+    }
+
     // Scores of the block's positions j .. j + 32. Those that no query sees are never read.
     void score(const bf16* keys, int64_t j, bool last_block) {
         const int64_t left = visible_to_any_ - j;
         const bf16* next =
             left <= 2 * kTile && last_block ? nullptr : keys + 2 * kTile * a_.k_position;
-        transpose_pairs(keys, a_.k_position, left, a_.head_dim, next, keys_[0]);
+        constexpr int kFirstLevel = 3;
+        transpose_pairs<kFirstLevel>(keys, a_.k_position, left, a_.head_dim, next, keys_[0]);
         // With sixteen positions or fewer the second tile keeps what it held: its scores are not
         // read.
         if (left > kTile) {
-            transpose_pairs(keys + kTile * a_.k_position, a_.k_position, left - kTile, a_.head_dim,
-                            next ? next + kTile * a_.k_position : nullptr, keys_[1]);
+            transpose_pairs<kFirstLevel>(keys + kTile * a_.k_position, a_.k_position, left - kTile,
+                                         a_.head_dim, next ? next + kTile * a_.k_position : nullptr,
+                                         keys_[1]);
         }
         for_tiles<4>([]<int I>() { tile_zero<I>(); });
         for (int64_t step = 0; step < steps_of(a_.head_dim); ++step) {
