@@ -17,11 +17,16 @@ from .theory import Array, Values, active_experts, effective_tokens
 
 
 class ActiveExperts(Protocol):
-    """Distinct experts per layer that ``sequences`` runs of ``per_sequence`` tokens touch."""
+    """Distinct experts per layer that ``sequences`` runs of ``per_sequence`` tokens touch.
+
+    Equal ones give equal numbers: what one was asked before is remembered.
+    """
 
     def __call__(
         self, sequences: Values, per_sequence: Values, num_experts: int, top_k: Values
     ) -> Array: ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

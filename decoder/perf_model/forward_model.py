@@ -11,6 +11,7 @@ adjusts them.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,13 @@ class Adjustments:
     draft: float = 1.0
     draft_token: float = 1.0
     reject: float = 1.0
+
+
+@functools.lru_cache(maxsize=4096)  # a fit asks for the same cells at every step
+def _distinct(
+    activation: ActiveExperts, sequences: int, per_sequence: int, experts: int, top_k: int
+) -> float:
+    return float(activation(sequences, per_sequence, experts, top_k))
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ class ForwardModel:
     ) -> tuple[float, float]:
         """Distinct experts of a layer and rows routed to them; of the rank that has most."""
         experts, top_k = layer.num_experts, layer.top_k
-        active = float(self.activation(sequences, per_sequence, experts, top_k))
+        active = _distinct(self.activation, sequences, per_sequence, experts, top_k)
         routed = float(sequences * per_sequence * top_k)
         if self.ranks is None:
             return active, routed
