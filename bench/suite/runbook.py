@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from bench.suite import compiling, decoding, layers, machine, testing, tuning
-from bench.suite.session import Session
+from bench.suite.session import Piece, Session
 from bench.suite.sizes import Sizes
 
 # What the shares below are written for.
 MINUTES = 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One step of the run-book.
-
-    Attributes:
-        seconds: its share of eight minutes; it stops itself then and may go on in a later pass.
-        run: does it; what it finds becomes lines.
-        refusal: why it cannot run here, or None.
-    """
-
-    name: str
-    seconds: float
-    run: Callable[[Session], None]
-    refusal: Callable[[Session], str | None] = lambda session: None
 
 
 def run_book(sizes: Sizes) -> list[Piece]:

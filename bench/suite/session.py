@@ -1,9 +1,13 @@
-"""What the pieces of a suite share: device, sizes, lines, the clock, and models worth keeping."""
+"""What the pieces of a suite share: device, sizes, lines, the clock, and models worth keeping.
+
+What a piece is stands here, too, apart from the pieces: a worker starts without what they import.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,3 +87,19 @@ class Session:
     def free_bytes(self) -> int:
         """Memory of the device that nobody holds; on a CPU a size no preset fits."""
         return torch.cuda.mem_get_info(self.device)[0] if self.cuda else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One step of the run-book.
+
+    Attributes:
+        seconds: its share of eight minutes; it stops itself then and may go on in a later pass.
+        run: does it; what it finds becomes lines.
+        refusal: why it cannot run here, or None.
+    """
+
+    name: str
+    seconds: float
+    run: Callable[[Session], None]
+    refusal: Callable[[Session], str | None] = lambda session: None

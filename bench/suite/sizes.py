@@ -74,7 +74,7 @@ FULL = Sizes(
     patience=1.0,
 )
 DRY = Sizes(
-    shapes={"dry": Shape(16, 4, 128, 64)},
+    shapes={"dry": Shape(8, 2, 64, 32)},
     points=((4, 1), (4, 3), (1, 1)),
     rounds=3,
     tuned={"dry": (4,)},

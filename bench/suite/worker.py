@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from bench.suite.progress import Lines
-from bench.suite.runbook import Piece
-from bench.suite.session import OutOfTimeError, Session
+from bench.suite.session import OutOfTimeError, Piece, Session
 from bench.suite.supervisor import RESTART
 
 # A piece is not begun with less than this left.
