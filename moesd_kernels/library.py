@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from .cache import cache_folder, locked
+from .cache import cache_folder, drop_unused, keep, locked
 from .fakes import register_fakes
 from .registered import register_kernels
 from .trust import distrust, require_trust
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent / "csrc"
 _TORCH = Path(torch.__file__).parent
+_KEY = 16  # hexadecimal digits in the name of a library's cache folder
+_SPARE = 4  # libraries of other checkouts or flags that stay when a new one has been compiled
 
 # fp-contract=off: a multiply-add is fused only where the source says so, which keeps rows
 # bit-identical across code paths.
@@ -215,7 +217,7 @@ def _cache_key(device: str, compiler: str) -> str:
     digest = hashlib.sha256(repr(facts).encode())
     for path in _source_files(device):
         digest.update(str(path.relative_to(SOURCE_ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:_KEY]
 
 
 def compiled_library(device: str) -> Path:
@@ -224,7 +226,9 @@ def compiled_library(device: str) -> Path:
     if reason is not None:
         raise RuntimeError(reason)
     compiler = find_compiler(device)
-    folder = cache_folder(_cache_key(device, compiler))
+    key = _cache_key(device, compiler)
+    while not keep(folder := cache_folder(key)):
+        pass  # dropped between the two calls: made anew
     library = folder / f"moesd_{device}.so"
     with locked(folder):
         if not library.exists():
@@ -232,8 +236,19 @@ def compiled_library(device: str) -> Path:
             compile_library(device, library, compiler)
             seconds = time.perf_counter() - started
             logger.info("compiled the %s kernels in %.0f s", device.upper(), seconds)
+            drop_unused(_other_libraries(folder), _SPARE)
     require_trust(library)
     return library
+
+
+def _other_libraries(folder: Path) -> set[Path]:
+    """Cache folders of libraries for other sources, compilers or releases of torch.
+
+    The cache's root may be a folder that other programs write to.
+    """
+    found = {library.parent for library in folder.parent.glob("*/moesd_*.so")}
+    named = re.compile(f"[0-9a-f]{{{_KEY}}}")
+    return {other for other in found - {folder} if named.fullmatch(other.name)}
 
 
 @functools.cache

@@ -165,11 +165,11 @@ def cache_folder(name: str) -> Path:
         return cache_folder(name)
 
 
-def locked(folder: Path) -> AbstractContextManager[None]:
-    """A block that holds a folder of the cache; whoever else wants it waits."""
-    from moesd_kernels.cache import locked
+def cache() -> Any:
+    """What is done with folders of the cache: ``moesd_kernels.cache``."""
+    from moesd_kernels import cache
 
-    return locked(folder)
+    return cache
 
 
 def left_as_found(model: torch.nn.Module) -> AbstractContextManager[None]:

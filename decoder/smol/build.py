@@ -3,7 +3,7 @@
 Each part has a folder of its own, so that a new EAGLE head does not have three gigabytes written
 again. A folder is filled beside its place and renamed into it when every byte is on disk: it is
 whole, or it is not there. One process builds at a time; what one that was killed has left is
-removed by the next.
+removed by the next, and so are older builds of a part (``_SPARE``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ import torch
 from decoder.checkpoint.folder import read_json
 from decoder.checkpoint.weights import weight_files
 from decoder.errors import UserError, explained
-from decoder.model.kernels import cache_folder, locked
+from decoder.model.kernels import cache, cache_folder
 
 from .difference import Difference
 from .gguf_file import DenseFile
@@ -30,11 +31,14 @@ from .layout import write_draft, write_eagle, write_target
 from .recipe import PARTS, Part, Recipe
 from .tuned import TUNED_FILE, write_tuned
 
-_UNFINISHED = ".unfinished"
+# Builds of a part that stay beside a new one: two checkouts used in turn do not build by turns.
+_SPARE = 1
 
 
 def folder_of(recipe: Recipe, part: Part) -> Path:
     """A part's folder, built first where it is not there, and the other parts with it.
+
+    It stays there for as long as this process lives, whatever others build.
 
     Raises:
         UserError: it cannot be built, or its weights are not those that the recipe records.
@@ -42,7 +46,7 @@ def folder_of(recipe: Recipe, part: Part) -> Path:
     if reason := recipe.missing(part):
         raise UserError(f"no {part} of the real model: {reason}")
     place = recipe.place(part)
-    if not place.is_dir():
+    while not cache().keep(place):
         _build(recipe, recipe.recorded())
     return place
 
@@ -97,15 +101,13 @@ def _build(recipe: Recipe, expected: dict[str, str] | None) -> None:
         recipe: what they are made of.
         expected: part to what its weights must hash to; ``None`` takes what comes.
     """
-    cache = cache_folder("smol")
-    with explained("cannot build the real model"), locked(cache):
-        for left in cache.glob(f"*{_UNFINISHED}"):
+    root, unfinished = cache_folder("smol"), cache().UNFINISHED
+    with explained("cannot build the real model"), cache().locked(root):
+        for left in root.glob(f"*{unfinished}"):
             shutil.rmtree(left)
         places = {part: recipe.place(part) for part in _makeable(recipe)}
         places = {part: place for part, place in places.items() if not place.is_dir()}
-        folders = {
-            part: place.with_name(place.name + _UNFINISHED) for part, place in places.items()
-        }
+        folders = {part: place.with_name(place.name + unfinished) for part, place in places.items()}
         try:
             _fill(recipe, folders)
             if expected is not None:
@@ -113,10 +115,21 @@ def _build(recipe: Recipe, expected: dict[str, str] | None) -> None:
             for part, folder in folders.items():
                 _flush([*folder.iterdir(), folder])
                 folder.rename(places[part])
-            _flush([cache])
+            _flush([root])
         finally:
             for folder in folders.values():
                 shutil.rmtree(folder, ignore_errors=True)
+        for place in places.values():
+            cache().drop_unused(_others(place), _SPARE)
+
+
+def _others(place: Path) -> list[Path]:
+    """Builds of the same part from other inputs."""
+    part = place.name.partition("-")[0]
+    named = re.compile(rf"{part}-[0-9a-f]{{{len(place.name) - len(part) - 1}}}")
+    return [
+        other for other in place.parent.iterdir() if other != place and named.fullmatch(other.name)
+    ]
 
 
 def _fill(recipe: Recipe, folders: dict[Part, Path]) -> None:
