@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from decoder import SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.heads.eagle_config import EagleCheckpoint
-from decoder.drafters.independent import IndependentDrafter
+from decoder.drafters.independent import IndependentDrafter, with_own_modules
 from decoder.engine.profile_rounds import RoundLog
 from decoder.sampling.sampler import VerifierName
 
@@ -74,6 +73,6 @@ def drafter_for(subject: Subject) -> Any:
     elif isinstance(subject.draft, EagleCheckpoint):
         draft = EagleDrafter(subject.draft, kernels=True)
     elif subject.draft is not None:
-        # The batch size decides what a packed draft becomes, so each decoder has its own.
-        draft = IndependentDrafter(copy.deepcopy(subject.draft), hasten=True)
+        # The batch size decides what a packed draft becomes, so each decoder has its own layers.
+        draft = IndependentDrafter(with_own_modules(subject.draft), hasten=True)
     return draft if subject.alpha is None else ReplayDrafter(subject.alpha, cost=draft)

@@ -8,6 +8,7 @@ with recurrent state has not settled that position either.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -215,6 +216,21 @@ class IndependentDrafter:
     def _known(self, tokens: Tensor) -> Tensor:
         """Ids past the draft's embedding table, which only the target knows, become its last."""
         return tokens if self._same_ids else tokens.clamp(max=self._last_id)
+
+
+def with_own_modules(model: Any) -> Any:
+    """A copy of a model that shares its weights: replacing a layer of it leaves ``model`` whole.
+
+    Memory grows by what is replaced, not by another model.
+    """
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    shared = {
+        id(x): torch.nn.Parameter(x.detach(), x.requires_grad)
+        if isinstance(x, torch.nn.Parameter)
+        else x
+        for x in tensors
+    }
+    return copy.deepcopy(model, shared)
 
 
 def _opening(

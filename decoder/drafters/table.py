@@ -6,7 +6,6 @@ for a drafter before it is first asked for.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,7 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
     from decoder.model.kernels import accelerate, gguf_file, quantized
     from decoder.model.support import hidden_dtype
 
-    from .independent import IndependentDrafter
+    from .independent import IndependentDrafter, with_own_modules
 
     tokenizer = None  # equal vocabulary sizes are the only evidence there is without one
     loaded = not isinstance(draft, Path)
@@ -106,7 +105,7 @@ def _make_independent(draft: Any, target: Any, options: DraftOptions) -> Drafter
     if not hasattr(draft, "get_output_embeddings"):
         raise UserError(f"draft must be a path or a causal LM, got {type(draft).__name__}")
     if options.weight_format is not None:  # a model that was given stays its owner's
-        draft = quantized(copy.deepcopy(draft) if loaded else draft, options.weight_format)
+        draft = quantized(with_own_modules(draft) if loaded else draft, options.weight_format)
     hasten = options.kernels and (not loaded or options.weight_format is not None)
     if options.kernels and not hasten:
         accelerate(draft)

@@ -173,6 +173,34 @@ def test_a_draft_that_was_given_is_left_as_it_is(folder: Path) -> None:
     assert flags(model_of(target, folder, weight_format="int8", kernels=False)) == {False}
 
 
+def storages(model: Any) -> set[int]:
+    return {parameter.data_ptr() for parameter in model.parameters()}
+
+
+def test_a_given_draft_is_not_copied_to_be_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes its matrices' places is all the memory it costs; the given one stays as it was."""
+    target = small()
+    given = small(num_hidden_layers=1, tie_word_embeddings=True)
+    before = {name: (p, p.clone()) for name, p in given.named_parameters()}
+    seen: list[set[int]] = []
+
+    def quantized(model: Any, weight_format: str) -> Any:
+        seen.append(storages(model))
+        return quantize(model, weight_format)
+
+    monkeypatch.setattr(kernels, "quantized", quantized)
+    made = model_of(target, given, weight_format="int4")
+    assert seen == [storages(given)]
+    assert type(made.lm_head) is QuantizedLinear
+    assert outputs(target, given, 3, weight_format="int8") == outputs(target)
+    assert (
+        given.config.tie_word_embeddings
+        and given.lm_head.weight is given.get_input_embeddings().weight
+    )
+    for name, parameter in given.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1]), name
+
+
 @pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
 def test_rounding_drafts_lose_nobody_anything(folder: Path, weight_format: str) -> None:
