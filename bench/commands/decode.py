@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench.gguf.contents import PLAIN, contents_of, require_own_format
+from bench.gguf.contents import PLAIN, require_own_format
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.record import Recorder
 from bench.runs.decode import measure_batch
@@ -25,6 +24,7 @@ from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
 from bench.workloads.arguments import add_machine, add_target_format, numbers
 from bench.workloads.divided import add_parallel, load_divided, rank_fields
+from bench.workloads.kept import weight_format
 from bench.workloads.models import DENSE, RANDOM, load_draft, load_subject
 from bench.workloads.offloaded import offloaded_model
 from decoder.parallel.environment import is_one_of_several
@@ -61,12 +61,14 @@ def run(args: argparse.Namespace) -> None:
     """Measure every (K, B, gamma), print a table, append lines to ``--out``."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype, stored = getattr(torch, args.dtype), _weight_format(args)
+    require_own_format(args.target, args.weight_format)
+    dtype = getattr(torch, args.dtype)
     load = partial(_load, args, dtype)
     loaded = load_divided(args, dtype) if args.parallel or is_one_of_several() else load()
     if loaded is None:  # another rank, which has served the one that measures
         return
     target, draft = loaded
+    stored = weight_format(target) if args.weight_format == PLAIN else args.weight_format
     recorder = Recorder(args.out, args.device)
     table = Table(title=f"{args.target} {args.dtype}, {stored} weights, alpha {args.alpha}")
     heads = ("K", "B", "gamma", "T_T(B,1) ms", "T_T(B,γ) ms", "T_D ms", "T_reject ms", "sigma")
@@ -91,23 +93,14 @@ def run(args: argparse.Namespace) -> None:
             ):
                 line = recorder.write(
                     "decode",
-                    **cell_fields(args.target, subject, pair),
+                    **cell_fields(args.target, subject, pair, setup),
                     **memory_speed(pair, setup),
-                    **setup,
                     **rank_fields(args),
                     weight_format=stored,
                     offload_budget=args.offload_budget,
                 )
                 table.add_row(*_row(line))
     Console(width=120).print(table)
-
-
-def _weight_format(args: argparse.Namespace) -> str:
-    """How the target's weights are stored."""
-    require_own_format(args.target, args.weight_format)
-    if args.target.endswith(".gguf"):
-        return contents_of(Path(args.target)).weight_format
-    return args.weight_format
 
 
 def _load(args: argparse.Namespace, dtype: torch.dtype, top_k: int | None = None) -> Any:

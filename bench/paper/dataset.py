@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.workloads.kept import draft_format
 from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.cli.compare import compare, forecast, warmed_up
@@ -65,7 +66,7 @@ def measure_dataset(
     return {
         "target": pair.name,
         "drafter": pair.drafter,
-        "draft_format": pair.draft_format,
+        "draft_format": draft_format(drafter),
         "gamma": settings.gamma,
         "verifier": settings.verifier,
         "temperature": settings.temperature,

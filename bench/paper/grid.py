@@ -87,7 +87,7 @@ def measure_grid(
             read=probe.read if probe else None,
         )
         for cell in pairs:
-            fields = cell_fields(pair.name, subject, cell) | memory_speed(cell, setup) | setup
+            fields = cell_fields(pair.name, subject, cell, setup) | memory_speed(cell, setup)
             place = {"data": data, "temperature": temperature}
             line = same | place | fields
             found.append(recorder.write(TRAINED, **line, **_predicted(line)))
@@ -99,7 +99,6 @@ def _run_fields(pair: TrainedPair, grid: Grid, dtype: torch.dtype) -> Line:
     return {
         "target": pair.name,
         "drafter": pair.drafter,
-        "draft_format": pair.draft_format,
         "verifier": grid.verifier,
         "new_tokens": grid.new_tokens,
         "repetitions": grid.repetitions,

@@ -51,7 +51,7 @@ def measure_peak(
             repetitions=repetitions,
         )
         for pair in pairs:
-            lines.append(recorder.write("decode", **cell_fields(name, subject, pair), **setup))
+            lines.append(recorder.write("decode", **cell_fields(name, subject, pair, setup)))
     if not lines:
         raise ValueError(f"no full round in {new_tokens} new tokens: expected more")
     best = max(lines, key=lambda line: line["speedup"])

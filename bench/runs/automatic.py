@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.measure.timer import interleaved, summarize
 from bench.runs.subject import Subject, drafter_for
+from bench.workloads.kept import draft_format
 from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
@@ -79,6 +80,7 @@ def measure_automatic(subject: Subject, batch: int, settings: Settings) -> dict[
         {name: timed(name) for name in decoders}, rounds=settings.rounds, budget_s=settings.budget_s
     )
     return ratios(samples) | {
+        "draft_format": draft_format(decoders[AUTO].drafter),
         "profiled": profiled,
         "cold": settings.cold,
         "new_tokens": settings.new_tokens,

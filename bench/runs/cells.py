@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.gguf.contents import PLAIN
 from bench.measure.record import read_lines
 from decoder.perf_model.forward_model import ForwardModel
 from decoder.perf_model.hardware.machine import Machine
@@ -80,7 +81,7 @@ def group_cells(lines: Iterable[dict[str, Any]]) -> list[Cells]:
     """Lines as cells, one group per target, drafter and format of the weights of each."""
     groups: dict[tuple[str | None, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        stored = line.get("weight_format"), line.get("draft_format")
+        stored = [line.get(name) or PLAIN for name in ("weight_format", "draft_format")]
         groups[line["target"], line.get("drafter"), *stored].append(line)
     return [_cells(group) for group in groups.values()]
 

@@ -13,10 +13,13 @@ from bench.measure.timer import summarize
 from bench.runs.forced import ForcedSampler, force
 from bench.runs.rank_log import RankLog
 from bench.runs.subject import Subject, drafter_for, logged_decoder
+from bench.workloads.kept import draft_format, running_draft, spec_as_kept
 from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams
 from decoder.drafters import ReplayDrafter
 from decoder.engine.metrics import DecoderStats
+from decoder.perf_model.config_spec import spec_from_config
+from decoder.perf_model.model_spec import ModelSpec
 
 Prompts = list[list[int]]
 Round = tuple[int, Mapping[str, float]]  # tokens emitted, seconds by phase
@@ -53,6 +56,8 @@ class Pair:
         agreement: with forced verdicts, how often the target's own choice was the recorded token.
         offload_ar: what reading experts came to in the last autoregressive run, where they do not
             stay in memory; offload_spec: in the last speculative one.
+        draft_format: of most of the draft's weights, as it was run for this batch.
+        draft: what a step of it costs; None where that is no draft model.
         collective_ar, collective_verify: median seconds of a round in collectives; ``RankLog``.
     """
 
@@ -73,6 +78,8 @@ class Pair:
     read_bandwidth: float | None
     offload_ar: dict[str, Any] | None
     offload_spec: dict[str, Any] | None
+    draft_format: str
+    draft: ModelSpec | None
     collective_ar: float | None = None
     collective_verify: float | None = None
 
@@ -85,13 +92,15 @@ class Seen:
         context: tokens a row held on average.
         experts: tokens entering a layer -> mean distinct experts.
         read_bandwidth: bytes/s that memory gave.
-        agreement: see ``Pair``.
+        agreement, draft_format, draft: see ``Pair``.
     """
 
     context: int
     experts: dict[int, float]
     read_bandwidth: float | None
     agreement: float | None
+    draft_format: str
+    draft: ModelSpec | None
 
 
 @dataclass(slots=True)
@@ -140,12 +149,19 @@ def measure_batch(
         experts=runs.experts(short, few),
         read_bandwidth=statistics.median(runs.reads) if runs.reads else None,
         agreement=runs.forced.agreement() if runs.forced else None,
+        draft_format=draft_format(runs.drafter),
+        draft=_draft_spec(runs.drafter),
     )
     return [
         _pair(batch, gamma, runs.arms, seen, comparable=subject.comparable)
         for gamma in gammas
         if any(runs.arms[gamma].rounds)
     ]
+
+
+def _draft_spec(drafter: Any) -> ModelSpec | None:
+    draft = running_draft(drafter)
+    return None if draft is None else spec_as_kept(spec_from_config(draft.config), draft)
 
 
 def _prompts(subject: Subject, batch: int, turn: int, length: int) -> Prompts:
@@ -169,7 +185,7 @@ class _Runs:
         self.subject = subject
         self.batch = batch
         self.longest = max(gammas)
-        drafter = drafter_for(subject)
+        drafter = self.drafter = drafter_for(subject)
         self.plain = logged_decoder(subject, None, batch, length, 0)
         self.fast = logged_decoder(subject, drafter, batch, length, self.longest)
         self.replay = drafter if isinstance(drafter, ReplayDrafter) else None
@@ -258,6 +274,8 @@ def _pair(batch: int, gamma: int, arms: dict[int, Arm], seen: Seen, *, comparabl
         read_bandwidth=seen.read_bandwidth,
         offload_ar=arms[0].offload,
         offload_spec=arm.offload,
+        draft_format=seen.draft_format,
+        draft=seen.draft,
         collective_ar=_median(arms[0].collective),
         collective_verify=_median(arm.collective),
     )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.machine import machine_with_kernels
 from bench.runs.cells import setup_fields
 from bench.runs.decode import Pair
 from bench.runs.subject import Subject
+from bench.workloads.kept import spec_as_kept
 from decoder.drafters.heads.eagle_config import EagleCheckpoint
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import ModelSpec, eagle_spec
-from moesd_kernels.formats import QuantizedLinear
 
 PROBES = 3
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -33,7 +33,7 @@ def describe_subject(
     reads = [probe.read() for _ in range(PROBES)] if probe else []
     machine = machine_with_kernels(device, dtype)
     reads += [probe.read() for _ in range(PROBES)] if probe else []
-    target = spec_from_config(subject.target.config)
+    target = spec_as_kept(spec_from_config(subject.target.config), subject.target)
     # The machine's curves are the fastest seen, so the reference is, too.
     reference = {"machine_read_bandwidth": max(reads)} if reads else {}
     draft = draft_spec(subject.draft, target)
@@ -45,7 +45,7 @@ def draft_spec(draft: Any, target: ModelSpec) -> ModelSpec | None:
     if draft is None or isinstance(draft, str):
         return None
     if not isinstance(draft, EagleCheckpoint):
-        return _as_stored(spec_from_config(draft.config), draft)
+        return spec_as_kept(spec_from_config(draft.config), draft)
     # A head of the target's class, as wide as this one is and with the vocabulary it speaks.
     spec = eagle_spec(target)
     (layer,) = spec.layers
@@ -61,17 +61,6 @@ def draft_spec(draft: Any, target: ModelSpec) -> ModelSpec | None:
     )
 
 
-def _as_stored(spec: ModelSpec, model: nn.Module) -> ModelSpec:
-    """The spec of a model, whose weights outside of experts count as the bytes they are kept in."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
-    if not any(isinstance(m, QuantizedLinear) for m in linears):
-        return spec
-    weights = sum(m.in_features * m.out_features for m in linears)
-    kept = [dict(m.named_parameters(recurse=False)) for m in linears]
-    size = sum(each[name].nbytes for each in kept for name in each.keys() - {"bias"})
-    return spec.with_weight_bytes(size / weights, spec.expert_bytes)
-
-
 def memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
     """How fast memory was for this cell, relative to when the machine was described."""
     reference = setup.get("machine_read_bandwidth")
@@ -80,12 +69,22 @@ def memory_speed(pair: Pair, setup: dict[str, Any]) -> dict[str, float]:
     return {"memory_speed": pair.read_bandwidth / reference}
 
 
-def cell_fields(name: str, subject: Subject, pair: Pair) -> dict[str, Any]:
+def cell_fields(
+    name: str, subject: Subject, pair: Pair, setup: Mapping[str, Any]
+) -> dict[str, Any]:
     """One cell in the words of ``Observation``, and what else was seen.
 
     Its ``alpha`` is the one imposed, or what the draft's own proposals came to.
+
+    Args:
+        setup: what ``describe_subject`` found. The draft is described again where it was run in
+            other numbers for this batch.
     """
+    described = {} if pair.draft is None else {"draft_spec": pair.draft.to_json()}
     return {
+        **setup,
+        **described,
+        "draft_format": pair.draft_format,
         "target": name,
         "top_k": subject.top_k,
         "batch": pair.batch,

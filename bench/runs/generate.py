@@ -16,6 +16,7 @@ from bench.measure.timer import interleaved, summarize
 from bench.peers.generate_transformers import TransformersGenerate
 from bench.peers.llama_cpp import LlamaCpp, mean_length
 from bench.runs.in_vllm import VLLM, InVllm
+from bench.workloads.kept import draft_format
 from bench.workloads.models import RANDOM, draft_like, random_model
 from bench.workloads.prompts import prompt_tokens, random_prompts
 from bench.workloads.trained import TrainedPair
@@ -89,9 +90,12 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
         quantize(target, settings.weight_format)
     if settings.int8_activations:
         with_int8_activations(target)
-    variants: dict[str, Run] = {"ours": _ours(settings, target, prompts, None)}
+    variants: dict[str, Run] = {"ours": _ours(settings, target, prompts, None, "0")}
+    drafts: dict[str, str] = {}
     for name, gamma in _speculative(settings).items():
-        variants[name] = _ours(settings, target, prompts, gamma)
+        drafter = _drafter(settings, target)
+        variants[name] = _ours(settings, target, prompts, drafter, gamma)
+        drafts[name] = draft_format(drafter)  # as the decoder has made it for its rows
     if settings.transformers:
         variants["transformers"] = TransformersGenerate(_target(settings)).run
     vllm = _vllm(settings, batch)
@@ -123,6 +127,7 @@ def measure_generate(settings: Settings, batch: int) -> list[dict[str, Any]]:
     return [
         common
         | _weight_fields(settings, name)
+        | {"draft_format": drafts.get(name)}
         | _fields(settings, batch, name, samples, outputs)
         | (vllm.fields(name) if vllm else {})
         for name in samples
@@ -142,7 +147,6 @@ def _common_fields(settings: Settings, prompts: list[list[int]]) -> dict[str, An
     return {
         "target": settings.pair.name if settings.pair else settings.random,
         "drafter": settings.pair.drafter if settings.pair else None,
-        "draft_format": settings.pair.draft_format if settings.pair else None,
         "prompts": settings.prompts,
         "prompt_tokens": mean_length(prompts),
         "dtype": str(settings.dtype).removeprefix("torch."),
@@ -217,12 +221,14 @@ def _drafter(settings: Settings, target: Any) -> Any:
     return build_drafter(settings.pair.drafter, target, settings.pair.draft)
 
 
-def _ours(settings: Settings, target: Any, prompts: list[list[int]], gamma: str | None) -> Run:
-    """Our decoder as a variant; without a gamma it decodes autoregressively."""
+def _ours(
+    settings: Settings, target: Any, prompts: list[list[int]], drafter: Any, gamma: str
+) -> Run:
+    """Our decoder as a variant; without a drafter it decodes autoregressively."""
     decoder = SpeculativeDecoder(
         target,
-        drafter=_drafter(settings, target) if gamma else None,
-        gamma="auto" if gamma == "auto" else int(gamma or 0),
+        drafter=drafter,
+        gamma="auto" if gamma == "auto" else int(gamma),
         max_batch_size=len(prompts),
         max_length=max(map(len, prompts)) + settings.new_tokens + 16,
     )

@@ -131,7 +131,7 @@ def _measure_batch(
         repetitions=sizes.repetitions,
     )
     for pair in pairs:
-        session.lines.write("decode", **cell_fields(name, measured, pair), **setup)
+        session.lines.write("decode", **cell_fields(name, measured, pair, setup))
 
 
 def profile_steps(session: Session) -> None:

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from bench.gguf.contents import PLAIN, contents_of
-from decoder.checkpoint.folder import is_gguf
 from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.drafters.table import canonical_name, drafter_kind
 from decoder.model.loading import load_model, load_tokenizer
@@ -60,13 +58,6 @@ class TrainedPair:
         dtype = getattr(torch, args.dtype)
         run = {"device": args.device, "dtype": dtype, "kernels": True}
         return cls.of_preset(args.preset, args.drafter, **run)
-
-    @property
-    def draft_format(self) -> str:
-        """How most of the draft's weights are stored: ``q4_1``, or ``plain``."""
-        if self.draft is None or not is_gguf(self.draft):
-            return PLAIN
-        return contents_of(Path(self.draft)).weight_format
 
     def load_target(self, dtype: torch.dtype, device: torch.device | str) -> Any:
         """The target."""

@@ -30,7 +30,6 @@ def flags(**changed: str) -> Namespace:
 def test_the_real_pair_drafts_from_the_packages_file(tiny):
     pair = TrainedPair.of_flags(flags())
     assert (pair.name, pair.drafter, pair.draft) == ("smol", "independent", tiny.file)
-    assert pair.draft_format == "q4_1"
     assert vocabulary_mismatch(pair.load_tokenizer(), load_tokenizer(pair.draft)) is None
     target = pair.load_target(torch.bfloat16, "cpu")
     for draft in (pair.load_draft(target), build_drafter(pair.drafter, target, pair.draft).model):
@@ -44,11 +43,11 @@ def test_in_other_numbers_or_another_program_it_drafts_from_the_folder(tiny):
         TrainedPair.of_flags(flags(device="cuda")),
         TrainedPair.of_preset("smol", "independent"),
     ):
-        assert (pair.draft, pair.draft_format) == (smol.draft_path(), "plain")
+        assert pair.draft == smol.draft_path()
 
 
 def test_the_small_pair_has_one_draft():
     ours = TrainedPair.of_flags(flags(preset="embedded"))
-    assert ours == TrainedPair.of_preset("embedded", "auto") and ours.draft_format == "plain"
+    assert ours == TrainedPair.of_preset("embedded", "auto")
     none = TrainedPair.of_flags(flags(preset="embedded", drafter="ngram"))
-    assert (none.draft, none.draft_format) == (None, "plain")
+    assert none.draft is None
