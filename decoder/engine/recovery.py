@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from decoder.checkpoint.weights import few
 from decoder.errors import reason
+from decoder.model.support import broken_weights
 from decoder.requests.outputs import UNDEFINED, Output
 from decoder.requests.sequence import ActiveSequence
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = "the search for broken weights"
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -59,6 +62,14 @@ class Tolerance:
                 logger.warning("%s failed; decoding goes on without: %s", what, reason(error))
                 logger.debug("where it failed", exc_info=True)
         return otherwise
+
+    def blame(self, model: Any) -> None:
+        """Say once which of a model's weights are no numbers, when logits were none."""
+        if _WEIGHTS not in self._told:
+            self._told.add(_WEIGHTS)
+            names = self.call(_WEIGHTS, lambda: broken_weights(model), [])
+            if names:
+                logger.warning("weights with NaN or infinities: %s", few(names))
 
 
 def output_of(sequence: ActiveSequence) -> Output:

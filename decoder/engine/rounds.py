@@ -68,11 +68,9 @@ class Rounds:
         Returns:
             Those that failed: in the group, and then alone.
         """
-        try:
+        with suppress(Exception):  # the reason that counts is the one of a request alone
             self._admit(requests, controller, stats)
             return []
-        except Exception:
-            pass  # the reason that counts is the one of a request alone
         failed = []
         for request in requests:
             try:
@@ -293,8 +291,9 @@ class Rounds:
         observe = partial(controller.observe, gamma, len(drafted), drafted, accepted, seconds)
         self._tolerance.call("the controller's observe", observe, None)
 
-    @staticmethod
-    def _failed(sequence: ActiveSequence, error: Exception) -> ActiveSequence:
+    def _failed(self, sequence: ActiveSequence, error: Exception) -> ActiveSequence:
         logger.debug("%s failed", sequence.request.name, exc_info=error)
+        if isinstance(error, UndefinedLogits):
+            self._tolerance.blame(self.runner.model)
         sequence.fail(reason(error))
         return sequence

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from decoder.checkpoint.weights import few
 from decoder.errors import UserError
 
 from .cache import RaggedCache
 from .loading import quiet
+from .support import broken_weights
 
 LENGTH = 5  # tokens of each row
 TRIED = 4  # of a row at once, the longest draft that is taken back among them
@@ -208,6 +210,8 @@ def check(model: Any, ids: Tensor, tried: Sequence[tuple[Step, Tensor]]) -> None
         if _is_exact(dtype) or not difference <= _SENSITIVITIES * _sensitivity(
             model, ids, own, dtype
         ):
+            if names := broken_weights(model):
+                raise UserError(f"weights must be numbers, got NaN or infinities in {few(names)}")
             raise refusal(model, _reason(model, ids, own, dtype, difference))
 
 

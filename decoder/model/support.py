@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig
 
 from decoder.errors import UserError
+from decoder.offload import store_of
 
 from . import kernels
 from .recurrent.functions import adapt
@@ -27,6 +28,19 @@ _thread = threading.local()
 _ROW_DEPENDENT = {"Linear8bitLt", "Float8Linear", "LinearActivationQuantizedTensor"}
 _WITHOUT_STATE = {"full_attention", "sliding_attention", "mlp", "moe"}
 _WITH_STATE = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+
+
+def broken_weights(model: Any) -> list[str]:
+    """Names of the parameters that hold NaN or infinities; every weight is read for it.
+
+    Of quantised weights the scales alone are looked at, of a model whose experts are offloaded none
+    are: not all of its weights are in memory.
+    """
+    if store_of(model) is not None:
+        return []
+    wide = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and p.numel()]
+    ends = [(n, p.detach().aminmax()) for n, p in wide if p.dtype.itemsize > 1]
+    return [n for n, (low, high) in ends if not bool(low.isfinite() & high.isfinite())]
 
 
 def check_loaded(model: Any) -> None:

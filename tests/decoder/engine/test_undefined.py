@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.tiny import greedy_reference, perturbed, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, profile_rounds
 from decoder.drafters.base import StatelessDrafter
-from decoder.errors import RequestFailed
+from decoder.errors import RequestFailed, UserError
 from decoder.round import Draft
 
 torch.set_num_threads(1)
@@ -103,6 +104,29 @@ def test_a_draft_model_without_a_distribution_drafts_nothing(whole, temperature,
     outputs = engine.generate(PROMPTS, params)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
     assert engine.stats.drafted == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_weights_at_fault_are_named_once(whole, options, value, caplog):
+    model = copy.deepcopy(whole)
+    model.model.norm.weight.data[3] = value
+    engine = decoder(model, None, 0, **options)
+    for _ in range(2):
+        assert all(output.error for output in engine.stream(PROMPTS, GREEDY))
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["weights with NaN or infinities: model.norm.weight"]
+
+
+def test_a_model_that_cannot_be_tried_for_its_weights_says_so(whole):
+    model = copy.deepcopy(whole)
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("inf")
+    said = r"weights must be numbers, got NaN or infinities in model\.layers\.0\.self_attn\.q_proj"
+    try:
+        engine = decoder(model, None, 0)
+    except UserError as error:
+        assert re.search(said, str(error))
+    else:
+        assert all(output.undefined for output in engine.stream(PROMPTS, GREEDY))
 
 
 def test_a_model_of_nothing_else_fails_every_request(whole):
