@@ -47,8 +47,7 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
         embedding += (fields.get("max_position_embeddings") or 0) * hidden
     if embed_width != hidden:
         embedding += 2 * embed_width * hidden
-    dense_bytes, expert_bytes = _weight_bytes(fields)
-    return ModelSpec(
+    spec = ModelSpec(
         name=name or _own_name(fields) or kind or "model",
         hidden=hidden,
         vocab=vocab,
@@ -57,9 +56,8 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
         head=vocab * embed_width,
         repeated=zamba2.repeated(fields, types.count("hybrid")) if kind == "zamba2" else 0,
         tied=bool(fields.get("tie_word_embeddings", kind in ("opt", "gpt2"))),
-        dense_bytes=dense_bytes,
-        expert_bytes=expert_bytes,
     )
+    return _as_stored(spec, fields)
 
 
 def _own_name(fields: Fields) -> str:
@@ -85,11 +83,14 @@ def _fields(config: Any) -> Mapping[str, Any]:
             # fills the defaults that a config.json leaves out
             rest = {key: _with_floats(x) for key, x in config.items() if key != "model_type"}
             config = CONFIG_MAPPING[kind](**rest)
+    stored = getattr(config, "quantization_config", None)  # of the whole, where that has parts
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     if not hasattr(config, "to_dict"):
         raise ValueError(f"config must be a transformers config or a dict, got {type(config)}")
     fields: dict[str, Any] = config.to_dict()
+    if isinstance(stored, Mapping):
+        fields["quantization_config"] = stored
     for old, new in getattr(config, "attribute_map", {}).items():
         fields.setdefault(old, fields.get(new))
     for name in ("model_type", "layer_types", "num_hidden_layers"):  # properties of some
@@ -113,15 +114,38 @@ def _unknown(kind: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("text_config") or config
 
 
-def _weight_bytes(fields: Mapping[str, Any]) -> tuple[float, float]:
-    """Bytes per dense and per expert parameter; bf16 unless the config says otherwise."""
-    method = str((fields.get("quantization_config") or {}).get("quant_method", ""))
-    if method == "mxfp4":  # gpt-oss: the experts only
-        return 2.0, MXFP4_BYTES
-    if "fp8" in method:
-        return WEIGHT_BYTES["fp8"], WEIGHT_BYTES["fp8"]
+def _as_stored(spec: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
+    """With the bytes that the config says of a parameter; bf16 where it says nothing."""
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16")
-    return (4.0, 4.0) if "float32" in dtype else (2.0, 2.0)
+    plain = 4.0 if "float32" in dtype else 2.0
+    said = fields.get("quantization_config") or {}
+    method = str(said.get("quant_method", ""))
+    linear = expert = plain
+    head = None  # stays plain
+    if method == "mxfp4":  # gpt-oss: the experts only
+        expert = MXFP4_BYTES
+    elif "fp8" in method:
+        linear = expert = WEIGHT_BYTES["fp8"]
+    elif method == "moesd":  # of moesd_kernels.quantize
+        for step in said.get("steps", ()):
+            expert = _integer_bytes(step)
+            linear = expert if step.get("linears") else linear
+        head = linear
+    elif bits := said.get("bits"):  # GPTQ, AWQ and their kin
+        group = said.get("group_size") or -1
+        linear = expert = bits / 8 + (2 / group if group > 0 else 0.0)
+    if linear == expert == plain:
+        return spec.with_weight_bytes(plain)
+    rest = sum(layer.attention + layer.dense for layer in spec.layers)
+    heads = spec.head * (plain if head is None else head)
+    dense = (heads + rest * linear) / (spec.head + rest)
+    return spec.with_weight_bytes(dense, expert, None if spec.tied else plain)
+
+
+def _integer_bytes(step: Mapping[str, Any]) -> float:
+    """Bytes of a weight of int8 or int4 with a bf16 scale for a group; a row's is next to none."""
+    bits, group = (4 if step.get("weight_format") == "int4" else 8), step.get("group")
+    return bits / 8 + (2 / group if group else 0.0)
 
 
 def _layer(fields: Fields, kind: str, index: int, layer_type: str | None) -> LayerSpec:

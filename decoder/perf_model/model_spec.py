@@ -81,6 +81,8 @@ class ModelSpec:
         embedding: input embedding parameters (looked up, not multiplied).
         head: output projection parameters, read by every forward even when tied.
         dense_bytes, expert_bytes, kv_bytes: bytes per parameter / cached element.
+        embedding_bytes: of a parameter that is looked up, where the multiplied ones are packed and
+            a head that shares its matrix is packed beside it; None: as a dense one.
         repeated: parameters of layers that share them with others, beyond their first use.
         state_bytes: bytes per element of a recurrent state.
     """
@@ -97,6 +99,7 @@ class ModelSpec:
     kv_bytes: float = 2.0
     repeated: int = 0
     state_bytes: float = 4.0
+    embedding_bytes: float | None = None
 
     @property
     def total_params(self) -> int:
@@ -135,7 +138,11 @@ class ModelSpec:
     def weight_bytes(self) -> float:
         """Bytes of all weights."""
         experts = sum(layer.num_experts * layer.expert for layer in self.layers)
-        return (self.total_params - experts) * self.dense_bytes + experts * self.expert_bytes
+        size = (self.total_params - experts) * self.dense_bytes + experts * self.expert_bytes
+        if self.embedding_bytes is None:
+            return size
+        counted = 0.0 if self.tied else self.embedding * self.dense_bytes
+        return size - counted + self.embedding * self.embedding_bytes
 
     def weight_bytes_per_rank(self, ranks: int) -> float:
         """Bytes of what the fullest of ``ranks`` holds that share each layer's experts."""
@@ -167,9 +174,17 @@ class ModelSpec:
         layers = [replace(x, top_k=top_k) if x.num_experts else x for x in self.layers]
         return replace(self, layers=tuple(layers))
 
-    def with_weight_bytes(self, dense: float, expert: float | None = None) -> ModelSpec:
-        """The same model stored with other bytes per parameter (4 fp32, 2 bf16, 1 fp8)."""
-        return replace(self, dense_bytes=dense, expert_bytes=dense if expert is None else expert)
+    def with_weight_bytes(
+        self, dense: float, expert: float | None = None, embedding: float | None = None
+    ) -> ModelSpec:
+        """The same model stored with other bytes per parameter (4 fp32, 2 bf16, 1 fp8).
+
+        Args:
+            dense, embedding: as the fields.
+            expert: likewise; None is as dense.
+        """
+        expert = dense if expert is None else expert
+        return replace(self, dense_bytes=dense, expert_bytes=expert, embedding_bytes=embedding)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; equal layers are stored once with their count."""
@@ -199,7 +214,8 @@ class ModelSpec:
 def eagle_spec(target: ModelSpec) -> ModelSpec:
     """An EAGLE-1 head for ``target``: one dense decoder layer, a 2H -> H input, the target's head.
 
-    The MLP is 3.5 x hidden wide, as in the published heads of Llama- and Mixtral-class targets.
+    Heads are published in 16 bits, for quantised targets too. The MLP is 3.5 x hidden wide, as in
+    the published heads of Llama- and Mixtral-class targets.
     """
     # Of a hybrid, a layer with attention: heads keep no recurrent state.
     like = next((layer for layer in target.layers if layer.kv_width), target.layers[0])
@@ -207,4 +223,5 @@ def eagle_spec(target: ModelSpec) -> ModelSpec:
     layer = LayerSpec(
         like.attention, like.query_width, like.kv_width, None, dense=mlp + 2 * target.hidden**2
     )
-    return replace(target, name=f"{target.name}-eagle", layers=(layer,), tied=True, repeated=0)
+    head = replace(target, name=f"{target.name}-eagle", layers=(layer,), tied=True, repeated=0)
+    return head.with_weight_bytes(max(target.dense_bytes, WEIGHT_BYTES["bf16"]))

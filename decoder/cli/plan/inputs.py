@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from decoder.builtin import BUILTIN
 from decoder.checkpoint.folder import is_gguf
-from decoder.model.kernels import gguf_config, gguf_file
 from decoder.perf_model.model_spec import EXPERTS_ONLY, WEIGHT_BYTES
 
 from .offload import expert_reads
+from .stored import as_in_files, gguf_spec
 
 if TYPE_CHECKING:
     from decoder.perf_model.forward_model import ForwardModel
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
 DEFAULT_LINK = "ib-400"
 _HERE = "this"  # machine
 _MAX_VALUES = 4096  # of a range
-# Of a GGUF file: the table that is looked up, and what the names of experts have in them.
-_EMBEDDING, _EXPERTS = "token_embd.weight", "_exps."
-_PLAIN_BYTES = WEIGHT_BYTES["bf16"]
 
 
 def parse_range(text: str, doubling: bool = False) -> list[int]:
@@ -140,7 +135,7 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
     if path.is_dir():
         path = path / "config.json"
     if is_gguf(path):
-        spec = _gguf_spec(path)
+        spec = gguf_spec(path)
     elif path.is_file():
         try:
             config = json.loads(path.read_text())
@@ -149,32 +144,13 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
         folder = name if name in BUILTIN else path.parent.name
         label = folder if path.name == "config.json" else path.stem
         spec = spec_from_config(config, label)
+        if path.name == "config.json" and config.get("quantization_config"):
+            spec = as_in_files(spec, path.parent)
     elif is_preset(name) or not path.suffix:
         spec = preset_spec(name)
     else:
         raise ValueError(f"no such file or architecture: {name!r}")
     return _stored_in(spec, dtype)
-
-
-def _gguf_spec(file: Path) -> ModelSpec:
-    """The model of a GGUF file, a weight with the mean of the bytes that steps read for one."""
-    from decoder.perf_model.config_spec import spec_from_config
-
-    source = gguf_file(file)
-    spec = spec_from_config(gguf_config(source), file.stem)
-    read = [tensor for tensor in source.tensors.values() if len(tensor.shape) > 1]
-    if not spec.tied:
-        read = [tensor for tensor in read if tensor.name != _EMBEDDING]
-    experts = [tensor for tensor in read if _EXPERTS in tensor.name]
-    dense = [tensor for tensor in read if _EXPERTS not in tensor.name]
-    return spec.with_weight_bytes(_mean_bytes(dense), _mean_bytes(experts) if experts else None)
-
-
-def _mean_bytes(tensors: Iterable[Any]) -> float:
-    """Bytes of a weight: those of the file's blocks, or bf16, in which the rest is loaded."""
-    weights = {tensor: math.prod(tensor.shape) for tensor in tensors}
-    size = sum(x.size if x.packed else _PLAIN_BYTES * count for x, count in weights.items())
-    return float(size / sum(weights.values()))
 
 
 def _stored_in(spec: ModelSpec, dtype: str | None) -> ModelSpec:
@@ -198,5 +174,5 @@ def _draft(args: argparse.Namespace, target: ModelSpec) -> ModelSpec | None:
     if name is None and is_preset(args.target):
         return _stored_in(paper_draft_spec(args.target), dtype)
     if name is None or name == "eagle":
-        return eagle_spec(target)
+        return _stored_in(eagle_spec(target), dtype)
     return _spec(name, dtype)
