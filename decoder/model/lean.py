@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import kernels
 from .attention import Placement
 from .cache import RaggedCache
-from .probe import Step
+from .probe import LENGTH, Step
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class LeanForward:
         self.walks_steps = self.whole and head.bias is None and not on_gpu
         self.limits_experts = on_gpu  # of a token, in a walk that is asked to
         self._cache = cache
-        self._max_length = max_length
+        self._max_length = max(max_length, LENGTH)  # rows may be shorter than the trial's
         self._rotary = base.rotary_emb
         self._tables: tuple[Tensor, Tensor] | None = None
         self.num_layers = len(base.layers)

@@ -47,6 +47,18 @@ def expected(target: Any, prompts: list[list[int]]) -> list[list[int]]:
     return found
 
 
+@pytest.mark.parametrize("room", [2, 3, 4])
+@pytest.mark.parametrize("drafter", ["ngram", "draft"])
+def test_rows_shorter_than_those_of_the_trial(drafter, room):
+    """On the kernels, whose angles are a table of the row's positions."""
+    model = tiny_model("qwen3_moe", torch.float32, hidden_size=64, head_dim=32)
+    make = {"ngram": lambda: "ngram", "draft": lambda: perturbed(model, 3, 0.05)}
+    engine = decoder(model, make[drafter](), 2, max_length=room, kernels=True, attention="auto")
+    assert engine.runner._lean is not None
+    (output,) = engine.generate([[5]], PARAMS)
+    assert output.token_ids == greedy_reference(model, [5], room - 1, eos=False)
+
+
 @pytest.mark.parametrize("gamma", [3, 300])
 @pytest.mark.parametrize("drafter", ["ngram", "draft", "short draft", "short table", "hybrid"])
 def test_every_position_is_used_whatever_drafts(target, expected, prompts, drafter, gamma):
