@@ -35,6 +35,7 @@ from .recovery import output_of
 from .rounds import Rounds
 from .settings import checked_length, loaded, make_controller, use_kernels
 from .target import takes_target
+from .turns import Turns
 
 Params = SamplingParams | Sequence[SamplingParams]
 
@@ -104,6 +105,7 @@ class SpeculativeDecoder:
         self._rounds = Rounds(self.runner, self.drafter, self.sampler, longest_draft, tokenizer)
         self._waiting: deque[Request] = deque()
         self._added = itertools.count()
+        self._turns = Turns()
         self.stats = DecoderStats.begun(self.runner.model)
 
     @classmethod
@@ -188,7 +190,8 @@ class SpeculativeDecoder:
         """
         start = time.perf_counter()
         try:
-            return self._step()
+            with self._turns.lock:
+                return self._step()
         except BaseException:  # an interrupt, or what nothing helps against: hold nothing half done
             self.clear()
             raise
@@ -242,7 +245,6 @@ class SpeculativeDecoder:
             UserError: what is wrong with a prompt; nothing has been decoded.
             RequestFailed: some requests failed; it has the outputs of all.
         """
-        self._require_idle()
         requests, outputs = [], []
         for request in self.reader.read_all(prompts, params or SamplingParams()):
             if isinstance(request, Unreadable):
@@ -265,10 +267,10 @@ class SpeculativeDecoder:
         Prompts are read as rows fall free, so neither an endless iterator nor a huge file is
         held in memory. Closing the iterator abandons the sequences still running.
         """
-        self._require_idle()
         yield from self._decoded(self.reader.read_all(prompts, params or SamplingParams()))
 
     def _decoded(self, requests: Iterator[Request | Unreadable]) -> Iterator[Output]:
+        turn = self._turns.take(self.is_idle)
         self.stats = DecoderStats.begun(self.runner.model)
         more = True
         try:
@@ -280,16 +282,14 @@ class SpeculativeDecoder:
                     elif isinstance(request, Unreadable):
                         yield unread(request)
                     else:
-                        self.add(request)
+                        with self._turns.within(turn):
+                            self.add(request)
                 for progress in self.step():
                     if progress.output is not None:
                         yield progress.output
         finally:
-            self.clear()
-
-    def _require_idle(self) -> None:
-        if not self.is_idle():
-            raise RuntimeError("expected an idle decoder, got one that is still streaming")
+            if self._turns.is_latest(turn):
+                self.clear()
 
     def _requests(self) -> Iterator[Request]:
         yield from self._waiting
