@@ -208,6 +208,8 @@ def prompt_name(index: int, request_id: Any) -> str:
 def _own(params: SamplingParams | Sequence[SamplingParams], index: int) -> SamplingParams:
     if isinstance(params, SamplingParams):
         return params
+    if not isinstance(params, Sequence):
+        raise TypeError(f"params must be SamplingParams, got {type(params).__name__}")
     if index >= len(params):
         raise UserError(f"expected one SamplingParams per prompt, got {len(params)}")
     return params[index]

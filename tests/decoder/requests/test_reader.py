@@ -131,3 +131,9 @@ def test_sampled_requests_without_a_seed_draw_one() -> None:
     before = torch.random.get_rng_state()
     assert READER.read(0, [1], SamplingParams()).params.seed is None
     assert torch.equal(before, torch.random.get_rng_state()), "greedy requests draw nothing"
+
+
+def test_params_of_another_kind_are_named() -> None:
+    (found,) = READER.read_all([[1]], {"max_new_tokens": 2})
+    assert isinstance(found, Unreadable)
+    assert str(found.error) == "prompt 0: params must be SamplingParams, got dict"
