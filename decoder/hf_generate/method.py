@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,22 @@ class _Method:
     def __init__(self, drafter: Any, gamma: Any, options: dict[str, Any]) -> None:
         self._drafter, self._gamma, self._options = drafter, gamma, options
         self._decoder: SpeculativeDecoder | None = None
+        self._lock = threading.Lock()
 
-    def __call__(
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """One call at a time, of whichever thread: there is one decoder.
+
+        Raises:
+            RuntimeError: another has not ended.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("expected a method that is not generating, got one that is")
+        try:
+            return self._generate(model, *args, **kwargs)
+        finally:
+            self._lock.release()
+
+    def _generate(
         self,
         model: Any,
         input_ids: Tensor,
@@ -68,8 +83,6 @@ class _Method:
         requests = _requests(
             decoder, input_ids, prompts, logits_processor, stopping_criteria, generation_config
         )
-        if not decoder.is_idle():
-            raise RuntimeError("expected a method that is not generating, got one that is")
         try:
             _decode(decoder, requests, lockstep)
         finally:

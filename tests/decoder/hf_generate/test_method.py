@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -194,3 +195,30 @@ def test_a_model_in_training_stays_in_it() -> None:
     ours = model.generate(custom_generate=speculative("ngram", 2, kernels=False), **asked)
     assert torch.equal(ours, model.generate(**asked))
     assert all(module.training for module in model.modules())
+
+
+def test_threads_get_their_own_outputs_or_an_error() -> None:
+    """Of one method there is one decoder; a call is refused while another has not ended."""
+    model, ids = tiny_moe(), torch.tensor([[5, 6, 7], [1, 2, 3]])
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(ids, **options).tolist()
+    own = speculative("ngram", 2)
+    results: list[Any] = []
+    begin = threading.Barrier(4)
+
+    def work() -> None:
+        begin.wait(60)
+        try:
+            results.append(model.generate(ids, custom_generate=own, **options).tolist())
+        except RuntimeError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    refused = [result for result in results if result != expected]
+    assert len(results) == 4 and len(refused) < 4
+    assert set(refused) <= {"expected a method that is not generating, got one that is"}
+    assert model.generate(ids, custom_generate=own, **options).tolist() == expected
