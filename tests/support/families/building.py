@@ -33,7 +33,7 @@ _FIELDS: dict[Any, str] = {
     "moe_shared_expert_intermediate_size shared_experts_intermediate_size q_lora_rank "
     "kv_lora_rank o_lora_rank hidden_size_per_layer_input index_head_dim mamba_n_heads",
     8: "head_dim dim_head qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts "
-    "num_local_experts n_routed_experts moe_num_experts laurel_rank",
+    "num_local_experts n_routed_experts moe_num_experts laurel_rank chunk_size mamba_chunk_size",
     WINDOW: "sliding_window attention_window attention_window_size window_size "
     "attention_chunk_size",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
