@@ -10,6 +10,7 @@
 
 #include "decoders.h"
 #include "../../kernels/for_size.h"
+#include "../../kernels/int8/vnni_scales.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -61,13 +62,8 @@ inline void take_floats(const bf16* pairs, int64_t depth, int64_t count, const L
 // The codes and scales of kLaneDepth weights of sixteen rows.
 class LaneWeights {
 public:
-    explicit LaneWeights(const StoredRow (&rows)[kTile]) : rows_(rows) {
-        alignas(64) int32_t bytes[kTile];
-        for (int r = 0; r < kTile; ++r) {
-            bytes[r] = static_cast<int32_t>(rows[r].scales - rows[0].scales);
-        }
-        to_scales_ = _mm512_load_si512(bytes);
-    }
+    explicit LaneWeights(const StoredRow (&rows)[kTile])
+        : rows_(rows), to_scales_(distances(rows, &StoredRow::scales)) {}
 
     // Weights from k on, of which `left` are there; beyond them codes are zero, and scales one.
     void read(int64_t k, int64_t left) {
@@ -113,7 +109,8 @@ private:
     }
 
     const StoredRow (&rows_)[kTile];
-    __m512i to_scales_, exponents_;
+    const __m512i to_scales_;
+    __m512i exponents_;
     alignas(64) __m512i eights_[kTile];  // [i]: eight codes of each row
     __mmask64 too_far_ = 0;
 };
