@@ -1,8 +1,12 @@
-"""A small batch for transformers' ``generate``, and what it returns with and without our method."""
+"""A small batch for transformers' ``generate``, and what it returns with and without our method;
+and the same call from several threads at once.
+"""
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from decoder.hf_generate import speculative
 from .tiny import MOE_VOCAB, perturbed, ragged_prompts, tiny_model
 
 PAD, END = 0, 5
+_LIMIT_S = 60.0
 
 
 @functools.cache
@@ -59,3 +64,24 @@ def outcome(model: Any, arguments: dict[str, Any]) -> Tensor | Exception:
     except Exception as error:
         return error
     return returned if isinstance(returned, Tensor) else returned.sequences
+
+
+def from_threads(call: Callable[[], Any], count: int = 4) -> list[Any]:
+    """What ``call`` returned on each of ``count`` threads, or said as it raised a RuntimeError."""
+    results: list[Any] = []
+    begin = threading.Barrier(count)
+
+    def work() -> None:
+        begin.wait(_LIMIT_S)
+        try:
+            results.append(call())
+        except RuntimeError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_LIMIT_S)
+    assert len(results) == count
+    return results

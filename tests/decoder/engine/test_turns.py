@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 from support.decoding import decoder, model_of
+from support.generation import from_threads
 from support.tiny import greedy_reference, random_prompts
 
 from decoder import SamplingParams
@@ -26,22 +26,8 @@ def tokens(outputs: Any) -> list[list[int]]:
 
 def test_threads_get_their_own_outputs_or_an_error(expected):
     engine = decoder(model_of("llama"), "ngram", 2)
-    results: list[Any] = []
-    begin = threading.Barrier(4)
-
-    def work() -> None:
-        begin.wait(60)
-        try:
-            results.append(tokens(engine.generate(PROMPTS, PARAMS)))
-        except RuntimeError as error:
-            results.append(str(error))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == 4 and expected in results
+    results = from_threads(lambda: tokens(engine.generate(PROMPTS, PARAMS)))
+    assert expected in results
     refused = [result for result in results if result != expected]
     assert set(refused) <= {"expected an idle decoder, got one that is still streaming"}
     assert tokens(engine.generate(PROMPTS, PARAMS)) == expected
