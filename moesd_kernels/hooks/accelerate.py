@@ -19,7 +19,7 @@ from moesd_kernels.formats import WEIGHT_FORMATS
 
 from .dense import accelerate_dense
 from .experts import SETTINGS, Settings, choose, register, spec_of
-from .shadow import unshadow
+from .shadow import require_model, unshadow
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,12 @@ def accelerate(
             itself (``DeviceStack``); the model's own forward leaves them to cuBLAS.
 
     Raises:
+        TypeError: ``model`` is none.
         ValueError: ``dense`` is not "auto", True or False, or there is no such ``backend``.
         RuntimeError: ``dense`` is True and the CPU kernels cannot run; the message says why.
         NotImplementedError: the experts are quantised.
     """
+    require_model(model)
     if dense not in ("auto", True, False):
         raise ValueError(f"dense must be 'auto', True or False, got {dense!r}")
     if backend != "auto" and backend not in BACKENDS:
@@ -76,7 +78,12 @@ def accelerate(
 
 
 def decelerate(model: Model) -> Model:
-    """Undo ``accelerate``: the experts as they were, and the modules' own forwards."""
+    """Undo ``accelerate``: the experts as they were, and the modules' own forwards.
+
+    Raises:
+        TypeError: ``model`` is none.
+    """
+    require_model(model)
     for config, name in _before.pop(model, ()):
         if config._experts_implementation_internal == "moesd":
             config._experts_implementation_internal = name

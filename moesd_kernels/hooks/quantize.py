@@ -24,6 +24,7 @@ from moesd_kernels.formats import quantize as quantize_weight
 
 from .experts import experts_forward, spec_of
 from .packed import DOWN_FORMAT, FORMAT, INT8_ACTIVATIONS, SCALE
+from .shadow import require_model
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,10 @@ def quantize(
         linears: linear layers too, not the experts alone.
 
     Raises:
+        TypeError: ``model`` is none.
         ValueError: ``weight_format`` or ``group`` is none of those, or no weight was quantised.
     """
+    require_model(model)
     if weight_format not in ("int8", "int4"):
         raise ValueError(f"weight_format must be 'int8' or 'int4', got {weight_format!r}")
     if group not in (*GROUPS, None):
@@ -97,7 +100,7 @@ def quantize(
     for name, module in list(model.named_modules()):
         if hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
             taken = _quantize_experts(module, weight_format, group)
-        elif linears and type(module) is nn.Linear and not _stays(model, name):
+        elif linears and name and type(module) is nn.Linear and not _stays(model, name):
             taken = _quantize_linear(model, name, module, weight_format, group)
         else:
             continue
@@ -106,7 +109,7 @@ def quantize(
     if not done:
         raise ValueError(
             f"{type(model).__name__} has no weights that can be {weight_format}: expected plain "
-            f"experts or linear layers with depths that {GROUPS[0]} divides, got {left[:3]}"
+            f"experts or linear layers in it, with depths that {GROUPS[0]} divides, got {left[:3]}"
         )
     _record(model, {"weight_format": weight_format, "group": group, "linears": linears})
     if left:
@@ -160,8 +163,10 @@ def use_int8_activations(model: Model, enabled: bool = True) -> Model:
         enabled: False lets inputs be as they are again.
 
     Raises:
+        TypeError: ``model`` is none.
         ValueError: no layer has such weights.
     """
+    require_model(model)
     layers: list[Any] = [m for m in model.modules() if _holds_integers(m)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer with weights in integers")

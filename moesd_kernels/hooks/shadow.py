@@ -20,6 +20,16 @@ _PLAIN = (nn.Parameter, Tensor)
 _VECTOR = 32  # elements torch's loops take per step, at most
 
 
+def require_model(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        TypeError: says what was expected and what came.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a loaded model, a torch.nn.Module, got {model!r:.80}")
+
+
 def shadow(module: nn.Module, function: Callable[..., Any]) -> None:
     """Let ``function(module, *args)`` be the module's forward; a function of this package."""
     function.__name__ = "forward"

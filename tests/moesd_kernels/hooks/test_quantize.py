@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from support.tiny import SPARSE_FAMILIES, tiny_model
 from torch import nn
 
-from moesd_kernels import accelerate, decelerate, quantize, quantize_experts
+from moesd_kernels import (
+    accelerate,
+    decelerate,
+    quantize,
+    quantize_experts,
+    use_int8_activations,
+)
 from moesd_kernels.formats import QuantizedLinear, dequantize
 
 # Depths that 32 divides: every matrix of these models is taken.
@@ -170,3 +176,17 @@ def test_a_matrix_that_a_models_code_looks_at_stays(name):
     assert close(quantized(IDS).logits, read_back(plain, quantized)(IDS).logits)
     with pytest.raises(TypeError, match=r"floating, got torch\.int8"):
         quantized.backbone.layers[0].mixer.in_proj(torch.zeros(1, 64, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    "change", [accelerate, decelerate, use_int8_activations, lambda model: quantize(model, "int8")]
+)
+@pytest.mark.parametrize("model", ["a/folder", None, nn.Linear])
+def test_what_is_no_model_is_named(change, model):
+    with pytest.raises(TypeError, match=r"must be a loaded model.*got ('a/folder'|None|<class)"):
+        change(model)
+
+
+def test_a_layer_alone_cannot_be_replaced():
+    with pytest.raises(ValueError, match=r"Linear has no weights that can be int8: .*got \[\]"):
+        quantize(nn.Linear(64, 64), "int8")
