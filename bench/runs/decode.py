@@ -225,7 +225,11 @@ class _Runs:
                 self.reads.append(read())
 
     def experts(self, prompts: Prompts, new_tokens: int) -> dict[int, float]:
-        """Tokens entering a layer -> mean distinct experts, from untimed runs."""
+        """Tokens entering a layer in a whole round -> mean distinct experts, from untimed runs.
+
+        Of a run its own rounds count: the last layer of a prefill has a token of each row, too, and
+        prompts often end alike.
+        """
         if self.subject.top_k is None:
             return {}
         means: dict[int, float] = {}
@@ -233,7 +237,8 @@ class _Runs:
             # Modules are really called: a runner that sees hooks neither replays nor walks past.
             with count_experts(self.subject.target) as counter:
                 self._run(gamma, prompts, new_tokens)
-            means |= counter.mean_by_tokens()
+            tokens, counted = self.batch * (gamma + 1), counter.mean_by_tokens()
+            means |= {tokens: counted[tokens]} if tokens in counted else {}
         return means
 
     def _run(self, gamma: int, prompts: Prompts, new_tokens: int) -> tuple[RankLog, Prompts]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from support.device.fake_graphs import fake_graphs
 from support.tiny import ragged_prompts, tiny_moe
 
+from bench.measure.telemetry import ExpertCounter
+from bench.runs import decode
 from bench.runs.decode import measure_batch
 from bench.runs.forced import force
 from bench.runs.subject import Subject
@@ -110,3 +114,18 @@ def test_experts_are_counted_where_no_module_is_called(subject):
     assert pair.experts_ar is not None and pair.experts_verify is not None
     assert top_k <= pair.experts_ar <= 3 * top_k
     assert pair.experts_ar < pair.experts_verify <= min(experts, 9 * top_k)
+
+
+def test_only_whole_rounds_are_counted(subject, monkeypatch):
+    """A prefill's last layer has one token of each row in a speculative run, too."""
+    calls = {0: [(3, 9), (3, 11), (12, 20)], 2: [(3, 4), (6, 12), (9, 15)]}
+
+    @contextmanager
+    def counted(_model):
+        counter = ExpertCounter()
+        yield counter
+        counter.calls += calls.pop(min(calls))
+
+    monkeypatch.setattr(decode, "count_experts", counted)
+    runs = decode._Runs(subject, 3, [2], 20)
+    assert runs.experts([[5, 6, 7]] * 3, 4) == {3: 10.0, 9: 15.0}
