@@ -225,11 +225,7 @@ class _Runs:
                 self.reads.append(read())
 
     def experts(self, prompts: Prompts, new_tokens: int) -> dict[int, float]:
-        """Tokens entering a layer in a whole round -> mean distinct experts, from untimed runs.
-
-        Of a run its own rounds count: the last layer of a prefill has a token of each row, too, and
-        prompts often end alike.
-        """
+        """Tokens entering a layer in a whole round -> mean distinct experts, from untimed runs."""
         if self.subject.top_k is None:
             return {}
         means: dict[int, float] = {}
@@ -237,6 +233,7 @@ class _Runs:
             # Modules are really called: a runner that sees hooks neither replays nor walks past.
             with count_experts(self.subject.target) as counter:
                 self._run(gamma, prompts, new_tokens)
+            # A prefill's last layer has a token of each row, too, and prompts often end alike.
             tokens, counted = self.batch * (gamma + 1), counter.mean_by_tokens()
             means |= {tokens: counted[tokens]} if tokens in counted else {}
         return means

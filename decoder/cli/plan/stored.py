@@ -78,7 +78,8 @@ def as_in_files(spec: ModelSpec, folder: Path) -> ModelSpec:
     matrices = {
         name: header
         for name, header in headers.items()
-        if len(header.shape) > 1 and not name.endswith("bias")
+        # One scale for a row is a vector in files of some releases of transformers.
+        if (len(header.shape) > 1 and not name.endswith("bias")) or _SCALE.fullmatch(name)
     }
     if not spec.tied:
         matrices = {n: h for n, h in matrices.items() if not n.endswith("embed_tokens.weight")}
