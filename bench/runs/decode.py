@@ -18,7 +18,6 @@ from bench.workloads.prompts import random_prompts
 from decoder import SamplingParams
 from decoder.drafters import ReplayDrafter
 from decoder.engine.metrics import DecoderStats
-from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import ModelSpec
 
 Prompts = list[list[int]]
@@ -161,7 +160,7 @@ def measure_batch(
 
 def _draft_spec(drafter: Any) -> ModelSpec | None:
     draft = running_draft(drafter)
-    return None if draft is None else spec_as_kept(spec_from_config(draft.config), draft)
+    return None if draft is None else spec_as_kept(draft)
 
 
 def _prompts(subject: Subject, batch: int, turn: int, length: int) -> Prompts:

@@ -15,7 +15,6 @@ from bench.runs.decode import Pair
 from bench.runs.subject import Subject
 from bench.workloads.kept import spec_as_kept
 from decoder.drafters.heads.eagle_config import EagleCheckpoint
-from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import ModelSpec, eagle_spec
 
 PROBES = 3
@@ -33,7 +32,7 @@ def describe_subject(
     reads = [probe.read() for _ in range(PROBES)] if probe else []
     machine = machine_with_kernels(device, dtype)
     reads += [probe.read() for _ in range(PROBES)] if probe else []
-    target = spec_as_kept(spec_from_config(subject.target.config), subject.target)
+    target = spec_as_kept(subject.target)
     # The machine's curves are the fastest seen, so the reference is, too.
     reference = {"machine_read_bandwidth": max(reads)} if reads else {}
     draft = draft_spec(subject.draft, target)
@@ -45,7 +44,7 @@ def draft_spec(draft: Any, target: ModelSpec) -> ModelSpec | None:
     if draft is None or isinstance(draft, str):
         return None
     if not isinstance(draft, EagleCheckpoint):
-        return spec_as_kept(spec_from_config(draft.config), draft)
+        return spec_as_kept(draft)
     # A head of the target's class, as wide as this one is and with the vocabulary it speaks.
     spec = eagle_spec(target)
     (layer,) = spec.layers

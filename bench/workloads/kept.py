@@ -10,6 +10,8 @@ from torch import nn
 from bench.gguf.contents import PLAIN
 from decoder.drafters.independent import IndependentDrafter
 from decoder.drafters.replay import ReplayDrafter
+from decoder.drafters.self_draft import find_experts
+from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.model_spec import ModelSpec
 from moesd_kernels.hooks.packed import linear_classes, stored_experts, stored_weight
 
@@ -37,12 +39,13 @@ def draft_format(drafter: Any) -> str:
     return PLAIN if draft is None else weight_format(draft)
 
 
-def spec_as_kept(spec: ModelSpec, model: nn.Module) -> ModelSpec:
+def spec_as_kept(model: Any) -> ModelSpec:
     """The spec of a model with the bytes that its weights are kept in.
 
     Linear layers and experts count apart, each a weight with the mean of its own, scales included.
-    A model of plain weights is as its spec says.
+    A model of plain weights is as its config says.
     """
+    spec = spec_from_config(model.config)
     linears, experts = _matrices(model)
     packed = any(stored_weight(linear).weight_format != PLAIN for linear in linears)
     if not packed and all(stored_experts(module).plain for module in experts):
@@ -60,8 +63,7 @@ def _matrices(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """Linear layers, and modules of experts that are stacked."""
     kinds = linear_classes()
     linears = [module for module in model.modules() if type(module) in kinds]
-    stacked = [module for module in model.modules() if hasattr(module, "is_transposed")]
-    return linears, [module for module in stacked if hasattr(module, "down_proj")]
+    return linears, [module for module in find_experts(model) if hasattr(module, "down_proj")]
 
 
 def _size(linear: Any) -> int:

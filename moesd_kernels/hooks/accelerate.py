@@ -54,7 +54,7 @@ def accelerate(
             itself (``DeviceStack``); the model's own forward leaves them to cuBLAS.
 
     Raises:
-        TypeError: ``model`` is none.
+        TypeError: ``model`` is no module.
         ValueError: ``dense`` is not "auto", True or False, or there is no such ``backend``.
         RuntimeError: ``dense`` is True and the CPU kernels cannot run; the message says why.
         NotImplementedError: the experts are quantised.
@@ -81,7 +81,7 @@ def decelerate(model: Model) -> Model:
     """Undo ``accelerate``: the experts as they were, and the modules' own forwards.
 
     Raises:
-        TypeError: ``model`` is none.
+        TypeError: ``model`` is no module.
     """
     require_model(model)
     for config, name in _before.pop(model, ()):

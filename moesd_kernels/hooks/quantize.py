@@ -88,7 +88,7 @@ def quantize(
         linears: linear layers too, not the experts alone.
 
     Raises:
-        TypeError: ``model`` is none.
+        TypeError: ``model`` is no module.
         ValueError: ``weight_format`` or ``group`` is none of those, or no weight was quantised.
     """
     require_model(model)
@@ -163,7 +163,7 @@ def use_int8_activations(model: Model, enabled: bool = True) -> Model:
         enabled: False lets inputs be as they are again.
 
     Raises:
-        TypeError: ``model`` is none.
+        TypeError: ``model`` is no module.
         ValueError: no layer has such weights.
     """
     require_model(model)

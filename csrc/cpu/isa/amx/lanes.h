@@ -27,16 +27,18 @@ struct LanePanel {
     int32_t* in_range;
     float* tokens[kLaneTokens];
 
+    static constexpr int64_t kHeader = 64;  // bytes before the tokens, which stay aligned
+
     static int64_t padded(int64_t depth) {
         return (depth + kLaneDepth - 1) / kLaneDepth * kLaneDepth;
     }
     static int64_t bytes_of(int64_t depth) {
-        return 64 + kLaneTokens * padded(depth) * static_cast<int64_t>(sizeof(float));
+        return kHeader + kLaneTokens * padded(depth) * static_cast<int64_t>(sizeof(float));
     }
 
     LanePanel(const bf16* memory, int64_t depth)
         : in_range(reinterpret_cast<int32_t*>(const_cast<bf16*>(memory))) {
-        auto* const first = reinterpret_cast<float*>(in_range + 16);
+        auto* const first = reinterpret_cast<float*>(in_range + kHeader / sizeof(*in_range));
         for (int t = 0; t < kLaneTokens; ++t) tokens[t] = first + t * padded(depth);
     }
 };

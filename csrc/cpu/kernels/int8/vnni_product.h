@@ -90,7 +90,6 @@ private:
     static inline __attribute__((always_inline)) void widen(const uint8_t* const (&rows)[kTileRows],
                                                             int64_t offset, __m512i* out) {
         constexpr bool kBytes = Format::kPacking == Packing::kBytes;
-        const __m512i low_half = _mm512_set1_epi8(15);
 #pragma GCC unroll 2
         for (int half = 0; half < (kBytes ? 2 : 1); ++half) {
             __m512i v[4];
@@ -100,7 +99,7 @@ private:
                 if constexpr (kBytes) {
                     out[4 * half + i] = _mm512_xor_si512(v[i], _mm512_set1_epi8(-128));
                 } else {
-                    out[i] = looked_up<Format>(_mm512_and_si512(v[i], low_half));
+                    out[i] = looked_up<Format>(low_halves(v[i]));
                     out[4 + i] = looked_up<Format>(high_halves(v[i]));
                 }
             }
@@ -117,15 +116,16 @@ private:
             transpose(rows, offset + half * 16, v);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                out[4 * half + i] = _mm512_and_si512(v[i], _mm512_set1_epi8(15));
+                out[4 * half + i] = low_halves(v[i]);
                 second[4 * half + i] = high_halves(v[i]);
             }
         }
     }
 
-    static __m512i high_halves(__m512i bytes) {
-        return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+    static __m512i low_halves(__m512i bytes) {
+        return _mm512_and_si512(bytes, _mm512_set1_epi8(15));
     }
+    static __m512i high_halves(__m512i bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
 
     template <class Format>
     static __m512i looked_up(__m512i codes) {
