@@ -54,11 +54,19 @@ struct StoredWeights {
     int64_t group;  // adjacent weights of a row that share a scale
 };
 
+// Whether rows of a matrix are integers of eight bits with one scale each, of which sums of products
+// fit into 32 bits.
+static constexpr bool rows_have_scales(const StoredWeights& w, int64_t depth) {
+    constexpr int64_t kMostDepth = 65536;
+    return w.format == WeightFormat::kInt8 && w.scale_row_bytes == sizeof(bf16) &&
+           depth <= kMostDepth;
+}
+
 // Whether tiles multiply a matrix by activations of sixteen bits: its rows have one scale each, and
 // are longer than the groups that may have one.
 static constexpr bool takes_int16(const StoredWeights& w, int64_t depth) {
-    constexpr int64_t kLargestGroup = 128, kMostDepth = 65536;  // sums of products are 32 bits
-    return w.format == WeightFormat::kInt8 && w.group > kLargestGroup && depth <= kMostDepth;
+    constexpr int64_t kLargestGroup = 128;
+    return rows_have_scales(w, depth) && w.group > kLargestGroup;
 }
 
 // Whether lanes of vectors may multiply a matrix by very few tokens, instead of tiles.

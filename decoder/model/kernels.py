@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -91,15 +91,11 @@ def hastened(draft: torch.nn.Module, rows: int) -> torch.nn.Module:
     What it proposes is verified all the same. Packed weights may be given inputs of eight bits, or
     be stored anew; plain ones stay as they are.
     """
-    if not multiplies_integers():
+    if not multiplies_integers() or any(p.device.type != "cpu" for p in draft.parameters()):
         return draft
-    with suppress(UserError):
-        draft = with_int8_activations(draft)
-    if cpu_isa() == "amx":
-        from moesd_kernels.hooks.int8_rows import suit_tiles
+    from moesd_kernels.hooks.int8_rows import suit_processor
 
-        draft = suit_tiles(draft, rows)
-    return draft
+    return suit_processor(draft, rows, tiles=cpu_isa() == "amx")
 
 
 def keeping_quantized() -> AbstractContextManager[None]:

@@ -51,9 +51,9 @@ def linear(
         scale: what the format keeps beside w.
         weight_format: "plain" or another of ``torch.ops.moesd.weight_format_names()``. The product
             is that with the decoded weights, rounded to x.dtype, bit for bit.
-        int8_activations: round x to eight bits, with a scale for every 32 of a row, before the
-            product, where the format's weights are integers (``formats.WeightFormat.integers``);
-            these are then not rounded to x.dtype.
+        int8_activations: round x to eight bits before the product, where the format's weights are
+            integers (``formats.WeightFormat.integers``); these are then not rounded to x.dtype. A
+            scale is that of as many numbers as ``formats.activation_group`` says.
     """
     _require()
     return torch.ops.moesd.linear(x, w, bias, scale, weight_format, int8_activations)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activations import round_to_int8
+from .activations import activation_group, round_to_int8
 from .check import check_weight
 from .description import GROUPS, WeightFormat
 from .floating import FP8_BLOCK, MXFP4
@@ -24,6 +24,7 @@ __all__ = [
     "KeepsScales",
     "QuantizedLinear",
     "WeightFormat",
+    "activation_group",
     "check_weight",
     "dequantize",
     "quantize",

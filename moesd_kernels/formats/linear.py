@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import round_to_int8
+from .activations import activation_group, round_to_int8
 from .check import check_weight
 from .description import WeightFormat
 
@@ -77,7 +77,8 @@ class QuantizedLinear(KeepsScales):
             raise TypeError(f"input must be floating, got {input.dtype}")
         weight = self._stored_as.decode(self.weight, self.weight_scale)
         if self.int8_activations and self._stored_as.integers:
-            product = F.linear(round_to_int8(input), weight)
+            group = activation_group(self.weight_format, self.weight_scale, self.in_features)
+            product = F.linear(round_to_int8(input, group), weight)
             return (product if self.bias is None else product + self.bias).to(input.dtype)
         return F.linear(input, weight.to(input.dtype), self.bias)
 

@@ -1,4 +1,4 @@
-"""Packed linear layers as a processor with tiles likes them: rows of int8."""
+"""Packed linear layers as a processor likes them: rows of int8."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ from torch import nn
 
 from moesd_kernels.formats import WEIGHT_FORMATS, QuantizedLinear, quantize
 
+from .quantize import use_int8_activations
+
 Model = TypeVar("Model", bound=nn.Module)
 
 _ROWS = 8  # of activations, from which on rows of int8 take less time than four-bit groups
 
 
-def suit_tiles(model: Model, rows: int) -> Model:
-    """Let packed linear layers take tiles least time at ``rows`` rows; returns ``model``.
+def suit_processor(model: Model, rows: int, *, tiles: bool) -> Model:
+    """Let packed linear layers take least time at ``rows`` rows of inputs; returns ``model``.
 
-    Rows of int8 do not round their activations to eight bits: tiles take sixteen in less time.
+    Inputs are rounded to eight bits, but for those of rows of int8 where there are tiles, which
+    take sixteen in less time.
+
+    Args:
+        model: in evaluation mode, on a CPU.
+        rows: of inputs, at most.
+        tiles: whether the processor has AMX.
     """
     if rows >= _ROWS:
         with suppress(ValueError):
             store_as_int8_rows(model)
+    with suppress(ValueError):
+        use_int8_activations(model)
     for module in model.modules():
-        if type(module) is QuantizedLinear and _has_rows(module):
+        if tiles and type(module) is QuantizedLinear and _has_rows(module):
             module.int8_activations = False
     return model
 
@@ -31,9 +41,9 @@ def suit_tiles(model: Model, rows: int) -> Model:
 def store_as_int8_rows(model: Model) -> Model:
     """Let a model's packed linear layers be int8 with one scale for a row; returns ``model``.
 
-    A CPU with AMX multiplies such rows as they lie, where weights in groups are put together from
-    a product for each group: from about eight rows of activations on that takes less time, though
-    four-bit weights are fewer bytes. Numbers change by a rounding to 8 bits of their row's largest.
+    A sum over such a row is one of integers, where weights in groups have a sum and a scale for
+    each group: from about eight rows of activations on that takes less time, though four-bit
+    weights are fewer bytes. Numbers change by a rounding to 8 bits of their row's largest.
     Layers are replaced one by one; experts, plain layers and rows of int8 stay. Say so before
     ``accelerate``, or a decoder, takes the model.
 

@@ -6,6 +6,7 @@
 #include "../kernels/experts_kernel.h"
 #include "../kernels/int8/experts_int8_kernel.h"
 #include "../kernels/int8/linear_int8_kernel.h"
+#include "../kernels/int8/linear_rows_kernel.h"
 #include "../kernels/linear_kernel.h"
 #include "../kernels/recurrent/convolution_kernel.h"
 #include "../kernels/recurrent/delta_rule_kernel.h"
@@ -17,8 +18,10 @@
 #include "../kernels/sampling/race_kernel.h"
 #if defined(MOESD_AMX)
 #include "amx/product.h"
-#elif defined(MOESD_AVX512_BF16)
+#endif
+#ifdef MOESD_AVX512_BF16
 #include "../kernels/int8/vnni_product.h"
+#include "../kernels/int8/vnni_row_product.h"
 #endif
 
 namespace moesd::MOESD_ISA {
@@ -39,10 +42,17 @@ using IntegerProduct = VnniProduct;  // processors that have the one have the ot
 #else
 using IntegerProduct = PlainProduct;
 #endif
+#ifdef MOESD_AVX512_BF16
+using RowProduct = VnniRowProduct;
+#else
+using RowProduct = PlainRowProduct;
+#endif
 template <class W>
 using ExpertsInt8 = ExpertsInt8Kernel<W, IntegerProduct>;
 template <class W>
 using LinearInt8 = LinearInt8Kernel<W, IntegerProduct>;
+template <class W>
+using LinearRows = LinearRowsKernel<W, RowProduct>;
 
 // constexpr: nothing compiled for a wider instruction set may run while the library loads.
 constexpr KernelTable make_table(const char* name) {
@@ -51,7 +61,10 @@ constexpr KernelTable make_table(const char* name) {
             run_for_dtype<ExpertsKernel, ExpertsArgs>,
             run_for_dtype<LinearKernel, LinearArgs>,
             run_for_dtype<ExpertsInt8, ExpertsArgs>,
-            run_for_dtype<LinearInt8, LinearArgs>,
+            [](const LinearArgs& args) {
+                if (rows_have_scales(args.w, args.depth)) run_for_dtype<LinearRows>(args);
+                else run_for_dtype<LinearInt8>(args);
+            },
             run_for_dtype<AttentionKernel, AttentionArgs>,
             run_for_dtype<NormKernel, NormArgs>,
             run_for_dtype<RopeKernel, RopeArgs>,

@@ -7,7 +7,7 @@ from support.oracle import Case, make_case
 from torch import Tensor
 
 from bench.workloads import stored
-from moesd_kernels.formats import WEIGHT_FORMATS, dequantize, round_to_int8
+from moesd_kernels.formats import WEIGHT_FORMATS, activation_group, dequantize, round_to_int8
 
 QUANTISED = [name for name in WEIGHT_FORMATS if name != "plain"]
 INTEGERS = [name for name in QUANTISED if WEIGHT_FORMATS[name].integers]
@@ -58,7 +58,7 @@ def check_int8_product(
 ) -> None:
     """``out`` is the product of the rounded ``x``: up to fp32 sums, and a rounding to its dtype."""
     w = dequantize(weight, scale, name, torch.float32).double()
-    rounded = round_to_int8(x).double()
+    rounded = round_to_int8(x, activation_group(name, scale, x.shape[-1])).double()
     expected, shift = rounded @ w.T, 0 if bias is None else bias.double()
     # A run's codes and its minimum are summed apart, and each may be thrice its largest weight.
     largest = w.abs().unflatten(-1, (-1, 32)).amax(-1).repeat_interleave(32, -1)

@@ -7,7 +7,7 @@ from support.formats import INTEGERS, QUANTISED
 from support.fuzz import COUNTS, WIDTHS, Draw, same
 
 from moesd_kernels.dense import ops
-from moesd_kernels.formats import dequantize, round_to_int8
+from moesd_kernels.formats import activation_group, dequantize, round_to_int8
 
 
 def linear(d: Draw) -> None:
@@ -45,7 +45,8 @@ def int8_linear(d: Draw) -> None:
     assert out.shape == (T, N)
     shift = torch.zeros(N) if bias is None else bias
     values = dequantize(w, scale, name, torch.float32)
-    d.close(out, lambda x, w, b: round_to_int8(x).double() @ w.T + b, x, values, shift)
+    group = activation_group(name, scale, K)
+    d.close(out, lambda x, w, b: round_to_int8(x, group).double() @ w.T + b, x, values, shift)
     some = slice(d.among(range(T)) if T else 0, None)
     same(ops.linear(x[some], w, bias, **form), out[some])
     same(ops.linear(x[-1:], w, bias, **form), out[-1:])

@@ -30,27 +30,41 @@ struct Panel {
           starts(whole.starts + run * kPanelRows) {}
 };
 
-// Codes of a run of fp32 numbers; returns their scale.
-inline float quantize_run(const float* x, int8_t* codes) {
+// The bits of the largest magnitude of a run, in the order of magnitudes, above which come infinity
+// and what is not a number.
+inline uint32_t largest_magnitude(const float* x) {
     uint32_t bits[kRun], largest = 0;
     std::memcpy(bits, x, sizeof(bits));
-    // Magnitudes in their order, above which come infinity and what is not a number.
     for (int i = 0; i < kRun; ++i) {
         const uint32_t magnitude = bits[i] & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
     }
-    float most;
-    std::memcpy(&most, &largest, sizeof(most));
-    // The inverse of anything smaller would overflow.
-    const float inverse = most >= 1e-36f ? 127.0f / most : 0.0f;
+    return largest;
+}
+
+// The scale of numbers with that largest magnitude.
+struct CodeScale {
+    float scale, inverse;
+
+    explicit CodeScale(uint32_t largest) {
+        float most;
+        std::memcpy(&most, &largest, sizeof(most));
+        scale = most / 127.0f;
+        // The inverse of anything smaller would overflow.
+        inverse = most >= 1e-36f ? 127.0f / most : 0.0f;
+    }
+};
+
+// Codes of a run.
+inline void round_run(const float* x, float inverse, int8_t* codes) {
     // Added to a number, leaves it as an integer in the lower bits.
     constexpr float kToInteger = 12582912.0f;
+    uint32_t bits[kRun];
     for (int i = 0; i < kRun; ++i) {
         const float shifted = x[i] * inverse + kToInteger;
         std::memcpy(bits + i, &shifted, sizeof(shifted));
     }
     for (int i = 0; i < kRun; ++i) codes[i] = static_cast<int8_t>(bits[i]);
-    return most / 127.0f;
 }
 
 // How a panel is packed for the weights it will be multiplied by.
@@ -64,10 +78,11 @@ inline void pack_numbers(const float* numbers, int64_t run, int r, PanelOrder or
                          const Panel& out) {
     alignas(64) int8_t codes[kRun];
     const int64_t at = run * kPanelRows + r;
-    const float scale = quantize_run(numbers, codes);
+    const CodeScale scale(largest_magnitude(numbers));
+    round_run(numbers, scale.inverse, codes);
     int sum = 0;
     for (int i = 0; i < kRun; ++i) sum += codes[i];
-    out.scales[at] = scale, out.sums[at] = scale * static_cast<float>(sum);
+    out.scales[at] = scale.scale, out.sums[at] = scale.scale * static_cast<float>(sum);
     out.starts[at] = -order.middle * sum;
     int8_t* packed = out.codes + at * kRun;
     if (!order.even_first) {

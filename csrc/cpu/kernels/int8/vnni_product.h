@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../for_size.h"
+#include "vnni.h"
 #include "vnni_scales.h"
 
 namespace moesd::MOESD_ISA {
@@ -159,9 +160,7 @@ private:
                 __m512i dot = _mm512_set1_epi32(x.starts[at + m]);
 #pragma GCC unroll 8
                 for (int i = 0; i < kVectors; ++i) {
-                    int32_t four;
-                    std::memcpy(&four, x.codes + (at + m) * kRun + 4 * i, sizeof(four));
-                    dot = _mm512_dpbusd_epi32(dot, w[i], _mm512_set1_epi32(four));
+                    add_products(dot, w[i], x.codes + (at + m) * kRun + 4 * i);
                 }
                 acc[m] = added<HasLeast>(acc[m], dot, scales, leasts, x, at + m);
             }
