@@ -12,6 +12,9 @@ namespace moesd::MOESD_ISA {
 
 // How far before its use a weight is prefetched: into the second-level cache, and into the first.
 constexpr int64_t kFarBytes = 2048, kNearBytes = 256;
+// And how many bytes of groups before its own where tiles prefetch them: a short group is computed
+// in less time than memory takes to bring another.
+constexpr int64_t kAheadBytes = 24 * 1024;
 
 // What a tile prefetches from memory while it computes: at every step one cache line of each of up
 // to four weight rows. These lines go to the second-level cache: the first has too few outstanding
@@ -219,12 +222,16 @@ struct GroupedRows {
 
     // Several tiles reuse weights from the first-level cache: all groups of a block for two tiles.
     void visit_by_block(const W* w, const W* next) const {
+        const int64_t few = kAheadBytes / (4 * block * static_cast<int64_t>(sizeof(W)));
+        const int64_t ahead = few < 1 ? 1 : few < quarter ? few : quarter;
         for (int64_t k0 = 0; k0 == 0 || k0 < whole; k0 += block) {
             const W* next_start = k0 + block >= whole ? next : w + k0 + block;
             for (int pair = 0; pair < tiles; pair += 2) {
                 for (int64_t g = 0; g < quarter; ++g) {
                     const W* group = w + g * stride + k0;
-                    const W* next_group = g + 1 < quarter ? group + stride : next_start;
+                    const W* next_group = g + ahead < quarter ? group + ahead * stride
+                                          : next_start ? next_start + (g + ahead - quarter) * stride
+                                                       : nullptr;
                     const W* next_block = next_start ? next_start + g * stride : nullptr;
                     visit(w + k0, k0, g, pair, pair + 2 < tiles ? pair + 2 : tiles, [&](int t) {
                         return prefetch_for<W>(t, tiles, group, next_group, next_block,
