@@ -49,9 +49,27 @@ private:
 
     void work() {
         Rows rows(a_);
-        for (int64_t run; (run = runs_.take()) < runs_.total;) {
+        int64_t run = runs_.take();
+        while (run < runs_.total) {
+            const int64_t next = runs_.take();
+            if constexpr (Rows::kFetchesNext) expect(next, rows);
             for (int64_t i = run * run_; i < (run + 1) * run_; ++i) attend_span(i, rows);
+            run = next;
         }
+    }
+
+    // While a sequence is computed, the keys and values of the thread's next one come, of all heads,
+    // which lie together.
+    void expect(int64_t b, Rows& rows) const {
+        const bool is_sequence = run_ > 1 && b < runs_.total;
+        const int64_t first = is_sequence ? first_position(b, 0) : -1;
+        const int64_t last = is_sequence ? a_.positions[(b + 1) * a_.queries - 1] : -1;
+        if (first < 0 || last < first) return rows.expect_nothing();
+        const int64_t row = a_.rows ? a_.rows[b] : b, positions = last + 1 - first;
+        const int64_t fetches = a_.kv_heads * Rows::fetches(a_.queries * group_, positions);
+        rows.expect(static_cast<const W*>(a_.k) + row * a_.k_row + first * a_.k_position,
+                    static_cast<const W*>(a_.v) + row * a_.v_row + first * a_.v_position,
+                    positions * a_.k_position, fetches);
     }
 
     void attend_span(int64_t item, Rows& rows) const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "add_values.h"
+#include "ahead.h"
 #include "dot_rows.h"
 #include "row_kernels.h"
 
@@ -16,6 +17,7 @@ template <class W, int Max>
 class AttentionRows {
 public:
     static constexpr int kMax = Max;
+    static constexpr bool kFetchesNext = false;  // see RaggedAttention::expect
     int heads = 0, queries = 0;
 
     explicit AttentionRows(const AttentionArgs& a)
@@ -116,6 +118,7 @@ class VectorRows : public AttentionRows<W, 24> {
 
 public:
     using Base::Base, Base::heads, Base::queries;
+    static constexpr bool kFetchesNext = true;
 
     void start(const W* q, int64_t head) {
         Base::start_rows(q, head);
@@ -127,21 +130,48 @@ public:
     // query by itself, so that no hidden value, which may be NaN, reaches a sum.
     void add_block(const W* keys, const W* values, bool last_block) {
         const int rows = Base::count();
-        dot_rows<W>(xs_, rows, keys, a_.k_position, visible_to_any_, a_.head_dim,
-                    last_block ? nullptr : keys + visible_to_any_ * a_.k_position, scores_,
-                    kBlockPositions);
+        for (int64_t i = 0; i < visible_to_any_; i += kScored) {
+            const int64_t left = visible_to_any_ - i;
+            const bool last = last_block && left <= kScored;
+            ahead_.fetch();
+            dot_rows<W>(xs_, rows, keys + i * a_.k_position, a_.k_position,
+                        left < kScored ? left : kScored, a_.head_dim,
+                        last ? nullptr : keys + (i + kScored) * a_.k_position, scores_ + i,
+                        kBlockPositions);
+        }
         for (int m = 0; m < rows; ++m) {
+            ahead_.fetch();
             if (visible_[m / heads] > 0) Base::weigh(m, visible_[m / heads]);
         }
         const int64_t shared =
             visible_to_all_ / Values<W>::kStepPositions * Values<W>::kStepPositions;
-        add_range(0, rows, values, 0, shared);
+        for (int64_t i = 0; i < shared; i += kScored) {
+            ahead_.fetch();
+            add_range(0, rows, values, i, i + kScored < shared ? i + kScored : shared);
+        }
         for (int n = 0; n < queries; ++n) {
             if (visible_[n] > shared) add_range(n * heads, heads, values, shared, visible_[n]);
         }
     }
 
+    // What add_block fetches beside its own work: as many numbers of keys and of values, in so many
+    // parts.
+    void expect(const W* keys, const W* values, int64_t count, int64_t parts) {
+        const auto* first = reinterpret_cast<const uint8_t*>(keys);
+        const int64_t distance = reinterpret_cast<const uint8_t*>(values) - first;
+        ahead_ = {first, distance, count * static_cast<int64_t>(sizeof(W)), parts};
+    }
+    void expect_nothing() { ahead_ = {nullptr, 0, 0, 1}; }
+
+    // The parts of a pass of `rows` rows over so many positions.
+    static int64_t fetches(int64_t rows, int64_t positions) {
+        return 2 * ((positions + kScored - 1) / kScored) +
+               rows * ((positions + kBlockPositions - 1) / kBlockPositions);
+    }
+
 private:
+    static constexpr int64_t kScored = 32;  // positions whose keys or values are read at a time
+
     // Adds the values of the block's positions [start, end) to rows m .. m + count.
     void add_range(int m, int count, const W* values, int64_t start, int64_t end) {
         add_values<W>(Base::acc_ + m * width_, width_, count, Base::weights_of(m) + start,
@@ -150,6 +180,7 @@ private:
     }
 
     const typename Dot<W>::Act* xs_[Base::kMax];
+    AheadOf<2> ahead_{nullptr, 0, 0, 1};
 };
 
 }  // namespace moesd::MOESD_ISA
