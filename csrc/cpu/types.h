@@ -54,8 +54,8 @@ struct StoredWeights {
     int64_t group;  // adjacent weights of a row that share a scale
 };
 
-// Whether rows of a matrix are integers of eight bits with one scale each, of which sums of products
-// fit into 32 bits.
+// Whether rows of a matrix are integers of eight bits with one scale each, and few enough of them
+// that sums of products of bytes fit into 32 bits.
 static constexpr bool rows_have_scales(const StoredWeights& w, int64_t depth) {
     constexpr int64_t kMostDepth = 65536;
     return w.format == WeightFormat::kInt8 && w.scale_row_bytes == sizeof(bf16) &&

@@ -58,8 +58,8 @@ private:
         }
     }
 
-    // While a sequence is computed, the keys and values of the thread's next one come, of all heads,
-    // which lie together.
+    // While a sequence is computed, the keys and values of the thread's next one come: those of all
+    // heads, which lie together.
     void expect(int64_t b, Rows& rows) const {
         const bool is_sequence = run_ > 1 && b < runs_.total;
         const int64_t first = is_sequence ? first_position(b, 0) : -1;
