@@ -151,15 +151,22 @@ public:
         if (at.k + kRun <= at.depth) return decode(at, codes(at), out);
         const int64_t left = at.k < at.depth ? at.depth - at.k : 0;
         uint8_t last[kRun] = {};
-        std::memcpy(last, codes(at), left);
+        for (int64_t i = 0; i < left; ++i) last[i] = uncalled(codes(at)[i]);
         decode(at, last, out);
         // A scale that is not finite makes no number of the zeros.
-        std::memset(static_cast<void*>(out + left), 0, (kRun - left) * sizeof(X));
+        for (int64_t i = left; i < kRun; ++i) out[i] = uncalled(X{});
     }
 
     const uint8_t* scales() const { return scales_; }
 
 private:
+    // Keeps a loop from becoming a call: sums in registers would be spilled at every run for it.
+    template <class T>
+    static T uncalled(T value) {
+        asm volatile("" ::: "memory");
+        return value;
+    }
+
     void decode(const Place& at, const uint8_t* codes, X* out) const {
         if (scales_ == at.scales) at.numbers.decode(codes, out);
         else ScaledE4m3<X, false>(at.scale(scales_)).decode(codes, out);
