@@ -35,8 +35,8 @@ struct Dot {
                                                            const W* const (&w)[N], int64_t k) {
         half_step<0>(acc, x, w, k);
         // Keeps the compiler from holding all the raw weights across the halves, which spills
-        // accumulators.
-        asm volatile("" ::: "memory");
+        // accumulators. (Said of all memory, it would keep the accumulators there.)
+        asm("" : "+r"(k));
         half_step<kLanes>(acc, x, w, k);
     }
 
