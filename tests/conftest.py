@@ -35,6 +35,12 @@ def _reproducible() -> None:
 
 
 @pytest.fixture
+def threads() -> Callable[[int], None]:
+    """Says on how many threads a test goes on; the next begins on one again."""
+    return torch.set_num_threads
+
+
+@pytest.fixture
 def interpret() -> Callable[[Path], None]:
     """Runs a file or folder of tests in a child where Triton is imported to be interpreted."""
     if importlib.util.find_spec("triton") is None:

@@ -12,13 +12,6 @@ pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.un
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # Multi-head, grouped, many heads per key, odd dimensions, different value dimension, long rows.
 SHAPES = {
     "one query": (1, 1, 2, 2, 16, 16, 8),

@@ -172,13 +172,6 @@ def test_non_contiguous_inputs_and_weight_dtypes():
         assert torch.equal(experts(**data | {"topk_weights": rounded}), expected)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(8, 2, 256, 48), (3, 2, 1040, 104)], ids=str)
 def test_rows_do_not_depend_on_the_batch(shape, dtype, threads):

@@ -160,13 +160,6 @@ def test_runs_of_next_to_nothing_are_nothing(name, tiny):
     assert not rounding(torch.full((5, 256), tiny), weight, scale, name).any()
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", INTEGERS)
 def test_a_row_has_the_same_bits_in_any_company(name, dtype, threads):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -105,13 +105,6 @@ def test_activations_may_lie_apart_and_weights_begin_anywhere() -> None:
             moved = torch.cat([weight.flatten()[:offset], weight.flatten()])[offset:]
             steps = torch.cat([scale.flatten()[:offset], scale.flatten()])[offset:]
             assert torch.equal(product(x, moved.view(37, 800), steps.view(37, 1)), expected)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,16 +2,14 @@
 // A work item is a block of weight rows, with all tokens.
 #pragma once
 
-#include "../work.h"
 #include "tile_sums.h"
+#include "weight_blocks.h"
 
 namespace moesd::MOESD_ISA {
 
 // W: of x, bias and y. Product: how integers are multiplied.
 template <class W, class Product>
 class LinearInt8Kernel {
-    static constexpr int64_t kMostRows = 4 * kTileRows;  // of a block
-
 public:
     explicit LinearInt8Kernel(const LinearArgs& a)
         : a_(a),
@@ -20,8 +18,7 @@ public:
           panels_{reinterpret_cast<uint8_t*>(a.packed_x), a.depth, a.tokens},
           runs_(a.depth / kRun),
           pack_(panels_.count() * runs_, a.threads),
-          block_(a.features < 8 * kMostRows * a.threads ? 2 * kTileRows : kMostRows),
-          blocks_((a.features + block_ - 1) / block_) {}
+          blocks_(a) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<LinearInt8Kernel*>(self)->work(); }, this);
@@ -30,30 +27,16 @@ public:
 private:
     void work() {
         const typename Product::Thread thread(a_.tokens);
-        int64_t i = blocks_.take();
-        // While activations are packed, the first weights come.
-        ahead_of(i, 1).fetch();
-        pack_.share([this](int64_t item) { pack(item); });
-        pack_.wait();
-        while (i < blocks_.total) {
-            const int64_t next = blocks_.take();
-            Ahead ahead = ahead_of(next, kFetches * block_ / kTileRows * runs_);
-            for (int64_t j = i * block_; j < end_of(i); j += kTileRows) {
+        const int64_t fetches = kFetches * blocks_.rows() / kTileRows * runs_;
+        const auto pack_all = [this] {
+            pack_.share([this](int64_t item) { pack(item); });
+            pack_.wait();
+        };
+        blocks_.share(fetches, pack_all, [this](int64_t first, int64_t end, Ahead& ahead) {
+            for (int64_t j = first; j < end; j += kTileRows) {
                 for (int64_t p = 0; p < panels_.count(); p += kTilePanels) project(j, p, ahead);
             }
-            i = next;
-        }
-    }
-
-    // The weights of a block, if there is one, to be fetched in so many times.
-    Ahead ahead_of(int64_t block, int64_t times) const {
-        if (block >= blocks_.total) return {nullptr, 0, 1};
-        return {w_.row(block * block_), (end_of(block) - block * block_) * a_.w.row_bytes, times};
-    }
-
-    int64_t end_of(int64_t block) const {
-        const int64_t end = (block + 1) * block_;
-        return end < a_.features ? end : a_.features;
+        });
     }
 
     // An item is a run of a panel, whose numbers share cache lines with those of no other.
@@ -89,8 +72,7 @@ private:
     const Panels panels_;
     const int64_t runs_;
     Rows pack_;
-    const int64_t block_;
-    Counter blocks_;
+    WeightBlocks blocks_;
 };
 
 }  // namespace moesd::MOESD_ISA

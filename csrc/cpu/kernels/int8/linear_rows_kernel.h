@@ -4,11 +4,10 @@
 // Invariance: an output is an exact integer, times both scales.
 #pragma once
 
-#include "../ahead.h"
 #include "../for_size.h"
-#include "../work.h"
 #include "panel.h"
 #include "row_product.h"
+#include "weight_blocks.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -17,8 +16,8 @@ template <class W, class Product>
 class LinearRowsKernel {
     static constexpr int kTokens = Product::kTokens;
     static constexpr int kChunk = 2 * kTokens;  // stay in the first-level cache with four rows
-    static constexpr int64_t kMostRows = 64;    // of a block
-    static constexpr int64_t kVector = 64;      // bytes
+    static constexpr int64_t kMostRows = WeightBlocks::kMostRows;
+    static constexpr int64_t kVector = 64;  // bytes
 
 public:
     explicit LinearRowsKernel(const LinearArgs& a)
@@ -29,8 +28,7 @@ public:
           scales_(reinterpret_cast<float*>(codes_ + a.tokens * stride_)),
           starts_(reinterpret_cast<int32_t*>(scales_ + a.tokens)),
           pack_(a.tokens, a.threads),
-          block_(a.features < 8 * kMostRows * a.threads ? kMostRows / 2 : kMostRows),
-          blocks_((a.features + block_ - 1) / block_) {}
+          blocks_(a) {}
 
     void run() {
         a_.run(a_.threads, [](void* self) { static_cast<LinearRowsKernel*>(self)->work(); }, this);
@@ -38,34 +36,22 @@ public:
 
 private:
     void work() {
-        int64_t i = blocks_.take();
-        // While activations are packed, the first weights come.
-        ahead_of(i, 1).fetch();
-        pack_.share([this](int64_t t) { pack(t); });
-        pack_.wait();
         const int64_t steps = a_.depth / kVector > 0 ? a_.depth / kVector : 1;
-        const int64_t fetches = block_ / kRowsTogether * ((a_.tokens + kTokens - 1) / kTokens);
-        while (i < blocks_.total) {
-            const int64_t next = blocks_.take();
-            Ahead ahead = ahead_of(next, fetches * steps);
-            for (int64_t t = 0; t < a_.tokens; t += kChunk) project(i * block_, t, ahead);
-            i = next;
-        }
+        const int64_t tiles = (a_.tokens + kTokens - 1) / kTokens;
+        const auto pack_all = [this] {
+            pack_.share([this](int64_t t) { pack(t); });
+            pack_.wait();
+        };
+        blocks_.share(blocks_.rows() / kRowsTogether * tiles * steps, pack_all,
+                      [this](int64_t first, int64_t end, Ahead& ahead) {
+                          for (int64_t t = 0; t < a_.tokens; t += kChunk) {
+                              project(first, end - first, t, ahead);
+                          }
+                      });
     }
 
     const uint8_t* row(int64_t j) const {
         return static_cast<const uint8_t*>(a_.w.data) + j * a_.w.row_bytes;
-    }
-
-    int64_t rows_of(int64_t block) const {
-        const int64_t left = a_.features - block * block_;
-        return left < block_ ? left : block_;
-    }
-
-    // The weights of a block, if there is one, to be fetched in so many times.
-    Ahead ahead_of(int64_t block, int64_t times) const {
-        if (block >= blocks_.total) return {nullptr, 0, 1};
-        return {row(block * block_), rows_of(block) * a_.w.row_bytes, times};
     }
 
     void pack(int64_t t) {
@@ -89,9 +75,8 @@ private:
         scales_[t] = scale.scale, starts_[t] = -128 * sum;
     }
 
-    // Weight rows of the block that begins with j, with tokens first .. first + kChunk.
-    void project(int64_t j, int64_t first, Ahead& ahead) const {
-        const int64_t rows = rows_of(j / block_);
+    // Weight rows j .. j + rows with tokens first .. first + kChunk.
+    void project(int64_t j, int64_t rows, int64_t first, Ahead& ahead) const {
         const int count = static_cast<int>(a_.tokens - first < kChunk ? a_.tokens - first : kChunk);
         const int8_t* xs[kChunk];
         for (int m = 0; m < count; ++m) xs[m] = codes_ + (first + m) * stride_;
@@ -129,8 +114,7 @@ private:
     float* const scales_;
     int32_t* const starts_;
     Rows pack_;
-    const int64_t block_;
-    Counter blocks_;
+    WeightBlocks blocks_;
 };
 
 }  // namespace moesd::MOESD_ISA
