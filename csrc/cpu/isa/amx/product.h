@@ -9,10 +9,11 @@
 namespace moesd::MOESD_ISA {
 
 class AmxProduct : public VnniProduct {
-    static constexpr int kFewRows = 4;  // which take longer on tiles
-    static constexpr int kTiles = 4;    // of sums, of as many runs
+    static constexpr int kTiles = 4;  // of sums, of as many runs
 
 public:
+    static constexpr int kFusedRows = 4;  // which take longer on tiles
+
     struct Thread {
         const Tiles tiles;
         explicit Thread(int64_t rows)
@@ -20,8 +21,9 @@ public:
     };
 
     template <bool HasLeast>
-    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, Ahead& ahead) {
-        if (rows <= kFewRows) return VnniProduct::add<HasLeast>(tile, x, rows, sums, ahead);
+    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums,
+                    WeightsAhead& ahead) {
+        if (rows <= kFusedRows) return VnniProduct::add<HasLeast>(tile, x, rows, sums, ahead);
         // In steps of four: rows that are missing have sums nobody reads.
         for_size<kPanelRows / 4>((rows + 3) / 4, [&]<int Fours>() {
             add_rows<HasLeast, 4 * Fours>(tile, x, sums, ahead);
@@ -31,7 +33,7 @@ public:
 private:
     template <bool HasLeast, int M>
     __attribute__((noinline)) static void add_rows(const CodeTile& tile, const Panel& x,
-                                                   float* sums, Ahead& ahead) {
+                                                   float* sums, WeightsAhead& ahead) {
         Vec acc[M];
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) acc[m] = load(sums + m * kTileRows);

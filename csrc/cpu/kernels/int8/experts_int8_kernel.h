@@ -83,14 +83,13 @@ private:
         return a_.interleaved ? 2 * j + part : part * a_.inter + j;
     }
     // The tile that is read after one of an item: the item's next, or the first of the next item.
-    Ahead after_up(int64_t item, int64_t next, int64_t tile) const {
+    WeightsAhead after_up(int64_t item, int64_t next, int64_t tile) const {
         const bool last = tile + 1 == parts_ * kHalves;
-        if (last && next >= up_.total) return {nullptr, 0, 1};
+        if (last && next >= up_.total) return {};
         const int64_t of = last ? next : item, place = last ? 0 : tile + 1;
         const int64_t runs = a_.inter / kRun, j = of % runs * kRun + place % kHalves * kTileRows;
-        const int64_t bytes = kTileRows * a_.w_gate_up.row_bytes * (a_.interleaved ? 2 : 1);
-        return {gate_up_of(of / runs).row(up_row(place / kHalves, j)), bytes,
-                kFetches * (a_.hidden / kRun)};
+        return {gate_up_of(of / runs).stored, up_row(place / kHalves, j),
+                kTileRows * (a_.interleaved ? 2 : 1), kFetches * (a_.hidden / kRun)};
     }
 
     void gate_up(int64_t item, int64_t next) const {
@@ -104,7 +103,7 @@ private:
                 const int64_t j = run * kRun + tile % kHalves * kTileRows;
                 const RowsOfTile rows(matrix, up_row(tile / kHalves, j), a_.interleaved ? 2 : 1,
                                       kTileRows);
-                Ahead ahead = after_up(item, next, tile);
+                WeightsAhead ahead = after_up(item, next, tile);
                 tile_sums<Product>(up_reader_, rows, x, first, count, ahead, sums[tile]);
             }
             for (int64_t i = 0; i < count; ++i) {
@@ -143,12 +142,12 @@ private:
 
     // The tile of a slice that is read after row h of expert e's: its next rows, the next expert's,
     // or those of the next slice.
-    Ahead after_down(int64_t e, int64_t h, int64_t h0, int64_t h1, int64_t next) const {
+    WeightsAhead after_down(int64_t e, int64_t h, int64_t h0, int64_t h1, int64_t next) const {
         if (h + kTileRows < h1) h += kTileRows;
         else if (e + 1 < a_.num_active) ++e, h = h0;
         else if (next < down_.total) e = 0, h = next * slice_;
-        else return {nullptr, 0, 1};
-        return {down_of(e).row(h), kTileRows * a_.w_down.row_bytes, kFetches * (a_.inter / kRun)};
+        else return {};
+        return {down_of(e).stored, h, kTileRows, kFetches * (a_.inter / kRun)};
     }
 
     void down(int64_t slice, int64_t next) const {
@@ -160,7 +159,7 @@ private:
             const Matrix<float> matrix = down_of(e);
             for (int64_t h = h0; h < h1; h += kTileRows) {
                 const RowsOfTile rows(matrix, h, 1, h1 - h);
-                Ahead ahead = after_down(e, h, h0, h1, next);
+                WeightsAhead ahead = after_down(e, h, h0, h1, next);
                 for (int64_t first = 0; first < act.count(); first += kTilePanels) {
                     const int64_t count = act.count_from(first);
                     tile_sums<Product>(down_reader_, rows, act, first, count, ahead, sums);

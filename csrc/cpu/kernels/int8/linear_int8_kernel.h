@@ -32,7 +32,7 @@ private:
             pack_.share([this](int64_t item) { pack(item); });
             pack_.wait();
         };
-        blocks_.share(fetches, pack_all, [this](int64_t first, int64_t end, Ahead& ahead) {
+        blocks_.share(fetches, pack_all, [this](int64_t first, int64_t end, WeightsAhead& ahead) {
             for (int64_t j = first; j < end; j += kTileRows) {
                 for (int64_t p = 0; p < panels_.count(); p += kTilePanels) project(j, p, ahead);
             }
@@ -50,7 +50,7 @@ private:
     }
 
     // Weight rows j .. j + kTileRows with panels first .. first + kTilePanels.
-    void project(int64_t j, int64_t first, Ahead& ahead) const {
+    void project(int64_t j, int64_t first, WeightsAhead& ahead) const {
         const int64_t count = panels_.count_from(first);
         const RowsOfTile tile(w_, j, 1, a_.features - j);
         alignas(64) float sums[kTilePanels][kTileSize], bias[kTileRows] = {};

@@ -43,9 +43,9 @@ private:
             pack_.wait();
         };
         blocks_.share(blocks_.rows() / kRowsTogether * tiles * steps, pack_all,
-                      [this](int64_t first, int64_t end, Ahead& ahead) {
+                      [this](int64_t first, int64_t end, WeightsAhead& ahead) {
                           for (int64_t t = 0; t < a_.tokens; t += kChunk) {
-                              project(first, end - first, t, ahead);
+                              project(first, end - first, t, ahead.codes);
                           }
                       });
     }

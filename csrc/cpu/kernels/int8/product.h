@@ -6,13 +6,14 @@
 // that shares the call plays a part.
 #pragma once
 
-#include "../ahead.h"
 #include "panel.h"
+#include "weights_ahead.h"
 
 namespace moesd::MOESD_ISA {
 
 constexpr int kTileRows = 16;      // weight rows that are multiplied together
 constexpr int64_t kTileRuns = 24;  // of each row that are read at a time, at most
+constexpr int64_t kFetches = 2;    // of Ahead, for each run of a tile
 
 // Some runs of a tile of weight rows: a weight is scale * (code - middle) + least.
 struct CodeTile {
@@ -25,7 +26,11 @@ struct CodeTile {
 };
 
 // Reads runs of a tile's rows from weight k, a multiple of kRun, on: `out.runs` of them.
-using ReadCodes = void(const StoredRow (&rows)[kTileRows], int64_t k, Ahead& ahead, CodeTile& out);
+using ReadCodes = void(const StoredRow (&rows)[kTileRows], int64_t k, WeightsAhead& ahead,
+                       CodeTile& out);
+// Reads all runs of a tile's rows and adds their products with `count` rows of a panel to `sums`.
+using ReadAndAdd = void(const StoredRow (&rows)[kTileRows], int64_t runs, const Panel& x, int count,
+                        float* sums, WeightsAhead& ahead);
 
 // The scales of a tile; and calls visit(weights, place, row, run) at every run.
 template <class Format, class F>
@@ -53,10 +58,11 @@ public:
     struct Thread {
         explicit Thread(int64_t rows) {}
     };
+    static constexpr int kFusedRows = 0;  // of activations that read_and_add may take
 
     // Codes by run and row.
     template <class Format>
-    static void read(const StoredRow (&rows)[kTileRows], int64_t k, Ahead&, CodeTile& out) {
+    static void read(const StoredRow (&rows)[kTileRows], int64_t k, WeightsAhead&, CodeTile& out) {
         read_scales<Format>(
             rows, k, out, [&](const Format& weights, const auto& at, int r, int64_t run) {
                 uint8_t* codes = out.codes + (run * kTileRows + r) * kRun;
@@ -76,7 +82,7 @@ public:
 
     // Adds the products with the tile's runs to `sums`, [row of the panel][row of the tile].
     template <bool HasLeast>
-    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, Ahead&) {
+    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, WeightsAhead&) {
         for (int64_t run = 0; run < tile.runs; ++run) {
             const float* scales = tile.scales + run * kTileRows;
             const float* leasts = tile.leasts + run * kTileRows;
@@ -99,17 +105,23 @@ public:
 // one scale for each run.
 struct CodeReader {
     ReadCodes* read;
-    bool has_least;  // whether any least is not zero
+    ReadAndAdd* read_and_add;  // of products with kFusedRows
+    bool has_least;            // whether any least is not zero
     PanelOrder order;
 };
 
 template <class Product>
 constexpr CodeReader code_reader_of(WeightFormat format) {
-    constexpr CodeReader kNone{nullptr, false, {false, 0}};
+    constexpr CodeReader kNone{nullptr, nullptr, false, {false, 0}};
     return of_format(format, kNone, []<template <class> class Format>() -> CodeReader {
         using F = Format<float>;
         if constexpr (requires { F::kPacking; }) {
-            return {Product::template read<F>, F::kHasLeast, {kEvenFirst<F>, F::kMiddle}};
+            ReadAndAdd* read_and_add = nullptr;
+            if constexpr (Product::kFusedRows > 0) {
+                read_and_add = Product::template read_and_add<F>;
+            }
+            return {
+                Product::template read<F>, read_and_add, F::kHasLeast, {kEvenFirst<F>, F::kMiddle}};
         } else {
             return kNone;
         }

@@ -7,7 +7,6 @@ namespace moesd::MOESD_ISA {
 
 constexpr int64_t kTilePanels = 8;  // for which weights are read once
 constexpr int kTileSize = kTileRows * kPanelRows;
-constexpr int64_t kFetches = 2;  // of Ahead, for each run of a tile
 
 // Rows of activations in panels that lie one after another.
 struct Panels {
@@ -44,10 +43,16 @@ struct RowsOfTile {
 // sums[i]: of panel first + i, for `count` <= kTilePanels, [row of the panel][row of the tile].
 template <class Product>
 void tile_sums(const CodeReader& reader, const RowsOfTile& tile_rows, const Panels& panels,
-               int64_t first, int64_t count, Ahead& ahead, float (*sums)[kTileSize]) {
+               int64_t first, int64_t count, WeightsAhead& ahead, float (*sums)[kTileSize]) {
     std::memset(sums, 0, count * sizeof(sums[0]));
+    const int64_t runs = panels.depth / kRun;
+    const bool is_whole = tile_rows.width == kTileRows;
+    if (is_whole && count == 1 && panels.rows_of(first) <= Product::kFusedRows) {
+        const int rows = panels.rows_of(first);
+        return reader.read_and_add(tile_rows.rows, runs, panels[first], rows, sums[0], ahead);
+    }
     CodeTile tile;
-    const int64_t runs = panels.depth / kRun, parts = (runs + kTileRuns - 1) / kTileRuns;
+    const int64_t parts = (runs + kTileRuns - 1) / kTileRuns;
     for (int64_t part = 0; part < parts; ++part) {
         const int64_t run = runs * part / parts;
         tile.runs = runs * (part + 1) / parts - run;

@@ -14,11 +14,12 @@ class VnniProduct {
 
 public:
     using Thread = PlainProduct::Thread;
+    static constexpr int kFusedRows = kPanelRows;
 
     // Codes by run, by four of the run, and by row.
     template <class Format>
     __attribute__((noinline)) static void read(const StoredRow (&rows)[kTileRows], int64_t k,
-                                               Ahead& ahead, CodeTile& out) {
+                                               WeightsAhead& ahead, CodeTile& out) {
         const uint8_t* packed[kTileRows];
         const Format first(rows[0]);
         typename Format::Place at(k, rows[0]);
@@ -26,28 +27,63 @@ public:
             packed[r] = Format(rows[r]).packed(at);
         }
         const uint8_t* const start = packed[0];
-        GatheredScales<Format> scales(rows);
+        ScalesOfTile<Format> scales(rows, at);
         for (int64_t run = 0; run < out.runs; ++run, at.next()) {
             auto* codes = reinterpret_cast<__m512i*>(out.codes) + run * kVectors;
             // Pointers that are read when they are needed; the compiler keeps them in vectors.
             asm volatile("" ::"r"(packed) : "memory");
             const int64_t offset = first.packed(at) - start;
+            const auto address = [&](int r) { return packed[r] + offset; };
             if constexpr (Format::kPacking == Packing::kAlternating) {
                 const bool is_odd = at.run % 2;
-                if (!is_odd || run == 0) widen_two(packed, offset, is_odd, codes);
+                if (!is_odd || run == 0) widen_two(address, is_odd, codes);
             } else {
-                widen<Format>(packed, offset, codes);
+                widen<Format>(address, codes);
             }
             ahead.fetch();
-            scales.read(first, at, out.scales + run * kTileRows, out.leasts + run * kTileRows);
+            Vec scale, least;
+            scales.read(first, at, scale, least);
+            store(out.scales + run * kTileRows, scale);
+            if (Format::kHasLeast) store(out.leasts + run * kTileRows, least);
         }
-        if constexpr (!GatheredScales<Format>::kAll) {
-            read_scales<Format>(rows, k, out, [](auto&&...) {});
+    }
+
+    // The sums of a tile's rows over all the depth with up to kFusedRows rows of a panel, whose
+    // codes stay in registers: added to `sums` as `add` does.
+    template <class Format>
+    __attribute__((noinline)) static void read_and_add(const StoredRow (&rows)[kTileRows],
+                                                       int64_t runs, const Panel& x, int count,
+                                                       float* sums, WeightsAhead& ahead) {
+        constexpr int kAtOnce = Format::kPacking == Packing::kAlternating ? 2 : 1;
+        const Format first(rows[0]);
+        typename Format::Place at(0, rows[0]);
+        EvenRows packed(first.packed(at), rows[1].data - rows[0].data);
+        const uint8_t* before = first.packed(at);
+        ScalesOfTile<Format> scales(rows, at);
+        for (int64_t run = 0; run < runs; run += kAtOnce) {
+            __m512i w[kAtOnce * kVectors];
+            packed.skip(first.packed(at) - before);
+            before = first.packed(at);
+            if constexpr (kAtOnce == 2) widen_two(packed, false, w);
+            else widen<Format>(packed, w);
+#pragma GCC unroll 2
+            for (int i = 0; i < kAtOnce; ++i, at.next()) {
+                for (int64_t fetch = 0; fetch < kFetches; ++fetch) ahead.fetch();
+                Vec scale, least;
+                scales.read(first, at, scale, least);
+                for (int m = 0; m < count; ++m) {
+                    const int64_t row = (run + i) * kPanelRows + m;
+                    const Vec acc = load(sums + m * kTileRows);
+                    store(sums + m * kTileRows,
+                          added<Format::kHasLeast>(acc, w + i * kVectors, scale, least, x, row));
+                }
+            }
         }
     }
 
     template <bool HasLeast>
-    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, Ahead& ahead) {
+    static void add(const CodeTile& tile, const Panel& x, int rows, float* sums,
+                    WeightsAhead& ahead) {
         for (int m = 0; m < rows; m += kRows) {
             for_size<kRows>(rows - m < kRows ? rows - m : kRows, [&]<int M>() {
                 add_rows<HasLeast, M>(tile, x, m, sums + m * kTileRows, ahead);
@@ -58,6 +94,21 @@ public:
 protected:
     // `acc` and the sum of a run's products, for the row of a panel whose numbers are at `at`.
     template <bool HasLeast>
+    static inline __attribute__((always_inline)) Vec added(Vec acc, const __m512i* w, Vec scales,
+                                                           Vec leasts, const Panel& x, int64_t at) {
+        const int8_t* const codes = x.codes + at * kRun;
+        __m512i dot = _mm512_set1_epi32(x.starts[at]), other = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; i += 2) {  // one chain would wait for its own sums
+            add_products(dot, w[i], codes + 4 * i);
+            add_products(other, w[i + 1], codes + 4 * i + 4);
+        }
+        dot = _mm512_add_epi32(dot, other);
+        return added<HasLeast>(acc, dot, scales, leasts, x, at);
+    }
+
+    // The same with the sum.
+    template <bool HasLeast>
     static inline __attribute__((always_inline)) Vec added(Vec acc, __m512i dot, Vec scales,
                                                            Vec leasts, const Panel& x, int64_t at) {
         acc = fma(mul(_mm512_cvtepi32_ps(dot), scales), splat(x.scales[at]), acc);
@@ -65,36 +116,13 @@ protected:
     }
 
 private:
-    // Sixteen bytes of each row, turned round: out[i] holds the i-th four of each.
-    static inline __attribute__((always_inline)) void transpose(
-        const uint8_t* const (&rows)[kTileRows], int64_t offset, __m512i (&out)[4]) {
-        __m512i a[4];
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) {
-            const auto quarter = [&](int q) {
-                return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * q + n] + offset));
-            };
-            a[n] = _mm512_castsi128_si512(quarter(0));
-            a[n] = _mm512_inserti32x4(a[n], quarter(1), 1);
-            a[n] = _mm512_inserti32x4(a[n], quarter(2), 2);
-            a[n] = _mm512_inserti32x4(a[n], quarter(3), 3);
-        }
-        const __m512i b0 = _mm512_unpacklo_epi32(a[0], a[1]);
-        const __m512i b1 = _mm512_unpackhi_epi32(a[0], a[1]);
-        const __m512i b2 = _mm512_unpacklo_epi32(a[2], a[3]);
-        const __m512i b3 = _mm512_unpackhi_epi32(a[2], a[3]);
-        out[0] = _mm512_unpacklo_epi64(b0, b2), out[1] = _mm512_unpackhi_epi64(b0, b2);
-        out[2] = _mm512_unpacklo_epi64(b1, b3), out[3] = _mm512_unpackhi_epi64(b1, b3);
-    }
-
-    template <class Format>
-    static inline __attribute__((always_inline)) void widen(const uint8_t* const (&rows)[kTileRows],
-                                                            int64_t offset, __m512i* out) {
+    template <class Format, class Address>
+    static inline __attribute__((always_inline)) void widen(const Address& address, __m512i* out) {
         constexpr bool kBytes = Format::kPacking == Packing::kBytes;
 #pragma GCC unroll 2
         for (int half = 0; half < (kBytes ? 2 : 1); ++half) {
             __m512i v[4];
-            transpose(rows, offset + half * 16, v);
+            transpose([&](int r) { return address(r) + half * 16; }, v);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
                 if constexpr (kBytes) {
@@ -108,13 +136,14 @@ private:
     }
 
     // The second of the two runs that share bytes alone, or the first and the one after it.
-    static inline __attribute__((always_inline)) void widen_two(
-        const uint8_t* const (&rows)[kTileRows], int64_t offset, bool second_alone, __m512i* out) {
+    template <class Address>
+    static inline __attribute__((always_inline)) void widen_two(const Address& address,
+                                                                bool second_alone, __m512i* out) {
         __m512i* const second = second_alone ? out : out + kVectors;
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             __m512i v[4];
-            transpose(rows, offset + half * 16, v);
+            transpose([&](int r) { return address(r) + half * 16; }, v);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
                 out[4 * half + i] = low_halves(v[i]);
@@ -141,7 +170,7 @@ private:
 
     template <bool HasLeast, int M>
     __attribute__((noinline)) static void add_rows(const CodeTile& tile, const Panel& x, int first,
-                                                   float* sums, Ahead& ahead) {
+                                                   float* sums, WeightsAhead& ahead) {
         Vec acc[M];
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) acc[m] = load(sums + m * kTileRows);
@@ -157,12 +186,7 @@ private:
             const int64_t at = run * kPanelRows + first;
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                __m512i dot = _mm512_set1_epi32(x.starts[at + m]);
-#pragma GCC unroll 8
-                for (int i = 0; i < kVectors; ++i) {
-                    add_products(dot, w[i], x.codes + (at + m) * kRun + 4 * i);
-                }
-                acc[m] = added<HasLeast>(acc[m], dot, scales, leasts, x, at + m);
+                acc[m] = added<HasLeast>(acc[m], w, scales, leasts, x, at + m);
             }
         }
 #pragma GCC unroll 8

@@ -1,7 +1,8 @@
-// The scales of sixteen rows, run by run, gathered where they lie.
+// The scales of sixteen rows, run by run: gathered where codes lie beside them, turned round where
+// scales lie by themselves.
 #pragma once
 
-#include "product.h"
+#include "transposed.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -20,41 +21,65 @@ inline __m512i distances(const StoredRow (&rows)[kTileRows], const uint8_t* Stor
 
 inline Vec widened_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
 
-// Of formats that it does not know it reads nothing.
+// The scales, and leasts, of a format's runs, one after another.
 template <class Format>
-class GatheredScales {
-    static constexpr bool kOne = requires { typename Format::Scale; };
-    // Only the blocks of GGUF files hold their scales, and those are halves.
-    static constexpr bool kBeside = [] {
-        if constexpr (kOne) return !std::is_same_v<typename Format::Scale, half>;
-        return false;
-    }();
+class ScalesOfTile;
+
+template <class Format>
+concept HasScale = requires { typename Format::Scale; };
+
+// The blocks of GGUF files, whose scales are halves.
+template <class Format>
+    requires HasScale<Format> && std::is_same_v<typename Format::Scale, half>
+class ScalesOfTile<Format> {
+public:
+    template <class Place>
+    ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place&)
+        : rows_(distances(rows, &StoredRow::data)) {}
+
+    // What is read lies in the block that begins with the numbers.
+    template <class Place>
+    void read(const Format& first, const Place& at, Vec& scales, Vec& leasts) const {
+        const __m512i both = _mm512_i32gather_epi32(rows_, first.scale(at), 1);
+        scales = widened_halves(both);
+        if (Format::kHasLeast) leasts = widened_halves(_mm512_srli_epi32(both, 16));
+    }
+
+private:
+    const __m512i rows_;
+};
+
+// Scales of a row one after another: sixteen bytes of each row at a time.
+template <class Format>
+    requires HasScale<Format> && (!std::is_same_v<typename Format::Scale, half>)
+class ScalesOfTile<Format> {
+    using Scale = typename Format::Scale;
 
 public:
-    static constexpr bool kAll = kOne;
-
-    explicit GatheredScales(const StoredRow (&rows)[kTileRows])
-        : rows_(distances(rows, kBeside ? &StoredRow::scales : &StoredRow::data)) {}
-
-    // What is read lies in the block that begins with the numbers, or is the aligned four bytes
-    // that hold a scale.
     template <class Place>
-    void read(const Format& first, const Place& at, float* scales, float* leasts) const {
-        if constexpr (kOne) {
-            const uint8_t* scale = first.scale(at);
-            if constexpr (std::is_same_v<typename Format::Scale, half>) {
-                const __m512i both = _mm512_i32gather_epi32(rows_, scale, 1);
-                store(scales, widened_halves(both));
-                if (Format::kHasLeast) store(leasts, widened_halves(_mm512_srli_epi32(both, 16)));
-            } else if constexpr (std::is_same_v<typename Format::Scale, bf16>) {
-                store(scales, _mm512_castsi512_ps(_mm512_slli_epi32(from(scale), 16)));
-            } else {
-                store(scales, powers(_mm512_and_si512(from(scale), _mm512_set1_epi32(255))));
-            }
+    ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place& at)
+        : start_(Format(rows[0]).scale(at)),
+          left_(count(rows[0]) * sizeof(Scale) - (start_ - rows[0].scales)) {
+        for (int r = 0; r < kTileRows; ++r) rows_[r] = rows[r].scales + (start_ - rows[0].scales);
+    }
+
+    template <class Place>
+    void read(const Format& first, const Place& at, Vec& scales, Vec&) {
+        const auto place = static_cast<uint32_t>(first.scale(at) - start_);
+        if (place >= end_) take(place);
+        const __m512i word = _mm512_load_si512(words_[place % 16 / 4]);
+        const __m512i shifted = _mm512_srlv_epi32(word, _mm512_set1_epi32(place % 4 * 8));
+        if constexpr (std::is_same_v<Scale, bf16>) {
+            scales = _mm512_castsi512_ps(_mm512_slli_epi32(shifted, 16));
+        } else {
+            scales = powers(_mm512_and_si512(shifted, _mm512_set1_epi32(255)));
         }
     }
 
 private:
+    // Of a row.
+    static int64_t count(const StoredRow& row) { return (row.depth + row.group - 1) / row.group; }
+
     // Mxfp4's scale_to of these exponents.
     static Vec powers(__m512i exponents) {
         const __m512i powers_of_two = _mm512_sub_epi32(exponents, _mm512_set1_epi32(127));
@@ -63,31 +88,31 @@ private:
         return _mm512_mask_mov_ps(halves, is_nan, splat(__builtin_nanf("")));
     }
 
-    // Of each row the aligned four bytes that hold what is at `scale` of the first row, moved down
-    // to where it begins.
-    __m512i from(const uint8_t* scale) const {
-        const auto misaligned = static_cast<int32_t>(reinterpret_cast<uintptr_t>(scale) % 4);
-        const __m512i places = _mm512_add_epi32(rows_, _mm512_set1_epi32(misaligned));
-        const __m512i three = _mm512_set1_epi32(3);
-        const __m512i words =
-            _mm512_i32gather_epi32(_mm512_andnot_si512(three, places), scale - misaligned, 1);
-        return _mm512_srlv_epi32(words, _mm512_slli_epi32(_mm512_and_si512(places, three), 3));
+    void take(uint32_t place) {
+        __m512i words[4];
+        transpose([&](int r) { return rows_[r] + place; }, words, left_ - place);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm512_store_si512(words_[i], words[i]);
+        end_ = place + 16;
     }
 
-    const __m512i rows_;
+    const uint8_t* const start_;
+    const int64_t left_;  // bytes of a row's scales from there on
+    uint32_t end_ = 0;    // of those in words_
+    const uint8_t* rows_[kTileRows];
+    alignas(64) uint8_t words_[4][64];
 };
 
 // Blocks of eight runs: d and dmin, then the factors that Q4_K::take_scales takes apart.
 template <class X>
-class GatheredScales<Q4_K<X>> {
+class ScalesOfTile<Q4_K<X>> {
 public:
-    static constexpr bool kAll = true;
-
-    explicit GatheredScales(const StoredRow (&rows)[kTileRows])
+    template <class Place>
+    ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place&)
         : rows_(distances(rows, &StoredRow::data)) {}
 
     template <class Place>
-    void read(const Q4_K<X>& first, const Place& at, float* scales, float* leasts) {
+    void read(const Q4_K<X>& first, const Place& at, Vec& scales, Vec& leasts) {
         if (at.enters) take(first.codes(at));
         const __m512i shift = _mm512_set1_epi32(at.run % 4 * 8);
         __m512i scale = _mm512_srlv_epi32(packed_[0], shift);
@@ -101,8 +126,8 @@ public:
             least = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(least, 2), upper),
                                     _mm512_and_si512(_mm512_srli_epi32(low, 4), four));
         }
-        store(scales, mul(d_, _mm512_cvtepi32_ps(_mm512_and_si512(scale, six))));
-        store(leasts, mul(minus_least_, _mm512_cvtepi32_ps(_mm512_and_si512(least, six))));
+        scales = mul(d_, _mm512_cvtepi32_ps(_mm512_and_si512(scale, six)));
+        leasts = mul(minus_least_, _mm512_cvtepi32_ps(_mm512_and_si512(least, six)));
     }
 
 private:

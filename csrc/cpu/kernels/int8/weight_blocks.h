@@ -1,8 +1,8 @@
 // How threads share a linear layer's weight rows where activations are packed first.
 #pragma once
 
-#include "../ahead.h"
 #include "../work.h"
+#include "weights_ahead.h"
 
 namespace moesd::MOESD_ISA {
 
@@ -29,7 +29,7 @@ public:
         pack();
         while (i < blocks_.total) {
             const int64_t next = blocks_.take();
-            Ahead ahead = ahead_of(next, fetches);
+            WeightsAhead ahead = ahead_of(next, fetches);
             multiply(i * rows_, end_of(i), ahead);
             i = next;
         }
@@ -37,11 +37,10 @@ public:
 
 private:
     // The weights of a block, if there is one, to be fetched in so many times.
-    Ahead ahead_of(int64_t block, int64_t times) const {
-        if (block >= blocks_.total) return {nullptr, 0, 1};
-        const int64_t first = block * rows_, bytes = a_.w.row_bytes;
-        return {static_cast<const uint8_t*>(a_.w.data) + first * bytes,
-                (end_of(block) - first) * bytes, times};
+    WeightsAhead ahead_of(int64_t block, int64_t times) const {
+        if (block >= blocks_.total) return {};
+        const int64_t first = block * rows_;
+        return {a_.w, first, end_of(block) - first, times};
     }
 
     int64_t end_of(int64_t block) const {
