@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.formats import QUANTISED
 from support.fuzz import COUNTS, WIDTHS, Draw, same
+from support.fuzz.experts import EXPERTS
 from support.fuzz.linear import LINEAR
 from support.fuzz.recurrent import RECURRENT
 from torch import Tensor
 
-from moesd_kernels import fused_experts
 from moesd_kernels.dense import ops
 from moesd_kernels.experts.spec.activations import FUNCTIONS
 from moesd_kernels.formats import dequantize
@@ -138,61 +137,6 @@ def attention(d: Draw) -> None:
         d.close(out[b, j], exact, q[b, j], k[row, seen], v[row, seen], sunk)
 
 
-def experts(d: Draw) -> None:
-    T, H, I = d.among(COUNTS), d.among(WIDTHS[1:]), d.among(WIDTHS[1:16])
-    E, K = d.among((1, 2, 5, 9)), d.among((1, 2, 3, 8))
-    gated, transposed = d.chance(0.8), d.chance(0.3)
-    width = 2 * I if gated else I
-    sizes = (E, H, width) if transposed else (E, width, H)
-    gate_up = d.flat(*sizes, scale=H**-0.5)
-    down = d.flat(*((E, I, H) if transposed else (E, H, I)), scale=I**-0.5)
-    options: dict[str, Any] = {"gated": gated, "transposed": transposed}
-    if gated:
-        options["interleaved"] = d.chance(0.3)
-        options["activation_limit"] = d.among((None, 7.0))
-        options["activation_alpha"] = d.among((None, None, 1.702))
-    if not options.get("activation_alpha"):
-        options["activation"] = d.among(tuple(FUNCTIONS))
-    if d.chance(0.3):
-        options["gate_up_bias"], options["down_bias"] = d.flat(E, width), d.flat(E, H)
-    x = d.any_layout(T, H)
-    ids = d.below(E + 2, T, K) - 1  # -1 and E are no experts
-    ids = ids.int() if d.chance() else ids
-    weights = torch.rand(T, K).to(d.among((d.dtype, torch.float32)))
-    call = lambda rows, **backend: fused_experts(
-        *(x[rows], gate_up, down, ids[rows], weights[rows]), **options, **backend
-    )
-    out = call(slice(None), backend="cpu")
-    assert out.shape == (T, H)
-    if T:
-        t = d.among(range(T))
-        same(call(slice(t, t + 1), backend="cpu")[0], out[t])
-    if not d.extreme and T:
-        expected = call(slice(None), backend="reference").double()
-        error = (out.double() - expected).abs().max() / expected.abs().max().clamp_min(1)
-        assert error <= 16 * torch.finfo(d.dtype).eps, error
-
-
-def stored_experts(d: Draw) -> None:
-    """Weights of any one or two formats, to the bit the plain ones of the same values."""
-    name, T, E, K = d.among(QUANTISED), d.among(COUNTS), d.among((1, 2, 5)), d.among((1, 2, 3))
-    second = d.among(QUANTISED) if d.chance(0.3) else name
-    H, I = d.depth(name, d.among(WIDTHS[1:])), d.depth(second, d.among(WIDTHS[1:16]))
-    gated = d.chance(0.8)
-    options, width = {"gated": gated, "interleaved": gated and d.chance(0.3)}, (1 + gated) * I
-    (up, up_scale), (down, down_scale) = d.stored(name, E, width, H), d.stored(second, E, H, I)
-    if d.chance(0.3):
-        options |= {"gate_up_bias": d.flat(E, width), "down_bias": d.flat(E, H)}
-    x, ids, weights = d.any_layout(T, H), d.below(E + 2, T, K) - 1, torch.rand(T, K)
-    form = {"weight_format": name, "down_format": second, "backend": "cpu"}
-    form |= {"gate_up_scale": up_scale, "down_scale": down_scale}
-    call = lambda t: fused_experts(x[t], up, down, ids[t], weights[t], **options, **form)
-    out = call(slice(None))
-    plain = dequantize(up, up_scale, name, d.dtype), dequantize(down, down_scale, second, d.dtype)
-    same(out, fused_experts(x, *plain, ids, weights, **options, backend="cpu"))
-    same(call(slice(-1, None)), out[-1:])
-
-
 def layers(d: Draw) -> None:
     B, Q, S, D = d.among((1, 2, 5)), d.among((1, 3)), 9, d.among((2, 8, 18, 64))
     heads, kv_heads, I, V = d.among((2, 4)), d.among((1, 2)), d.among((1, 20, 33)), 11
@@ -242,8 +186,8 @@ def layers(d: Draw) -> None:
         assert torch.equal(all_of_them[-1:], alone)
 
 
-OPS = (*LINEAR, norms, activations, router, argmax, race, rotary, attention, experts)
-OPS += (stored_experts, layers, *RECURRENT)
+OPS = (*LINEAR, norms, activations, router, argmax, race, rotary, attention, *EXPERTS)
+OPS += (layers, *RECURRENT)
 
 
 @pytest.fixture(autouse=True)
