@@ -46,6 +46,7 @@ void tile_sums(const CodeReader& reader, const RowsOfTile& tile_rows, const Pane
                int64_t first, int64_t count, WeightsAhead& ahead, float (*sums)[kTileSize]) {
     std::memset(sums, 0, count * sizeof(sums[0]));
     const int64_t runs = panels.depth / kRun;
+    // Codes that one panel takes need no memory; rows that are copies do not lie evenly apart.
     const bool is_whole = tile_rows.width == kTileRows;
     if (is_whole && count == 1 && panels.rows_of(first) <= Product::kFusedRows) {
         const int rows = panels.rows_of(first);
