@@ -32,21 +32,6 @@ using ReadCodes = void(const StoredRow (&rows)[kTileRows], int64_t k, WeightsAhe
 using ReadAndAdd = void(const StoredRow (&rows)[kTileRows], int64_t runs, const Panel& x, int count,
                         float* sums, WeightsAhead& ahead);
 
-// The scales of a tile; and calls visit(weights, place, row, run) at every run.
-template <class Format, class F>
-inline void read_scales(const StoredRow (&rows)[kTileRows], int64_t k, CodeTile& out,
-                        const F& visit) {
-    for (int r = 0; r < kTileRows; ++r) {
-        Format weights(rows[r]);
-        typename Format::Place at(k, rows[r]);
-        for (int64_t run = 0; run < out.runs; ++run, at.next()) {
-            const int64_t i = run * kTileRows + r;
-            weights.scale_to(at, out.scales + i, out.leasts + i);
-            visit(weights, at, r, run);
-        }
-    }
-}
-
 // The order of a run's codes: codes of two adjacent weights that share a byte come apart, the even
 // ones first, and so do the activations.
 template <class Format>
@@ -63,21 +48,15 @@ public:
     // Codes by run and row.
     template <class Format>
     static void read(const StoredRow (&rows)[kTileRows], int64_t k, WeightsAhead&, CodeTile& out) {
-        read_scales<Format>(
-            rows, k, out, [&](const Format& weights, const auto& at, int r, int64_t run) {
-                uint8_t* codes = out.codes + (run * kTileRows + r) * kRun;
-                const uint8_t* packed = weights.packed(at);
-                constexpr Packing kPacking = Format::kPacking;
-                for (int i = 0; i < kRun; ++i) {
-                    if constexpr (kPacking == Packing::kBytes) codes[i] = packed[i] ^ 0x80;
-                    else if constexpr (kPacking == Packing::kAlternating) {
-                        codes[i] = packed[i] >> at.run % 2 * 4 & 15;
-                    } else codes[i] = packed[i % (kRun / 2)] >> i / (kRun / 2) * 4 & 15;
-                    if constexpr (requires { Format::kIntegers; }) {
-                        codes[i] = Format::kIntegers[codes[i]];
-                    }
-                }
-            });
+        for (int r = 0; r < kTileRows; ++r) {
+            Format weights(rows[r]);
+            typename Format::Place at(k, rows[r]);
+            for (int64_t run = 0; run < out.runs; ++run, at.next()) {
+                const int64_t i = run * kTileRows + r;
+                weights.scale_to(at, out.scales + i, out.leasts + i);
+                take_codes(weights, at, out.codes + i * kRun);
+            }
+        }
     }
 
     // Adds the products with the tile's runs to `sums`, [row of the panel][row of the tile].
@@ -97,6 +76,20 @@ public:
                     if (HasLeast) sum += leasts[r] * x.sums[at];
                 }
             }
+        }
+    }
+
+private:
+    template <class Format, class Place>
+    static void take_codes(const Format& weights, const Place& at, uint8_t* codes) {
+        constexpr Packing kPacking = Format::kPacking;
+        const uint8_t* packed = weights.packed(at);
+        for (int i = 0; i < kRun; ++i) {
+            if constexpr (kPacking == Packing::kBytes) codes[i] = packed[i] ^ 0x80;
+            else if constexpr (kPacking == Packing::kAlternating) {
+                codes[i] = packed[i] >> at.run % 2 * 4 & 15;
+            } else codes[i] = packed[i % (kRun / 2)] >> i / (kRun / 2) * 4 & 15;
+            if constexpr (requires { Format::kIntegers; }) codes[i] = Format::kIntegers[codes[i]];
         }
     }
 };
