@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from support.formats import INTEGERS, QUANTISED
 from support.fuzz import COUNTS, WIDTHS, Draw, same
+from torch import Tensor
 
 from moesd_kernels import fused_experts
 from moesd_kernels.experts.spec.activations import FUNCTIONS
 from moesd_kernels.formats import dequantize
+
+Options = dict[str, Any]
 
 
 def experts(d: Draw) -> None:
@@ -21,7 +24,7 @@ def experts(d: Draw) -> None:
     sizes = (E, H, width) if transposed else (E, width, H)
     gate_up = d.flat(*sizes, scale=H**-0.5)
     down = d.flat(*((E, I, H) if transposed else (E, H, I)), scale=I**-0.5)
-    options: dict[str, Any] = {"gated": gated, "transposed": transposed}
+    options: Options = {"gated": gated, "transposed": transposed}
     if gated:
         options["interleaved"] = d.chance(0.3)
         options["activation_limit"] = d.among((None, 7.0))
@@ -48,29 +51,8 @@ def experts(d: Draw) -> None:
         assert error <= 16 * torch.finfo(d.dtype).eps, error
 
 
-def stored_experts(d: Draw) -> None:
-    """Weights of any one or two formats, to the bit the plain ones of the same values."""
-    name, T, E, K = d.among(QUANTISED), d.among(COUNTS), d.among((1, 2, 5)), d.among((1, 2, 3))
-    second = d.among(QUANTISED) if d.chance(0.3) else name
-    H, I = d.depth(name, d.among(WIDTHS[1:])), d.depth(second, d.among(WIDTHS[1:16]))
-    gated = d.chance(0.8)
-    options, width = {"gated": gated, "interleaved": gated and d.chance(0.3)}, (1 + gated) * I
-    (up, up_scale), (down, down_scale) = d.stored(name, E, width, H), d.stored(second, E, H, I)
-    if d.chance(0.3):
-        options |= {"gate_up_bias": d.flat(E, width), "down_bias": d.flat(E, H)}
-    x, ids, weights = d.any_layout(T, H), d.below(E + 2, T, K) - 1, torch.rand(T, K)
-    form = {"weight_format": name, "down_format": second, "backend": "cpu"}
-    form |= {"gate_up_scale": up_scale, "down_scale": down_scale}
-    call = lambda t: fused_experts(x[t], up, down, ids[t], weights[t], **options, **form)
-    out = call(slice(None))
-    plain = dequantize(up, up_scale, name, d.dtype), dequantize(down, down_scale, second, d.dtype)
-    same(out, fused_experts(x, *plain, ids, weights, **options, backend="cpu"))
-    same(call(slice(-1, None)), out[-1:])
-
-
-def int8_experts(d: Draw) -> None:
-    """Activations of eight bits, times weights of any one or two formats of integers."""
-    (name, second), T = (d.among(INTEGERS) for _ in range(2)), d.among((*COUNTS, 130))
+def stored_layer(d: Draw, name: str, second: str, T: int) -> tuple[list[Tensor], Options, Options]:
+    """(x, gate_up, down, ids, weights), what else the layer is, and how its weights are stored."""
     E, K = d.among((1, 2, 5)), d.among((1, 2, 3))
     H, I = d.depth(name, d.among(WIDTHS[1:])), d.depth(second, d.among(WIDTHS[1:16]))
     gated = d.chance(0.8)
@@ -79,13 +61,39 @@ def int8_experts(d: Draw) -> None:
     if d.chance(0.3):
         options |= {"gate_up_bias": d.flat(E, width), "down_bias": d.flat(E, H)}
     x, ids, weights = d.any_layout(T, H), d.below(E + 2, T, K) - 1, torch.rand(T, K)
-    form = {"weight_format": name, "down_format": second, "int8_activations": True}
+    form = {"weight_format": name, "down_format": second}
     form |= {"gate_up_scale": up_scale, "down_scale": down_scale}
-    call = lambda t, backend="cpu": fused_experts(
-        *(x[t], up, down, ids[t], weights[t]), **options, **form, backend=backend
+    return [x, up, down, ids, weights], options, form
+
+
+def stored_experts(d: Draw) -> None:
+    """Weights of any one or two formats, to the bit the plain ones of the same values."""
+    name, T = d.among(QUANTISED), d.among(COUNTS)
+    second = d.among(QUANTISED) if d.chance(0.3) else name
+    (x, up, down, ids, weights), options, form = stored_layer(d, name, second, T)
+    call = lambda t: fused_experts(
+        *(x[t], up, down, ids[t], weights[t]), **options, **form, backend="cpu"
     )
     out = call(slice(None))
-    assert out.shape == (T, H)
+    plain = (
+        dequantize(up, form["gate_up_scale"], name, d.dtype),
+        dequantize(down, form["down_scale"], second, d.dtype),
+    )
+    same(out, fused_experts(x, *plain, ids, weights, **options, backend="cpu"))
+    same(call(slice(-1, None)), out[-1:])
+
+
+def int8_experts(d: Draw) -> None:
+    """Activations of eight bits, times weights of any one or two formats of integers."""
+    (name, second), T = (d.among(INTEGERS) for _ in range(2)), d.among((*COUNTS, 130))
+    (x, up, down, ids, weights), options, form = stored_layer(d, name, second, T)
+    call = lambda t, backend="cpu": fused_experts(
+        *(x[t], up, down, ids[t], weights[t]),
+        **(options | form | {"int8_activations": True}),
+        backend=backend,
+    )
+    out = call(slice(None))
+    assert out.shape == x.shape
     some = slice(d.among(range(T)) if T else 0, None)
     same(call(some), out[some])
     same(call(slice(-1, None)), out[-1:])
