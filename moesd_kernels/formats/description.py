@@ -29,7 +29,7 @@ class WeightFormat:
             one for the row).
         scale_dtype: of the scale tensor, or None.
         integers: whether weights are integers times a scale, maybe plus a number, for every 32 of
-            a row: hidden states may then be rounded to eight bits before a product.
+            a row or every 16: hidden states may then be rounded to eight bits before a product.
     """
 
     name: str

@@ -129,4 +129,6 @@ Q4_1 = WeightFormat(
 Q4_K = WeightFormat(
     "q4_k", "GGUF Q4_K", decode_q4_k, torch.uint8, block=256, stored=144, integers=True
 )
-Q6_K = WeightFormat("q6_k", "GGUF Q6_K", decode_q6_k, torch.uint8, block=256, stored=210)
+Q6_K = WeightFormat(
+    "q6_k", "GGUF Q6_K", decode_q6_k, torch.uint8, block=256, stored=210, integers=True
+)

@@ -23,7 +23,7 @@ constexpr struct Format {
     at::ScalarType dtype;
     int64_t block, bytes;  // weights of a block, and the bytes that hold them
     Scales scales;
-    bool integers;  // with one scale for each 32 weights
+    bool integers;  // with one scale for each 32 weights, or for 16
 } kFormats[] = {
     // In the activations' dtype.
     {"plain", WeightFormat::kPlain, at::kFloat, 1, 0, Scales::kNone, false},
@@ -35,7 +35,7 @@ constexpr struct Format {
     {"q4_0", WeightFormat::kQ4_0, at::kByte, 32, 18, Scales::kNone, true},
     {"q4_1", WeightFormat::kQ4_1, at::kByte, 32, 20, Scales::kNone, true},
     {"q4_k", WeightFormat::kQ4_K, at::kByte, 256, 144, Scales::kNone, true},
-    {"q6_k", WeightFormat::kQ6_K, at::kByte, 256, 210, Scales::kNone, false},
+    {"q6_k", WeightFormat::kQ6_K, at::kByte, 256, 210, Scales::kNone, true},
 };
 
 std::vector<std::string> weight_format_names() {

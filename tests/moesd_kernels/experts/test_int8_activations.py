@@ -83,7 +83,7 @@ def test_rows_do_not_depend_on_the_batch(name, variant):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("name", "down"), [*((n, None) for n in OTHERS), ("q4_k", "q6_k")])
+@pytest.mark.parametrize(("name", "down"), [*((n, None) for n in OTHERS), ("q4_k", "plain")])
 def test_weights_that_are_not_integers_keep_their_activations(name, down):
     case, _ = quantised_case(name, 9, 2, 3, 256, 256, down=down, dtype=torch.bfloat16)
     assert torch.equal(rounded(case), fused_experts(*case.tensors, **case.options, backend="cpu"))
@@ -104,7 +104,7 @@ def test_spec():
     assert not ExpertsSpec(weight_format="int4").rounds_activations
     assert ExpertsSpec(weight_format="int4", int8_activations=True).rounds_activations
     assert not ExpertsSpec(int8_activations=True).rounds_activations
-    mixture = ExpertsSpec(weight_format="q4_k", down_format="q6_k", int8_activations=True)
+    mixture = ExpertsSpec(weight_format="q4_k", down_format="plain", int8_activations=True)
     assert not mixture.rounds_activations
 
 

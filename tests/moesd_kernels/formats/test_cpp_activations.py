@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.un
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = (0, 1, 3, 4, 5, 8, 12, 16, 17, 33, 130)
 FEATURES = (1, 37, 100)
-# Of one run, of less than the 24 that are read at a time, and of several times those.
-DEPTHS = {32: (32, 576, 800, 2304), 256: (256, 768, 2304)}
+# Of one run or block, of less than the 24 runs that are read at a time, and of several times those.
+DEPTHS = {32: (32, 576, 800, 2304), 256: (256, 512, 2048, 2304)}
 CASES = [(name, 32) for name in INTEGERS] + [
     (name, g) for name in ("int8", "int4") for g in (64, 128)
 ]
@@ -38,7 +38,7 @@ def rounding(x, weight, scale, name, bias=None):
 
 
 def test_these_are_the_formats():
-    assert set(INTEGERS) == {"int8", "int4", "mxfp4", "q8_0", "q4_0", "q4_1", "q4_k"}
+    assert set(INTEGERS) == {"int8", "int4", "mxfp4", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +63,7 @@ def test_codes_at_their_extremes(name, group, byte):
     weight, scale = stored_weight(name, 37, depth, group=group)
     blocks = weight.view(torch.uint8).view(37, -1, WEIGHT_FORMATS[name].stored)
     head = {"q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_k": 16}.get(name, 0)
-    blocks[..., head:] = byte
+    blocks[..., head : 192 if name == "q6_k" else None] = byte
     signs = torch.where(torch.arange(depth) % 2 == 0, 1.0, -1.0)
     x = torch.stack([torch.ones(depth), -torch.ones(depth), signs, -signs, signs.sort().values])
     for tokens in (x[:1], x[:4], x, x.repeat(4, 1)):
@@ -182,8 +182,9 @@ def test_a_row_has_the_same_bits_in_any_company(name, dtype, threads):
 @pytest.mark.parametrize("name", INTEGERS)
 def test_an_output_has_the_same_bits_beside_any_others(name):
     """Of weight rows, which are read sixteen at a time."""
-    weight, scale = stored_weight(name, 100, 576 if name != "q4_k" else 768)
-    x = numbers(17, 576 if name != "q4_k" else 768)
+    depth = 576 if WEIGHT_FORMATS[name].block <= 32 else 768
+    weight, scale = stored_weight(name, 100, depth)
+    x = numbers(17, depth)
     expected = rounding(x, weight, scale, name)
     for rows in (slice(1), slice(16), slice(3, 40), slice(99, 100), slice(15, 100)):
         part = None if scale is None else scale[rows]

@@ -57,7 +57,7 @@ def test_on_and_off():
     [
         lambda: nn.Linear(64, 4),
         model_of,
-        lambda: nn.Sequential(*(layer_of(n, torch.float32) for n in ("fp8_block", "q6_k"))),
+        lambda: nn.Sequential(layer_of("fp8_block", torch.float32), nn.Linear(512, 4)),
     ],
     ids=["linear", "plain", "floats"],
 )

@@ -20,18 +20,22 @@ public:
             : tiles(rows < kPanelRows ? static_cast<int>(rows) : kPanelRows, kRun) {}
     };
 
-    template <bool HasLeast>
+    // A tile's product is of a whole run.
+    template <Scaling S>
     static void add(const CodeTile& tile, const Panel& x, int rows, float* sums,
                     WeightsAhead& ahead) {
-        if (rows <= kFusedRows) return VnniProduct::add<HasLeast>(tile, x, rows, sums, ahead);
-        // In steps of four: rows that are missing have sums nobody reads.
-        for_size<kPanelRows / 4>((rows + 3) / 4, [&]<int Fours>() {
-            add_rows<HasLeast, 4 * Fours>(tile, x, sums, ahead);
-        });
+        if (S == Scaling::kHalves || rows <= kFusedRows) {
+            return VnniProduct::add<S>(tile, x, rows, sums, ahead);
+        }
+        if constexpr (S != Scaling::kHalves) {
+            // In steps of four: rows that are missing have sums nobody reads.
+            for_size<kPanelRows / 4>(
+                (rows + 3) / 4, [&]<int Fours>() { add_rows<S, 4 * Fours>(tile, x, sums, ahead); });
+        }
     }
 
 private:
-    template <bool HasLeast, int M>
+    template <Scaling S, int M>
     __attribute__((noinline)) static void add_rows(const CodeTile& tile, const Panel& x,
                                                    float* sums, WeightsAhead& ahead) {
         Vec acc[M];
@@ -57,26 +61,26 @@ private:
                 multiplied.template operator()<(I + 2) % kTiles>(run + 2);
                 if (run + 1 < tile.runs) tile_store<(I + 1) % kTiles>(dots[(I + 1) % 2], 64);
                 ahead.fetch();
-                accumulate<HasLeast, M>(tile, x, run, dots[I % 2], acc);
+                accumulate<S, M>(tile, x, run, dots[I % 2], acc);
             });
         }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) store(sums + m * kTileRows, acc[m]);
     }
 
-    template <bool HasLeast, int M>
+    template <Scaling S, int M>
     static inline __attribute__((always_inline)) void accumulate(const CodeTile& tile,
                                                                  const Panel& x, int64_t run,
                                                                  const int32_t* dots,
                                                                  Vec (&acc)[M]) {
         const Vec scales = load(tile.scales + run * kTileRows);
-        const Vec leasts = load(tile.leasts + run * kTileRows);
+        const Vec others = load(tile.others + run * kTileRows);
         const int64_t at = run * kPanelRows;
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const __m512i products = _mm512_load_si512(dots + m * kTileRows);
-            const __m512i dot = _mm512_add_epi32(products, _mm512_set1_epi32(x.starts[at + m]));
-            acc[m] = added<HasLeast>(acc[m], dot, scales, leasts, x, at + m);
+            const __m512i dot = _mm512_add_epi32(products, _mm512_set1_epi32(x.starts[0][at + m]));
+            acc[m] = added<S>(acc[m], dot, scales, others, x, at + m);
         }
     }
 };

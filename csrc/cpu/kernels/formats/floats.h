@@ -41,7 +41,7 @@ public:
     alignas(16) static constexpr uint8_t kIntegers[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                                           12, 11, 10, 9,  8,  6,  4,  0};
     static constexpr int kMiddle = 12;
-    static constexpr bool kHasLeast = false;
+    static constexpr Scaling kScaling = Scaling::kOne;
     using Scale = uint8_t;  // the exponent
     const uint8_t* packed(const Place& at) const { return codes(at); }
     const uint8_t* scale(const Place& at) const { return scales_ + at.k / kRun; }

@@ -38,7 +38,7 @@ public:
 
     static constexpr Packing kPacking = Packing::kBytes;
     static constexpr int kMiddle = 128;
-    static constexpr bool kHasLeast = false;
+    static constexpr Scaling kScaling = Scaling::kOne;
     using Scale = half;
     const uint8_t* packed(const Place& at) const { return codes(at) + sizeof(half); }
     const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
@@ -74,7 +74,7 @@ public:
 
     static constexpr Packing kPacking = Packing::kSplit;
     static constexpr int kMiddle = 8;
-    static constexpr bool kHasLeast = false;
+    static constexpr Scaling kScaling = Scaling::kOne;
     using Scale = half;
     const uint8_t* packed(const Place& at) const { return codes(at) + sizeof(half); }
     const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
@@ -111,7 +111,7 @@ public:
 
     static constexpr Packing kPacking = Packing::kSplit;
     static constexpr int kMiddle = 0;
-    static constexpr bool kHasLeast = true;
+    static constexpr Scaling kScaling = Scaling::kAndLeast;
     using Scale = half;
     const uint8_t* packed(const Place& at) const { return codes(at) + 4; }
     const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
@@ -153,7 +153,7 @@ public:
 
     static constexpr Packing kPacking = Packing::kAlternating;
     static constexpr int kMiddle = 0;
-    static constexpr bool kHasLeast = true;
+    static constexpr Scaling kScaling = Scaling::kAndLeast;
     const uint8_t* packed(const Place& at) const { return codes(at) + 16 + at.run / 2 * kRun; }
     void scale_to(const Place& at, float* scale, float* least) {
         if (at.enters) take_scales(blocks_ + at.block);
@@ -205,6 +205,18 @@ public:
             store_pair(out + i, mul(widen_bytes(codes + i), scales[i / 16]),
                        mul(widen_bytes(codes + i + kLanes), scales[(i + kLanes) / 16]));
         }
+    }
+
+    static constexpr Packing kPacking = Packing::kSixBits;
+    static constexpr int kMiddle = 32;
+    static constexpr Scaling kScaling = Scaling::kHalves;
+    const uint8_t* packed(const Place& at) const { return codes(at) + at.run / 4 * 64; }
+    const uint8_t* upper(const Place& at) const { return codes(at) + 128 + at.run / 4 * kRun; }
+    void scale_to(const Place& at, float* first, float* second) const {
+        const uint8_t* const block = codes(at);
+        const float d = widened(load_at<half>(block + 208));
+        const uint8_t* const factors = block + 192 + 2 * at.run;
+        *first = d * load_at<int8_t>(factors), *second = d * load_at<int8_t>(factors + 1);
     }
 
 private:

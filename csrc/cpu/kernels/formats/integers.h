@@ -38,7 +38,7 @@ public:
 
     static constexpr Packing kPacking = Packing::kBytes;
     static constexpr int kMiddle = 128;
-    static constexpr bool kHasLeast = false;
+    static constexpr Scaling kScaling = Scaling::kOne;
     using Scale = bf16;
     const uint8_t* packed(const Place& at) const { return codes(at); }
     const uint8_t* scale(const Place& at) const { return scales_ + at.scale; }
@@ -79,7 +79,7 @@ public:
 
     static constexpr Packing kPacking = Packing::kAdjacent;
     static constexpr int kMiddle = 8;
-    static constexpr bool kHasLeast = false;
+    static constexpr Scaling kScaling = Scaling::kOne;
     using Scale = bf16;
     const uint8_t* packed(const Place& at) const { return codes(at); }
     const uint8_t* scale(const Place& at) const { return scales_ + at.scale; }

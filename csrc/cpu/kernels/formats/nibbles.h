@@ -1,4 +1,4 @@
-// The orders in which the two halves of a byte hold weights.
+// The orders in which bytes hold weights of fewer bits.
 #pragma once
 
 namespace moesd {
@@ -10,12 +10,20 @@ enum class Nibbles {
     kHigh,      // the same in the high half
 };
 
-// How a run's codes lie: a byte each, or in halves of bytes.
+// How a run's codes lie: a byte each, in halves of bytes, or in halves and quarters of others.
 enum class Packing {
     kBytes,        // signed, so that 128 more is not negative
     kAdjacent,     // see Nibbles
     kSplit,        // likewise
     kAlternating,  // two runs share 32 bytes: the first has the low halves, the second the high
+    kSixBits,      // four share 64 + 32, see Q6_K
+};
+
+// What a product of integers is multiplied by, and what is added to it.
+enum class Scaling {
+    kOne,       // a scale
+    kAndLeast,  // and the sum of the activations times the least
+    kHalves,    // a scale for each half of a run
 };
 
 }  // namespace moesd

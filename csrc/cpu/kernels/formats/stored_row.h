@@ -5,12 +5,13 @@
 // kRun, of any row like that one, and moves on by a run with next(); rows that are read together
 // share one.
 //
-// A format whose weights are integers with one scale for each run has besides kPacking, and where
-// a run's codes begin, packed(place); kMiddle, which is taken from a code; and
-// scale_to(place, scale, least), by which a weight is scale * integer + least, the latter zero
-// unless kHasLeast. Where a code stands for another integer, kIntegers has those. Where the scale
-// is a number of type Scale, or the exponent of a power of two if that is uint8_t, and a least the
-// number after it, they lie at scale(place).
+// A format whose weights are integers with one scale for each run, or two, has besides kPacking,
+// and where a run's codes begin, packed(place), their upper bits at upper(place) if they lie apart;
+// kMiddle, which is taken from a code; and scale_to(place, scale, other), by which a weight is
+// scale * integer, and with kScaling kAndLeast the other number more; with kHalves the other is the
+// scale of a run's second half. Where a code stands for another integer, kIntegers has those. Where
+// the scale is a number of type Scale, or the exponent of a power of two if that is uint8_t, and a
+// least the number after it, they lie at scale(place).
 //
 // A decoded weight is its format's definition in fp32 arithmetic, step by step and without fused
 // operations, rounded once to X: what moesd_kernels/formats gives. (Where AVX-512-BF16 rounds

@@ -11,23 +11,26 @@ namespace moesd::MOESD_ISA {
 struct Panel {
     int8_t* codes;  // kRun of each
     float* scales;
-    float* sums;      // scale times the sum of the codes
-    int32_t* starts;  // of sums of products, whose weights' codes are too large by `middle`
+    float* sums;  // scale times the sum of the codes
+    // Of sums of products, whose weights' codes are too large by `middle`: all of it in the first,
+    // or that of a half of the run in each.
+    int32_t* starts[2];
 
-    static constexpr int64_t kBytesOfRun = kPanelRows * (kRun + 3 * sizeof(float));
+    static constexpr int64_t kBytesOfRun = kPanelRows * (kRun + 4 * sizeof(float));
     static constexpr int64_t bytes_of(int64_t depth) { return depth / kRun * kBytesOfRun; }
 
     Panel(void* memory, int64_t depth)
         : codes(static_cast<int8_t*>(memory)),
           scales(reinterpret_cast<float*>(codes + depth * kPanelRows)),
           sums(scales + depth / kRun * kPanelRows),
-          starts(reinterpret_cast<int32_t*>(sums + depth / kRun * kPanelRows)) {}
+          starts{reinterpret_cast<int32_t*>(sums + depth / kRun * kPanelRows),
+                 starts[0] + depth / kRun * kPanelRows} {}
     // From a run on.
     Panel(const Panel& whole, int64_t run)
         : codes(whole.codes + run * kPanelRows * kRun),
           scales(whole.scales + run * kPanelRows),
           sums(whole.sums + run * kPanelRows),
-          starts(whole.starts + run * kPanelRows) {}
+          starts{whole.starts[0] + run * kPanelRows, whole.starts[1] + run * kPanelRows} {}
 };
 
 // The bits of the largest magnitude of a run, in the order of magnitudes, above which come infinity
@@ -70,6 +73,7 @@ inline void round_run(const float* x, float inverse, int8_t* codes) {
 // How a panel is packed for the weights it will be multiplied by.
 struct PanelOrder {
     bool even_first;  // within eight codes the even ones come first, four to a half of the run
+    bool by_half;     // whether each half of a run has a start of its own
     int middle;       // see Panel::starts
 };
 
@@ -80,10 +84,12 @@ inline void pack_numbers(const float* numbers, int64_t run, int r, PanelOrder or
     const int64_t at = run * kPanelRows + r;
     const CodeScale scale(largest_magnitude(numbers));
     round_run(numbers, scale.inverse, codes);
-    int sum = 0;
-    for (int i = 0; i < kRun; ++i) sum += codes[i];
+    int halves[2] = {};
+    for (int i = 0; i < kRun; ++i) halves[i / (kRun / 2)] += codes[i];
+    const int sum = halves[0] + halves[1];
     out.scales[at] = scale.scale, out.sums[at] = scale.scale * static_cast<float>(sum);
-    out.starts[at] = -order.middle * sum;
+    out.starts[0][at] = -order.middle * (order.by_half ? halves[0] : sum);
+    out.starts[1][at] = -order.middle * (order.by_half ? halves[1] : 0);
     int8_t* packed = out.codes + at * kRun;
     if (!order.even_first) {
         std::memcpy(packed, codes, kRun);
@@ -97,7 +103,7 @@ inline void pack_numbers(const float* numbers, int64_t run, int r, PanelOrder or
 // Lets the rows of a run from `count` on count for nothing.
 inline void clear_rows(int64_t run, int count, const Panel& out) {
     for (int64_t at = run * kPanelRows + count; at < (run + 1) * kPanelRows; ++at) {
-        out.scales[at] = out.sums[at] = 0.0f, out.starts[at] = 0;
+        out.scales[at] = out.sums[at] = 0.0f, out.starts[0][at] = out.starts[1][at] = 0;
     }
 }
 

@@ -2,8 +2,8 @@
 // processor; vnni_product.h is the same in AVX-512.
 //
 // Invariance: an output is the sum over runs, in ascending order, of the run's products, an exact
-// integer, times both scales, and of the weights' least times the activations' sum; nothing else
-// that shares the call plays a part.
+// integer (two where its halves have scales of their own), times both scales, and of the weights'
+// least times the activations' sum; nothing else that shares the call plays a part.
 #pragma once
 
 #include "panel.h"
@@ -15,17 +15,18 @@ constexpr int kTileRows = 16;      // weight rows that are multiplied together
 constexpr int64_t kTileRuns = 24;  // of each row that are read at a time, at most
 constexpr int64_t kFetches = 2;    // of Ahead, for each run of a tile
 
-// Some runs of a tile of weight rows: a weight is scale * (code - middle) + least.
+// Some runs of a tile of weight rows: a weight is scale * (code - middle), or see Scaling.
 struct CodeTile {
     int64_t runs;
-    // By run, then as the product has it; and room for a run that shares bytes with the last.
-    alignas(64) uint8_t codes[(kTileRuns + 1) * kTileRows * kRun];
+    // By run, then as the product has it.
+    alignas(64) uint8_t codes[kTileRuns * kTileRows * kRun];
     // By run, and within it by row.
     alignas(64) float scales[kTileRuns * kTileRows];
-    alignas(64) float leasts[kTileRuns * kTileRows];
+    alignas(64) float others[kTileRuns * kTileRows];  // leasts, or scales of second halves
 };
 
-// Reads runs of a tile's rows from weight k, a multiple of kRun, on: `out.runs` of them.
+// Reads runs of a tile's rows from weight k on, where no run before shares bytes with what follows:
+// `out.runs` of them.
 using ReadCodes = void(const StoredRow (&rows)[kTileRows], int64_t k, WeightsAhead& ahead,
                        CodeTile& out);
 // Reads all runs of a tile's rows and adds their products with `count` rows of a panel to `sums`.
@@ -53,27 +54,32 @@ public:
             typename Format::Place at(k, rows[r]);
             for (int64_t run = 0; run < out.runs; ++run, at.next()) {
                 const int64_t i = run * kTileRows + r;
-                weights.scale_to(at, out.scales + i, out.leasts + i);
+                weights.scale_to(at, out.scales + i, out.others + i);
                 take_codes(weights, at, out.codes + i * kRun);
             }
         }
     }
 
     // Adds the products with the tile's runs to `sums`, [row of the panel][row of the tile].
-    template <bool HasLeast>
+    template <Scaling S>
     static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, WeightsAhead&) {
         for (int64_t run = 0; run < tile.runs; ++run) {
             const float* scales = tile.scales + run * kTileRows;
-            const float* leasts = tile.leasts + run * kTileRows;
+            const float* others = tile.others + run * kTileRows;
             for (int m = 0; m < rows; ++m) {
                 const int64_t at = run * kPanelRows + m;
                 for (int r = 0; r < kTileRows; ++r) {
                     const uint8_t* w = tile.codes + (run * kTileRows + r) * kRun;
-                    int dot = x.starts[at];
-                    for (int i = 0; i < kRun; ++i) dot += int{w[i]} * int{x.codes[at * kRun + i]};
+                    int dots[2] = {x.starts[0][at], x.starts[1][at]};
+                    for (int i = 0; i < kRun; ++i) {
+                        dots[i / (kRun / 2)] += int{w[i]} * int{x.codes[at * kRun + i]};
+                    }
+                    if (S != Scaling::kHalves) dots[0] += dots[1];
+                    float product = static_cast<float>(dots[0]) * scales[r];
+                    if (S == Scaling::kHalves) product += static_cast<float>(dots[1]) * others[r];
                     float& sum = sums[m * kTileRows + r];
-                    sum += static_cast<float>(dot) * scales[r] * x.scales[at];
-                    if (HasLeast) sum += leasts[r] * x.sums[at];
+                    sum += product * x.scales[at];
+                    if (S == Scaling::kAndLeast) sum += others[r] * x.sums[at];
                 }
             }
         }
@@ -88,24 +94,26 @@ private:
             if constexpr (kPacking == Packing::kBytes) codes[i] = packed[i] ^ 0x80;
             else if constexpr (kPacking == Packing::kAlternating) {
                 codes[i] = packed[i] >> at.run % 2 * 4 & 15;
+            } else if constexpr (kPacking == Packing::kSixBits) {
+                const int lower = packed[at.run % 2 * kRun + i] >> at.run / 2 % 2 * 4 & 15;
+                codes[i] = lower | (weights.upper(at)[i] >> at.run % 4 * 2 & 3) << 4;
             } else codes[i] = packed[i % (kRun / 2)] >> i / (kRun / 2) * 4 & 15;
             if constexpr (requires { Format::kIntegers; }) codes[i] = Format::kIntegers[codes[i]];
         }
     }
 };
 
-// How a format's weights are read for a product; `read` is null where they are not integers with
-// one scale for each run.
+// How a format's weights are read for a product; `read` is null where they are no integers.
 struct CodeReader {
     ReadCodes* read;
     ReadAndAdd* read_and_add;  // of products with kFusedRows
-    bool has_least;            // whether any least is not zero
+    Scaling scaling;
     PanelOrder order;
 };
 
 template <class Product>
 constexpr CodeReader code_reader_of(WeightFormat format) {
-    constexpr CodeReader kNone{nullptr, nullptr, false, {false, 0}};
+    constexpr CodeReader kNone{nullptr, nullptr, Scaling::kOne, {false, false, 0}};
     return of_format(format, kNone, []<template <class> class Format>() -> CodeReader {
         using F = Format<float>;
         if constexpr (requires { F::kPacking; }) {
@@ -113,8 +121,8 @@ constexpr CodeReader code_reader_of(WeightFormat format) {
             if constexpr (Product::kFusedRows > 0) {
                 read_and_add = Product::template read_and_add<F>;
             }
-            return {
-                Product::template read<F>, read_and_add, F::kHasLeast, {kEvenFirst<F>, F::kMiddle}};
+            constexpr PanelOrder kOrder{kEvenFirst<F>, F::kScaling == Scaling::kHalves, F::kMiddle};
+            return {Product::template read<F>, read_and_add, F::kScaling, kOrder};
         } else {
             return kNone;
         }

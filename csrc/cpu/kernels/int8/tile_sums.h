@@ -6,6 +6,8 @@
 namespace moesd::MOESD_ISA {
 
 constexpr int64_t kTilePanels = 8;  // for which weights are read once
+constexpr int64_t kBlockRuns = 8;   // of the longest blocks of a format
+static_assert(kTileRuns % kBlockRuns == 0);
 constexpr int kTileSize = kTileRows * kPanelRows;
 
 // Rows of activations in panels that lie one after another.
@@ -40,6 +42,17 @@ struct RowsOfTile {
     }
 };
 
+template <class Product>
+void add_for(Scaling scaling, const CodeTile& tile, const Panel& x, int rows, float* sums,
+             WeightsAhead& ahead) {
+    const auto add = [&]<Scaling S>() { Product::template add<S>(tile, x, rows, sums, ahead); };
+    switch (scaling) {
+        case Scaling::kOne: return add.template operator()<Scaling::kOne>();
+        case Scaling::kAndLeast: return add.template operator()<Scaling::kAndLeast>();
+        case Scaling::kHalves: return add.template operator()<Scaling::kHalves>();
+    }
+}
+
 // sums[i]: of panel first + i, for `count` <= kTilePanels, [row of the panel][row of the tile].
 template <class Product>
 void tile_sums(const CodeReader& reader, const RowsOfTile& tile_rows, const Panels& panels,
@@ -53,16 +66,17 @@ void tile_sums(const CodeReader& reader, const RowsOfTile& tile_rows, const Pane
         return reader.read_and_add(tile_rows.rows, runs, panels[first], rows, sums[0], ahead);
     }
     CodeTile tile;
+    // Parts end where blocks do, whose runs share bytes.
+    const int64_t unit = runs % kBlockRuns == 0 ? kBlockRuns : 1;
     const int64_t parts = (runs + kTileRuns - 1) / kTileRuns;
     for (int64_t part = 0; part < parts; ++part) {
-        const int64_t run = runs * part / parts;
-        tile.runs = runs * (part + 1) / parts - run;
+        const int64_t run = runs / unit * part / parts * unit;
+        tile.runs = runs / unit * (part + 1) / parts * unit - run;
         reader.read(tile_rows.rows, run * kRun, ahead, tile);
         for (int64_t i = 0; i < count; ++i) {
             const Panel x(panels[first + i], run);
             const int rows = panels.rows_of(first + i);
-            if (reader.has_least) Product::template add<true>(tile, x, rows, sums[i], ahead);
-            else Product::template add<false>(tile, x, rows, sums[i], ahead);
+            add_for<Product>(reader.scaling, tile, x, rows, sums[i], ahead);
         }
     }
 }

@@ -4,6 +4,7 @@
 
 #include "../for_size.h"
 #include "vnni.h"
+#include "vnni_codes.h"
 #include "vnni_scales.h"
 
 namespace moesd::MOESD_ISA {
@@ -23,28 +24,26 @@ public:
         const uint8_t* packed[kTileRows];
         const Format first(rows[0]);
         typename Format::Place at(k, rows[0]);
-        for (int r = 0; r < kTileRows; ++r) {
-            packed[r] = Format(rows[r]).packed(at);
-        }
+        for (int r = 0; r < kTileRows; ++r) packed[r] = Format(rows[r]).packed(at);
         const uint8_t* const start = packed[0];
         ScalesOfTile<Format> scales(rows, at);
-        for (int64_t run = 0; run < out.runs; ++run, at.next()) {
-            auto* codes = reinterpret_cast<__m512i*>(out.codes) + run * kVectors;
+        CodesOfTile<Format> bytes;
+        for (int64_t run = 0; run < out.runs; run += bytes.kRuns) {
             // Pointers that are read when they are needed; the compiler keeps them in vectors.
             asm volatile("" ::"r"(packed) : "memory");
             const int64_t offset = first.packed(at) - start;
-            const auto address = [&](int r) { return packed[r] + offset; };
-            if constexpr (Format::kPacking == Packing::kAlternating) {
-                const bool is_odd = at.run % 2;
-                if (!is_odd || run == 0) widen_two(address, is_odd, codes);
-            } else {
-                widen<Format>(address, codes);
+            bytes.take([&](int r) { return packed[r] + offset; }, to_upper(first, at));
+#pragma GCC unroll 4
+            for (int i = 0; i < bytes.kRuns; ++i, at.next()) {
+                bytes.codes(i, reinterpret_cast<__m512i*>(out.codes) + (run + i) * kVectors);
+                ahead.fetch();
+                Vec scale, other;
+                scales.read(first, at, scale, other);
+                store(out.scales + (run + i) * kTileRows, scale);
+                if (Format::kScaling != Scaling::kOne) {
+                    store(out.others + (run + i) * kTileRows, other);
+                }
             }
-            ahead.fetch();
-            Vec scale, least;
-            scales.read(first, at, scale, least);
-            store(out.scales + run * kTileRows, scale);
-            if (Format::kHasLeast) store(out.leasts + run * kTileRows, least);
         }
     }
 
@@ -54,121 +53,75 @@ public:
     __attribute__((noinline)) static void read_and_add(const StoredRow (&rows)[kTileRows],
                                                        int64_t runs, const Panel& x, int count,
                                                        float* sums, WeightsAhead& ahead) {
-        constexpr int kAtOnce = Format::kPacking == Packing::kAlternating ? 2 : 1;
         const Format first(rows[0]);
         typename Format::Place at(0, rows[0]);
         EvenRows packed(first.packed(at), rows[1].data - rows[0].data);
         const uint8_t* before = first.packed(at);
         ScalesOfTile<Format> scales(rows, at);
-        for (int64_t run = 0; run < runs; run += kAtOnce) {
-            __m512i w[kAtOnce * kVectors];
+        CodesOfTile<Format> bytes;
+        for (int64_t run = 0; run < runs; run += bytes.kRuns) {
             packed.skip(first.packed(at) - before);
             before = first.packed(at);
-            if constexpr (kAtOnce == 2) widen_two(packed, false, w);
-            else widen<Format>(packed, w);
-#pragma GCC unroll 2
-            for (int i = 0; i < kAtOnce; ++i, at.next()) {
+            bytes.take(packed, to_upper(first, at));
+#pragma GCC unroll 4
+            for (int i = 0; i < bytes.kRuns; ++i, at.next()) {
                 for (int64_t fetch = 0; fetch < kFetches; ++fetch) ahead.fetch();
-                Vec scale, least;
-                scales.read(first, at, scale, least);
+                __m512i w[kVectors];
+                bytes.codes(i, w);
+                Vec scale, other;
+                scales.read(first, at, scale, other);
                 for (int m = 0; m < count; ++m) {
                     const int64_t row = (run + i) * kPanelRows + m;
                     const Vec acc = load(sums + m * kTileRows);
                     store(sums + m * kTileRows,
-                          added<Format::kHasLeast>(acc, w + i * kVectors, scale, least, x, row));
+                          added<Format::kScaling>(acc, w, scale, other, x, row));
                 }
             }
         }
     }
 
-    template <bool HasLeast>
+    template <Scaling S>
     static void add(const CodeTile& tile, const Panel& x, int rows, float* sums,
                     WeightsAhead& ahead) {
         for (int m = 0; m < rows; m += kRows) {
             for_size<kRows>(rows - m < kRows ? rows - m : kRows, [&]<int M>() {
-                add_rows<HasLeast, M>(tile, x, m, sums + m * kTileRows, ahead);
+                add_rows<S, M>(tile, x, m, sums + m * kTileRows, ahead);
             });
         }
     }
 
 protected:
     // `acc` and the sum of a run's products, for the row of a panel whose numbers are at `at`.
-    template <bool HasLeast>
+    template <Scaling S>
     static inline __attribute__((always_inline)) Vec added(Vec acc, const __m512i* w, Vec scales,
-                                                           Vec leasts, const Panel& x, int64_t at) {
+                                                           Vec others, const Panel& x, int64_t at) {
         const int8_t* const codes = x.codes + at * kRun;
-        __m512i dot = _mm512_set1_epi32(x.starts[at]), other = _mm512_setzero_si512();
+        __m512i dots[2] = {_mm512_set1_epi32(x.starts[0][at]), _mm512_setzero_si512()};
+        if (S == Scaling::kHalves) dots[1] = _mm512_set1_epi32(x.starts[1][at]);
+        constexpr int kHalf = kVectors / 2;
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; i += 2) {  // one chain would wait for its own sums
-            add_products(dot, w[i], codes + 4 * i);
-            add_products(other, w[i + 1], codes + 4 * i + 4);
+        for (int i = 0; i < kHalf; ++i) {  // one chain would wait for its own sums
+            add_products(dots[0], w[i], codes + 4 * i);
+            add_products(dots[1], w[kHalf + i], codes + 4 * (kHalf + i));
         }
-        dot = _mm512_add_epi32(dot, other);
-        return added<HasLeast>(acc, dot, scales, leasts, x, at);
+        if constexpr (S == Scaling::kHalves) {
+            const Vec first = mul(_mm512_cvtepi32_ps(dots[0]), scales);
+            return fma(fma(_mm512_cvtepi32_ps(dots[1]), others, first), splat(x.scales[at]), acc);
+        } else {
+            return added<S>(acc, _mm512_add_epi32(dots[0], dots[1]), scales, others, x, at);
+        }
     }
 
     // The same with the sum.
-    template <bool HasLeast>
+    template <Scaling S>
     static inline __attribute__((always_inline)) Vec added(Vec acc, __m512i dot, Vec scales,
-                                                           Vec leasts, const Panel& x, int64_t at) {
+                                                           Vec others, const Panel& x, int64_t at) {
         acc = fma(mul(_mm512_cvtepi32_ps(dot), scales), splat(x.scales[at]), acc);
-        return HasLeast ? fma(leasts, splat(x.sums[at]), acc) : acc;
+        return S == Scaling::kAndLeast ? fma(others, splat(x.sums[at]), acc) : acc;
     }
 
 private:
-    template <class Format, class Address>
-    static inline __attribute__((always_inline)) void widen(const Address& address, __m512i* out) {
-        constexpr bool kBytes = Format::kPacking == Packing::kBytes;
-#pragma GCC unroll 2
-        for (int half = 0; half < (kBytes ? 2 : 1); ++half) {
-            __m512i v[4];
-            transpose([&](int r) { return address(r) + half * 16; }, v);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                if constexpr (kBytes) {
-                    out[4 * half + i] = _mm512_xor_si512(v[i], _mm512_set1_epi8(-128));
-                } else {
-                    out[i] = looked_up<Format>(low_halves(v[i]));
-                    out[4 + i] = looked_up<Format>(high_halves(v[i]));
-                }
-            }
-        }
-    }
-
-    // The second of the two runs that share bytes alone, or the first and the one after it.
-    template <class Address>
-    static inline __attribute__((always_inline)) void widen_two(const Address& address,
-                                                                bool second_alone, __m512i* out) {
-        __m512i* const second = second_alone ? out : out + kVectors;
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            __m512i v[4];
-            transpose([&](int r) { return address(r) + half * 16; }, v);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                out[4 * half + i] = low_halves(v[i]);
-                second[4 * half + i] = high_halves(v[i]);
-            }
-        }
-    }
-
-    static __m512i low_halves(__m512i bytes) {
-        return _mm512_and_si512(bytes, _mm512_set1_epi8(15));
-    }
-    static __m512i high_halves(__m512i bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
-
-    template <class Format>
-    static __m512i looked_up(__m512i codes) {
-        if constexpr (requires { Format::kIntegers; }) {
-            const __m128i integers =
-                _mm_load_si128(reinterpret_cast<const __m128i*>(Format::kIntegers));
-            return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(integers), codes);
-        } else {
-            return codes;
-        }
-    }
-
-    template <bool HasLeast, int M>
+    template <Scaling S, int M>
     __attribute__((noinline)) static void add_rows(const CodeTile& tile, const Panel& x, int first,
                                                    float* sums, WeightsAhead& ahead) {
         Vec acc[M];
@@ -182,11 +135,11 @@ private:
                 w[i] = _mm512_load_si512(tile.codes + (run * kVectors + i) * 64);
             }
             const Vec scales = load(tile.scales + run * kTileRows);
-            const Vec leasts = load(tile.leasts + run * kTileRows);
+            const Vec others = load(tile.others + run * kTileRows);
             const int64_t at = run * kPanelRows + first;
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                acc[m] = added<HasLeast>(acc[m], w, scales, leasts, x, at + m);
+                acc[m] = added<S>(acc[m], w, scales, others, x, at + m);
             }
         }
 #pragma GCC unroll 8

@@ -42,7 +42,8 @@ public:
     void read(const Format& first, const Place& at, Vec& scales, Vec& leasts) const {
         const __m512i both = _mm512_i32gather_epi32(rows_, first.scale(at), 1);
         scales = widened_halves(both);
-        if (Format::kHasLeast) leasts = widened_halves(_mm512_srli_epi32(both, 16));
+        if (Format::kScaling == Scaling::kAndLeast)
+            leasts = widened_halves(_mm512_srli_epi32(both, 16));
     }
 
 private:
@@ -144,6 +145,46 @@ private:
     const __m512i rows_;
     Vec d_, minus_least_;
     __m512i packed_[3];
+};
+
+// Blocks of eight runs: a signed byte for either half of each, and a d for all. `seconds`: the
+// scales of the second halves.
+template <class X>
+class ScalesOfTile<Q6_K<X>> {
+public:
+    template <class Place>
+    ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place& at)
+        : distances_(distances(rows, &StoredRow::data)), first_(rows[0].data) {
+        for (int r = 0; r < kTileRows; ++r) rows_[r] = rows[r].data;
+    }
+
+    template <class Place>
+    void read(const Q6_K<X>& first, const Place& at, Vec& scales, Vec& seconds) {
+        if (at.enters) take(first.codes(at));
+        // Of either run of a word: the bytes that come last are the upper ones.
+        const __m512i pair = _mm512_sllv_epi32(_mm512_load_si512(factors_[at.run / 2]),
+                                               _mm512_set1_epi32(at.run % 2 ? 0 : 16));
+        seconds = mul(d_, _mm512_cvtepi32_ps(_mm512_srai_epi32(pair, 24)));
+        const __m512i lower = _mm512_slli_epi32(pair, 8);
+        scales = mul(d_, _mm512_cvtepi32_ps(_mm512_srai_epi32(lower, 24)));
+    }
+
+private:
+    void take(const uint8_t* block) {
+        // d is the upper half of the last four bytes.
+        d_ = widened_halves(
+            _mm512_srli_epi32(_mm512_i32gather_epi32(distances_, block + 206, 1), 16));
+        __m512i words[4];
+        transpose([&](int r) { return rows_[r] + (block - first_) + 192; }, words);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm512_store_si512(factors_[i], words[i]);
+    }
+
+    const __m512i distances_;
+    const uint8_t* const first_;
+    Vec d_;
+    const uint8_t* rows_[kTileRows];
+    alignas(64) uint8_t factors_[4][64];  // those of two runs in four bytes of a row
 };
 
 }  // namespace moesd::MOESD_ISA
