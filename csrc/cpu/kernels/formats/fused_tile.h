@@ -47,9 +47,12 @@ __attribute__((noinline)) void fused_tile(const X* const* xs, const StoredRow (&
     for (int64_t k = 0; k < length; k += kRun, place.next()) {
         alignas(64) X local[4][kRun];
         X* run[4];
+        // A long block has lines that begin where none of its runs do.
+        int64_t passed = 0;
+        if constexpr (requires { place.passed(); }) passed = place.passed();
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
-            __builtin_prefetch(weights[n].codes(place) + ahead, 0, 2);
+            __builtin_prefetch(weights[n].codes(place) + passed + ahead, 0, 2);
             run[n] = Keep ? kept + n * kKeptStride<X> + k : local[n];
         }
         decode_two(weights[0], weights[1], place, run[0], run[1]);

@@ -19,6 +19,9 @@ struct BlockPlace {
         enters = ++run == Runs;
         if (enters) run = 0, block += Bytes;
     }
+
+    // Bytes of the block that the runs before this one take.
+    int64_t passed() const { return run * (Bytes / Runs); }
 };
 
 // d * q: fp16 d, then 32 signed bytes q.
