@@ -11,9 +11,15 @@ from torch import Tensor
 from moesd_kernels.formats import WEIGHT_FORMATS, quantize
 
 # Standard deviation of a block's random codes, scales of their own included.
-_SPREAD = {"q8_0": 74.0, "q4_0": 4.6, "q4_1": 4.6, "q4_k": 256.0, "q6_k": 1365.0}
+_SPREAD = {
+    **{"q8_0": 74.0, "q4_0": 4.6, "q4_1": 4.6, "q5_0": 9.2, "q5_1": 9.2},
+    **{"q4_k": 256.0, "q5_k": 530.0, "q6_k": 1365.0},
+}
 # Where a block keeps fp16 numbers, and what they are of the scale: minima that centre the codes.
-_HALVES = {"q4_1": ((0, 1.0), (2, -7.5)), "q4_k": ((0, 1.0), (2, 7.5)), "q6_k": ((208, 1.0),)}
+_HALVES = {
+    **{"q4_1": ((0, 1.0), (2, -7.5)), "q5_1": ((0, 1.0), (2, -15.5))},
+    **{"q4_k": ((0, 1.0), (2, 7.5)), "q5_k": ((0, 1.0), (2, 15.5)), "q6_k": ((208, 1.0),)},
+}
 
 
 def formats_of(name: str) -> tuple[str, str]:

@@ -26,7 +26,10 @@ enum class WeightFormat {
     kQ8_0,
     kQ4_0,
     kQ4_1,
+    kQ5_0,
+    kQ5_1,
     kQ4_K,
+    kQ5_K,
     kQ6_K,
 };
 

@@ -23,7 +23,10 @@ WEIGHT_BYTES = {
     "q8_0": 34 / 32,
     "q4_0": 18 / 32,
     "q4_1": 20 / 32,
+    "q5_0": 22 / 32,
+    "q5_1": 24 / 32,
     "q4_k": 144 / 256,
+    "q5_k": 176 / 256,
     "q6_k": 210 / 256,
 }
 EXPERTS_ONLY = frozenset({"mxfp4"})  # gpt-oss: the rest of the model has 16 bits

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ggml
 from .activations import activation_group, round_to_int8
 from .check import check_weight
 from .description import GROUPS, WeightFormat
 from .floating import FP8_BLOCK, MXFP4
-from .ggml import Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
 from .integer import INT4, INT8, quantize
 from .linear import KeepsScales, QuantizedLinear
 
@@ -39,10 +39,8 @@ def _decode_plain(weight: Tensor, scale: Tensor | None) -> Tensor:
 PLAIN = WeightFormat(
     "plain", "one number per weight, in the dtype of the hidden states", _decode_plain
 )
-WEIGHT_FORMATS = {
-    known.name: known
-    for known in (PLAIN, FP8_BLOCK, MXFP4, INT8, INT4, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K)
-}
+_OWN = (PLAIN, FP8_BLOCK, MXFP4, INT8, INT4)
+WEIGHT_FORMATS = {known.name: known for known in (*_OWN, *ggml.FORMATS)}
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:

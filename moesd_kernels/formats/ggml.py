@@ -1,8 +1,9 @@
 """The blocks of GGUF files: scale, minimum and codes of 32 or 256 weights, side by side.
 
 Source: ``ggml-common.h`` and ``ggml-quants.c`` of ggml (block_q8_0, block_q4_0, block_q4_1,
-block_q4_K, block_q6_K). All fp16 numbers are little-endian. Products with fp16 scales are exact in
-fp32, so a value is rounded at most once, where a minimum is added.
+block_q5_0, block_q5_1, block_q4_K, block_q5_K, block_q6_K). All fp16 numbers are little-endian.
+Products with fp16 scales are exact in fp32, so a value is rounded at most once, where a minimum is
+added.
 """
 
 from __future__ import annotations
@@ -71,11 +72,68 @@ def decode_q4_1(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return (scaled + _half(block[..., 2:4])).flatten(-2)
 
 
-def decode_q4_k(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def _with_fifth_bits(lower: Tensor, fifth: Tensor) -> Tensor:
+    """Codes, 16 more wherever a bit is set: weight j's is bit j of four bytes ``[..., 4]``."""
+    bits = fifth[..., None] >> torch.arange(8, dtype=torch.uint8, device=fifth.device) & 1
+    return lower | bits.flatten(-2) << 4
+
+
+def decode_q5_0(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``d * (q - 16)``: fp16 d, four bytes of upper bits, then the lower four as in q4_0.
+
+    Args:
+        weight: ``[..., R, C / 32 * 22]`` uint8.
+        scale: not used.
+
+    Returns:
+        ``[..., R, C]`` fp32.
+    """
+    block = _blocks(weight, 22)
+    codes = _with_fifth_bits(_halves(block[..., 6:]), block[..., 2:6])
+    return (_half(block[..., :2]) * (codes.float() - 16)).flatten(-2)
+
+
+def decode_q5_1(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``d * q + m``: fp16 d and m, then q as in q5_0.
+
+    Args:
+        weight: ``[..., R, C / 32 * 24]`` uint8.
+        scale: not used.
+
+    Returns:
+        ``[..., R, C]`` fp32.
+    """
+    block = _blocks(weight, 24)
+    codes = _with_fifth_bits(_halves(block[..., 8:]), block[..., 4:8])
+    return (_half(block[..., :2]) * codes.float() + _half(block[..., 2:4])).flatten(-2)
+
+
+def _scaled(block: Tensor, codes: Tensor) -> Tensor:
     """``d * s * q - dmin * m``, with 6-bit s and m for each of the block's eight 32 weights.
 
-    fp16 d and dmin, 12 bytes of s and m, 128 bytes of codes: 32 bytes hold the 32 weights of one
-    eighth in their low nibbles and those of the next in their high ones.
+    Args:
+        block: ``[..., bytes]``: fp16 d and dmin, 12 bytes of s and m.
+        codes: q, ``[..., 8, 32]``.
+
+    Returns:
+        ``[..., 8, 32]`` fp32.
+    """
+    first, second, third = block[..., 4:16].split(4, dim=-1)
+    # The first four eighths have bytes of their own; their two upper bits serve the last four.
+    factors = torch.cat((first & 63, third & 15 | first >> 6 << 4), dim=-1)[..., None]
+    minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), dim=-1)[..., None]
+    scaled = _half(block[..., :2])[..., None] * factors.float() * codes.float()
+    return scaled - _half(block[..., 2:4])[..., None] * minima.float()
+
+
+def _eighths(codes: Tensor) -> Tensor:
+    """128 bytes of nibbles as ``[..., 8, 32]``: 32 of them hold an eighth's, and the next's."""
+    return _halves(codes.unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)
+
+
+def decode_q4_k(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Scales and minima, see ``_scaled``, then 128 bytes of codes: 32 bytes hold the 32 weights of
+    one eighth in their low nibbles and those of the next in their high ones.
 
     Args:
         weight: ``[..., R, C / 256 * 144]`` uint8.
@@ -85,13 +143,23 @@ def decode_q4_k(weight: Tensor, scale: Tensor | None = None) -> Tensor:
         ``[..., R, C]`` fp32.
     """
     block = _blocks(weight, 144)
-    first, second, third = block[..., 4:16].split(4, dim=-1)
-    # The first four eighths have bytes of their own; their two upper bits serve the last four.
-    factors = torch.cat((first & 63, third & 15 | first >> 6 << 4), dim=-1)[..., None]
-    minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), dim=-1)[..., None]
-    codes = _halves(block[..., 16:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)
-    scaled = _half(block[..., :2])[..., None] * factors.float() * codes.float()
-    return (scaled - _half(block[..., 2:4])[..., None] * minima.float()).flatten(-3)
+    return _scaled(block, _eighths(block[..., 16:])).flatten(-3)
+
+
+def decode_q5_k(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """As q4_k, with 32 bytes of upper bits before the codes: eighth r's are the bits r.
+
+    Args:
+        weight: ``[..., R, C / 256 * 176]`` uint8.
+        scale: not used.
+
+    Returns:
+        ``[..., R, C]`` fp32.
+    """
+    block = _blocks(weight, 176)
+    eighth = torch.arange(8, dtype=torch.uint8, device=weight.device)[:, None]
+    fifth = block[..., None, 16:48] >> eighth & 1
+    return _scaled(block, _eighths(block[..., 48:]) | fifth << 4).flatten(-3)
 
 
 def decode_q6_k(weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -126,9 +194,19 @@ Q4_0 = WeightFormat(
 Q4_1 = WeightFormat(
     "q4_1", "GGUF Q4_1", decode_q4_1, torch.uint8, block=32, stored=20, integers=True
 )
+Q5_0 = WeightFormat(
+    "q5_0", "GGUF Q5_0", decode_q5_0, torch.uint8, block=32, stored=22, integers=True
+)
+Q5_1 = WeightFormat(
+    "q5_1", "GGUF Q5_1", decode_q5_1, torch.uint8, block=32, stored=24, integers=True
+)
 Q4_K = WeightFormat(
     "q4_k", "GGUF Q4_K", decode_q4_k, torch.uint8, block=256, stored=144, integers=True
+)
+Q5_K = WeightFormat(
+    "q5_k", "GGUF Q5_K", decode_q5_k, torch.uint8, block=256, stored=176, integers=True
 )
 Q6_K = WeightFormat(
     "q6_k", "GGUF Q6_K", decode_q6_k, torch.uint8, block=256, stored=210, integers=True
 )
+FORMATS = (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K)

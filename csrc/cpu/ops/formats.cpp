@@ -34,7 +34,10 @@ constexpr struct Format {
     {"q8_0", WeightFormat::kQ8_0, at::kByte, 32, 34, Scales::kNone, true},
     {"q4_0", WeightFormat::kQ4_0, at::kByte, 32, 18, Scales::kNone, true},
     {"q4_1", WeightFormat::kQ4_1, at::kByte, 32, 20, Scales::kNone, true},
+    {"q5_0", WeightFormat::kQ5_0, at::kByte, 32, 22, Scales::kNone, true},
+    {"q5_1", WeightFormat::kQ5_1, at::kByte, 32, 24, Scales::kNone, true},
     {"q4_k", WeightFormat::kQ4_K, at::kByte, 256, 144, Scales::kNone, true},
+    {"q5_k", WeightFormat::kQ5_K, at::kByte, 256, 176, Scales::kNone, true},
     {"q6_k", WeightFormat::kQ6_K, at::kByte, 256, 210, Scales::kNone, true},
 };
 

@@ -116,5 +116,7 @@ def test_a_packed_target_verifies_what_it_decodes(written):
 
 def test_what_is_not_read_is_said(written):
     _, file = written
-    with pytest.raises(ValueError, match=r"is q5_0, read are f32, f16, bf16, q4_0, q4_1, q8_0"):
-        load_gguf(quantised(file, "q5_0"))
+    with pytest.raises(
+        ValueError, match=r"is mxfp4, read are f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0"
+    ):
+        load_gguf(quantised(file, "mxfp4"))

@@ -16,7 +16,7 @@ from decoder.model.loading import load_model, load_tokenizer
 from moesd_kernels.hooks.loading import GgufFile
 
 HUGE = 2**60
-READ = "read are f32, f16, bf16, q4_0, q4_1, q8_0, q4_k, q6_k"
+READ = "read are f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k"
 
 
 def data(content):
@@ -120,7 +120,7 @@ FILES = {
     "tensors in each other": (tensor(Q, start=32), "must start after token_embd.weight ends"),
     "a crooked start": (tensor(Q, start=33), "must start at a multiple of 32, got 33"),
     "a type of no name": (tensor(Q, kind=777), f"is of the unknown type 777, {READ}"),
-    "five bits": (tensor(Q, kind=6), f"{Q} is q5_0, {READ}"),
+    "three bits": (tensor(Q, kind=11), f"{Q} is q3_k, {READ}"),
     "an importance matrix": (tensor(Q, kind=23), f"{Q} is iq4_xs, {READ}"),
     "microscaling": (tensor(Q, kind=39), f"{Q} is mxfp4, {READ}"),
     "a row of half a block": (tensor(Q, shape=(16, 32), kind=8), "a multiple of 32 in q8_0"),
@@ -244,14 +244,14 @@ def test_what_is_no_file_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--target", "--draft"])
 def test_the_command_line_says_it_in_one_line(flag, tmp_path, capsys):
-    file = written(tmp_path / "m.gguf", FILES["five bits"][0])
+    file = written(tmp_path / "m.gguf", FILES["three bits"][0])
     target = [] if flag == "--target" else ["--target", str(whole(tmp_path / "model"))]
     flags = [*target, flag, str(file), "--prompt", "w1", "--device", "cpu"]
     capsys.readouterr()  # a bar, where saving the target is the first thing that a process does
     assert main(["generate", *flags]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("moesd: error: ") and f"{Q} is q5_0" in printed.err
+    assert printed.err.startswith("moesd: error: ") and f"{Q} is q3_k" in printed.err
     assert printed.err.count("\n") == 1 and str(file) in printed.err
 
 

@@ -38,7 +38,8 @@ def rounding(x, weight, scale, name, bias=None):
 
 
 def test_these_are_the_formats():
-    assert set(INTEGERS) == {"int8", "int4", "mxfp4", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k"}
+    ggml = {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"}
+    assert set(INTEGERS) == {"int8", "int4", "mxfp4"} | ggml
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,7 +63,8 @@ def test_codes_at_their_extremes(name, group, byte):
     depth = 2304
     weight, scale = stored_weight(name, 37, depth, group=group)
     blocks = weight.view(torch.uint8).view(37, -1, WEIGHT_FORMATS[name].stored)
-    head = {"q8_0": 2, "q4_0": 2, "q4_1": 4, "q4_k": 16}.get(name, 0)
+    heads = {"q8_0": 2, "q4_0": 2, "q4_1": 4, "q5_0": 2, "q5_1": 4, "q4_k": 16, "q5_k": 16}
+    head = heads.get(name, 0)
     blocks[..., head : 192 if name == "q6_k" else None] = byte
     signs = torch.where(torch.arange(depth) % 2 == 0, 1.0, -1.0)
     x = torch.stack([torch.ones(depth), -torch.ones(depth), signs, -signs, signs.sort().values])
@@ -81,7 +83,7 @@ def test_sums_of_integers_are_exact(name, dtype):
     x = torch.eye(depth, dtype=dtype) * 127
     out = rounding(x, weight, scale, name).float()
     values = dequantize(weight, scale, name, torch.float32)
-    if name in ("q4_1", "q4_k"):  # codes and minimum are added after the product
+    if name in ("q4_1", "q5_1", "q4_k", "q5_k"):  # codes and minimum are added after the product
         torch.testing.assert_close(out, (127 * values.T).to(dtype).float(), rtol=1e-2, atol=1e-2)
         return
     assert torch.equal(out, (127 * values.double()).T.float().to(dtype).float())

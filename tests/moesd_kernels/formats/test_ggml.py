@@ -9,7 +9,7 @@ import torch
 
 from moesd_kernels.formats import WEIGHT_FORMATS, dequantize
 
-GGML = ("q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+GGML = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 
 
 def half(bytes_: list[int]) -> float:
@@ -30,13 +30,26 @@ def block_values(name: str, b: list[int]) -> list[float]:
     if name == "q4_1":
         codes = [q & 15 for q in b[4:]] + [q >> 4 for q in b[4:]]
         return [half(b[:2]) * q + half(b[2:4]) for q in codes]
-    if name == "q4_k":
-        return q4_k_values(b)
-    return q6_k_values(b)
+    if name in ("q5_0", "q5_1"):
+        minimum = half(b[2:4]) if name == "q5_1" else None
+        return q5_values(half(b[:2]), minimum, b[-20:-16], b[-16:])
+    if name == "q6_k":
+        return q6_k_values(b)
+    upper = b[16:48] if name == "q5_k" else [0] * 32
+    return scaled_values(half(b[:2]), half(b[2:4]), b[4:16], upper, b[-128:])
 
 
-def q4_k_values(b: list[int]) -> list[float]:
-    d, least, packed, codes = half(b[:2]), half(b[2:4]), b[4:16], b[16:]
+def q5_values(d: float, m: float | None, fifth: list[int], codes: list[int]) -> list[float]:
+    bits = int.from_bytes(fifth, "little")
+    low = [q & 15 | (bits >> j & 1) << 4 for j, q in enumerate(codes)]
+    high = [q >> 4 | (bits >> (j + 16) & 1) << 4 for j, q in enumerate(codes)]
+    return [d * (q - 16) if m is None else d * q + m for q in low + high]
+
+
+def scaled_values(
+    d: float, least: float, packed: list[int], upper: list[int], codes: list[int]
+) -> list[float]:
+    """Of q4_k and q5_k."""
 
     def factor(j: int) -> tuple[int, int]:
         if j < 4:
@@ -49,8 +62,9 @@ def q4_k_values(b: list[int]) -> list[float]:
     values = []
     for j in range(8):
         scale, minimum = factor(j)
-        for q in codes[j // 2 * 32 : j // 2 * 32 + 32]:
-            values.append(d * scale * (q >> 4 if j % 2 else q & 15) - least * minimum)
+        for bits, q in zip(upper, codes[j // 2 * 32 : j // 2 * 32 + 32], strict=True):
+            code = (q >> 4 if j % 2 else q & 15) + 16 * (bits >> j & 1)
+            values.append(d * scale * code - least * minimum)
     return values
 
 
@@ -77,7 +91,8 @@ def random_rows(name: str, rows: int, blocks: int, seed: int = 0) -> torch.Tenso
     stored = WEIGHT_FORMATS[name]
     g = torch.Generator().manual_seed(seed)
     weight = torch.randint(256, (rows, blocks, stored.stored), generator=g, dtype=torch.uint8)
-    for at in {"q4_1": (1, 3), "q4_k": (1, 3), "q6_k": (209,)}.get(name, (1,)):
+    minima = dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (1, 3))
+    for at in (minima | {"q6_k": (209,)}).get(name, (1,)):
         weight[..., at] &= 0xBF  # below 2: an exponent without its highest bit
     return weight.flatten(1)
 

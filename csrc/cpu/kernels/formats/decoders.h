@@ -3,7 +3,7 @@
 
 #include "floats.h"
 #include "fused_tile.h"
-#include "ggml.h"
+#include "ggml_k.h"
 #include "integers.h"
 
 namespace moesd::MOESD_ISA {
@@ -54,7 +54,10 @@ constexpr Result of_format(WeightFormat format, const Result& plain, const F& f)
         case WeightFormat::kQ8_0: return f.template operator()<Q8_0>();
         case WeightFormat::kQ4_0: return f.template operator()<Q4_0>();
         case WeightFormat::kQ4_1: return f.template operator()<Q4_1>();
+        case WeightFormat::kQ5_0: return f.template operator()<Q5_0>();
+        case WeightFormat::kQ5_1: return f.template operator()<Q5_1>();
         case WeightFormat::kQ4_K: return f.template operator()<Q4_K>();
+        case WeightFormat::kQ5_K: return f.template operator()<Q5_K>();
         case WeightFormat::kQ6_K: return f.template operator()<Q6_K>();
     }
     return plain;

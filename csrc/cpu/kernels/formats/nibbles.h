@@ -12,11 +12,13 @@ enum class Nibbles {
 
 // How a run's codes lie: a byte each, in halves of bytes, or in halves and quarters of others.
 enum class Packing {
-    kBytes,        // signed, so that 128 more is not negative
-    kAdjacent,     // see Nibbles
-    kSplit,        // likewise
-    kAlternating,  // two runs share 32 bytes: the first has the low halves, the second the high
-    kSixBits,      // four share 64 + 32, see Q6_K
+    kBytes,            // signed, so that 128 more is not negative
+    kAdjacent,         // see Nibbles
+    kSplit,            // likewise
+    kAlternating,      // two runs share 32 bytes: the first has the low halves, the second the high
+    kFiveBits,         // as kSplit, with the upper bits in a word, weight i's in bit i
+    kFiveBitsOfBlock,  // as kAlternating, with the upper bits of eight runs in 32 bytes
+    kSixBits,          // four share 64 + 32, see Q6_K
 };
 
 // What a product of integers is multiplied by, and what is added to it.

@@ -89,14 +89,30 @@ struct TwoPalettes {
 
     TwoPalettes(const Vec (&a)[1], const Vec (&b)[1]) : TwoPalettes(rounded(a[0], b[0])) {}
 
+    // As one, by codes whose fifth bits are those of a word.
+    template <Nibbles N>
+    void look_up(const uint8_t* codes, uint32_t fifth, W* out) const {
+        const __m512i four = _mm512_and_si512(nibbles<N>(codes), _mm512_set1_epi16(15));
+        const __m512i places = _mm512_mask_add_epi16(four, fifth, four, _mm512_set1_epi16(16));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(places, both_));
+    }
+
+    // A bit of each of thirty-two bytes.
+    static uint32_t bit_of(const uint8_t* bytes, int bit) {
+        const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+        return _mm256_test_epi8_mask(all, _mm256_set1_epi8(static_cast<char>(1 << bit)));
+    }
+
 private:
-    explicit TwoPalettes(__m512i both) : first(both), second(both) {}
+    explicit TwoPalettes(__m512i both) : first(both), second(both), both_(both) {}
 
     static __m512i rounded(Vec a, Vec b) {
         alignas(64) W numbers[32];
         store_pair(numbers, a, b);
         return _mm512_load_si512(numbers);
     }
+
+    __m512i both_;
 };
 template <class W>
 constexpr bool kHasTwoPalettes = sizeof(W) == 2;

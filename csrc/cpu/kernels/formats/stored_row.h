@@ -40,6 +40,8 @@ inline T load_at(const uint8_t* p) {
     return value;
 }
 
+using RunCodes = uint8_t __attribute__((vector_size(kRun)));
+
 // kRun signed bytes times the scale.
 template <class X>
 inline void scale_run(const uint8_t* codes, Vec scale, X* out) {

@@ -94,6 +94,12 @@ private:
             if constexpr (kPacking == Packing::kBytes) codes[i] = packed[i] ^ 0x80;
             else if constexpr (kPacking == Packing::kAlternating) {
                 codes[i] = packed[i] >> at.run % 2 * 4 & 15;
+            } else if constexpr (kPacking == Packing::kFiveBits) {
+                const int lower = packed[i % (kRun / 2)] >> i / (kRun / 2) * 4 & 15;
+                codes[i] = lower | (weights.upper(at)[i / 8] >> i % 8 & 1) << 4;
+            } else if constexpr (kPacking == Packing::kFiveBitsOfBlock) {
+                const int lower = packed[i] >> at.run % 2 * 4 & 15;
+                codes[i] = lower | (weights.upper(at)[i] >> at.run & 1) << 4;
             } else if constexpr (kPacking == Packing::kSixBits) {
                 const int lower = packed[at.run % 2 * kRun + i] >> at.run / 2 % 2 * 4 & 15;
                 codes[i] = lower | (weights.upper(at)[i] >> at.run % 4 * 2 & 3) << 4;

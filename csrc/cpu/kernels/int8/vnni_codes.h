@@ -5,61 +5,74 @@
 
 namespace moesd::MOESD_ISA {
 
-// The runs of a format that share bytes, and how many vectors of bytes these are.
-constexpr int shared_runs(Packing packing) {
-    return packing == Packing::kSixBits ? 4 : packing == Packing::kAlternating ? 2 : 1;
-}
-constexpr int shared_vectors(Packing packing) {
-    switch (packing) {
-        case Packing::kAdjacent:
-        case Packing::kSplit: return 4;
-        case Packing::kBytes:
-        case Packing::kAlternating: return 8;
-        case Packing::kSixBits: return 24;
+// The runs of a format that share bytes, and these.
+struct Shared {
+    int runs, lower, upper;  // vectors of codes, or of their lower bits, and of upper bits
+
+    constexpr explicit Shared(Packing packing) : runs(1), lower(4), upper(0) {
+        switch (packing) {
+            case Packing::kAdjacent:
+            case Packing::kSplit: return;
+            case Packing::kBytes: lower = 8; return;
+            case Packing::kAlternating: runs = 2, lower = 8; return;
+            case Packing::kFiveBits: upper = 4; return;
+            case Packing::kFiveBitsOfBlock: runs = 8, lower = 32, upper = 8; return;
+            case Packing::kSixBits: runs = 4, lower = 16, upper = 8; return;
+        }
     }
-}
+};
 
 // Runs that share bytes, of sixteen rows. A vector has four adjacent codes of each row.
 template <class Format>
 class CodesOfTile {
     static constexpr Packing kPacking = Format::kPacking;
+    static constexpr Shared kShared{kPacking};
 
 public:
-    static constexpr int kRuns = shared_runs(kPacking);
+    static constexpr int kRuns = kShared.runs;
     static constexpr int kVectors = kRun / 4;  // of a run
 
     // `address(row)`: where the codes of a row begin; `upper`: bytes from there to the upper bits.
     template <class Address>
     inline __attribute__((always_inline)) void take(const Address& address, int64_t upper) {
-#pragma GCC unroll 6
-        for (int i = 0; i < kBytes / 4; ++i) {
-            const int64_t offset = i < 4 ? 16 * i : upper + 16 * (i - 4);
-            __m512i v[4];
-            transpose([&](int r) { return address(r) + offset; }, v);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) bytes_[4 * i + j] = v[j];
-        }
+        take_part(address, 0, kShared.lower, lower_);
+        take_part(address, upper, kShared.upper, upper_);
     }
 
     inline __attribute__((always_inline)) void codes(int run, __m512i* out) const {
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) {
             if constexpr (kPacking == Packing::kBytes) {
-                out[i] = _mm512_xor_si512(bytes_[i], _mm512_set1_epi8(-128));
+                out[i] = _mm512_xor_si512(lower_[i], _mm512_set1_epi8(-128));
             } else if constexpr (kPacking == Packing::kAlternating) {
-                out[i] = half(bytes_[i], run);
+                out[i] = half(lower_[i], run);
+            } else if constexpr (kPacking == Packing::kFiveBits) {
+                out[i] = with_fifth(half(lower_[i % 4], i / 4), upper_[0], i);
+            } else if constexpr (kPacking == Packing::kFiveBitsOfBlock) {
+                const __m512i codes = half(lower_[run / 2 * kVectors + i], run % 2);
+                out[i] = _mm512_or_si512(codes, moved(upper_[i], 4 - run, 16));
             } else if constexpr (kPacking == Packing::kSixBits) {
-                const __m512i lower = half(bytes_[run % 2 * kVectors + i], run / 2);
-                const __m512i upper = pair(bytes_[2 * kVectors + i], run);
-                out[i] = _mm512_or_si512(lower, upper);
+                const __m512i codes = half(lower_[run % 2 * kVectors + i], run / 2);
+                out[i] = _mm512_or_si512(codes, moved(upper_[i], 4 - 2 * run, 48));
             } else {
-                out[i] = looked_up(half(bytes_[i % 4], i / 4));
+                out[i] = looked_up(half(lower_[i % 4], i / 4));
             }
         }
     }
 
 private:
-    static constexpr int kBytes = shared_vectors(kPacking);
+    template <class Address>
+    static inline __attribute__((always_inline)) void take_part(const Address& address,
+                                                                int64_t offset, int vectors,
+                                                                __m512i* out) {
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; i += 4) {
+            __m512i v[4];
+            transpose([&](int r) { return address(r) + offset + 4 * i; }, v);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) out[i + j] = v[j];
+        }
+    }
 
     // The low halves of bytes, or the high ones.
     static __m512i half(__m512i bytes, int which) {
@@ -67,11 +80,21 @@ private:
         return _mm512_and_si512(bytes, _mm512_set1_epi8(15));
     }
 
-    // Two bits of each byte, four places up.
-    static __m512i pair(__m512i bytes, int which) {
-        if (which < 2) bytes = _mm512_slli_epi16(bytes, 4 - 2 * which);
-        if (which == 3) bytes = _mm512_srli_epi16(bytes, 2);
-        return _mm512_and_si512(bytes, _mm512_set1_epi8(48));
+    // Bits of each byte, so many places up, those of `mask` alone.
+    static __m512i moved(__m512i bytes, int places, char mask) {
+        if (places > 0) bytes = _mm512_slli_epi16(bytes, places);
+        if (places < 0) bytes = _mm512_srli_epi16(bytes, -places);
+        return _mm512_and_si512(bytes, _mm512_set1_epi8(mask));
+    }
+
+    // Codes, sixteen more for each whose bit is set: a row's 32 bits are in its word, and these are
+    // the codes of four of them.
+    static __m512i with_fifth(__m512i codes, __m512i words, int four) {
+        const __m512i first_bytes = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+        const __m512i which = _mm512_add_epi8(first_bytes, _mm512_set1_epi8(four / 2));
+        const __m512i bits = _mm512_set1_epi32(four % 2 ? 0x80402010 : 0x08040201);
+        const __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(words, which), bits);
+        return _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(16));
     }
 
     static __m512i looked_up(__m512i codes) {
@@ -84,7 +107,7 @@ private:
         }
     }
 
-    __m512i bytes_[kBytes];
+    __m512i lower_[kShared.lower], upper_[kShared.upper > 0 ? kShared.upper : 1];
 };
 
 // Bytes from where a run's codes begin to their upper bits.

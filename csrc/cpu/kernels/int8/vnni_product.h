@@ -33,7 +33,7 @@ public:
             asm volatile("" ::"r"(packed) : "memory");
             const int64_t offset = first.packed(at) - start;
             bytes.take([&](int r) { return packed[r] + offset; }, to_upper(first, at));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < bytes.kRuns; ++i, at.next()) {
                 bytes.codes(i, reinterpret_cast<__m512i*>(out.codes) + (run + i) * kVectors);
                 ahead.fetch();
@@ -63,7 +63,7 @@ public:
             packed.skip(first.packed(at) - before);
             before = first.packed(at);
             bytes.take(packed, to_upper(first, at));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < bytes.kRuns; ++i, at.next()) {
                 for (int64_t fetch = 0; fetch < kFetches; ++fetch) ahead.fetch();
                 __m512i w[kVectors];

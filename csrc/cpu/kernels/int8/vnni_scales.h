@@ -104,16 +104,17 @@ private:
     alignas(64) uint8_t words_[4][64];
 };
 
-// Blocks of eight runs: d and dmin, then the factors that Q4_K::take_scales takes apart.
-template <class X>
-class ScalesOfTile<Q4_K<X>> {
+// Blocks of eight runs: d and dmin, then the factors that SixBitScales takes apart.
+template <class Format>
+    requires std::is_base_of_v<SixBitScales, Format>
+class ScalesOfTile<Format> {
 public:
     template <class Place>
     ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place&)
         : rows_(distances(rows, &StoredRow::data)) {}
 
     template <class Place>
-    void read(const Q4_K<X>& first, const Place& at, Vec& scales, Vec& leasts) {
+    void read(const Format& first, const Place& at, Vec& scales, Vec& leasts) {
         if (at.enters) take(first.codes(at));
         const __m512i shift = _mm512_set1_epi32(at.run % 4 * 8);
         __m512i scale = _mm512_srlv_epi32(packed_[0], shift);

@@ -33,6 +33,13 @@ FILES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"": "q4_k", "attn_v": "q6_k", "blk.1.ffn_down_exps": "q6_k"},
         {"experts": 4, "tied": False},
     ),
+    # As its Q4_K_M has it where rows are no multiple of 256, and its Q5_K_M.
+    "qwen2moe-q5_0": ("qwen2moe", {"": "q5_0", "ffn_down_exps": "q8_0"}, {"experts": 4}),
+    "qwen3moe-q5_k": (
+        "qwen3moe",
+        {"": "q5_k", "down_exps": "q5_1", "attn_v": "q6_k"},
+        {"experts": 4},
+    ),
     "qwen2moe-mixed": ("qwen2moe", {"": "q4_0", "ffn_down_exps": "q8_0"}, {"experts": 4}),
 }
 
