@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from decoder import SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
 from decoder.drafters.eagle import EagleDrafter
 from decoder.drafters.heads.eagle_config import EagleCheckpoint
-from decoder.drafters.independent import IndependentDrafter, with_own_modules
+from decoder.drafters.independent import IndependentDrafter
 from decoder.engine.profile_rounds import RoundLog
 from decoder.sampling.sampler import VerifierName
+from moesd_kernels.formats import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,15 @@ def drafter_for(subject: Subject) -> Any:
     elif isinstance(subject.draft, EagleCheckpoint):
         draft = EagleDrafter(subject.draft, kernels=True)
     elif subject.draft is not None:
-        # The batch size decides what a packed draft becomes, so each decoder has its own layers.
-        draft = IndependentDrafter(with_own_modules(subject.draft), hasten=True)
+        draft = IndependentDrafter(_own(subject.draft), hasten=True)
     return draft if subject.alpha is None else ReplayDrafter(subject.alpha, cost=draft)
+
+
+def _own(draft: Any) -> Any:
+    """A draft that one decoder may change: what packed layers become is decided by its batch size.
+
+    A whole copy, as weights that are another model's, too, cannot be joined, and the copy would run
+    module by module. Plain weights stay as they are, and need none.
+    """
+    packed = any(type(module) is QuantizedLinear for module in draft.modules())
+    return copy.deepcopy(draft) if packed else draft
