@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from bench.suite.session import OutOfTimeError, Session
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYER_TESTS = "tests/moesd_kernels/experts/triton/test_gpu.py"
+FORMAT_TESTS = "tests/moesd_kernels/experts/triton/test_formats_gpu.py"
+RECURRENT_TESTS = "tests/moesd_kernels/dense/triton/recurrent/test_gpu.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Selection:
 
 
 FIRST = Selection((LAYER_TESTS,), marked="gpu and first", named="not cuda_backend")
-KERNELS = Selection((LAYER_TESTS,), named="not cuda_backend")
+KERNELS = Selection((LAYER_TESTS, FORMAT_TESTS, RECURRENT_TESTS), named="not cuda_backend")
 CUDA = Selection((LAYER_TESTS,), named="cuda_backend")
 DENSE = Selection(
     tuple(
@@ -60,7 +63,7 @@ class Outcomes:
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Tests that passed in an earlier start need not run again."""
         passed = {x["test"] for x in self.session.lines.find("test", outcome="passed")}
-        items[:] = [item for item in items if item.nodeid not in passed]
+        items[:] = in_turns([item for item in items if item.nodeid not in passed])
 
     def pytest_runtest_setup(self, item: Any) -> None:
         """Stop between two tests when the piece's time is up."""
@@ -84,6 +87,19 @@ class Outcomes:
         )
         if report.outcome == "failed":
             self.failed.append(report.nodeid)
+
+
+def in_turns(items: list[Any]) -> list[Any]:
+    """A case of every test before the second of any, so that time ends where least is left to see;
+    tests marked ``first`` before the others."""
+    cases = Counter[str]()
+
+    def turn(item: Any) -> tuple[bool, int]:
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        return item.get_closest_marker("first") is None, cases[test]
+
+    return sorted(items, key=turn)
 
 
 def run_tests(selection: Selection, session: Session) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,19 @@ def test_pieces_have_distinct_names_and_the_named_tests_exist():
         assert len(set(names)) == len(names)
     for selection in (CUDA, DECODER, DENSE, FIRST, KERNELS, MEMORY):
         assert all((ROOT / file).exists() for file in selection.files)
+
+
+def test_every_test_has_a_turn_before_any_has_two():
+    """Time ends a selection: within a file's first test there may be cases for all of it."""
+    from bench.suite.testing import in_turns
+
+    told = [("a::x[1]", 1), ("a::x[2]", 1), ("a::x[3]", 0), ("a::y", 0), ("b::x[1]", 1)]
+    items = [
+        SimpleNamespace(nodeid=name, get_closest_marker={"first": first or None}.get)
+        for name, first in [*told, ("b::z", 1)]
+    ]
+    ordered = [item.nodeid for item in in_turns(items)]
+    assert ordered == ["a::x[1]", "b::x[1]", "b::z", "a::x[2]", "a::y", "a::x[3]"]
 
 
 def test_the_map_is_large_enough_to_be_held_out():
