@@ -284,9 +284,9 @@ class ModelRunner:
                 base, placement = self._tried(self._base, second)
                 split = probe.splits(self._head, base, out.logits, self.dtype)
                 split = split and is_bare(self.model)
-            if split and self._op is not None:
-                lean = self._new_lean()
-                if lean is not None and lean.equals(base.last_hidden_state, second, placement):
+            if split and self._op is not None and (lean := self._new_lean()) is not None:
+                is_rounding = partial(probe.is_rounding, self.model, ids)
+                if lean.equals(base.last_hidden_state, second, placement, is_rounding):
                     self._lean = lean
         self.cache.scrub(slice(len(ids)))
         return split

@@ -13,8 +13,8 @@ from .by_device import (
     run_layers,
     runs_linear,
     runs_norm,
-    same_states,
     set_mlp,
+    states_apart,
 )
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "run_layers",
     "runs_linear",
     "runs_norm",
-    "same_states",
     "set_mlp",
+    "states_apart",
     "stored_weight",
     "tell_format",
 ]

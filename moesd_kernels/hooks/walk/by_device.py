@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,13 +92,14 @@ def set_mlp(stack: Any, module: nn.Module) -> bool:
     return set_mlp(stack, module)
 
 
-def same_states(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two forwards' states ``[T, H]`` are one: to the bit, or on a GPU to rounding."""
+def states_apart(ours: Tensor, theirs: Tensor) -> float:
+    """How far our states ``[T, H]`` are from theirs: on a GPU as a share of these, elsewhere any
+    other bit is too far."""
     if not on_gpu(ours.device):
-        return torch.equal(ours, theirs)
-    from .device_blocks import rows_alike
+        return 0.0 if torch.equal(ours, theirs) else math.inf
+    from .device_blocks import rows_apart
 
-    return rows_alike(ours, theirs)
+    return rows_apart(ours, theirs)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny import MOE_VOCAB, ragged_prompts
 
-from decoder.model import kernels
+from decoder.model import kernels, probe
 from decoder.model.runner import ModelRunner
 from moesd_kernels.hooks.walk.joined import joined
 
@@ -204,6 +204,29 @@ def test_what_shares_memory_with_other_tensors_is_not_moved():
     assert ModelRunner(model, 1, 32)._lean is not None
     shared = build("Qwen3", torch.float32).share_memory()
     assert ModelRunner(shared, 1, 32)._lean is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "apart", "rounding", "taken"),
+    [
+        (torch.bfloat16, 0.05, 0.0, True),
+        (torch.bfloat16, 0.15, 0.1, True),
+        (torch.bfloat16, 0.15, 0.05, False),
+        (torch.bfloat16, float("inf"), 9.0, False),
+        (torch.bfloat16, float("nan"), 9.0, False),
+        (torch.float32, 0.15, 0.1, False),
+    ],
+    ids=str,
+)
+def test_states_may_differ_by_what_the_model_makes_of_a_rounding(
+    monkeypatch, dtype, apart, rounding, taken
+):
+    """On a GPU sums have other orders, and a deep model's routers and sharp attention multiply
+    their rounding: states of the presets' random models differ by a tenth."""
+    model = build("Qwen2Moe", dtype)
+    monkeypatch.setattr(kernels.walk(), "states_apart", lambda *_: apart)
+    monkeypatch.setattr(probe, "_sensitivity", lambda *_: rounding)
+    assert (ModelRunner(model, 1, 32)._lean is not None) == taken
 
 
 def test_weights_can_be_trained_and_stored_as_before(tmp_path):
