@@ -108,6 +108,8 @@ def jobs(arch):
     for shared in (False, True):
         sizes = {"TOPK": 8, "SPLIT_K": 1, "SUMMED": False, "SHARED": shared, "BLOCK_H": 4096}
         add("combine_norm", sizes, {"num_warps": 8})
+    # Of one token, whose experts' outputs are combined already.
+    add("combine_norm", sizes | {"SUMMED": True, "partial_ptr": "*bf16"}, {"num_warps": 8})
     return [*found.values(), *quantised_jobs(arch)]
 
 
