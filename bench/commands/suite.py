@@ -11,6 +11,7 @@ second start with that file goes on where the first stopped. Tuned tiles go to
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -69,6 +70,9 @@ def _work(args: argparse.Namespace) -> int:
     from bench.suite.sizes import DRY, FULL
     from bench.suite.worker import work
 
+    logging.basicConfig()  # to the log, where it is told what runs, and why not something faster
+    for room in ("decoder", "moesd_kernels"):
+        logging.getLogger(room).setLevel(logging.INFO)
     device = torch.device("cpu" if args.dry_run else "cuda")
     sizes = DRY if args.dry_run else FULL
     session = Session(device, sizes, Lines(args.out, device), args.out, args.fused_moe_source)

@@ -209,6 +209,7 @@ def test_a_dry_run_does_all_of_it_and_a_second_start_nothing_again(tmp_path, cap
     if not torch.cuda.is_available():
         assert needs_gpu == {"cuda-tests", "cuda-dry", "memcheck"}
     assert len(list(out.iterdir())) <= 8
+    assert "use backend" in (out / "suite.log").read_text(), "what ran is told"
     measured = [line for line in lines.seen if line["kind"] in ("kernel", "decode", "tune", "fit")]
     cells = sum(len(gammas) for _, gammas in DRY.cells)
     assert len(lines.find("decode")) == cells
