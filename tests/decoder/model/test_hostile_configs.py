@@ -254,7 +254,11 @@ COMMANDS = {
         "a GGUF file is given by its own path",
     ),
     "code": (*CONFIGS["code of its own"][:1], ["--target"], "which is never run"),
-    "a draft's code": (*CONFIGS["code of its own"][:1], ["--draft"], "which is never run"),
+    "a draft's code": (
+        CONFIGS["code of its own"][0],
+        ["--target", "embedded", "--draft"],  # loaded first: not the default, which is large
+        "which is never run",
+    ),
     "a draft nobody asks": (
         removed(CONFIG),
         ["--drafter", "ngram", "--draft"],
