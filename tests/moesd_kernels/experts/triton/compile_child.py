@@ -59,6 +59,8 @@ TYPES = {
 DIVISIBLE = ("H", "I", "stride_xt", "stride_we", "stride_wn", "stride_be", "stride_ot")
 # Of a launch that finds its rows in tables; none of them changes a tile.
 SIZES = {"TOPK": 8, "N_PAD": 0, "E_PAD": 0, "CHUNKS": 0, "SPLIT_K": 1, "ROUTING": 0}
+# Of one that finds them by itself: one value, the largest that tuning may ask for.
+INLINE = SIZES | {"N_PAD": 1024, "E_PAD": 512, "CHUNKS": 1}
 PLAIN = {
     "ACTIVATION": 0,
     "GATED": True,
@@ -74,13 +76,17 @@ PLAIN = {
 }
 
 
+def key(kernel, constexprs, options):
+    """What a job's code depends on."""
+    return kernel, tuple(sorted(constexprs.items())), tuple(sorted(options.items()))
+
+
 def jobs(arch):
     """Distinct (kernel, constexprs, options) over all layers, tokens and both modes."""
     found = {}
 
-    def add(kernel, constexprs, options):
-        key = kernel, tuple(sorted(constexprs.items())), tuple(sorted(options.items()))
-        found.setdefault(key, (kernel, constexprs, options))
+    def add(*job):
+        found.setdefault(key(*job), job)
 
     for E, K, H, I in LAYERS.values():
         for T in TOKENS:
@@ -96,11 +102,10 @@ def jobs(arch):
                 gate_up, down = chosen.gate_up, chosen.down
                 pairs = T * K
                 routing = 2 if T == 1 else 1 if pairs <= chosen.inline_pairs else 0
-                # One value for sizes that change no tile, the largest that tuning may ask for.
-                sizes = {"TOPK": 8, "N_PAD": 1024, "E_PAD": 512, "CHUNKS": 1, "ROUTING": routing}
+                sizes = (INLINE if routing == 1 else SIZES) | {"ROUTING": routing}
                 add("gate_up", sizes | gate_up.constexprs(), gate_up.options())
                 split = {"SPLIT_K": down.split_k, "ROUTING": 2 if T == 1 else 0}
-                add("down", split | down.constexprs(), down.options())
+                add("down", SIZES | split | down.constexprs(), down.options())
     for pairs, warps in ((1024, 4), (2048, 4), (MAX_PAIRS, 8)):
         add("plan", plan_sizes(pairs, 300) | {"BLOCK_M": 64}, {"num_warps": warps})
     for split in (1, 8):
@@ -153,8 +158,8 @@ def quantised_jobs(arch):
 
 
 def candidate_jobs():
-    """What tuning may try on sm_90 beside the selector's choices."""
-    found = {}
+    """What tuning may try on sm_90 beside the selector's choices, which ``jobs`` has."""
+    chosen, found = {key(*job) for job in jobs(90)}, {}
     for layer, T in itertools.product(LAYERS.values(), TOKENS):
         shape = LayerShape(*layer, T)
         start = model_choice(shape, torch.bfloat16, H200)
@@ -170,7 +175,8 @@ def candidate_jobs():
                     job = (name, SIZES | tile.constexprs(), tile.options())
                 else:
                     continue
-                found.setdefault(str(job), job)
+                if key(*job) not in chosen:
+                    found.setdefault(key(*job), job)
     return list(found.values())
 
 
