@@ -10,7 +10,7 @@ from moesd_kernels.library import SOURCE_ROOT
 
 FILES = sorted(path for path in SOURCE_ROOT.rglob("*") if path.is_file())
 NAMES = [str(path.relative_to(SOURCE_ROOT)) for path in FILES]
-ROOMS = ("formats", "int8", "recurrent", "sampling")
+ROOMS = ("formats", "int8", "int8/vnni", "recurrent", "sampling")
 KERNEL_ROOMS = tuple(f"cpu/kernels/{room}" for room in ROOMS)
 # What each room may include besides itself: kernels reach the ops through types.h's KernelTable.
 MAY_INCLUDE = {
@@ -19,6 +19,7 @@ MAY_INCLUDE = {
     "cpu/kernels": {"cpu", "cpu/kernels/formats"},
     "cpu/kernels/formats": {"cpu", "cpu/kernels"},
     "cpu/kernels/int8": {"cpu", "cpu/kernels", "cpu/kernels/formats"},
+    "cpu/kernels/int8/vnni": {"cpu", "cpu/kernels", "cpu/kernels/formats", "cpu/kernels/int8"},
     "cpu/kernels/recurrent": {"cpu", "cpu/kernels"},
     "cpu/kernels/sampling": {"cpu", "cpu/kernels"},
     "cpu/isa": {"cpu", "cpu/kernels", *KERNEL_ROOMS, "cpu/isa/amx"},

@@ -20,8 +20,8 @@
 #include "amx/product.h"
 #endif
 #ifdef MOESD_AVX512_BF16
-#include "../kernels/int8/vnni_product.h"
-#include "../kernels/int8/vnni_row_product.h"
+#include "../kernels/int8/vnni/product.h"
+#include "../kernels/int8/vnni/row_product.h"
 #endif
 
 namespace moesd::MOESD_ISA {

@@ -10,7 +10,7 @@
 
 #include "decoders.h"
 #include "../../kernels/for_size.h"
-#include "../../kernels/int8/vnni_scales.h"
+#include "../../kernels/int8/vnni/scales.h"
 
 namespace moesd::MOESD_ISA {
 

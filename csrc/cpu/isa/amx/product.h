@@ -4,7 +4,7 @@
 #pragma once
 
 #include "tiles.h"
-#include "../../kernels/int8/vnni_product.h"
+#include "../../kernels/int8/vnni/product.h"
 
 namespace moesd::MOESD_ISA {
 

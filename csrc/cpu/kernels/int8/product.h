@@ -1,5 +1,5 @@
 // Products of sixteen weight rows and up to sixteen rows of activations, both integers, on any
-// processor; vnni_product.h is the same in AVX-512.
+// processor; vnni/product.h is the same in AVX-512.
 //
 // Invariance: an output is the sum over runs, in ascending order, of the run's products, an exact
 // integer (two where its halves have scales of their own), times both scales, and of the weights'

@@ -23,7 +23,7 @@ struct FourRows {
     }
 };
 
-// Works on any processor; vnni_row_product.h is the same in AVX-512.
+// Works on any processor; vnni/row_product.h is the same in AVX-512.
 class PlainRowProduct {
 public:
     static constexpr int kTokens = 4;  // of a tile

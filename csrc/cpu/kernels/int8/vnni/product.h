@@ -2,10 +2,10 @@
 // broadcast to all of them.
 #pragma once
 
-#include "../for_size.h"
-#include "vnni.h"
-#include "vnni_codes.h"
-#include "vnni_scales.h"
+#include "../../for_size.h"
+#include "codes.h"
+#include "instruction.h"
+#include "scales.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -2,7 +2,7 @@
 // tiles of them spill at every step.
 #pragma once
 
-#include "../../types.h"
+#include "../../../types.h"
 
 namespace moesd::MOESD_ISA {
 

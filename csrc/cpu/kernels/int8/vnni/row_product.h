@@ -1,8 +1,8 @@
 // PlainRowProduct with AVX-512-VNNI: lanes hold parts of a sum, as they do for plain weights.
 #pragma once
 
-#include "row_product.h"
-#include "vnni.h"
+#include "../row_product.h"
+#include "instruction.h"
 
 namespace moesd::MOESD_ISA {
 

@@ -1,7 +1,7 @@
 // Bytes of sixteen rows, turned round.
 #pragma once
 
-#include "product.h"
+#include "../product.h"
 
 namespace moesd::MOESD_ISA {
 
