@@ -20,18 +20,19 @@ public:
             : tiles(rows < kPanelRows ? static_cast<int>(rows) : kPanelRows, kRun) {}
     };
 
-    // A tile's product is of a whole run.
+    // A tile's product is of a whole run, with one scale.
     template <Scaling S>
     static void add(const CodeTile& tile, const Panel& x, int rows, float* sums,
                     WeightsAhead& ahead) {
-        if (S == Scaling::kHalves || rows <= kFusedRows) {
-            return VnniProduct::add<S>(tile, x, rows, sums, ahead);
-        }
         if constexpr (S != Scaling::kHalves) {
-            // In steps of four: rows that are missing have sums nobody reads.
-            for_size<kPanelRows / 4>(
-                (rows + 3) / 4, [&]<int Fours>() { add_rows<S, 4 * Fours>(tile, x, sums, ahead); });
+            if (rows > kFusedRows) {
+                // In steps of four: rows that are missing have sums nobody reads.
+                return for_size<kPanelRows / 4>((rows + 3) / 4, [&]<int Fours>() {
+                    add_rows<S, 4 * Fours>(tile, x, sums, ahead);
+                });
+            }
         }
+        VnniProduct::add<S>(tile, x, rows, sums, ahead);
     }
 
 private:

@@ -24,107 +24,110 @@ struct BlockPlace {
     int64_t passed() const { return run * (Bytes / Runs); }
 };
 
-// d * q: fp16 d, then 32 signed bytes q.
-template <class X>
-class Q8_0 {
+// Rows of blocks, which begin at codes(place).
+class Blocks {
 public:
-    using Place = BlockPlace<34>;
+    explicit Blocks(const StoredRow& row) : blocks_(row.data) {}
 
-    explicit Q8_0(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
-
-    void decode(const Place& at, X* out) {
-        const uint8_t* block = blocks_ + at.block;
-        scale_run(block + sizeof(half), splat(load_at<half>(block)), out);
-    }
-
-    static constexpr Packing kPacking = Packing::kBytes;
-    static constexpr int kMiddle = 128;
-    static constexpr Scaling kScaling = Scaling::kOne;
-    using Scale = half;
-    const uint8_t* packed(const Place& at) const { return codes(at) + sizeof(half); }
-    const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
-    void scale_to(const Place& at, float* scale, float* least) const {
-        *scale = widened(load_at<half>(blocks_ + at.block)), *least = 0.0f;
+    template <class Place>
+    const uint8_t* codes(const Place& at) const {
+        return blocks_ + at.block;
     }
 
 private:
     const uint8_t* blocks_;
+};
+
+// Blocks that begin with fp16 d, the scale of their codes, and if S says so fp16 m, their least.
+template <Scaling S>
+class ScaledBlocks : public Blocks {
+public:
+    using Blocks::Blocks;
+
+    static constexpr Scaling kScaling = S;
+    using Scale = half;
+    template <class Place>
+    const uint8_t* scale(const Place& at) const {
+        return codes(at);
+    }
+    template <class Place>
+    void scale_to(const Place& at, float* scale, float* least) const {
+        *scale = widened(load_at<half>(codes(at))), *least = 0.0f;
+        if (S == Scaling::kAndLeast) *least = widened(load_at<half>(codes(at) + sizeof(half)));
+    }
+
+protected:
+    template <class Place>
+    Vec d(const Place& at) const {
+        return splat(load_at<half>(codes(at)));
+    }
+    template <class Place>
+    Vec m(const Place& at) const {
+        return splat(load_at<half>(codes(at) + sizeof(half)));
+    }
+};
+
+// d * q: fp16 d, then 32 signed bytes q.
+template <class X>
+class Q8_0 : public ScaledBlocks<Scaling::kOne> {
+public:
+    using Place = BlockPlace<34>;
+
+    using ScaledBlocks::ScaledBlocks;
+
+    void decode(const Place& at, X* out) { scale_run(packed(at), d(at), out); }
+
+    static constexpr Packing kPacking = Packing::kBytes;
+    static constexpr int kMiddle = 128;
+    const uint8_t* packed(const Place& at) const { return codes(at) + sizeof(half); }
 };
 
 // d * (q - 8): fp16 d, then 16 bytes; byte i holds weight i in its low half and 16 + i in its high.
 template <class X>
-class Q4_0 {
+class Q4_0 : public ScaledBlocks<Scaling::kOne> {
 public:
     using Place = BlockPlace<18>;
 
-    explicit Q4_0(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+    using ScaledBlocks::ScaledBlocks;
 
     static constexpr const float (&kCodes)[16] = kMinus8To7;
 
     auto value(const Place& at) const {
-        const Vec d = splat(load_at<half>(blocks_ + at.block));
-        return [=](Vec q) { return mul(d, q); };
+        return [d = d(at)](Vec q) { return mul(d, q); };
     }
 
     template <class P>
     void look_up(const Place& at, const P& palette, X* out) const {
-        palette.template look_up<Nibbles::kSplit>(codes(at) + sizeof(half), out);
+        palette.template look_up<Nibbles::kSplit>(packed(at), out);
     }
 
     static constexpr Packing kPacking = Packing::kSplit;
     static constexpr int kMiddle = 8;
-    static constexpr Scaling kScaling = Scaling::kOne;
-    using Scale = half;
     const uint8_t* packed(const Place& at) const { return codes(at) + sizeof(half); }
-    const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
-    void scale_to(const Place& at, float* scale, float* least) const {
-        *scale = widened(load_at<half>(blocks_ + at.block)), *least = 0.0f;
-    }
-
-private:
-    const uint8_t* blocks_;
 };
 
 // d * q + m: fp16 d and m, then 16 bytes as in Q4_0.
 template <class X>
-class Q4_1 {
+class Q4_1 : public ScaledBlocks<Scaling::kAndLeast> {
 public:
     using Place = BlockPlace<20>;
 
-    explicit Q4_1(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+    using ScaledBlocks::ScaledBlocks;
 
     static constexpr const float (&kCodes)[16] = kZeroToFifteen;
 
     auto value(const Place& at) const {
-        const uint8_t* block = blocks_ + at.block;
-        const Vec d = splat(load_at<half>(block)), m = splat(load_at<half>(block + 2));
-        return [=](Vec q) { return add(mul(d, q), m); };
+        return [d = d(at), m = m(at)](Vec q) { return add(mul(d, q), m); };
     }
 
     template <class P>
     void look_up(const Place& at, const P& palette, X* out) const {
-        palette.template look_up<Nibbles::kSplit>(codes(at) + 4, out);
+        palette.template look_up<Nibbles::kSplit>(packed(at), out);
     }
 
     static constexpr Packing kPacking = Packing::kSplit;
     static constexpr int kMiddle = 0;
-    static constexpr Scaling kScaling = Scaling::kAndLeast;
-    using Scale = half;
     const uint8_t* packed(const Place& at) const { return codes(at) + 4; }
-    const uint8_t* scale(const Place& at) const { return blocks_ + at.block; }
-    void scale_to(const Place& at, float* scale, float* least) const {
-        const uint8_t* block = blocks_ + at.block;
-        *scale = widened(load_at<half>(block)), *least = widened(load_at<half>(block + 2));
-    }
-
-private:
-    const uint8_t* blocks_;
 };
 
 // The values of codes of five bits.
@@ -165,66 +168,40 @@ inline void decode_five_bits(const uint8_t* halves, uint32_t fifth, const F& val
 
 // d * (q - 16): fp16 d, then the fifth bits and the sixteen bytes of q.
 template <class X>
-class Q5_0 {
+class Q5_0 : public ScaledBlocks<Scaling::kOne> {
 public:
     using Place = BlockPlace<22>;
 
-    explicit Q5_0(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+    using ScaledBlocks::ScaledBlocks;
 
     void decode(const Place& at, X* out) {
-        const Vec d = splat(load_at<half>(codes(at)));
-        decode_five_bits(
-            packed(at), load_at<uint32_t>(upper(at)),
-            [=](Vec q) { return mul(d, sub(q, splat(16.0f))); }, out);
+        const auto value = [d = d(at)](Vec q) { return mul(d, sub(q, splat(16.0f))); };
+        decode_five_bits(packed(at), load_at<uint32_t>(upper(at)), value, out);
     }
 
     static constexpr Packing kPacking = Packing::kFiveBits;
     static constexpr int kMiddle = 16;
-    static constexpr Scaling kScaling = Scaling::kOne;
-    using Scale = half;
     const uint8_t* packed(const Place& at) const { return codes(at) + 6; }
     const uint8_t* upper(const Place& at) const { return codes(at) + 2; }
-    const uint8_t* scale(const Place& at) const { return codes(at); }
-    void scale_to(const Place& at, float* scale, float* least) const {
-        *scale = widened(load_at<half>(codes(at))), *least = 0.0f;
-    }
-
-private:
-    const uint8_t* blocks_;
 };
 
 // d * q + m: fp16 d and m, then as Q5_0.
 template <class X>
-class Q5_1 {
+class Q5_1 : public ScaledBlocks<Scaling::kAndLeast> {
 public:
     using Place = BlockPlace<24>;
 
-    explicit Q5_1(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+    using ScaledBlocks::ScaledBlocks;
 
     void decode(const Place& at, X* out) {
-        const Vec d = splat(load_at<half>(codes(at))), m = splat(load_at<half>(codes(at) + 2));
-        decode_five_bits(
-            packed(at), load_at<uint32_t>(upper(at)), [=](Vec q) { return add(mul(d, q), m); },
-            out);
+        const auto value = [d = d(at), m = m(at)](Vec q) { return add(mul(d, q), m); };
+        decode_five_bits(packed(at), load_at<uint32_t>(upper(at)), value, out);
     }
 
     static constexpr Packing kPacking = Packing::kFiveBits;
     static constexpr int kMiddle = 0;
-    static constexpr Scaling kScaling = Scaling::kAndLeast;
-    using Scale = half;
     const uint8_t* packed(const Place& at) const { return codes(at) + 8; }
     const uint8_t* upper(const Place& at) const { return codes(at) + 4; }
-    const uint8_t* scale(const Place& at) const { return codes(at); }
-    void scale_to(const Place& at, float* scale, float* least) const {
-        *scale = widened(load_at<half>(codes(at))), *least = widened(load_at<half>(codes(at) + 2));
-    }
-
-private:
-    const uint8_t* blocks_;
 };
 
 }  // namespace moesd::MOESD_ISA

@@ -9,8 +9,27 @@ using Words = uint16_t __attribute__((vector_size(kRun)));  // of codes; shifts 
 
 // The scales and minima of Q4_K's and Q5_K's blocks, which begin with fp16 d and dmin and 12 bytes
 // of a 6-bit s and m for each of eight runs: d * s and dmin * m.
-class SixBitScales {
+class SixBitScales : public Blocks {
+public:
+    using Blocks::Blocks;
+
+    static constexpr Scaling kScaling = Scaling::kAndLeast;
+    template <class Place>
+    void scale_to(const Place& at, float* scale, float* least) {
+        if (at.enters) take_scales(codes(at));
+        *scale = scales_[at.run], *least = -minima_[8 + at.run];
+    }
+
 protected:
+    // What codes of a run stand for.
+    template <class Place>
+    auto values(const Place& at) {
+        if (at.enters) take_scales(codes(at));
+        const Vec scale = splat(scales_[at.run]), minimum = splat(minima_[8 + at.run]);
+        return [=](Vec q) { return sub(mul(scale, q), minimum); };
+    }
+
+private:
     // The first four runs have bytes of their own, of which the two upper bits serve the last four.
     void take_scales(const uint8_t* block) {
         const uint8_t* packed = block + 4;
@@ -40,36 +59,21 @@ class Q4_K : public SixBitScales {
 public:
     using Place = BlockPlace<144, 8>;
 
-    explicit Q4_K(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+    using SixBitScales::SixBitScales;
 
     static constexpr const float (&kCodes)[16] = kZeroToFifteen;
 
-    auto value(const Place& at) {
-        if (at.enters) take_scales(blocks_ + at.block);
-        const Vec scale = splat(scales_[at.run]), minimum = splat(minima_[8 + at.run]);
-        return [=](Vec q) { return sub(mul(scale, q), minimum); };
-    }
+    auto value(const Place& at) { return values(at); }
 
     template <class P>
     void look_up(const Place& at, const P& palette, X* out) const {
-        const uint8_t* run = codes(at) + 16 + at.run / 2 * kRun;
-        if (at.run % 2 == 0) palette.template look_up<Nibbles::kLow>(run, out);
-        else palette.template look_up<Nibbles::kHigh>(run, out);
+        if (at.run % 2 == 0) palette.template look_up<Nibbles::kLow>(packed(at), out);
+        else palette.template look_up<Nibbles::kHigh>(packed(at), out);
     }
 
     static constexpr Packing kPacking = Packing::kAlternating;
     static constexpr int kMiddle = 0;
-    static constexpr Scaling kScaling = Scaling::kAndLeast;
     const uint8_t* packed(const Place& at) const { return codes(at) + 16 + at.run / 2 * kRun; }
-    void scale_to(const Place& at, float* scale, float* least) {
-        if (at.enters) take_scales(blocks_ + at.block);
-        *scale = scales_[at.run], *least = -minima_[8 + at.run];
-    }
-
-private:
-    const uint8_t* blocks_;
 };
 
 // d * s * q - dmin * m, in blocks of 256: d, dmin, s and m as in Q4_K, 32 bytes with the fifth bits
@@ -79,14 +83,10 @@ class Q5_K : public SixBitScales {
 public:
     using Place = BlockPlace<176, 8>;
 
-    explicit Q5_K(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+    using SixBitScales::SixBitScales;
 
     void decode(const Place& at, X* out) {
-        if (at.enters) take_scales(codes(at));
-        const Vec scale = splat(scales_[at.run]), minimum = splat(minima_[8 + at.run]);
-        const auto value = [=](Vec q) { return sub(mul(scale, q), minimum); };
+        const auto value = values(at);
         if constexpr (kHasTwoPalettes<X>) {
             const TwoPalettes<X> numbers = thirty_two<X>(value);
             const uint32_t fifth = numbers.bit_of(upper(at), at.run);
@@ -102,16 +102,8 @@ public:
 
     static constexpr Packing kPacking = Packing::kFiveBitsOfBlock;
     static constexpr int kMiddle = 0;
-    static constexpr Scaling kScaling = Scaling::kAndLeast;
     const uint8_t* packed(const Place& at) const { return codes(at) + 48 + at.run / 2 * kRun; }
     const uint8_t* upper(const Place& at) const { return codes(at) + 16; }
-    void scale_to(const Place& at, float* scale, float* least) {
-        if (at.enters) take_scales(codes(at));
-        *scale = scales_[at.run], *least = -minima_[8 + at.run];
-    }
-
-private:
-    const uint8_t* blocks_;
 };
 
 // d * s * (q - 32), in blocks of 256: 128 bytes of lower halves of q, 64 of its upper two bits, 16
@@ -119,16 +111,14 @@ private:
 // those bytes: its four runs take the low halves of the first 32, of the second, their high halves,
 // and bits 0-1, 2-3, 4-5 and 6-7 of the upper ones.
 template <class X>
-class Q6_K {
+class Q6_K : public Blocks {
 public:
     using Place = BlockPlace<210, 8>;
 
-    explicit Q6_K(const StoredRow& row) : blocks_(row.data) {}
-
-    const uint8_t* codes(const Place& at) const { return blocks_ + at.block; }
+    using Blocks::Blocks;
 
     void decode(const Place& at, X* out) {
-        if (at.enters) take(blocks_ + at.block);
+        if (at.enters) take(codes(at));
         const uint8_t* codes = codes_ + at.run * kRun;
         const Vec scales[2] = {splat(scales_[2 * at.run]), splat(scales_[2 * at.run + 1])};
 #pragma GCC unroll 4
@@ -174,7 +164,6 @@ private:
         }
     }
 
-    const uint8_t* blocks_;
     alignas(64) float scales_[16];
     alignas(64) uint8_t codes_[8 * kRun];  // q - 32
 };

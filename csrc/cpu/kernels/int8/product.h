@@ -33,6 +33,11 @@ using ReadCodes = void(const StoredRow (&rows)[kTileRows], int64_t k, WeightsAhe
 using ReadAndAdd = void(const StoredRow (&rows)[kTileRows], int64_t runs, const Panel& x, int count,
                         float* sums, WeightsAhead& ahead);
 
+// Adds the products of a tile's runs with rows of a panel to `sums`, [row of the panel][row of the
+// tile].
+using AddProducts = void(const CodeTile& tile, const Panel& x, int rows, float* sums,
+                         WeightsAhead& ahead);
+
 // The order of a run's codes: codes of two adjacent weights that share a byte come apart, the even
 // ones first, and so do the activations.
 template <class Format>
@@ -60,7 +65,6 @@ public:
         }
     }
 
-    // Adds the products with the tile's runs to `sums`, [row of the panel][row of the tile].
     template <Scaling S>
     static void add(const CodeTile& tile, const Panel& x, int rows, float* sums, WeightsAhead&) {
         for (int64_t run = 0; run < tile.runs; ++run) {
@@ -113,13 +117,13 @@ private:
 struct CodeReader {
     ReadCodes* read;
     ReadAndAdd* read_and_add;  // of products with kFusedRows
-    Scaling scaling;
+    AddProducts* add;
     PanelOrder order;
 };
 
 template <class Product>
 constexpr CodeReader code_reader_of(WeightFormat format) {
-    constexpr CodeReader kNone{nullptr, nullptr, Scaling::kOne, {false, false, 0}};
+    constexpr CodeReader kNone{nullptr, nullptr, nullptr, {false, false, 0}};
     return of_format(format, kNone, []<template <class> class Format>() -> CodeReader {
         using F = Format<float>;
         if constexpr (requires { F::kPacking; }) {
@@ -128,7 +132,8 @@ constexpr CodeReader code_reader_of(WeightFormat format) {
                 read_and_add = Product::template read_and_add<F>;
             }
             constexpr PanelOrder kOrder{kEvenFirst<F>, F::kScaling == Scaling::kHalves, F::kMiddle};
-            return {Product::template read<F>, read_and_add, F::kScaling, kOrder};
+            return {Product::template read<F>, read_and_add, Product::template add<F::kScaling>,
+                    kOrder};
         } else {
             return kNone;
         }

@@ -42,17 +42,6 @@ struct RowsOfTile {
     }
 };
 
-template <class Product>
-void add_for(Scaling scaling, const CodeTile& tile, const Panel& x, int rows, float* sums,
-             WeightsAhead& ahead) {
-    const auto add = [&]<Scaling S>() { Product::template add<S>(tile, x, rows, sums, ahead); };
-    switch (scaling) {
-        case Scaling::kOne: return add.template operator()<Scaling::kOne>();
-        case Scaling::kAndLeast: return add.template operator()<Scaling::kAndLeast>();
-        case Scaling::kHalves: return add.template operator()<Scaling::kHalves>();
-    }
-}
-
 // sums[i]: of panel first + i, for `count` <= kTilePanels, [row of the panel][row of the tile].
 template <class Product>
 void tile_sums(const CodeReader& reader, const RowsOfTile& tile_rows, const Panels& panels,
@@ -75,8 +64,7 @@ void tile_sums(const CodeReader& reader, const RowsOfTile& tile_rows, const Pane
         reader.read(tile_rows.rows, run * kRun, ahead, tile);
         for (int64_t i = 0; i < count; ++i) {
             const Panel x(panels[first + i], run);
-            const int rows = panels.rows_of(first + i);
-            add_for<Product>(reader.scaling, tile, x, rows, sums[i], ahead);
+            reader.add(tile, x, panels.rows_of(first + i), sums[i], ahead);
         }
     }
 }

@@ -21,6 +21,23 @@ inline __m512i distances(const StoredRow (&rows)[kTileRows], const uint8_t* Stor
 
 inline Vec widened_halves(__m512i words) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)); }
 
+// Rows of which four bytes each are gathered.
+class GatheredRows {
+public:
+    template <class Place>
+    GatheredRows(const StoredRow (&rows)[kTileRows], const Place&)
+        : distances_(distances(rows, &StoredRow::data)) {}
+
+protected:
+    // Of the first row they lie at `first`.
+    __m512i words(const uint8_t* first) const {
+        return _mm512_i32gather_epi32(distances_, first, 1);
+    }
+
+private:
+    const __m512i distances_;
+};
+
 // The scales, and leasts, of a format's runs, one after another.
 template <class Format>
 class ScalesOfTile;
@@ -31,23 +48,19 @@ concept HasScale = requires { typename Format::Scale; };
 // The blocks of GGUF files, whose scales are halves.
 template <class Format>
     requires HasScale<Format> && std::is_same_v<typename Format::Scale, half>
-class ScalesOfTile<Format> {
+class ScalesOfTile<Format> : public GatheredRows {
 public:
-    template <class Place>
-    ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place&)
-        : rows_(distances(rows, &StoredRow::data)) {}
+    using GatheredRows::GatheredRows;
 
     // What is read lies in the block that begins with the numbers.
     template <class Place>
     void read(const Format& first, const Place& at, Vec& scales, Vec& leasts) const {
-        const __m512i both = _mm512_i32gather_epi32(rows_, first.scale(at), 1);
+        const __m512i both = words(first.scale(at));
         scales = widened_halves(both);
-        if (Format::kScaling == Scaling::kAndLeast)
+        if (Format::kScaling == Scaling::kAndLeast) {
             leasts = widened_halves(_mm512_srli_epi32(both, 16));
+        }
     }
-
-private:
-    const __m512i rows_;
 };
 
 // Scales of a row one after another: sixteen bytes of each row at a time.
@@ -107,11 +120,9 @@ private:
 // Blocks of eight runs: d and dmin, then the factors that SixBitScales takes apart.
 template <class Format>
     requires std::is_base_of_v<SixBitScales, Format>
-class ScalesOfTile<Format> {
+class ScalesOfTile<Format> : public GatheredRows {
 public:
-    template <class Place>
-    ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place&)
-        : rows_(distances(rows, &StoredRow::data)) {}
+    using GatheredRows::GatheredRows;
 
     template <class Place>
     void read(const Format& first, const Place& at, Vec& scales, Vec& leasts) {
@@ -134,16 +145,15 @@ public:
 
 private:
     void take(const uint8_t* block) {
-        const __m512i both = _mm512_i32gather_epi32(rows_, block, 1);
+        const __m512i both = words(block);
         d_ = widened_halves(both);
         minus_least_ = sub(splat(0.0f), widened_halves(_mm512_srli_epi32(both, 16)));
 #pragma GCC unroll 3
         for (int i = 0; i < 3; ++i) {
-            packed_[i] = _mm512_i32gather_epi32(rows_, block + 4 + 4 * i, 1);
+            packed_[i] = words(block + 4 + 4 * i);
         }
     }
 
-    const __m512i rows_;
     Vec d_, minus_least_;
     __m512i packed_[3];
 };
@@ -151,11 +161,11 @@ private:
 // Blocks of eight runs: a signed byte for either half of each, and a d for all. `seconds`: the
 // scales of the second halves.
 template <class X>
-class ScalesOfTile<Q6_K<X>> {
+class ScalesOfTile<Q6_K<X>> : public GatheredRows {
 public:
     template <class Place>
     ScalesOfTile(const StoredRow (&rows)[kTileRows], const Place& at)
-        : distances_(distances(rows, &StoredRow::data)), first_(rows[0].data) {
+        : GatheredRows(rows, at), first_(rows[0].data) {
         for (int r = 0; r < kTileRows; ++r) rows_[r] = rows[r].data;
     }
 
@@ -173,15 +183,13 @@ public:
 private:
     void take(const uint8_t* block) {
         // d is the upper half of the last four bytes.
-        d_ = widened_halves(
-            _mm512_srli_epi32(_mm512_i32gather_epi32(distances_, block + 206, 1), 16));
-        __m512i words[4];
-        transpose([&](int r) { return rows_[r] + (block - first_) + 192; }, words);
+        d_ = widened_halves(_mm512_srli_epi32(words(block + 206), 16));
+        __m512i factors[4];
+        transpose([&](int r) { return rows_[r] + (block - first_) + 192; }, factors);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) _mm512_store_si512(factors_[i], words[i]);
+        for (int i = 0; i < 4; ++i) _mm512_store_si512(factors_[i], factors[i]);
     }
 
-    const __m512i distances_;
     const uint8_t* const first_;
     Vec d_;
     const uint8_t* rows_[kTileRows];
