@@ -23,8 +23,7 @@ from decoder.errors import RequestFailed
 
 torch.set_num_threads(1)
 
-# One layer: no call that fails lies between two. Of this seed's outputs, some are looked up.
-TARGET = tiny_moe(seed=8, layers=1)
+TARGET = tiny_moe()
 DRAFTERS: dict[str, Any] = {
     "none": None, "ngram": NgramDrafter(3, 1), "suffix": "suffix", "self": "self",
     "model": perturbed(TARGET, 3, 0.05),
