@@ -10,15 +10,13 @@ import pytest
 import torch
 from support.tiny import greedy_reference, random_prompts, tiny_model
 
-from decoder import SamplingParams, SpeculativeDecoder
+from decoder import SpeculativeDecoder
 from decoder.drafters import SelfDrafter
 from decoder.model.attention import NAME
 from decoder.model.runner import ModelRunner
 
 # Sinks and windows behind an eager attention; windows behind SDPA.
 ATTENTION = {"gpt_oss": "eager", "mistral": "sdpa", "gemma2": "eager"}
-# Four times the windows, and each row is used again.
-PARAMS = SamplingParams(max_new_tokens=24)
 IDS = torch.tensor([random_prompts(1, low=12)[0]])
 
 
@@ -107,7 +105,7 @@ def test_a_self_drafter_reduces_only_its_own_threads_routing():
     model = tiny_model("qwen3_moe")
     decoder = SpeculativeDecoder(model, SelfDrafter(1), 3, kernels=False, max_batch_size=2)
     prompt = random_prompts(1, low=9)[0]
-    expected, whole = plain(model), decoder.generate([prompt], PARAMS)[0].token_ids
+    expected, whole = plain(model), decoder.generate([prompt])[0].token_ids
     reduced = decoder.drafter._reduced
 
     def draft():
@@ -116,7 +114,7 @@ def test_a_self_drafter_reduces_only_its_own_threads_routing():
 
     drafted, beside = within(model, draft, lambda: plain(model))
     assert torch.equal(beside, expected) and not torch.equal(drafted, expected)
-    assert decoder.generate([prompt], PARAMS)[0].token_ids == whole
+    assert decoder.generate([prompt])[0].token_ids == whole
 
 
 def test_the_model_can_be_run_between_two_rounds():
@@ -129,7 +127,7 @@ def test_the_model_can_be_run_between_two_rounds():
         seen.append(torch.equal(plain(model), before))
         seen.append(model.generate(IDS, max_new_tokens=2, do_sample=False).shape[1] > IDS.shape[1])
 
-    outputs = decoder.generate(prompts, PARAMS, on_output=on_output)
+    outputs = decoder.generate(prompts, on_output=on_output)
     assert all(seen) and len(seen) == 10
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.token_ids == greedy_reference(model, prompt, len(output.token_ids))
@@ -141,7 +139,7 @@ def test_hooks_do_not_outlive_their_round():
     before, outputs = count(), []
     for _ in range(3):
         decoder = SpeculativeDecoder(model, SelfDrafter(1), 3, kernels=False, max_batch_size=2)
-        outputs.append([o.token_ids for o in decoder.generate(random_prompts(3), PARAMS)])
+        outputs.append([o.token_ids for o in decoder.generate(random_prompts(3))])
         assert count() == before
     assert outputs[0] == outputs[1] == outputs[2]
     with pytest.raises(ValueError, match="top_k must be below"):
