@@ -55,11 +55,13 @@ def expected(folder):
 # `python -m decoder` is, down to how its interpreter ends.
 COLD = "exec '{python}' -m decoder {arguments} >&- 2>&-"
 FORKS = """
-import json, os, resource, runpy, subprocess, sys
+import json, os, resource, runpy, signal, subprocess, sys
 import accelerate, decoder.cli.generate, decoder.cli.setup
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 folder, runs, pids = sys.argv[1], json.loads(sys.argv[2]), {}
+# A shell without a terminal has what it runs in the background ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for name, arguments in runs.items():
     pids[name] = os.fork()
     if pids[name] == 0:
