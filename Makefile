@@ -5,12 +5,16 @@ PYTEST := -m pytest -n auto --dist loadfile
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(shell find tests -type f))
 
-.PHONY: demo test test-oldest test-vllm test-sanitized families lint clean
+.PHONY: demo test pytest test-oldest test-vllm test-sanitized families lint clean
 
 demo: .venv/.ready
 	.venv/bin/python -m decoder
 
-test: lint
+# Side by side: a type checker has use for one core, and tests do not fill all cores to the end.
+test: .venv/.ready
+	$(MAKE) --jobs 2 lint pytest
+
+pytest: .venv/.ready
 	.venv/bin/python $(PYTEST)
 
 test-oldest: .venv-oldest/.ready

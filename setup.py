@@ -32,7 +32,8 @@ class Build(build_ext):
         device = {builder.module_name(device): device for device in DEVICES}[ext.name]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        builder.compile_library(device, target, builder.find_compiler(device))
+        objects = ROOT / "build" / "objects"
+        builder.compile_library(device, target, builder.find_compiler(device), objects)
 
 
 def build_options():

@@ -142,29 +142,49 @@ def _link_flags(device: str) -> list[str]:
     return [*flags, "-fopenmp", *_sanitizer_flags()]
 
 
-def compile_library(device: str, target: Path, compiler: str) -> None:
+def compile_library(device: str, target: Path, compiler: str, objects: Path | None = None) -> None:
     """Compiles every source of a device and links them into the shared library ``target``.
 
     Args:
         device: "cpu" or "cuda".
         target: path of the library; its directory must exist.
         compiler: what ``find_compiler`` found.
+        objects: folder in which what sees nothing of torch, more than half of the work, is found
+            again when the same sources are compiled for another torch.
 
     Raises:
         RuntimeError: the compiler failed; carries its last output.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        jobs = []
-        for name, flags in _source_flags(device).items():
-            compiled = Path(folder) / (name.replace("/", "-") + ".o")
-            jobs.append([compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(compiled)])
+        sources = _source_flags(device)
+        places = dict.fromkeys(sources, Path(folder))
+        if objects is not None:
+            apart = {k: v for k, v in sources.items() if str(_TORCH / "include") not in v}
+            kept = objects / _digest(device, _version(compiler), apart)
+            for old in {*objects.glob("*")} - {kept}:
+                shutil.rmtree(old)
+            places |= dict.fromkeys(apart, kept)
+
+        def compiled(name: str) -> str:
+            return str(_compiled(name, sources[name], compiler, places[name]))
+
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(_run, jobs))
+            parts = list(pool.map(compiled, sources))
         linked = Path(folder) / target.name
-        objects = [job[-1] for job in jobs]
-        _run([compiler, "-o", str(linked), *objects, *_link_flags(device)])
+        _run([compiler, "-o", str(linked), *parts, *_link_flags(device)])
         linked.chmod(0o755)  # whatever the umask: nobody else may write to code
         os.replace(linked, target)
+
+
+def _compiled(name: str, flags: Sequence[str], compiler: str, folder: Path) -> Path:
+    """The object of a source in ``folder``, made there where it is not."""
+    made = folder / f"{name.replace('/', '-')}.o"
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = made.with_suffix(f".{os.getpid()}")
+        _run([compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(part)])
+        os.replace(part, made)
+    return made
 
 
 def module_name(device: str) -> str:
@@ -213,7 +233,12 @@ def _source_files(device: str) -> list[Path]:
 
 
 def _cache_key(device: str, compiler: str) -> str:
-    facts = (torch.__version__, _version(compiler), _source_flags(device), _link_flags(device))
+    flags = _source_flags(device), _link_flags(device)
+    return _digest(device, torch.__version__, _version(compiler), *flags)
+
+
+def _digest(device: str, *facts: object) -> str:
+    """Of facts and of a device's sources."""
     digest = hashlib.sha256(repr(facts).encode())
     for path in _source_files(device):
         digest.update(str(path.relative_to(SOURCE_ROOT)).encode() + path.read_bytes())

@@ -55,6 +55,30 @@ def test_every_source_is_compiled(monkeypatch):
     assert {library.SOURCE_ROOT / name for name in compiled} == sources
 
 
+def test_what_sees_nothing_of_torch_is_compiled_once_for_every_torch(tmp_path, monkeypatch):
+    compiler, calls = tmp_path / "c++", tmp_path / "calls"
+    compiler.write_text(
+        f'#!/bin/sh\necho "$*" >> {calls}\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo object > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+
+    def compiled(version, objects=tmp_path / "objects"):
+        monkeypatch.setattr(library, "_TORCH", tmp_path / version)
+        calls.unlink(missing_ok=True)
+        library.compile_library("cpu", tmp_path / "library.so", str(compiler), objects)
+        lines = [line for line in calls.read_text().splitlines() if " -c " in line]
+        return {name for name in names if any(f"/{name} -o " in line for line in lines)}
+
+    names = library._source_flags("cpu").keys()
+    apart = {name for name in names if name.startswith("cpu/isa/")}
+    assert compiled("2.13") == names and apart and compiled("2.12") == names - apart
+    assert compiled("2.12", None) == names
+    monkeypatch.setenv("MOESD_SANITIZE", "address")
+    assert compiled("2.12") == names, "other flags"
+    assert len(list((tmp_path / "objects").iterdir())) == 1, "those of before are gone"
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_builds_anew_when_any_source_changes():
     root = library.SOURCE_ROOT.parent
