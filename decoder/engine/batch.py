@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from decoder.requests.outputs import TokenLogprob
+from decoder.requests.reader import Request
 from decoder.requests.sequence import ActiveSequence
 from decoder.round import StepState, Verdict
 from decoder.sampling import Probs, Sampler
@@ -43,6 +44,11 @@ class LiveBatch:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Of the live sequences, in their order."""
+        return [sequence.request for sequence in self.sequences]
 
     def startable(self, rounds: float) -> int:
         """Requests to start now: as many as rows are free, or none while they are few.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from decoder.offload import Offload
 from decoder.parallel.runner import target_runner
 from decoder.requests.outputs import Output, Progress, failure, unread
 from decoder.requests.params import SamplingParams
-from decoder.requests.reader import Prompt, Request, RequestReader, Unreadable
+from decoder.requests.reader import Params, Prompt, Read, Request, RequestReader, Unreadable
 from decoder.requests.sequence import ActiveSequence
 from decoder.sampling import Sampler
 from decoder.sampling.sampler import VerifierName
@@ -36,8 +36,6 @@ from .rounds import Rounds
 from .settings import checked_length, loaded, make_controller, use_kernels
 from .target import takes_target
 from .turns import Turns
-
-Params = SamplingParams | Sequence[SamplingParams]
 
 
 class SpeculativeDecoder:
@@ -157,7 +155,7 @@ class SpeculativeDecoder:
             request = self.reader.read(next(self._added), prompt, params or SamplingParams())
         elif params is not None:
             raise ValueError("expected no params beside a request, which has its own")
-        elif any(request is prompt for request in self._requests()):
+        elif any(prompt is other for other in (*self._waiting, *self._rounds.batch.requests)):
             raise ValueError(f"request {prompt.index} is in the decoder already")
         else:
             request = prompt
@@ -230,7 +228,7 @@ class SpeculativeDecoder:
     def generate(
         self,
         prompts: Iterable[Prompt | Request],
-        params: Params | None = None,
+        params: Params = None,
         *,
         on_output: Callable[[Output], None] | None = None,
     ) -> list[Output]:
@@ -238,38 +236,37 @@ class SpeculativeDecoder:
 
         Args:
             prompts: each as for ``add``; all are read before the first is decoded.
-            params: for all prompts, or one per prompt; greedy by default.
+            params: for all prompts, or one per prompt; greedy by default. A request has its own.
             on_output: called with each output as it finishes.
 
         Raises:
             UserError: what is wrong with a prompt; nothing has been decoded.
             RequestFailed: some requests failed; it has the outputs of all.
         """
-        requests, outputs = [], []
-        for request in self.reader.read_all(prompts, params or SamplingParams()):
-            if isinstance(request, Unreadable):
-                raise request.error
-            requests.append(request)
-        for output in self._decoded(iter(requests)):
-            outputs.append(output)
+        requests = self.reader.read_each(prompts, params)
+        place = {id(request): i for i, request in enumerate(requests)}
+        found: dict[int, Output] = {}
+        for request, output in self._decoded(iter(requests)):
+            found[place[id(request)]] = output
             if on_output is not None:
                 on_output(output)
-        outputs.sort(key=lambda output: output.index)
+        outputs = [found[i] for i in sorted(found)]
         if (error := failure(outputs)) is not None:
             raise error
         return outputs
 
     def stream(
-        self, prompts: Iterable[Prompt | Request], params: Params | None = None
+        self, prompts: Iterable[Prompt | Request], params: Params = None
     ) -> Iterator[Output]:
         """Like ``generate``, yielding outputs as they finish, with ``error`` where one failed.
 
         Prompts are read as rows fall free, so neither an endless iterator nor a huge file is
         held in memory. Closing the iterator abandons the sequences still running.
         """
-        yield from self._decoded(self.reader.read_all(prompts, params or SamplingParams()))
+        for _, output in self._decoded(self.reader.read_all(prompts, params)):
+            yield output
 
-    def _decoded(self, requests: Iterator[Request | Unreadable]) -> Iterator[Output]:
+    def _decoded(self, requests: Iterator[Read]) -> Iterator[tuple[Read, Output]]:
         turn = self._turns.take(self.is_idle)
         self.stats = DecoderStats.begun(self.runner.model)
         more = True
@@ -280,20 +277,22 @@ class SpeculativeDecoder:
                     if request is None:
                         more = False
                     elif isinstance(request, Unreadable):
-                        yield unread(request)
+                        yield request, unread(request)
                     else:
                         with self._turns.within(turn):
                             self.add(request)
-                for progress in self.step():
+                with self._turns.lock:
+                    if not more and not self._turns.is_latest(turn):
+                        break  # all of these have ended, and what is here is another caller's
+                    with self._turns.within(turn):
+                        steps = self.step()
+                for progress in steps:
                     if progress.output is not None:
-                        yield progress.output
+                        yield progress.request, progress.output
         finally:
-            if self._turns.is_latest(turn):
-                self.clear()
-
-    def _requests(self) -> Iterator[Request]:
-        yield from self._waiting
-        yield from (sequence.request for sequence in self._rounds.batch.sequences)
+            with self._turns.lock:
+                if self._turns.is_latest(turn):
+                    self.clear()
 
     def _startable(self) -> int:
         """Requests that the next step could start."""

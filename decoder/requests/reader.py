@@ -62,6 +62,10 @@ class Unreadable:
     error: UserError
 
 
+Read = Request | Unreadable
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
 class RequestReader:
     """Turns prompts of any accepted form into requests.
 
@@ -83,16 +87,17 @@ class RequestReader:
         self.eos_ids = eos_ids if own is None else eos_ids | {own}
 
     def read_all(
-        self, prompts: Iterable[Prompt | Request], params: SamplingParams | Sequence[SamplingParams]
-    ) -> Iterator[Request | Unreadable]:
+        self, prompts: Iterable[Prompt | Request], params: Params = None
+    ) -> Iterator[Read]:
         """Check prompts one by one, as they are asked for; one that is wrong stops no other.
 
         Args:
             prompts: as for ``read``, or requests read before.
-            params: for all prompts, or one per prompt.
+            params: for all prompts, or one per prompt; greedy by default.
         """
-        if isinstance(prompts, (str, bytes)):
-            raise TypeError("prompts must be an iterable of prompts, got a single string")
+        if isinstance(prompts, (str, bytes, Mapping)):
+            what = "mapping" if isinstance(prompts, Mapping) else "string"
+            raise TypeError(f"prompts must be an iterable of prompts, got a single {what}")
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, Request):
                 yield prompt
@@ -105,6 +110,25 @@ class RequestReader:
                 if not isinstance(error, UserError):
                     error = UserError(f"{name}: {reason(error)}")
                 yield Unreadable(index, request_id, text, error)
+
+    def read_each(
+        self, prompts: Iterable[Prompt | Request], params: Params = None
+    ) -> list[Request]:
+        """``read_all`` to its end.
+
+        Raises:
+            UserError: what is wrong with a prompt, or that there are not as many ``params``.
+        """
+        requests = []
+        for request in self.read_all(prompts, params):
+            if isinstance(request, Unreadable):
+                raise request.error
+            requests.append(request)
+        if isinstance(params, Sequence) and len(params) != len(requests):
+            raise UserError(
+                f"expected one SamplingParams per prompt, got {len(params)} for {len(requests)}"
+            )
+        return requests
 
     def read(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """Check one prompt.
@@ -205,7 +229,9 @@ def prompt_name(index: int, request_id: Any) -> str:
     return f"prompt {index if request_id is None else shown(request_id)}"
 
 
-def _own(params: SamplingParams | Sequence[SamplingParams], index: int) -> SamplingParams:
+def _own(params: Params, index: int) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
     if isinstance(params, SamplingParams):
         return params
     if not isinstance(params, Sequence):

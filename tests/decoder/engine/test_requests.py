@@ -31,6 +31,20 @@ def test_outputs_arrive_as_they_finish(target, prompts):
     assert [o.index for o in outputs] == [0, 1, 2]
 
 
+def test_outputs_of_requests_are_in_the_order_of_the_argument(target, prompts):
+    """Whoever read them numbered them."""
+    engine = decoder(target)
+    numbers = (7, 0, 0)
+    requests = [
+        engine.reader.read(i, {"token_ids": p, "id": f"r{n}"}, SamplingParams(max_new_tokens=9 - n))
+        for n, (i, p) in enumerate(zip(numbers, prompts, strict=False))
+    ]
+    for order in (1, -1):
+        asked = [prompts[0], *requests[::order]]
+        outputs = engine.generate(asked, SamplingParams(max_new_tokens=2))
+        assert [o.id for o in outputs] == [None, *(r.id for r in requests[::order])]
+
+
 def test_mapping_prompts_carry_ids_and_parameters(target, prompts):
     outputs = decoder(target).generate(
         [{"token_ids": prompts[0], "id": "a", "max_new_tokens": 3, "ignore_eos": True}, prompts[1]],

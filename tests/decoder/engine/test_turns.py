@@ -61,3 +61,38 @@ def test_a_stream_that_has_nothing_in_the_decoder_stops_nobody(expected):
         engine.generate(PROMPTS, PARAMS)
     other.close()
     assert engine.is_idle()
+
+
+def test_two_streams_in_turn_keep_to_their_own_outputs():
+    """Also after the first one's last output, when the other has begun."""
+    engine = decoder(model_of("llama"), None, 0)
+    short, long = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 9))
+    first = engine.stream(PROMPTS[:1], short)
+    assert next(first).index == 0
+    second = engine.stream(PROMPTS[1:3], [short, long])
+    got = [next(second).index]
+    assert list(first) == []
+    assert got + [output.index for output in second] == [0, 1]
+    assert engine.is_idle()
+
+
+def test_threads_that_begin_where_others_end_never_get_outputs_of_others():
+    engine = decoder(model_of("llama"), "ngram", 2)
+
+    def own(name: int) -> set[str]:
+        found = set()
+        for turn in range(60):
+            ids = [f"{name}-{turn}-{i}" for i in range(2)]
+            prompts = [{"token_ids": PROMPTS[i], "id": ids[i]} for i in range(2)]
+            try:
+                outputs = engine.generate(prompts, SamplingParams(max_new_tokens=2 + name % 2))
+            except RuntimeError as error:
+                found.add(str(error))
+            else:
+                found.add("own" if [output.id for output in outputs] == ids else "not own")
+        return found
+
+    names = iter(range(8))
+    found = set().union(*from_threads(lambda: own(next(names))))
+    assert "own" in found
+    assert found <= {"own", "expected an idle decoder, got one that is still streaming"}

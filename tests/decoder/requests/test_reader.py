@@ -137,3 +137,17 @@ def test_params_of_another_kind_are_named() -> None:
     (found,) = READER.read_all([[1]], {"max_new_tokens": 2})
     assert isinstance(found, Unreadable)
     assert str(found.error) == "prompt 0: params must be SamplingParams, got dict"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "what"), [("12", "string"), (b"12", "string"), ({"token_ids": [1]}, "mapping")]
+)
+def test_one_prompt_is_not_taken_for_several(prompts: Any, what: str) -> None:
+    with pytest.raises(TypeError, match=f"iterable of prompts, got a single {what}"):
+        READER.read_each(prompts)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_parameters_are_as_many_as_prompts(count: int) -> None:
+    with pytest.raises(UserError, match=f"one SamplingParams per prompt, got {count}"):
+        READER.read_each(["1", "2"], [SamplingParams()] * count)
