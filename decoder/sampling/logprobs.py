@@ -17,7 +17,8 @@ class TokenLogprobs(NamedTuple):
         raw: ``[B, Q]`` fp32 under the model's unprocessed logits.
         processed: ``[B, Q]`` fp32 under the distribution that decided the token, after penalties,
             temperature and truncation; 0 for greedy rows, whose law is one-hot.
-        top_ids: ``[B, Q, n]`` int64, the n most probable tokens under the raw logits.
+        top_ids: ``[B, Q, n]`` int64, the n most probable tokens under the raw logits, of equally
+            probable ones the lowest first.
         top_raw: ``[B, Q, n]`` fp32, theirs.
     """
 
@@ -49,12 +50,32 @@ def token_logprobs(logits: Tensor, target: Probs, tokens: Tensor, top: int) -> T
         processed = torch.zeros_like(raw)
     else:
         processed = target.probs.gather(-1, chosen)[..., 0].log()
-    values, ids = logits.topk(top, dim=-1)
+    ids = most_probable(logits, top)
     missing = tokens < 0
     nan = float("nan")
     return TokenLogprobs(
         raw.masked_fill(missing, nan),
         processed.masked_fill(missing, nan),
         ids,
-        (values - total).masked_fill(missing[..., None], nan),
+        (logits.gather(-1, ids) - total).masked_fill(missing[..., None], nan),
     )
+
+
+def most_probable(logits: Tensor, count: int) -> Tensor:
+    """The ids of the ``count`` largest of ``[..., V]``, of equal ones the lowest first.
+
+    ``topk`` takes any of equal ones, and others for another count: by it alone a row would have
+    other ids beside one that asks for more.
+    """
+    values, ids = logits.topk(count, dim=-1)
+    if count == 0:
+        return ids
+    least = values[..., -1:]
+    numbers = torch.arange(logits.shape[-1], dtype=torch.float32, device=logits.device)
+    lowest = torch.where(logits == least, -numbers, -torch.inf).topk(count, dim=-1).indices
+    above = (values > least).sum(dim=-1, keepdim=True)
+    place = torch.arange(count, device=logits.device)
+    ids = torch.where(place < above, ids, lowest.gather(-1, (place - above).clamp(min=0)))
+    ids = ids.sort(dim=-1).values
+    order = logits.gather(-1, ids).argsort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order)

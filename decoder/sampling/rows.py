@@ -65,8 +65,7 @@ class RowTable:
         # Truncation cannot change an argmax: greedy rows keep the neutral values.
         self.temperature[row] = params.temperature if sampled else 1.0
         self.top_k[row] = _top_k(params, self.vocab_size) or self.vocab_size
-        # 2 rather than 1: rounding can bring a cumulative sum to 1 before the last token.
-        self.top_p[row] = params.top_p if sampled and params.top_p < 1 else 2.0
+        self.top_p[row] = _top_p(params)
         self.min_p[row] = params.min_p if sampled else 0.0
         self.admitted[row] = params
         self._features = None
@@ -110,9 +109,9 @@ class RowTable:
             any_sampled=bool(sampled),
             temperature=any(p.temperature != 1 for p in sampled),
             top_k=max((_top_k(p, self.vocab_size) for p in sampled), default=0),
-            top_p=any(p.top_p < 1 for p in sampled),
+            top_p=any(_top_p(p) < 1 for p in sampled),
             top_p_without_top_k=any(
-                p.top_p < 1 and not _top_k(p, self.vocab_size) for p in sampled
+                _top_p(p) < 1 and not _top_k(p, self.vocab_size) for p in sampled
             ),
             min_p=any(p.min_p > 0 for p in sampled),
         )
@@ -138,3 +137,12 @@ def _top_k(params: SamplingParams, vocab_size: int) -> int:
     """The number of tokens that top-k keeps, 0 where it keeps all."""
     restricts = not params.greedy and 0 < params.top_k < vocab_size
     return params.top_k if restricts else 0
+
+
+def _top_p(params: SamplingParams) -> float:
+    """The mass that top-p keeps, in fp32; 2 where it keeps all.
+
+    2 rather than 1: rounding can bring a cumulative sum to 1 before the last token.
+    """
+    rounded = float(torch.tensor(params.top_p, dtype=torch.float32))
+    return rounded if not params.greedy and rounded < 1 else 2.0

@@ -86,3 +86,17 @@ def test_an_accelerator_sorts_no_vocabulary(monkeypatch):
     probs = sampler.distribution(torch.zeros(2, 3, V, device=meta), rows, positions).probs
     assert probs is not None and probs.shape == (2, 3, V)
     assert asked == [20], "top-k alone looks at the largest"
+
+
+@pytest.mark.parametrize("top_p", [0.99999999, 1 - 2**-40])
+def test_what_rounds_to_one_keeps_all(top_p):
+    """Whatever the neighbours need."""
+    logits = torch.randn(2, 1, 2048)
+    near_one = SamplingParams(temperature=1.0, top_p=top_p, seed=1)
+    for other in (near_one, SamplingParams(temperature=1.0, top_p=0.999, seed=1)):
+        sampler = Sampler(2, 2048, torch.device("cpu"))
+        sampler.admit(0, near_one, [3], set())
+        sampler.admit(1, other, [3], set())
+        positions = torch.ones(2, 1, dtype=torch.int64)
+        probs = sampler.distribution(logits, torch.arange(2), positions).probs
+        assert probs is not None and (probs[0] > 0).all()
