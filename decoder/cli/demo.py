@@ -94,16 +94,14 @@ def _chosen(prompts: Sequence[BuiltinPrompt]) -> list[BuiltinPrompt]:
 
 def _print_answer(console: Any, entry: BuiltinPrompt, output: Output, tokenizer: Any) -> None:
     from rich.rule import Rule
-    from rich.text import Text
 
-    from .view import colored
+    from .view import print_text
 
     title = f"{entry.kind} {output.index + 1}: {output.stats.acceptance_length:.2f} tokens a round"
     console.print(Rule(title, style="dim"))
-    answer = colored(output, tokenizer) if console.is_terminal else Text(output.text)
     # An answer begins below its question; a text is completed where it ends.
     between = "" if entry.text == entry.prompt else "\n"
-    console.print(Text.assemble((entry.text + between, "dim"), answer))
+    print_text(console, entry.text + between, output, tokenizer)
 
 
 def _table(

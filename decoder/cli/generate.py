@@ -199,7 +199,7 @@ def _shower(args: argparse.Namespace, writer: ResultWriter, tokenizer: Any) -> A
         return writer.write
     from rich.text import Text
 
-    from .view import Console, colored
+    from .view import Console, print_text
 
     force = {"auto": None, "always": True, "never": False}[args.color]
     console = Console(force_terminal=force, highlight=False, soft_wrap=True)
@@ -211,8 +211,7 @@ def _shower(args: argparse.Namespace, writer: ResultWriter, tokenizer: Any) -> A
             return
         reason = f"{name}{len(output.token_ids)} tokens, {output.finish_reason}"
         console.print(Text(reason, style="dim"))
-        completion = colored(output, tokenizer) if console.is_terminal else Text(output.text)
-        console.print(Text.assemble((output.prompt or "", "dim"), completion))
+        print_text(console, output.prompt or "", output, tokenizer)
 
     return show
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import rich.console
@@ -31,11 +31,22 @@ def colored(output: Output, tokenizer: Any) -> Text:
     for drafted, run in groupby(output.drafted):
         end += sum(1 for _ in run)
         # Prefixes are decoded, not single tokens: a character may span several tokens.
+        # One that ends inside a character has something else in that character's place.
         prefix = tokenizer.decode(output.token_ids[:end], skip_special_tokens=True)
-        prefix = prefix[: len(output.text)]
-        text.append(prefix[shown:], style=DRAFTED if drafted else TARGET)
-        shown = max(shown, len(prefix))
-    return text
+        alike = zip(prefix, output.text, strict=False)
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], alike))
+        text.append(output.text[shown:known], style=DRAFTED if drafted else TARGET)
+        shown = max(shown, known)
+    return text.append(output.text[shown:])
+
+
+def print_text(console: Console, prompt: str, output: Output, tokenizer: Any) -> None:
+    """A prompt and what followed it: coloured on a terminal, elsewhere the text as it is."""
+    if console.is_terminal:
+        console.print(Text.assemble((prompt, "dim"), colored(output, tokenizer)))
+    else:  # rich would make spaces of tabs, and leave out what terminals obey
+        console.file.write(f"{prompt}{output.text}\n")
+        console.file.flush()
 
 
 def legend() -> Text:

@@ -1,17 +1,26 @@
 """Colours follow the drafted flags, over characters and not over bytes; tables show dashes."""
 
-from rich.console import Console
+import io
 
-from decoder.cli.view import DRAFTED, TARGET, colored, comparison_table, number, stats_line
+from decoder.cli.view import (
+    DRAFTED,
+    TARGET,
+    Console,
+    colored,
+    comparison_table,
+    number,
+    print_text,
+    stats_line,
+)  # fmt: skip
 from decoder.engine.metrics import DecoderStats
 from decoder.requests.outputs import Output, SequenceStats
 
 
 class Bytes:
-    """One token per UTF-8 byte, so that characters span tokens."""
+    """One token per UTF-8 byte, so that characters span tokens; ends inside them as real ones."""
 
     def decode(self, ids, skip_special_tokens=True):
-        return bytes(ids).decode("utf-8", errors="ignore")
+        return bytes(ids).decode("utf-8", errors="replace")
 
 
 def test_spans_follow_origin():
@@ -28,6 +37,28 @@ def test_text_cut_at_a_stop_string_stays_cut():
     flags = [True] * 5
     output = Output(0, None, None, ids, "he", "stop", SequenceStats(1), flags)
     assert colored(output, Bytes()).plain == "he"
+
+
+def test_a_character_whose_bytes_are_of_both_kinds_is_shown_whole():
+    for word in ("日日", "a日b", "x😀y"):
+        ids = list(word.encode())
+        for flags in ([i % 2 == 0 for i in range(len(ids))], [i < 2 for i in range(len(ids))]):
+            output = Output(0, None, None, ids, word, "length", SequenceStats(1), flags)
+            assert colored(output, Bytes()).plain == word
+
+
+def test_text_that_no_prefix_has_is_shown_all_the_same():
+    output = Output(0, None, None, [97], "A and more", "length", SequenceStats(1), [True])
+    assert colored(output, Bytes()).plain == "A and more"
+
+
+def test_what_is_no_terminal_gets_the_text_as_it_is():
+    file = io.StringIO()
+    output = Output(
+        0, None, None, [9, 9], "\t\t\x0b\r\n\x1b[1m" + "x" * 200, "length", SequenceStats(1)
+    )
+    print_text(Console(file=file, width=80), "all:\n\t", output, Bytes())
+    assert file.getvalue() == f"all:\n\t{output.text}\n"
 
 
 def test_table_and_line_without_speculation():
