@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from decoder.errors import UserError
 from decoder.requests.outputs import Output
 from decoder.requests.params import SamplingParams
 from decoder.requests.reader import Prompt, Request
@@ -132,10 +133,16 @@ def audit(
         reference: makes the target in fp32 as transformers runs it, called only when needed.
     """
     requests = [speculative.reader.read(i, p, params) for i, p in enumerate(prompts)]
-    # The requests rather than the prompts: one without a seed has drawn it once for both.
-    pairs = list(zip(plain.generate(requests), speculative.generate(requests), strict=True))
     coupled = speculative.sampler.verifier == "coupled"
     exact = [i for i, r in enumerate(requests) if coupled or r.params.greedy]
+    sampled = [i for i in range(len(requests)) if i not in set(exact)]
+    if len(sampled) == 1:
+        raise UserError(
+            "expected two sampled sequences or more, which are compared in law, got "
+            f"{requests[sampled[0]].name} alone; several samples of it will do (--samples)"
+        )
+    # The requests rather than the prompts: one without a seed has drawn it once for both.
+    pairs = list(zip(plain.generate(requests), speculative.generate(requests), strict=True))
     result = Audit(exact=len(exact), tokens=sum(len(pairs[i][0].token_ids) for i in exact))
     different = [i for i in exact if pairs[i][0].token_ids != pairs[i][1].token_ids]
     result.identical = len(exact) - len(different)
@@ -152,8 +159,7 @@ def audit(
         model = reference()
         for i in different:
             result.divergences.append(_explain(model, requests[i], *pairs[i], 2 * result.jitter))
-    sampled = [i for i in range(len(requests)) if i not in set(exact)]
-    if len(sampled) > 1:
+    if sampled:
         model = model or reference()
         result.law = _compare_laws(model, [(requests[i], *pairs[i]) for i in sampled])
     return result

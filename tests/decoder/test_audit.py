@@ -17,6 +17,7 @@ from decoder import audit as verification
 from decoder.__main__ import main
 from decoder.audit import Audit, Divergence, LawCheck, audit, logit_jitter
 from decoder.drafters.independent import IndependentDrafter
+from decoder.errors import UserError
 from decoder.requests.outputs import Output, SequenceStats
 from decoder.requests.reader import Request
 from decoder.sampling import Sampler
@@ -131,6 +132,14 @@ def test_greedy_and_sampled_requests_in_one_audit(pair):
     params = SamplingParams(max_new_tokens=8)
     result = audit(*decoders(pair), prompts, params, lambda: pair[0])
     assert (result.exact, result.identical, result.law.sequences) == (3, 3, 3)
+
+
+@pytest.mark.parametrize("greedy", [0, 2])
+def test_one_sampled_request_is_not_passed_for_compared(pair, greedy):
+    prompts = [{"token_ids": p, "temperature": 0.0} for p in PROMPTS[:greedy]]
+    prompts.append({"token_ids": PROMPTS[-1], "temperature": 1.0, "id": "lonely"})
+    with pytest.raises(UserError, match="two sampled sequences or more.*'lonely' alone"):
+        audit(*decoders(pair), prompts, SamplingParams(max_new_tokens=4), lambda: pair[0])
 
 
 def _output(tokens: list[int]) -> Output:
