@@ -94,12 +94,15 @@ def _apply(args: argparse.Namespace, config: dict[str, Any], prog: str) -> None:
     # Through a parser once more: the same checks and the same messages as for flags.
     flags = OneLineParser(prog=prog, add_help=False)
     add_model_arguments(flags)
-    named = flags.parse_args([f"{_SPECULATIVE_KEYS[key][0]}={config[key]}" for key in config])
-    default = flags.parse_args([])
+    default, unsaid = flags.parse_args([]), object()
+    named = flags.parse_args(
+        [f"{_SPECULATIVE_KEYS[key][0]}={config[key]}" for key in config],
+        argparse.Namespace(**dict.fromkeys(vars(default), unsaid)),
+    )
     for name, value in vars(named).items():
-        own, usual = getattr(args, name), getattr(default, name)
-        if value == usual:
+        if value is unsaid:
             continue
+        own, usual = getattr(args, name), getattr(default, name)
         if own not in (usual, value):
             raise UserError(
                 f"expected one value, got {own!r} from a flag and {value!r} from "

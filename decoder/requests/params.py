@@ -175,7 +175,7 @@ def _read_number(value: Any, name: str) -> float:
     if isinstance(found, (int, float)) and not isinstance(found, bool):
         try:
             if math.isfinite(found):
-                return found
+                return float(found)
         except OverflowError:  # an integer beyond every float
             pass
     raise ValueError(f"{name} must be a finite number, got {shown(value)}")
@@ -221,11 +221,13 @@ def _read_bias(value: Any, name: str) -> dict[int, float] | None:
             # JSON's keys are strings.
             key = int(token) if isinstance(token, str) else whole(token)
             number = _plain(number)
-            if key is None or isinstance(number, (bool, str)) or math.isnan(number):
+            if key is None or key in bias or isinstance(number, (bool, str)) or math.isnan(number):
                 raise ValueError
             bias[key] = float(number) if number > -_LARGEST else -math.inf
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{name} must be token ids to numbers, got {shown(value)}") from None
+        raise ValueError(
+            f"{name} must be token ids to numbers, each id once, got {shown(value)}"
+        ) from None
     return bias or None
 
 

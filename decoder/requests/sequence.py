@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from decoder.errors import one_line
+
 from .outputs import Output, SequenceStats, TokenLogprob
 from .reader import Request
 
@@ -81,8 +83,8 @@ class ActiveSequence:
         return taken
 
     def fail(self, reason: str) -> None:
-        """End it with an error; ``reason`` in one line."""
-        self.finish_reason, self.error = "error", f"{self.request.name}: {reason}"
+        """End it with an error, said in one line."""
+        self.finish_reason, self.error = "error", one_line(f"{self.request.name}: {reason}")
 
     def take_new(self) -> list[int]:
         """The tokens since this was last asked for."""

@@ -24,6 +24,8 @@ from .prompt_lines import LineId
 from .prompts import is_same_file
 
 _START = re.compile(rb'\s*\{\s*"index"\s*:')  # what no other file begins with
+_OPENINGS = 100  # of a file that others remove, before it is given up
+_OPENINGS = 100  # of a file that others remove, before it is given up
 
 
 class RunStopped(Exception):
@@ -144,16 +146,23 @@ class ResultWriter:
             self._fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             os.set_blocking(self._fd, True)
             return
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        self._created = None if exists else path.resolve()
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(_OPENINGS):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._created = None if exists else path.resolve()
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._fd)
+                self._fd = None
+                raise UserError(f"cannot write to {path}: another run writes to it") from None
+            except OSError:
+                pass  # a file system without locks
+            if is_same_file(self._fd, path):
+                return
+            # The run that had made the file removed it before it was locked here.
             os.close(self._fd)
-            self._fd = None
-            raise UserError(f"cannot write to {path}: another run writes to it") from None
-        except OSError:
-            pass  # a file system without locks
+            self._fd, exists = None, path.exists()
+        raise UserError(f"cannot write to {path}: it is removed as soon as it is opened")
 
     def _look(self) -> None:
         """Refuse a file of somebody else; with ``resume``, find what is done and where it ends."""

@@ -127,6 +127,22 @@ def test_speculative_config_sets_flags(tmp_path):
     assert (args.draft, args.batch_size, args.drafter) == (str(tmp_path), 3, "auto")
 
 
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [
+        (["--verifier", "block"], {"rejection_sample_method": "standard"}),
+        (["--drafter", "ngram"], {"method": "auto"}),
+        (["--gamma", "3"], {"num_speculative_tokens": 4}),
+    ],
+)
+def test_a_flag_and_a_configuration_that_differ_are_refused(flags, config):
+    """Also where the configuration says what would be so without it."""
+    parser = OneLineParser(prog="t")
+    add_model_arguments(parser)
+    with pytest.raises(UserError, match="expected one value"):
+        parse(parser, [*flags, "--speculative-config", json.dumps(config)])
+
+
 def choices(flag):
     """What a flag of the shared ones may be, on the command line."""
     parser = OneLineParser(prog="t")

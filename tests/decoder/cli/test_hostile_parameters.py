@@ -51,6 +51,7 @@ VALUES = [
     ("logit_bias", {"1": "2"}, "logit_bias must be token ids to numbers"),
     ("logit_bias", {"1": True}, "logit_bias must be token ids to numbers"),
     ("logit_bias", {"1": None}, "logit_bias must be token ids to numbers"),
+    ("logit_bias", {"5": 1, "05": 2}, "each id once, got {'5': 1, '05': 2}"),
     ("logit_bias", {"1": 1e38}, "logit_bias must be token id >= 0 to a number"),
 ]
 

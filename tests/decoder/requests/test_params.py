@@ -126,3 +126,10 @@ def test_is_frozen_and_hashable():
     with pytest.raises(AttributeError):
         params.seed = 1
     assert hash(params) == hash(SamplingParams(stop=("a",)))
+
+
+def test_a_number_may_be_an_integer_of_any_size():
+    """An int beyond 64 bits would fit into no tensor."""
+    for value in (10**20, np.int64(3), True + 1):
+        temperature = SamplingParams(temperature=value).temperature
+        assert type(temperature) is float and temperature == float(value)

@@ -52,3 +52,10 @@ def test_the_text_ends_before_an_end_of_sequence_that_is_not_called_special():
     sequence.extend([0, 1, 2, 1], 0)
     assert (sequence.finish_reason, sequence.token_ids) == ("eos", [0, 1, 2])
     assert sequence.output().text == "ab"
+
+
+def test_an_error_is_one_line_that_no_terminal_obeys() -> None:
+    request = Request(4, None, None, [0], SamplingParams(), frozenset(), 20)
+    sequence = ActiveSequence(request, 0, None)
+    sequence.fail("one\n two \x1b[31m")
+    assert sequence.output().error == "prompt 4: one two \\x1b[31m"

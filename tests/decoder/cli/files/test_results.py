@@ -1,5 +1,6 @@
 """Result files: what is finished is on disk, resume continues, and what is not ours stays."""
 
+import fcntl
 import json
 import os
 import sys
@@ -186,3 +187,16 @@ def test_a_narrow_standard_output_gets_escapes(monkeypatch, capsys):
     monkeypatch.setattr(type(sys.stdout), "encoding", "ascii", raising=False)
     ResultWriter(None).write(output(0, text="é"))
     assert "\\u00e9" in capsys.readouterr().out
+
+
+def test_a_file_that_its_maker_removes_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    first = ResultWriter(path)  # which will fail before its first result
+    lock = fcntl.flock
+
+    def late(descriptor, operation):
+        first.close()
+        return lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert indices(written(path, output(3))) == [3]
