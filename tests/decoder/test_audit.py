@@ -138,7 +138,7 @@ def test_greedy_and_sampled_requests_in_one_audit(pair):
 def test_one_sampled_request_is_not_passed_for_compared(pair, greedy):
     prompts = [{"token_ids": p, "temperature": 0.0} for p in PROMPTS[:greedy]]
     prompts.append({"token_ids": PROMPTS[-1], "temperature": 1.0, "id": "lonely"})
-    with pytest.raises(UserError, match="two sampled sequences or more.*'lonely' alone"):
+    with pytest.raises(UserError, match=r"two sampled sequences or more.*'lonely' alone"):
         audit(*decoders(pair), prompts, SamplingParams(max_new_tokens=4), lambda: pair[0])
 
 
