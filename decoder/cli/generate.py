@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from decoder.cli.files.prompt_lines import BadLine, LineId, digest
-from decoder.cli.files.prompts import STDIN, check_prompts, is_stream, read_prompts
+from decoder.cli.files.prompts import STDIN, arriving_prompts, check_prompts, is_stream
 from decoder.cli.files.results import ResultWriter, RunStopped
 from decoder.engine.metrics import DecoderStats
 from decoder.errors import RankLost, UserError, reason
 from decoder.requests.outputs import Output, SequenceStats
 from decoder.requests.params import SamplingParams
+from decoder.requests.reader import NotYet
 
 from . import flag_types as types
 from .options import (
@@ -29,7 +30,7 @@ _QUIET_BELOW = 64  # prompts: shorter runs without a terminal show no progress b
 _QUIET_FOR = 1.0  # seconds; nor do runs that end before
 _UNFINISHED = 1  # exit code: some prompts have an error for a result
 
-Prompts = Iterable[dict[str, Any] | BadLine]
+Prompts = Iterable[dict[str, Any] | BadLine | NotYet]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         total = check_prompts(args.prompts)
     with ResultWriter(args.output, resume=args.resume, prompts=_source(args)) as writer:
         if total is not None and writer.done:
-            total = sum(not writer.is_done(prompt_id(item)) for item in _prompts(args))
+            known = (item for item in _prompts(args) if not isinstance(item, NotYet))
+            total = sum(not writer.is_done(prompt_id(item)) for item in known)
             if total == 0:  # loading a model for it may take minutes
                 say(f"nothing left: every prompt has a result in {args.output}")
                 return 0
@@ -98,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
         writer.begin()
         results = _Results(_shower(args, writer, setup.tokenizer), writer)
         try:
-            outputs = decoder.stream(results.pending(_prompts(args)), params)
+            prompts = _prompts(args, may_wait=decoder.is_idle)
+            outputs = decoder.stream(results.pending(prompts), params)
             for output in _with_progress(outputs, total, decoder):
                 results.take(output)
         except KeyboardInterrupt as stop:
@@ -120,9 +123,12 @@ class _Results:
         self._show = show
         self._writer = writer
 
-    def pending(self, prompts: Prompts) -> Iterator[dict[str, Any]]:
+    def pending(self, prompts: Prompts) -> Iterator[dict[str, Any] | NotYet]:
         """The prompts that have no result yet; a line that holds none gets an error for one."""
         for item in prompts:
+            if isinstance(item, NotYet):
+                yield item
+                continue
             if self._writer.is_done(prompt_id(item)):
                 continue
             if isinstance(item, BadLine):
@@ -172,9 +178,9 @@ def _source(args: argparse.Namespace) -> str | int | None:
         return None
 
 
-def _prompts(args: argparse.Namespace) -> Prompts:
+def _prompts(args: argparse.Namespace, may_wait: Callable[[], bool] = lambda: True) -> Prompts:
     if args.prompts:
-        return chats(args, read_prompts(args.prompts))
+        return chats(args, arriving_prompts(args.prompts, may_wait))
     items = [{"prompt": text} for text in args.prompt]
     prompts = ({**item, "id": LineId(i, None, digest(item))} for i, item in enumerate(items))
     return chats(args, prompts)

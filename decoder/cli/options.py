@@ -20,6 +20,7 @@ from decoder.model.loading import DTYPES
 from decoder.requests.chat import as_chat
 from decoder.requests.defaults import generation_fields, model_defaults
 from decoder.requests.params import SamplingParams, shown
+from decoder.requests.reader import NotYet
 from decoder.sampling import VERIFIERS
 
 from . import flag_types as types
@@ -161,7 +162,9 @@ def add_chat_argument(group: argparse._ArgumentGroup) -> None:
 
 def chats(args: argparse.Namespace, prompts: Iterable[Any]) -> Iterable[Any]:
     """The prompts, texts as chats if ``--apply-chat-template`` says so."""
-    return map(as_chat, prompts) if args.apply_chat_template else prompts
+    if not args.apply_chat_template:
+        return prompts
+    return (item if isinstance(item, NotYet) else as_chat(item) for item in prompts)
 
 
 def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:

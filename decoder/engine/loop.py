@@ -25,7 +25,7 @@ from decoder.offload import Offload
 from decoder.parallel.runner import target_runner
 from decoder.requests.outputs import Output, Progress, failure, unread
 from decoder.requests.params import SamplingParams
-from decoder.requests.reader import Params, Prompt, Read, Request, RequestReader, Unreadable
+from decoder.requests.reader import NotYet, Params, Prompt, Read, Request, RequestReader
 from decoder.requests.sequence import ActiveSequence
 from decoder.sampling import Sampler
 from decoder.sampling.sampler import VerifierName
@@ -256,17 +256,17 @@ class SpeculativeDecoder:
         return outputs
 
     def stream(
-        self, prompts: Iterable[Prompt | Request], params: Params = None
+        self, prompts: Iterable[Prompt | Request | NotYet], params: Params = None
     ) -> Iterator[Output]:
         """Like ``generate``, yielding outputs as they finish, with ``error`` where one failed.
 
-        Prompts are read as rows fall free, so neither an endless iterator nor a huge file is
-        held in memory. Closing the iterator abandons the sequences still running.
+        Prompts are read as rows fall free; their iterator may be endless, or say ``NotYet()`` while
+        others run. Closing the iterator abandons the sequences still running.
         """
         for _, output in self._decoded(self.reader.read_all(prompts, params)):
             yield output
 
-    def _decoded(self, requests: Iterator[Read]) -> Iterator[tuple[Read, Output]]:
+    def _decoded(self, requests: Iterator[Read | NotYet]) -> Iterator[tuple[Read, Output]]:
         turn = self._turns.take(self.is_idle)
         self.stats = DecoderStats.begun(self.runner.model)
         more = True
@@ -274,9 +274,10 @@ class SpeculativeDecoder:
             while more or not self.is_idle():
                 while more and len(self._waiting) < self._startable():
                     request = next(requests, None)
-                    if request is None:
-                        more = False
-                    elif isinstance(request, Unreadable):
+                    more = request is not None
+                    if request is None or isinstance(request, NotYet):
+                        break
+                    if not isinstance(request, Request):
                         yield request, unread(request)
                     else:
                         with self._turns.within(turn):

@@ -62,6 +62,10 @@ class Unreadable:
     error: UserError
 
 
+class NotYet:
+    """An item of prompts that come one by one: there is none yet, and what runs may go on."""
+
+
 Read = Request | Unreadable
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -87,8 +91,8 @@ class RequestReader:
         self.eos_ids = eos_ids if own is None else eos_ids | {own}
 
     def read_all(
-        self, prompts: Iterable[Prompt | Request], params: Params = None
-    ) -> Iterator[Read]:
+        self, prompts: Iterable[Prompt | Request | NotYet], params: Params = None
+    ) -> Iterator[Read | NotYet]:
         """Check prompts one by one, as they are asked for; one that is wrong stops no other.
 
         Args:
@@ -98,8 +102,10 @@ class RequestReader:
         if isinstance(prompts, (str, bytes, Mapping)):
             what = "mapping" if isinstance(prompts, Mapping) else "string"
             raise TypeError(f"prompts must be an iterable of prompts, got a single {what}")
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, Request):
+        index = -1
+        for prompt in prompts:
+            index += not isinstance(prompt, NotYet)
+            if isinstance(prompt, (Request, NotYet)):
                 yield prompt
                 continue
             try:
@@ -123,7 +129,8 @@ class RequestReader:
         for request in self.read_all(prompts, params):
             if isinstance(request, Unreadable):
                 raise request.error
-            requests.append(request)
+            if isinstance(request, Request):
+                requests.append(request)
         if isinstance(params, Sequence) and len(params) != len(requests):
             raise UserError(
                 f"expected one SamplingParams per prompt, got {len(params)} for {len(requests)}"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import gzip
 import os
+import select
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from decoder.errors import UserError, explained
+from decoder.requests.reader import NotYet
 
 from .prompt_lines import BadLine, checked, parse_line
 
 STDIN = "-"
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 2**26  # bytes
+_READ = 2**16  # of them at a time, from a stream
 
 
 def read_prompts(path: str | Path) -> Iterator[dict[str, Any] | BadLine]:
@@ -30,10 +33,22 @@ def read_prompts(path: str | Path) -> Iterator[dict[str, Any] | BadLine]:
     Raises:
         UserError: the file cannot be read, or not to its end.
     """
-    index = 0
+    arriving = arriving_prompts(path, lambda: True)
+    return (prompt for prompt in arriving if not isinstance(prompt, NotYet))
+
+
+def arriving_prompts(
+    path: str | Path, may_wait: Callable[[], bool]
+) -> Iterator[dict[str, Any] | BadLine | NotYet]:
+    """``read_prompts``; of a stream, ``NotYet`` where the next is to come and none ``may_wait``."""
+    index = number = 0
     source = "standard input" if str(path) == STDIN else str(path)
     with explained(f"cannot read prompts from {source}"):
-        for number, line in enumerate(_lines(path), 1):
+        for line in _lines(path, may_wait):
+            if isinstance(line, NotYet):
+                yield line
+                continue
+            number += 1
             if line.strip():
                 yield parse_line(line, f"{source}:{number}", index)
                 index += 1
@@ -77,7 +92,7 @@ def _is_unnamed_pipe(path: str | Path) -> bool:
         return False
 
 
-def _lines(path: str | Path) -> Iterator[bytes]:
+def _lines(path: str | Path, may_wait: Callable[[], bool]) -> Iterator[bytes | NotYet]:
     with ExitStack() as stack:
         file: IO[Any]
         if str(path) == STDIN:
@@ -87,13 +102,44 @@ def _lines(path: str | Path) -> Iterator[bytes]:
         else:
             file = stack.enter_context(_opened(path))
         first = True
-        while line := file.readline(_LONGEST_LINE):
+        lines: Iterator[Any] = iter(lambda: file.readline(_LONGEST_LINE) or None, None)
+        if is_stream(path) and (descriptor := _descriptor(file)) is not None:
+            lines = _arriving(descriptor, may_wait)
+        for line in lines:
+            if isinstance(line, NotYet):
+                yield line
+                continue
             if isinstance(line, str):  # an interpreter's own stand-in for standard input
                 line = line.encode(errors="surrogatepass")
             if len(line) >= _LONGEST_LINE:
                 raise UserError(f"{path}: expected lines below {_LONGEST_LINE >> 20} MiB, got more")
             yield line.removeprefix(_BOM) if first else line
             first = False
+
+
+def _arriving(descriptor: int, may_wait: Callable[[], bool]) -> Iterator[bytes | NotYet]:
+    """The lines of a pipe or terminal as they come; one that is too long to its longest part."""
+    parts: list[bytes] = []
+    while True:
+        if not may_wait() and not select.select([descriptor], [], [], 0)[0]:
+            yield NotYet()
+            continue
+        read = os.read(descriptor, _READ)
+        *whole, rest = (b"".join([*parts, read]) if b"\n" in read else read).split(b"\n")
+        if whole:
+            yield from (line + b"\n" for line in whole)
+            parts = []
+        parts.append(rest)
+        if not read or sum(map(len, parts)) >= _LONGEST_LINE:
+            yield b"".join(parts)
+            return
+
+
+def _descriptor(file: Any) -> int | None:
+    try:
+        return int(file.fileno())
+    except (AttributeError, OSError, ValueError):  # an interpreter's own stand-in
+        return None
 
 
 def _opened(path: str | Path) -> IO[Any]:

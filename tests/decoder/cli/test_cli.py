@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -241,6 +244,33 @@ def test_a_draft_may_be_a_hub_name_as_a_target_may(models, capsys, monkeypatch):
     capsys.readouterr()
     assert run(models, *arguments, "someone/else") == 2
     assert "'someone/else' is not there" in one_error_line(capsys)
+
+
+def test_a_program_that_waits_for_an_answer_gets_one(models, tmp_path, monkeypatch):
+    """At standard input, before it writes its next line, whatever the batch has room for."""
+    results, answered = tmp_path / "out.jsonl", []
+    read_end, write_end = os.pipe()
+
+    def ask():
+        for _ in range(3):
+            os.write(write_end, b'{"prompt": "w7"}\n')
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and results.read_bytes().count(b"\n") == len(
+                answered
+            ):
+                time.sleep(0.01)
+            answered.append(results.read_bytes().count(b"\n"))
+        os.close(write_end)
+
+    results.touch()
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with os.fdopen(read_end) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        flags = ("--prompts", "-", "--output", str(results), "--max-new-tokens", "2")
+        assert run(models, *flags) == 0
+    asking.join()
+    assert answered == [1, 2, 3]
 
 
 def test_compare_reads_standard_input_once(monkeypatch):

@@ -27,6 +27,9 @@ class ScriptedDecoder:
         self.reader = SimpleNamespace(read=self._read)
         self.failure, self.refusal = failure, refusal
 
+    def is_idle(self):
+        return True
+
     def _read(self, index, prompt, params):
         if self.refusal is not None:
             raise UserError(f"prompt {index}: {self.refusal}")

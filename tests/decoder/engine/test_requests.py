@@ -7,6 +7,7 @@ from support.tiny import MOE_VOCAB, LetterTokenizer, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams
 from decoder.errors import UserError
+from decoder.requests.reader import NotYet
 
 torch.set_num_threads(1)
 
@@ -43,6 +44,26 @@ def test_outputs_of_requests_are_in_the_order_of_the_argument(target, prompts):
         asked = [prompts[0], *requests[::order]]
         outputs = engine.generate(asked, SamplingParams(max_new_tokens=2))
         assert [o.id for o in outputs] == [None, *(r.id for r in requests[::order])]
+
+
+def test_a_stream_answers_before_the_next_prompt_is_there(target, prompts):
+    """Whoever asks one thing after another gets answers, with rows free or not."""
+    engine = decoder(target, max_batch_size=4)
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    answered = []
+
+    def asked():
+        for prompt in prompts[:2]:
+            yield prompt
+            count = len(answered)
+            while not engine.is_idle():
+                yield NotYet()
+            assert len(answered) == count + 1
+
+    for output in engine.stream(asked(), params):
+        answered.append(output)
+    alone = [engine.generate([prompt], params)[0].token_ids for prompt in prompts[:2]]
+    assert [(o.index, o.token_ids) for o in answered] == list(enumerate(alone))
 
 
 def test_mapping_prompts_carry_ids_and_parameters(target, prompts):

@@ -5,12 +5,20 @@ import io
 import json
 import os
 import sys
+import threading
 
 import pytest
 
 from decoder.cli.files.prompt_lines import BadLine, LineId
-from decoder.cli.files.prompts import check_prompts, is_same_file, is_stream, read_prompts
+from decoder.cli.files.prompts import (
+    arriving_prompts,
+    check_prompts,
+    is_same_file,
+    is_stream,
+    read_prompts,
+)
 from decoder.errors import UserError
+from decoder.requests.reader import NotYet
 
 
 def write(path, *lines):
@@ -116,3 +124,27 @@ def test_one_file_by_many_names(tmp_path, monkeypatch):
     assert not is_same_file(path, write(tmp_path / "other", "x"))
     assert not is_same_file(path, tmp_path / "absent")
     assert not is_same_file("/dev/null", "/dev/null")
+
+
+def test_a_pipe_that_has_no_line_yet_says_so_unless_it_may_wait():
+    read_end, write_end = os.pipe()
+    waits = []
+    prompts = arriving_prompts(f"/proc/self/fd/{read_end}", lambda: bool(waits))
+    seen = []
+
+    def send(text):
+        os.write(write_end, text.encode())
+        while not isinstance(item := next(prompts), NotYet):
+            seen.append(item["prompt"])
+
+    send("\ufeff")
+    send('{"prompt": "a"}\n\n{"prompt": "b"}\n{"pro')
+    assert seen == ["a", "b"]
+    send('mpt": "c"}')
+    assert seen == ["a", "b"]
+    send('\n{"prompt": "' + "d" * 60_000 + '"}\n{"prompt": "e"}')
+    assert seen[2:] == ["c", "d" * 60_000]
+    waits.append(threading.Timer(0.2, os.close, [write_end]))
+    waits[0].start()
+    assert [item["prompt"] for item in prompts] == ["e"]
+    os.close(read_end)
