@@ -151,9 +151,11 @@ void* scratch(size_t bytes) {
 #endif
     if (bytes > capacity) {
         memory.reset();
-        capacity = (bytes + kSpare * (bytes / 2) + kAlign - 1) / kAlign * kAlign;
-        memory.reset(std::aligned_alloc(kAlign, capacity));
-        TORCH_CHECK(memory, "out of memory: could not allocate ", capacity, " bytes of scratch");
+        capacity = 0;  // a caller may catch the error below and come again
+        const size_t size = (bytes + kSpare * (bytes / 2) + kAlign - 1) / kAlign * kAlign;
+        memory.reset(std::aligned_alloc(kAlign, size));
+        TORCH_CHECK(memory, "out of memory: could not allocate ", size, " bytes of scratch");
+        capacity = size;
     }
     return memory.get();
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -259,3 +261,40 @@ def test_errors(change, error, message):
     del plain["op_options"]
     with pytest.raises(error, match=message):
         torch.ops.moesd.experts(**plain | data | change, out=torch.empty(3, 32))
+
+
+# In a process of its own: its address space is bounded, and without the mend it is killed.
+OUT_OF_MEMORY = """
+import resource, torch
+from moesd_kernels import fused_experts, library
+from moesd_kernels.dense import ops
+
+assert library.load("cpu") is None
+gate_up, down = torch.randn(2, 8192, 16), torch.randn(2, 16, 4096)
+
+def call(tokens):
+    ids = torch.zeros(tokens, 1, dtype=torch.int64)
+    return fused_experts(torch.ones(tokens, 16), gate_up, down, ids, torch.ones(tokens, 1))
+
+with torch.no_grad():
+    before, product = call(3), ops.linear(torch.ones(3, 16), gate_up[0])
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**28,) * 2)
+    for _ in range(2):
+        try:
+            call(100_000)
+        except RuntimeError as error:
+            assert "out of memory: could not allocate" in str(error), error
+        else:
+            raise AssertionError("there was memory")
+        assert torch.equal(call(3), before)
+        assert torch.equal(ops.linear(torch.ones(3, 16), gate_up[0]), product)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_goes_on_after_there_was_no_memory_for_scratch():
+    command = [sys.executable, "-c", OUT_OF_MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
