@@ -42,7 +42,12 @@ def read_block(block: nn.Module) -> tuple[MoEConfig, Mapping[str, nn.Module]]:
     parts = {"gate": gate, "experts": experts}
     shared = getattr(block, "shared_expert", None) or getattr(block, "shared_experts", None)
     shared_gate = getattr(block, "shared_expert_gate", None)
+    width = 0
     if shared is not None:
+        weight = getattr(getattr(shared, "up_proj", None), "weight", None)
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"a shared expert must have up_proj, got {type(shared).__name__}")
+        width = weight.shape[0]
         parts["shared_expert"] = shared
     if shared_gate is not None:
         parts["shared_expert_gate"] = shared_gate
@@ -53,7 +58,7 @@ def read_block(block: nn.Module) -> tuple[MoEConfig, Mapping[str, nn.Module]]:
         rows if transposed else columns,
         rule,
         replace(spec, transposed=transposed),
-        shared_intermediate_size=0 if shared is None else shared.up_proj.weight.shape[0],
+        shared_intermediate_size=width,
         shared_gate=shared_gate is not None,
         router_bias=getattr(gate, "bias", None) is not None,
         correction_bias=correction_of(gate) is not None,

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from moesd_kernels.experts.api import fused_experts
 from moesd_kernels.hooks.routers import router_logits
 
-from .block import flatten, read_block
+from .block import flatten
 from .config import MoEConfig
 from .parts import Experts, Router, SharedExpert
+from .trial import recognise_block
 
 
 class MoE(nn.Module):
@@ -107,9 +108,10 @@ class MoE(nn.Module):
             options: ``backend``, ``batch_invariant``.
 
         Raises:
-            ValueError: a part is missing, or its router or gate is not one of ours.
+            ValueError: a part is missing, its router or gate is not one of ours, or it computes
+                something else of its parts.
         """
-        config, parts = read_block(block)
+        config, parts = recognise_block(block, MoE)
         moe = cls(config, device="meta", **options)
         moe.load_state_dict(dict(flatten(parts)), strict=True, assign=True)
         return moe.train(block.training)
@@ -148,14 +150,15 @@ class MoE(nn.Module):
                 tensor's shape or type does not fit ``config``, or ``config`` has no place for it.
         """
         from .layout import Layout
-        from .places import config_at, layer_in, prefix_of
+        from .places import block_at, layer_in, prefix_of
         from .shards import Shards
 
         path = Path(path)
         with Shards(path) as shards:
             prefix = prefix_of(shards, layer, prefix)
             if config is None:
-                config = config_at(path if path.is_dir() else path.parent, layer_in(prefix))
+                folder = path if path.is_dir() else path.parent
+                config, _ = recognise_block(block_at(folder, layer_in(prefix)), MoE)
             layout = Layout(shards, prefix, config)
             moe = cls(layout.config, device="meta", **options)
             wanted = moe.state_dict()

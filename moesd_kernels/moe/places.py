@@ -7,10 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from moesd_kernels.hooks.blocks import moe_blocks
+from torch import nn
 
-from .block import read_block
-from .config import MoEConfig
+from moesd_kernels.hooks.blocks import moe_blocks
 
 _BLOCK = re.compile(r"^((?:.*?\.)?)experts\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
@@ -58,8 +57,8 @@ def layer_in(prefix: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def config_at(folder: Path, layer: int | None) -> MoEConfig:
-    """The shape of a layer's block, as ``config.json`` gives it.
+def block_at(folder: Path, layer: int | None) -> nn.Module:
+    """A layer's block without weights, as ``config.json`` gives it.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
@@ -75,7 +74,7 @@ def config_at(folder: Path, layer: int | None) -> MoEConfig:
             f"{folder / 'config.json'} has experts in layers {_ranges(list(blocks.by_layer))} of "
             f"{blocks.layers}, got layer {layer}: give config="
         )
-    return read_block(blocks.by_layer[layer])[0]
+    return blocks.by_layer[layer]
 
 
 def _listed(prefixes: Iterable[str]) -> str:
