@@ -42,7 +42,8 @@ class Header(NamedTuple):
 class Shards:
     """The tensors of one safetensors file, or of a folder of them; nothing is read before ``read``.
 
-    A folder's index, where it has one, says which file to open for a tensor.
+    A folder's index, where it has one, says which file to open for a tensor, unless there is a
+    ``model.safetensors``: that one is newer, and the one that transformers reads.
 
     Args:
         path: a safetensors file or a folder.
@@ -55,8 +56,11 @@ class Shards:
     def __init__(self, path: Path) -> None:
         self._stack = ExitStack()
         self._opened: dict[Path, tuple[Any, frozenset[str]]] = {}
-        self._index = path / "model.safetensors.index.json"
-        self._files = self._indexed() if self._index.is_file() else self._listed(path)
+        whole, self._index = path / "model.safetensors", path / "model.safetensors.index.json"
+        if not self._index.is_file():
+            self._files = self._listed(path)
+        else:
+            self._files = self._listed(whole) if whole.exists() else self._indexed()
 
     def __enter__(self) -> Shards:
         return self

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny import tiny_model
+from transformers import AutoModelForCausalLM
 
 from moesd_kernels import MoE
 
@@ -134,6 +135,27 @@ def test_files(sharded: Path, tmp_path: Path, change: Any, kind: Any, said: str)
     folder = copied(sharded, tmp_path / "changed", change=change)
     with pytest.raises(kind, match=said):
         MoE.from_safetensors(folder, layer=1)
+
+
+@pytest.mark.parametrize("shards", ["left", "removed"])
+def test_a_whole_file_is_newer_than_an_index_beside_it(
+    sharded: Path, tmp_path: Path, shards: str
+) -> None:
+    """What is saved into the folder again in one file, which transformers reads too."""
+    folder = shutil.copytree(sharded, tmp_path / "again")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+    model.save_pretrained(tmp_path / "tuned")
+    if shards == "removed":
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+    shutil.copy(tmp_path / "tuned" / "model.safetensors", folder)
+    assert (folder / INDEX).is_file()
+    loaded = MoE.from_safetensors(folder, layer=1)
+    again = AutoModelForCausalLM.from_pretrained(folder).model.layers[1].mlp.experts.down_proj
+    assert torch.equal(again, model.model.layers[1].mlp.experts.down_proj)
+    assert torch.equal(loaded.experts.down_proj, again)
 
 
 GATE_UP = f"{BLOCK}experts.gate_up_proj"

@@ -30,8 +30,18 @@ def expert(index, part="up_proj"):
     return f"{PREFIX}experts.{index}.{part}.weight"
 
 
+def with_index(text):
+    """Let the file be a shard beside an index of these words."""
+
+    def change(folder):
+        (folder / FILE).rename(folder / "model-00001-of-00001.safetensors")
+        (folder / INDEX).write_text(text)
+
+    return change
+
+
 def indexed(weight_map):
-    return lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return with_index(json.dumps({"weight_map": weight_map}))
 
 
 TENSORS = {
@@ -109,10 +119,10 @@ FILES = {
     "an index that leads up": (indexed({f"{PREFIX}a": "../b.safetensors"}), "of its folder"),
     "an index with a whole path": (indexed({f"{PREFIX}a": "/b.safetensors"}), "of its folder"),
     "an index of a pickle": (indexed({f"{PREFIX}a": "b.bin"}), "of its folder"),
-    "an index without a map": (lambda f: (f / INDEX).write_text("{}"), "with a weight_map"),
-    "an index that is a list": (lambda f: (f / INDEX).write_text("[]"), "with a weight_map"),
-    "an index that is no JSON": (lambda f: (f / INDEX).write_text("{"), "cannot read"),
-    "a deep index": (lambda f: (f / INDEX).write_text("[" * 10**5), "cannot read"),
+    "an index without a map": (with_index("{}"), "with a weight_map"),
+    "an index that is a list": (with_index("[]"), "with a weight_map"),
+    "an index that is no JSON": (with_index("{"), "cannot read"),
+    "a deep index": (with_index("[" * 10**5), "cannot read"),
 }
 
 
