@@ -143,6 +143,21 @@ FILES = {
     "an odd head": (fields(dimension_count=(U32, 15)), "an even size, got 15"),
     "half a head turned": (fields(llama__attention__key_length=(U32, 32)), "whole heads of 32"),
     "longer contexts": (fields(llama__rope__scaling__type=(TEXT, "yarn")), "the scaling 'yarn'"),
+    **{
+        f"longer contexts by {name} alone": (
+            fields(**{f"llama__rope__{name}": (F32, factor)}),
+            "the scaling 'linear'",
+        )
+        for name, factor in (("scaling__factor", 4.0), ("scale_linear", 0.5))
+    },
+    "no number of longer contexts": (
+        fields(llama__rope__scaling__factor=(F32, float("nan"))),
+        "the scaling 'linear'",
+    ),
+    "sharper attention": (
+        fields(llama__rope__scaling__attn_factor=(F32, 1.25)),
+        "must not be scaled, got the factor 1.25",
+    ),
     "undefined numbers": (fields(freq_base=(F32, float("nan"))), "must be positive, got nan"),
     "undefined norms": (fields(epsilon=(F32, float("inf"))), "must be a small number, got inf"),
     "experts as text": (fields(llama__expert_count=(TEXT, "8")), "must be int, got str"),
@@ -204,6 +219,22 @@ def test_the_whole_file_is_read(tmp_path):
     assert model.config.eos_token_id == 0
     assert torch.equal(model.model.norm.weight, torch.ones(32, dtype=torch.bfloat16))
     assert load_tokenizer(file).encode("abc") == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "unscaled",
+    [
+        {"scaling__factor": (F32, 1.0), "scaling__attn_factor": (F32, 1.0)},
+        {"scaling__factor": (F32, 0.0), "scale_linear": (F32, 4.0)},  # the newer name holds
+        {"scale_linear": (F32, 0.0)},
+        {"scaling__type": (TEXT, "none"), "scaling__factor": (F32, 4.0)},
+    ],
+    ids=str,
+)
+def test_a_scale_that_changes_nothing_is_read(unscaled, tmp_path):
+    change = fields(**{f"llama__rope__{name}": value for name, value in unscaled.items()})
+    model = load_model(written(tmp_path / "m.gguf", change), device="cpu")
+    assert model.config.rope_parameters["rope_type"] == "default"
 
 
 def test_a_file_that_is_cut_off_anywhere_is_said_to_be(tmp_path):

@@ -123,10 +123,19 @@ def _require_sane(source: GgufFile, sizes: dict[str, Any]) -> None:
 
 
 def _require_plain_rotation(source: GgufFile, architecture: str, head: int | float) -> None:
-    scaling = source.field(f"{architecture}.rope.scaling.type", str, "none")
+    factors = (f"{architecture}.rope.scaling.factor", f"{architecture}.rope.scale_linear")
+    factor = next((source.field(key, float) for key in factors if key in source.fields), 0.0)
+    # As llama.cpp reads it: linear where no type is given, and 0 is no factor.
+    implied = "none" if factor in (0, 1) else "linear"
+    scaling = source.field(f"{architecture}.rope.scaling.type", str, implied)
     if scaling != "none":
         raise ValueError(
             f"{source.path}: rotary embeddings must not be scaled, got the scaling {scaling!r}"
+        )
+    grown = source.field(f"{architecture}.rope.scaling.attn_factor", float, 1.0)
+    if grown != 1:  # on the cosines, whatever the type
+        raise ValueError(
+            f"{source.path}: rotary embeddings must not be scaled, got the factor {grown}"
         )
     turned = source.field(f"{architecture}.rope.dimension_count", int, head)
     if turned != head:
