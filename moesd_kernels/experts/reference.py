@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesd_kernels.formats import dequantize, round_to_int8
+from moesd_kernels.formats import dequantize, round_straight_through
 
 from .spec import ExpertsSpec, ExpertsWeights, TopK
 from .spec.activations import FUNCTIONS
@@ -132,7 +132,9 @@ def _rounding(
     """What is done to activations before a product, and the dtype that weights are read in."""
     if not spec.rounds_activations:
         return lambda x: x, dtype
-    return lambda x: round_to_int8(x).to(x.dtype), torch.promote_types(dtype, torch.float32)
+    return lambda x: round_straight_through(x).to(x.dtype), torch.promote_types(
+        dtype, torch.float32
+    )
 
 
 def _matrices(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ggml
-from .activations import activation_group, round_to_int8
+from .activations import activation_group, round_straight_through, round_to_int8
 from .check import check_weight
 from .description import GROUPS, WeightFormat
 from .floating import FP8_BLOCK, MXFP4
@@ -28,6 +28,7 @@ __all__ = [
     "check_weight",
     "dequantize",
     "quantize",
+    "round_straight_through",
     "round_to_int8",
 ]
 

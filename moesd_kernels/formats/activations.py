@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,30 @@ def round_to_int8(x: Tensor, group: int = GROUP) -> Tensor:
     # Not 127 / most: torch multiplies by a reciprocal, which rounds twice.
     inverse = torch.full_like(most, _LARGEST).div(most).where(most >= _SMALLEST, 0)
     return (torch.round(groups * inverse) * (most / _LARGEST)).flatten(-2)
+
+
+def round_straight_through(x: Tensor, group: int = GROUP) -> Tensor:
+    """``round_to_int8(x, group)``, to the bit, with the gradient of ``x`` itself.
+
+    That of rounding is zero almost everywhere, which would leave what lies before with none but the
+    scale's. Source: Bengio et al. 2013, section 4 (the straight-through estimator).
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _StraightThrough.apply(x, group)
+    return round_to_int8(x, group)
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, group: int) -> Tensor:
+        return round_to_int8(x, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None

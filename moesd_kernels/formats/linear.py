@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import activation_group, round_to_int8
+from .activations import activation_group, round_straight_through
 from .check import check_weight
 from .description import WeightFormat
 
@@ -78,7 +78,7 @@ class QuantizedLinear(KeepsScales):
         weight = self._stored_as.decode(self.weight, self.weight_scale)
         if self.int8_activations and self._stored_as.integers:
             group = activation_group(self.weight_format, self.weight_scale, self.in_features)
-            product = F.linear(round_to_int8(input, group), weight)
+            product = F.linear(round_straight_through(input, group), weight)
             return (product if self.bias is None else product + self.bias).to(input.dtype)
         return F.linear(input, weight.to(input.dtype), self.bias)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moesd_kernels.formats import round_to_int8
+from moesd_kernels.formats import round_straight_through, round_to_int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -89,3 +89,24 @@ def test_no_number_moves_by_more_than_half_a_step(dtype, scale):
     codes = rounded / step
     assert ((codes - codes.round()).abs() < 1e-4).all()
     assert ((codes.abs().amax(-1) - 127).abs() < 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_gradient_passes_straight_through(dtype):
+    """And the numbers are the same to the bit, zeros with a sign and infinity among them."""
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 1], x[1, 2], x[2] = -1e-4, math.inf, 0
+    asked = x.clone().requires_grad_()
+    rounded, expected = round_straight_through(asked), round_to_int8(x)
+    assert torch.equal(rounded.detach().view(torch.int32), expected.view(torch.int32))
+    given = torch.arange(192.0).view(3, 64)
+    rounded.backward(given)
+    assert asked.grad.dtype == dtype and torch.equal(asked.grad, given.to(dtype))
+    with torch.no_grad():
+        assert not round_straight_through(asked).requires_grad
+
+
+def test_a_gradient_passes_straight_through_functions_of_functions():
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    ones = torch.func.vmap(torch.func.grad(lambda row: round_straight_through(row).sum()))(x)
+    assert torch.equal(ones, torch.ones(3, 64))

@@ -192,3 +192,18 @@ def test_projections_that_differ_in_it_do_not_become_one():
     assert runner._lean is None
     together = runner.forward(IDS, torch.arange(2), torch.arange(6).repeat(2, 1)).logits
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_gradients_are_about_those_of_activations_that_are_not_rounded(family, weight_format):
+    """Through linear layers and experts: what trains in front of them, as adapters do."""
+    model = quantize(model_of(family), weight_format)
+    gradients = []
+    for enabled in (False, True):
+        use_int8_activations(model, enabled)
+        inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=inputs, labels=IDS).loss.backward()
+        gradients.append(inputs.grad.flatten())
+    plain, rounded = gradients
+    assert (rounded - plain).norm() < 0.2 * plain.norm()
