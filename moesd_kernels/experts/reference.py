@@ -132,9 +132,8 @@ def _rounding(
     """What is done to activations before a product, and the dtype that weights are read in."""
     if not spec.rounds_activations:
         return lambda x: x, dtype
-    return lambda x: round_straight_through(x).to(x.dtype), torch.promote_types(
-        dtype, torch.float32
-    )
+    wide = torch.promote_types(dtype, torch.float32)
+    return lambda x: round_straight_through(x).to(x.dtype), wide
 
 
 def _matrices(
