@@ -20,6 +20,8 @@ from moesd_kernels.experts.spec.activations import FUNCTIONS
 
 LIMIT_NAMES = ("limit", "swiglu_limit")
 ALPHA_NAMES = ("alpha", "swiglu_alpha")
+# Factors on a probe: models' activations reach thousands, and a clamp shows beyond its limit only.
+MAGNITUDES = (1.0, 10.0, 1e3, 1e5)
 
 
 def recognise_gate(
@@ -43,16 +45,21 @@ def recognise_gate(
         return None
     try:
         with torch.no_grad():
-            expected = function(probe)
+            expected = [function(factor * probe) for factor in MAGNITUDES]
     except (RuntimeError, TypeError, AttributeError, ValueError):
         return None  # it needs more than the projection: none of ours
     for spec in _candidates(experts, gated, interleaved):
-        actual = apply_activation(probe, spec)
-        if actual.shape == expected.shape and torch.allclose(
-            actual, expected.to(actual.dtype), rtol=1e-5, atol=1e-6
-        ):
+        actual = [apply_activation(factor * probe, spec) for factor in MAGNITUDES]
+        if all(map(_agree, actual, expected, MAGNITUDES)):
             return spec
     return None
+
+
+def _agree(actual: Tensor, expected: Tensor, factor: float) -> bool:
+    """Whether two results are one; what a cancellation leaves grows as their product does."""
+    return actual.shape == expected.shape and torch.allclose(
+        actual, expected.to(actual.dtype), rtol=1e-5, atol=1e-6 * factor**2
+    )
 
 
 def _probe(experts: torch.nn.Module) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gates import recognise_gate
+from moesd_kernels.experts.spec.activations import FUNCTIONS
+
+from .gates import MAGNITUDES, recognise_gate
 from .packed import linear_classes
 from .shadow import fits, shadow_of
 
@@ -40,22 +42,24 @@ def gated_mlp_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     ):
         return None
     gate = recognise_gate(module, gated=False)
-    if gate is None or not _agrees(module, gate.activation):
+    if gate is None or not computes_gated(module, gate.activation):
         return None
     return _forward(gate.activation, _kind(parts["act_fn"]))
 
 
-def _agrees(module: nn.Module, activation: str) -> bool:
-    """Whether the class's forward computes that, tried on small layers in place of its own."""
-    from moesd_kernels.dense.ops import act_and_mul
+def computes_gated(module: nn.Module, activation: str) -> bool:
+    """Whether the class's forward is ``down(activation(gate(x)) * up(x))``, without a clamp.
 
+    It is tried on small layers in place of the module's own.
+    """
     generator = torch.Generator().manual_seed(0)
     # Uninitialised: drawing their weights would move the caller's random state.
     make = functools.partial(nn.utils.skip_init, nn.Linear, 5, 5, dtype=torch.float32)
     small = {name: make() for name in _MLP_PARTS}
     probe = copy.copy(module)
-    probe._modules = {**small, "act_fn": module._modules["act_fn"]}
+    probe._modules = module._modules | small
     x = torch.randn(4, 5, generator=generator, dtype=torch.float32)
+    x = torch.cat([factor * x for factor in MAGNITUDES])
     with torch.no_grad():
         for linear in small.values():
             linear.weight.copy_(torch.randn(5, 5, generator=generator, dtype=torch.float32))
@@ -65,7 +69,7 @@ def _agrees(module: nn.Module, activation: str) -> bool:
         except Exception:  # whatever a class may do with parts that are not its own
             return False
         gate, up, down = (small[name] for name in _MLP_PARTS)
-        actual = down(act_and_mul(gate(x), up(x), activation))
+        actual = down(FUNCTIONS[activation](gate(x)) * up(x))
     return isinstance(expected, Tensor) and torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 

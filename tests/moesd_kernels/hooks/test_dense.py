@@ -154,6 +154,23 @@ def test_an_mlp_that_computes_something_else_keeps_its_forward():
     assert "" not in replaced(mlp)
 
 
+class ClampedMLP(GatedMLP):
+    def __init__(self, limit):
+        super().__init__(nn.SiLU())
+        self.limit = limit
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=self.limit), self.up_proj(x)
+        return self.down_proj(self.act_fn(gate) * up.clamp(-self.limit, self.limit))
+
+
+@pytest.mark.parametrize("limit", [7.0, 16.0, 100.0, 4000.0, 60000.0])
+def test_a_clamp_that_ordinary_numbers_do_not_reach_is_seen(limit):
+    mlp = ClampedMLP(limit)
+    accelerate_dense(mlp)
+    assert "" not in replaced(mlp)
+
+
 def test_a_trained_gate_before_frozen_weights_gets_gradients():
     mlp = GatedMLP(nn.SiLU()).requires_grad_(False)
     mlp.gate_proj.requires_grad_(True)

@@ -16,6 +16,7 @@ from torch import nn
 from moesd_kernels import accelerate, decelerate, register
 from moesd_kernels.experts import api
 from moesd_kernels.hooks import experts as hook
+from moesd_kernels.hooks.gates import recognise_gate
 
 PROMPT = torch.arange(22).view(2, 11) % 50
 MAPPING = "transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS._global_mapping"
@@ -164,6 +165,24 @@ def test_unknown_gate_hands_over(caplog):
     experts.__class__ = cls
     message, _ = handed_over(experts, caplog)
     assert "the gate of OddExperts is not one of the fused ones" in message
+
+
+@pytest.mark.parametrize("limit", [7.0, 40.0, 2000.0])
+@pytest.mark.parametrize("alpha", [None, 1.7])
+def test_a_limit_is_seen_however_large(limit, alpha):
+    def gate(self, x):
+        gate, up = x.chunk(2, -1)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if alpha is None:
+            return nn.functional.silu(gate) * up
+        return gate * (alpha * gate).sigmoid() * (up + 1)
+
+    experts = tiny_experts()
+    experts.__class__ = type("ClampedExperts", (type(experts),), {"_apply_gate": gate})
+    assert recognise_gate(experts, True) is None  # a limit that it does not name
+    experts.limit, experts.alpha = limit, alpha
+    spec = recognise_gate(experts, True)
+    assert (spec.activation_limit, spec.activation_alpha) == (limit, alpha)
 
 
 def test_parameter_subclass_hands_over(caplog):

@@ -39,6 +39,16 @@ def test_equals_the_transformers_block(family, dtype):
     assert_as_accurate(actual, run_block(block, x), exact.double(), name=family)
 
 
+def test_a_shared_expert_that_clamps_is_refused():
+    _, _, block = block_of("glm4_moe")
+    shared = block.shared_experts
+    own = type(shared).forward
+    clamped = {"forward": lambda self, x: own(self, x).clamp(-20, 20)}
+    shared.__class__ = type("ClampedMLP", (type(shared),), clamped)
+    with pytest.raises(ValueError, match=r"must be down\(silu\(gate\) \* up\), which ClampedMLP"):
+        MoE.from_transformers(block)
+
+
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_shares_the_block_parameters(family):
     _, _, block = block_of(family)
