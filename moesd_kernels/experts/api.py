@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .backends import CallTraits, QuickRun, choose_backend
@@ -69,7 +70,7 @@ def fused_experts(
     if spec is None:
         spec = _make_spec(**options) if options else DEFAULT_SPEC
     quick = _quick.get(backend)
-    if quick is not None and out is None:
+    if quick is not None and out is None and forward_ad._current_level < 0:
         result = quick(*tensors, *spec.op_options, *scales)
         if result is not None:
             return result
@@ -114,7 +115,9 @@ _quick: dict[str, QuickRun] = {}
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
 
 
 def _public_signature() -> inspect.Signature:

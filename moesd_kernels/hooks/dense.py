@@ -107,20 +107,20 @@ def _fusable(rule: RouterRule, router: nn.Module) -> bool:
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    weight = self.weight
-    if type(self) is not nn.Linear or not fits(input, weight) or not weight.is_contiguous():
+    weight, bias = self.weight, self.bias
+    if type(self) is not nn.Linear or not fits(input, weight, bias) or not weight.is_contiguous():
         return type(self).forward(self, input)
     if input.dim() == 2:
-        return torch.ops.moesd.linear.default(input, weight, self.bias)
+        return torch.ops.moesd.linear.default(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
-    return torch.ops.moesd.linear.default(rows, weight, self.bias).view(*input.shape[:-1], -1)
+    return torch.ops.moesd.linear.default(rows, weight, bias).view(*input.shape[:-1], -1)
 
 
 def _stored_forward(self: Any, input: Tensor) -> Tensor:
     """A linear layer whose matrix is in a quantised format."""
     weight, scale, name, int8_activations = stored_weight(self)
     bias = self.bias
-    if not fits(input, weight) or (bias is not None and bias.dtype != input.dtype):
+    if not fits(input, weight, bias) or (bias is not None and bias.dtype != input.dtype):
         return type(self).forward(self, input)
     rows = input.reshape(-1, input.shape[-1])
     out = torch.ops.moesd.linear.default(rows, weight, bias, scale, name, int8_activations)
@@ -148,7 +148,7 @@ def _cpu_formats() -> frozenset[str]:
 def _column_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """One output per row: a shared expert's gate, which goes through a sigmoid next."""
     out = _linear_forward(self, input)
-    return rows_apart(out) if fits(input, self.weight) else out
+    return rows_apart(out) if fits(input, self.weight, self.bias) else out
 
 
 def _activation_forward(self: nn.Module, input: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def _router_forward(rule: RouterRule, fuse: bool, choices: tuple[Any, ...]) -> C
     def takes(self: Any, hidden_states: Tensor) -> bool:
         weight = self.weight
         unchanged = _choices(self) == choices and weight.is_contiguous()
-        return unchanged and fits(hidden_states, weight)
+        return unchanged and fits(hidden_states, weight, getattr(self, "bias", None))
 
     def fused(self: Any, hidden_states: Tensor) -> Any:
         weight = self.weight

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from moesd_kernels.experts.api import fused_experts, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
@@ -220,7 +221,8 @@ def _hand_over(
     """transformers' ``grouped_mm`` on the same module, or ``batched_mm`` for what that lacks."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    name = "batched_mm" if hidden_states.dtype == torch.float64 else "grouped_mm"
+    lacks = hidden_states.dtype == torch.float64 or forward_ad._current_level >= 0
+    name = "batched_mm" if lacks else "grouped_mm"
     if not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)
         logger.warning("experts run transformers' %s: %s", name, reason)

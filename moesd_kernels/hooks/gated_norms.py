@@ -76,7 +76,7 @@ def gated_norm_forward(rule: GatedNormRule) -> Callable[..., Tensor]:
             hidden_states.shape,
             hidden_states.dtype,
         )
-        if not alike or not fits(hidden_states, weight):
+        if not alike or not fits(hidden_states, weight, gate):
             return type(self).forward(self, hidden_states, gate)
         return torch.ops.moesd.gated_rms_norm.default(hidden_states, gate, weight, *arguments)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # of weights in quantised formats
@@ -58,10 +59,11 @@ def is_unshadowed(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this call can take the CPU kernels.
+def fits(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
+    """Whether this call can take the CPU kernels, which nothing differentiates.
 
     A quantised weight goes with every dtype, and has no gradient, whatever its parameter says.
+    ``other`` is what else the call may be differentiated by: a bias, a gate.
     """
     stored = weight.dtype in STORED
     return (
@@ -71,8 +73,14 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in _PLAIN
         and x.numel() > 0
         and not (
-            torch.is_grad_enabled() and (x.requires_grad or (weight.requires_grad and not stored))
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad
+                or (weight.requires_grad and not stored)
+                or (other is not None and other.requires_grad)
+            )
         )
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
