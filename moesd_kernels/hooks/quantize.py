@@ -193,13 +193,15 @@ def _quantize_linear(
     size = _group_for(linear.in_features, group)
     if size is None or linear.weight.dtype.itemsize < 2:
         return False
-    tied = linear.weight is getattr(_embedding(model), "weight", None)
+    ties, key = _ties(model), f"{name}.weight"
+    shared = linear.weight is getattr(_embedding(model), "weight", None)
+    tied = shared or key in ties or key in ties.values()
     weight, scale = quantize_weight(linear.weight, weight_format, size)
     bias = linear.bias if linear.bias is None else linear.bias.detach()
     quantized = QuantizedLinear(weight, scale, bias, WEIGHT_FORMATS[weight_format])
     model.set_submodule(name, quantized.train(linear.training))
     if tied:
-        _untie(model, f"{name}.weight")
+        _untie(model)
     return True
 
 
@@ -208,11 +210,28 @@ def _embedding(model: nn.Module) -> nn.Module | None:
     return found
 
 
-def _untie(model: Any, key: str) -> None:
-    """Let the model, and what is saved of it, know that its head is a matrix of its own."""
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
-    getattr(model, "all_tied_weights_keys", {}).pop(key, None)
+def _untie(model: Any) -> None:
+    """Let the model, and what is saved of it, know that its head is a matrix of its own.
+
+    The flag is of all ties of a model, so what else is tied becomes parameters of their own too.
+    """
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    for config in (*configs, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    ties = _ties(model)
+    for name in ties:
+        owner, _, leaf = name.rpartition(".")
+        parameters = model.get_submodule(owner)._parameters
+        if (own := parameters.get(leaf)) is not None and own.is_floating_point():
+            parameters[leaf] = nn.Parameter(own.detach().clone(), own.requires_grad)
+    ties.clear()
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """The names of what transformers ties, each with that of its source."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return ties
 
 
 def _quantize_experts(experts: Any, weight_format: str, group: int | None) -> bool:

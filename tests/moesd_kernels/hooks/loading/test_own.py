@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families.building import build
 from support.tiny import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -55,6 +56,18 @@ def test_saved_and_loaded(family: str, group: int | None, tmp_path: Path) -> Non
     loaded.set_attn_implementation("eager")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, loaded(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["BertLMHeadModel", "ProphetNetForCausalLM", "ZambaForCausalLM"])
+def test_what_else_a_model_ties_is_saved_too(family: str, tmp_path: Path) -> None:
+    """A bias, an embedding, norms: their ties hang on the flag of the head's."""
+    model = build(family)
+    assert len(model.all_tied_weights_keys) > 1
+    quantize(model, "int8").save_pretrained(tmp_path)
+    with keep_quantized():
+        loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert_same(model, loaded)
 
 
 def test_every_step_is_recorded(tmp_path: Path) -> None:
