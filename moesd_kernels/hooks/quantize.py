@@ -111,7 +111,8 @@ def quantize(
             f"{type(model).__name__} has no weights that can be {weight_format}: expected plain "
             f"experts or linear layers in it, with depths that {GROUPS[0]} divides, got {left[:3]}"
         )
-    _record(model, {"weight_format": weight_format, "group": group, "linears": linears})
+    step = {"weight_format": weight_format, "group": group, "linears": linears}
+    _record(model, step | {"of": type(model).__name__})
     if left:
         logger.warning("%d modules stay as they were, the first is %s", len(left), left[0])
     return model
@@ -136,7 +137,10 @@ def _source(kind: Any) -> str:
 
 
 def _record(model: Any, step: dict[str, Any]) -> None:
-    """Let the model's config say how it was quantised, by which its files are loaded."""
+    """Let the model's config say how it was quantised, by which its files are loaded.
+
+    A model shares its config with the parts of it, which may be what was quantised.
+    """
     config = getattr(model, "config", None)
     said = dict(getattr(config, "quantization_config", None) or {"quant_method": METHOD})
     if config is not None and said.get("quant_method") == METHOD:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
+from moesd_kernels.formats import KeepsScales
 from moesd_kernels.hooks.packed import SCALE
 from moesd_kernels.hooks.quantize import METHOD, QuantizedExperts, quantize
 
@@ -35,9 +37,12 @@ def own_mappings() -> dict[str, dict[str, Any]]:
             config: Any = self.quantization_config
             with torch.device("cpu"):  # what activations are is found by computing
                 for step in config.steps:
-                    quantize(model, **step)
+                    call = {name: value for name, value in step.items() if name != "of"}
+                    for part in _parts(model, step.get("of")):
+                        quantize(part, **call)
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            _require_scales(model)
             for module in model.modules():
                 if isinstance(module, QuantizedExperts):
                     _restore_scales(module)
@@ -56,6 +61,33 @@ def own_mappings() -> dict[str, dict[str, Any]]:
     }
 
 
+def _parts(model: nn.Module, kind: str | None) -> list[nn.Module]:
+    """What a step was of, by the name of its class: parts of the model, or else all of it.
+
+    The files of one class are loaded as another, too: a causal LM's as a classifier.
+    """
+    if type(model).__name__ == kind:
+        return [model]
+    return [part for part in model.modules() if type(part).__name__ == kind] or [model]
+
+
+def _require_scales(model: nn.Module) -> None:
+    """Refuse matrices whose scales were in no file: they were saved as numbers, or not at all.
+
+    Raises:
+        ValueError: says which is the first.
+    """
+    for owner, module in model.named_modules():
+        for leaf in module.scale_names if isinstance(module, KeepsScales) else ():
+            scale = module._parameters.get(leaf)
+            # transformers' mark of what it has loaded; the others are whatever memory held.
+            if scale is not None and not getattr(scale, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"the files have no {owner}.{leaf}: {METHOD}'s steps in their config say that "
+                    f"{type(model).__name__} was quantised there"
+                )
+
+
 def _restore_scales(experts: QuantizedExperts) -> None:
     """Give a scale for a whole row its last axis, of size 1, which transformers 5.17 squeezes."""
     for name in experts.scale_names:
@@ -72,10 +104,11 @@ def _checked(steps: Any) -> list[dict[str, Any]]:
         ValueError: they are not what ``quantize`` is called with.
     """
     names = {"weight_format": (str,), "group": (int, type(None)), "linears": (bool,)}
+    known = names | {"of": (str,)}  # not yet there in older files
     fits = isinstance(steps, list) and all(
         isinstance(step, dict)
-        and step.keys() == names.keys()
-        and all(type(value) in names[name] for name, value in step.items())
+        and names.keys() <= step.keys() <= known.keys()
+        and all(type(value) in known[name] for name, value in step.items())
         for step in steps
     )
     if not fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.families.building import build
 from support.tiny import tiny_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -80,6 +82,40 @@ def test_every_step_is_recorded(tmp_path: Path) -> None:
     assert_same(model, load(tmp_path / "all"))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_part_that_was_quantised_alone(family: str, tmp_path: Path) -> None:
+    """It shares its config with the whole, whose head keeps its numbers."""
+    model = made(family)
+    quantize(model.model, "int8")
+    model.save_pretrained(tmp_path / "part")
+    loaded = load(tmp_path / "part")
+    assert type(loaded.lm_head) is type(model.lm_head) is nn.Linear
+    assert_same(model, loaded)
+    for whole in (model, loaded):
+        quantize(whole, "int4")
+    assert_same(model, loaded)
+    loaded.save_pretrained(tmp_path / "all")
+    assert_same(model, load(tmp_path / "all"))
+
+
+def test_a_scale_that_is_in_no_file_is_named(tmp_path: Path) -> None:
+    """A layer's attention shares the config too, and there are many of its class."""
+    model = made("llama")
+    quantize(model.model.layers[0].self_attn, "int8")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no model\.layers\.1\.self_attn\.q_proj\.weight_scale: "):
+        load(tmp_path)
+
+
+def test_files_of_before_a_step_named_its_model(tmp_path: Path) -> None:
+    model = quantize(made("llama"), "int8")
+    model.save_pretrained(tmp_path)
+    change_steps(tmp_path, lambda steps: [{**steps[0], "of": "Other"}])
+    assert_same(model, load(tmp_path))
+    change_steps(tmp_path, lambda steps: [{n: v for n, v in steps[0].items() if n != "of"}])
+    assert_same(model, load(tmp_path))
+
+
 def test_the_decoder_takes_the_folder(tmp_path: Path) -> None:
     model = quantize(made("mixtral"), "int8")
     model.save_pretrained(tmp_path)
@@ -95,19 +131,25 @@ def test_the_decoder_takes_the_folder(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def change_steps(folder: Path, change: Callable[[Any], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    stored = config["quantization_config"]
+    stored["steps"] = change(stored["steps"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 STEPS: list[Any] = [
     None,
     [{"weight_format": "int8"}],
     [{"weight_format": "int8", "group": True, "linears": True}],
     [{"weight_format": "int8", "group": 32, "linears": True, "model": 1}],
+    [{"weight_format": "int8", "group": 32, "linears": True, "of": 1}],
 ]
 
 
 @pytest.mark.parametrize("steps", STEPS, ids=repr)
 def test_a_config_may_say_anything(tmp_path: Path, steps: Any) -> None:
     quantize(made("llama"), "int8").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["steps"] = steps
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    change_steps(tmp_path, lambda _: steps)
     with pytest.raises(ValueError, match="steps of moesd must each have weight_format, group, lin"):
         load(tmp_path)
