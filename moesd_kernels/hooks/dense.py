@@ -6,8 +6,8 @@ same logits, bit for bit, whether it is verified among γ drafts or decoded alon
 
 A module keeps its class, parameters and buffers; only its bound ``forward`` is shadowed on the
 instance. A replacement is made only when it reproduces the module's own result on a probe, and
-steps aside, running the class's forward, for gradients, autocast, other devices and compiled
-graphs.
+steps aside, running the class's forward, for gradients, autocast, other devices, compiled graphs
+and calls with more than the one input.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ def _activation_forward(self: nn.Module, input: Tensor) -> Tensor:
 def _norm_forward(rule: NormRule) -> Callable[..., Tensor]:
     eps, offset, cast_first = rule.eps, rule.offset, rule.cast_first
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, *args: Any, **named: Any) -> Tensor:
         weight = self.weight
-        if not fits(hidden_states, weight):
-            return type(self).forward(self, hidden_states)
-        return torch.ops.moesd.rms_norm.default(hidden_states, weight, eps, offset, cast_first)
+        if len(args) != 1 or named or not fits(args[0], weight):
+            return type(self).forward(self, *args, **named)
+        return torch.ops.moesd.rms_norm.default(args[0], weight, eps, offset, cast_first)
 
     return forward
 
@@ -182,25 +182,27 @@ def _choices(router: nn.Module) -> tuple[Any, ...]:
 
 @functools.cache
 def _router_forward(rule: RouterRule, fuse: bool, choices: tuple[Any, ...]) -> Callable[..., Any]:
-    def takes(self: Any, hidden_states: Tensor) -> bool:
+    def takes(self: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
         weight = self.weight
-        unchanged = _choices(self) == choices and weight.is_contiguous()
-        return unchanged and fits(hidden_states, weight, getattr(self, "bias", None))
+        if len(args) != 1 or named or _choices(self) != choices or not weight.is_contiguous():
+            return False
+        return fits(args[0], weight, getattr(self, "bias", None))
 
-    def fused(self: Any, hidden_states: Tensor) -> Any:
+    def fused(self: Any, *args: Any, **named: Any) -> Any:
         weight = self.weight
-        if not takes(self, hidden_states):
-            return type(self).forward(self, hidden_states)
-        rows = hidden_states.reshape(-1, weight.shape[1])
+        if not takes(self, args, named):
+            return type(self).forward(self, *args, **named)
+        rows = args[0].reshape(-1, weight.shape[1])
         logits, weights, ids = torch.ops.moesd.softmax_topk_router.default(
             rows, weight, rule.top_k, rule.renormalize
         )
         return logits, weights.to(logits.dtype) if rule.cast else weights, ids
 
-    def composed(self: Any, hidden_states: Tensor) -> Any:
+    def composed(self: Any, *args: Any, **named: Any) -> Any:
         weight = self.weight
-        if not takes(self, hidden_states):
-            return type(self).forward(self, hidden_states)
+        if not takes(self, args, named):
+            return type(self).forward(self, *args, **named)
+        (hidden_states,) = args
         rows, bias = hidden_states.reshape(-1, weight.shape[1]), getattr(self, "bias", None)
         logits = router_logits(rows, weight, bias, rule, linear=torch.ops.moesd.linear.default)
         chosen = rule.select(rows_apart(logits), correction_of(self), dtype=hidden_states.dtype)

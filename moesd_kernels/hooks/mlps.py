@@ -80,9 +80,18 @@ def _kind(act_fn: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def _forward(activation: str, kind: tuple[Any, ...]) -> Callable[..., Tensor]:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not fits(x, self.down_proj.weight) or _kind(self.act_fn) != kind:
-            return type(self).forward(self, x)
+    def forward(self: Any, *args: Any, **named: Any) -> Tensor:
+        # Whoever put another module in the layer's place may call "weight" anything, or a method.
+        weight = getattr(self.down_proj, "weight", None)
+        if (
+            len(args) != 1
+            or named
+            or not isinstance(weight, Tensor)
+            or not fits(args[0], weight)
+            or _kind(self.act_fn) != kind
+        ):
+            return type(self).forward(self, *args, **named)
+        (x,) = args
         gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.requires_grad or up.requires_grad:  # an adapter in front of frozen weights
             return type(self).forward(self, x)

@@ -235,6 +235,43 @@ def test_training_still_works():
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
 
 
+def more_than_one_input(kind):
+    """A subclass that takes a factor, and multiplies by it."""
+
+    def forward(self, hidden_states, factor=1.0):
+        out = super(made, self).forward(hidden_states)
+        return (*out[:1], factor * out[1], *out[2:]) if type(out) is tuple else factor * out
+
+    made = type(kind.__name__, (kind,), {"forward": forward})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2_moe", "mlp.gate"),
+        ("glm4_moe", "mlp.gate"),
+        ("glm4_moe", "mlp.shared_experts"),
+        ("glm4_moe", "input_layernorm"),
+    ],
+)
+@torch.no_grad()
+def test_a_call_with_more_is_the_class_s_own(family, name):
+    module = sparse_model(family).model.layers[-1].get_submodule(name)
+    module.__class__ = more_than_one_input(type(module))
+    x = torch.randn(3, 32)
+    calls = [
+        lambda: module(x, 2.0),
+        lambda: module(x, factor=2.0),
+        lambda: module(hidden_states=x),
+    ]
+    expected = [call() for call in calls]
+    accelerate_dense(module)
+    assert "" in replaced(module)
+    for call, own in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call(), own, rtol=1e-4, atol=1e-4)
+
+
 def test_unavailable_kernels(monkeypatch):
     monkeypatch.setattr(ops, "unavailable", lambda: "no C++ compiler found")
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):

@@ -202,3 +202,31 @@ def hook(linear):
 def test_a_change_after_accelerating_is_followed(change, kind):
     actual, expected = changed(change, kind)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+class Halved(nn.Module):
+    """In a layer's place, its own weight out of sight."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 0.5 * self.inner(x)
+
+
+class HalvedWithMethod(Halved):
+    """As the layers of torch's dynamic quantisation."""
+
+    def weight(self):
+        return self.inner.weight
+
+
+@pytest.mark.parametrize("wrapper", [Halved, HalvedWithMethod])
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_a_layer_that_is_wrapped_after_accelerating(name, wrapper):
+    def wrap(mlp):
+        setattr(mlp, name, wrapper(getattr(mlp, name)))
+
+    actual, expected = changed(wrap, "MLP")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
