@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -210,8 +211,10 @@ def _quantize_linear(
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:
-    found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
-    return found
+    find: Callable[[], nn.Module | None] = getattr(model, "get_input_embeddings", lambda: None)
+    with suppress(NotImplementedError):  # of models that take no tokens
+        return find()
+    return None
 
 
 def _untie(model: Any) -> None:

@@ -178,6 +178,18 @@ def test_a_matrix_that_a_models_code_looks_at_stays(name):
         quantized.backbone.layers[0].mixer.in_proj(torch.zeros(1, 64, dtype=torch.int8))
 
 
+@torch.no_grad()
+def test_a_model_that_takes_no_tokens():
+    config = transformers.PatchTSTConfig(
+        d_model=64, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64
+    )
+    plain = transformers.PatchTSTModel(config).eval()
+    x = torch.randn(1, config.context_length, config.num_input_channels)
+    quantized = quantize(copy.deepcopy(plain), "int8")
+    expected = read_back(plain, quantized)(x).last_hidden_state
+    assert close(quantized(x).last_hidden_state, expected)
+
+
 @pytest.mark.parametrize(
     "change", [accelerate, decelerate, use_int8_activations, lambda model: quantize(model, "int8")]
 )
