@@ -42,12 +42,12 @@ def gated_mlp_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     ):
         return None
     gate = recognise_gate(module, gated=False)
-    if gate is None or not computes_gated(module, gate.activation):
+    if gate is None or not _computes_gated(module, gate.activation):
         return None
     return _forward(gate.activation, _kind(parts["act_fn"]))
 
 
-def computes_gated(module: nn.Module, activation: str) -> bool:
+def _computes_gated(module: nn.Module, activation: str) -> bool:
     """Whether the class's forward is ``down(activation(gate(x)) * up(x))``, without a clamp.
 
     It is tried on small layers in place of the module's own.

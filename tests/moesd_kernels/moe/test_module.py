@@ -45,7 +45,7 @@ def test_a_shared_expert_that_clamps_is_refused():
     own = type(shared).forward
     clamped = {"forward": lambda self, x: own(self, x).clamp(-20, 20)}
     shared.__class__ = type("ClampedMLP", (type(shared),), clamped)
-    with pytest.raises(ValueError, match=r"must be down\(silu\(gate\) \* up\), which ClampedMLP"):
+    with pytest.raises(ValueError, match="computes of its parts is not what MoE does"):
         MoE.from_transformers(block)
 
 
