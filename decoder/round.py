@@ -99,7 +99,7 @@ class Draft:
 
         On the CPU, where asking costs nothing, columns that no row has drafted are cut.
         """
-        lengths = self.lengths
+        lengths = self.lengths.clamp(0, self.gamma)  # a drafter may have cut its tokens alone
         if min(room) < self.gamma:
             lengths = torch.minimum(lengths, torch.tensor(room, device=lengths.device))
         if not on_host(lengths.device):

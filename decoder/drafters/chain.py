@@ -140,11 +140,13 @@ class DraftChain:
 def shared_probs(sampler: Sampler, probs: Tensor, batch: int) -> Tensor:
     """A draft's distributions ``[B, G, V]`` where graphs of ``batch`` rows look for them.
 
-    Those of a chain in a graph are there; others are copied.
+    Those of a chain in a graph are there; others are copied, also what is there in longer rows.
     """
     shared = sampler.draft_probs(batch, probs.shape[1], probs.dtype)
     if probs.data_ptr() != shared.data_ptr():
         shared[: len(probs)].copy_(probs)
+    elif probs.stride() != shared.stride():
+        shared[: len(probs)].copy_(probs.clone())
     return shared
 
 

@@ -181,7 +181,7 @@ class RoundSteps:
 
     def cut(self, draft: Draft, rows: Tensor, lengths: Tensor) -> Draft:
         """The draft with no more tokens in a row than it may still emit; waits for nothing."""
-        room = (self._batch.last[rows] - lengths).clamp(min=0)
+        room = (self._batch.last[rows] - lengths).clamp(0, draft.gamma)
         return Draft(draft.tokens, draft.probs, torch.minimum(draft.lengths, room))
 
     def commit(

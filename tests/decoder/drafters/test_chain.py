@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoder.drafters.chain import DraftChain
+from decoder.drafters.chain import DraftChain, shared_probs
+from decoder.sampling import Sampler
 
 ROWS, LENGTHS = torch.tensor([1, 0]), torch.tensor([4, 9])
 
@@ -56,3 +57,17 @@ def test_a_draft_ends_before_what_its_model_left_undefined() -> None:
     for _ in range(3):
         chain.draw(torch.zeros(2, 1, 8))
     assert chain.finish().lengths.tolist() == [2, 1]
+
+
+def test_distributions_of_fewer_steps_are_moved_to_where_graphs_look() -> None:
+    """A draft that was cut lies in the same memory, in longer rows."""
+    sampler = Sampler(3, 5, torch.device("cpu"))
+    whole = sampler.draft_probs(3, 4, torch.float32)
+    whole.copy_(torch.arange(60.0).view(3, 4, 5))
+    expected = whole.clone()
+    assert shared_probs(sampler, whole[:2], 3).data_ptr() == whole.data_ptr()
+    assert torch.equal(whole, expected)
+    for steps in (1, 3):
+        whole.copy_(expected)
+        shared = shared_probs(sampler, whole[:2, :steps], 3)
+        assert torch.equal(shared[:2], expected[:2, :steps])
