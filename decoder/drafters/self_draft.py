@@ -114,6 +114,7 @@ class SelfDrafter(StatelessDrafter):
         if top_k is not None and top_k < 1:
             raise ValueError(f"self-draft top_k must be >= 1, got {top_k}")
         self.top_k = top_k
+        self._is_bound = False
 
     def bind(self, runner: ModelRunner, sampler: Sampler, max_gamma: int) -> None:
         experts = find_experts(runner.model)
@@ -130,6 +131,9 @@ class SelfDrafter(StatelessDrafter):
                 f"self-draft top_k must be below the target's {full} experts per token, "
                 f"got {self.top_k}"
             )
+        if self._is_bound:  # its drafts would be written into the cache of whoever bound it last
+            raise UserError("expected a self-drafter of its own for each decoder, got a used one")
+        self._is_bound = True
         self._runner = runner
         self._sampler = sampler
         self._chains = Chains(runner, sampler, runner.max_length)

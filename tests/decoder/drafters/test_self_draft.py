@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.decoding import decoder
 from support.scripted import GreedySampler, Script
 from support.tiny import VOCAB, random_prompts, tiny_model
 
 from decoder.drafters.self_draft import SelfDrafter, find_experts, reduce_top_k
+from decoder.errors import UserError
 from decoder.model.cache import cache_argument
 from decoder.model.runner import ModelRunner
 
@@ -93,3 +95,10 @@ def test_refuses_what_saves_nothing() -> None:
         bound(tiny_model("llama"))
     with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
         SelfDrafter(0)
+
+
+def test_two_decoders_need_two() -> None:
+    """Drafts are written into the cache of the decoder's own target."""
+    drafter, _ = bound(tiny_model("qwen3_moe"))
+    with pytest.raises(UserError, match="self-drafter of its own for each decoder"):
+        decoder(tiny_model("qwen3_moe"), drafter)
