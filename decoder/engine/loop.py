@@ -158,7 +158,7 @@ class SpeculativeDecoder:
         elif any(prompt is other for other in (*self._waiting, *self._rounds.batch.requests)):
             raise ValueError(f"request {prompt.index} is in the decoder already")
         else:
-            request = prompt
+            request = self.reader.checked(prompt)
         self._waiting.append(request)
         return request
 
@@ -247,10 +247,10 @@ class SpeculativeDecoder:
         place = {id(request): i for i, request in enumerate(requests)}
         found: dict[int, Output] = {}
         for request, output in self._decoded(iter(requests)):
-            found[place[id(request)]] = output
+            found[place.get(id(request), -1)] = output  # -1: somebody added it meanwhile
             if on_output is not None:
                 on_output(output)
-        outputs = [found[i] for i in sorted(found)]
+        outputs = [found[i] for i in sorted(found) if i >= 0]
         if (error := failure(outputs)) is not None:
             raise error
         return outputs

@@ -105,11 +105,14 @@ class RequestReader:
         index = -1
         for prompt in prompts:
             index += not isinstance(prompt, NotYet)
-            if isinstance(prompt, (Request, NotYet)):
+            if isinstance(prompt, NotYet):
                 yield prompt
                 continue
             try:
-                yield self.read(index, prompt, _own(params, index))
+                if isinstance(prompt, Request):
+                    yield self.checked(prompt)
+                else:
+                    yield self.read(index, prompt, _own(params, index))
             except Exception as error:
                 request_id, text = _identity(prompt)
                 name = prompt_name(index, request_id)
@@ -131,6 +134,8 @@ class RequestReader:
                 raise request.error
             if isinstance(request, Request):
                 requests.append(request)
+        if len({id(request) for request in requests}) < len(requests):
+            raise UserError("expected every request once, got one of them again")
         if isinstance(params, Sequence) and len(params) != len(requests):
             raise UserError(
                 f"expected one SamplingParams per prompt, got {len(params)} for {len(requests)}"
@@ -169,6 +174,22 @@ class RequestReader:
             params = replace(params, seed=int(torch.randint(2**63 - 1, ())))
         new_tokens = min(params.max_new_tokens, self.max_length - len(ids))
         return Request(index, request_id, text, ids, params, stop_ids, new_tokens)
+
+    def checked(self, request: Request) -> Request:
+        """A request that may have been read elsewhere, or changed.
+
+        Raises:
+            UserError: it does not fit here.
+        """
+        longest = self.max_length - len(request.prompt_ids)
+        if not 1 <= request.max_new_tokens <= longest:
+            raise UserError(
+                f"{request.name}: expected 1 to {longest} new tokens after a prompt of "
+                f"{len(request.prompt_ids)}, got {request.max_new_tokens}"
+            )
+        if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
+            raise UserError(f"{request.name}: expected token ids below {self.vocab_size}")
+        return request
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Ids that can end the request: no model emits one from outside its vocabulary."""

@@ -1,5 +1,7 @@
 """What the engine is asked: prompts with parameters of their own, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.decoding import decoder
@@ -44,6 +46,42 @@ def test_outputs_of_requests_are_in_the_order_of_the_argument(target, prompts):
         asked = [prompts[0], *requests[::order]]
         outputs = engine.generate(asked, SamplingParams(max_new_tokens=2))
         assert [o.id for o in outputs] == [None, *(r.id for r in requests[::order])]
+
+
+def test_a_request_of_another_decoder_is_checked_like_a_prompt(target, prompts):
+    long, short = decoder(target, max_length=64), decoder(target, max_length=16)
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    request = long.reader.read(0, prompts[1], params)
+    with pytest.raises(UserError, match="expected 1 to 12 new tokens after a prompt of 4, got 40"):
+        short.add(request)
+    with pytest.raises(UserError, match="prompt 0: expected 1 to 12 new tokens"):
+        short.generate([prompts[2][:3], request])
+    assert short.is_idle()
+    good, bad = sorted(
+        short.stream([prompts[2][:3], request], params), key=lambda o: o.error is not None
+    )
+    assert good.error is None and len(good.token_ids) == 13 and "12 new tokens" in bad.error
+    alien = replace(request, max_new_tokens=2, prompt_ids=[MOE_VOCAB])
+    with pytest.raises(UserError, match=f"token ids below {MOE_VOCAB}"):
+        long.add(alien)
+
+
+def test_what_is_added_meanwhile_is_nobodys_output(target, prompts):
+    """A follow-up question, asked where an answer is heard."""
+    engine = decoder(target)
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    heard = []
+
+    def hear(output):
+        heard.append(output.index)
+        if len(heard) == 1:
+            engine.add(prompts[2], params)
+
+    assert [o.index for o in engine.generate(prompts[:2], params, on_output=hear)] == [0, 1]
+    assert len(heard) == 3
+    request = engine.reader.read(0, prompts[0], params)
+    with pytest.raises(UserError, match="every request once"):
+        engine.generate([request, request])
 
 
 def test_a_stream_answers_before_the_next_prompt_is_there(target, prompts):
