@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # Attributes that forwards depend on, and that somebody may set on a module; an override of its
 # forward is one that is not there yet.
-_NAMES = ("forward", "scaling", "variance_epsilon", "top_k", "norm_topk_prob")
+_NAMES = ("forward", "scaling", "variance_epsilon", "attention_scaling", "top_k", "norm_topk_prob")
 # Where transformers' own hooks are from: the first forward that is asked for hidden states leaves
 # them on the layers, where they note outputs and change nothing.
 _OWN_HOOKS = "transformers.utils.output_capturing"

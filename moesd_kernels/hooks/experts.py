@@ -22,7 +22,7 @@ from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
 from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
 from .packed import DOWN_FORMAT, FORMAT, INT8_ACTIVATIONS, StoredExperts, scale_of, stored_experts
-from .shadow import DTYPES
+from .shadow import DTYPES, is_watched
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,8 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
     stored = stored_experts(experts)
     if stored.refusal is not None:
         return ModuleSpec(stored.refusal, stored=stored)
+    if is_watched(experts._modules.get("act_fn")):
+        return ModuleSpec("their activation has a hook or a forward of its own", stored=stored)
     gated = getattr(experts, "has_gate", True)
     interleaved = not getattr(experts, "is_concatenated", True)
     spec = recognise_gate(experts, gated, interleaved)
@@ -111,7 +113,8 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
 def spec_of(experts: nn.Module) -> ModuleSpec:
     """What the module computes, made at its first use and when its activation has changed."""
     state = experts.__dict__
-    source = (type(experts), experts._modules.get("act_fn"), *map(state.get, _SOURCES))
+    act_fn = experts._modules.get("act_fn")
+    source = (type(experts), act_fn, is_watched(act_fn), *map(state.get, _SOURCES))
     found = _specs.get(experts)
     if found is None or found[0] != source:
         found = _specs[experts] = source, read_spec(experts)

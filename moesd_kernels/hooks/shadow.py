@@ -59,6 +59,15 @@ def is_unshadowed(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
+def is_watched(module: nn.Module | None) -> bool:
+    """Whether somebody else looks at a module's calls, changes or replaces what they give."""
+    if module is None:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return "forward" in vars(module) and not (shadow_of(module) or is_unshadowed(module))
+
+
 def fits(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
     """Whether this call can take the CPU kernels, which nothing differentiates.
 

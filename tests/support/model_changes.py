@@ -125,6 +125,10 @@ def rotary(model):
     model.model.rotary_emb.inv_freq *= 0.5
 
 
+def rotary_scaled(model):
+    model.model.rotary_emb.attention_scaling = 0.5
+
+
 def rotary_replaced(model):
     model.model.rotary_emb.inv_freq = 0.5 * model.model.rotary_emb.inv_freq
 
@@ -187,6 +191,6 @@ def forward_of_root(model):
 CHANGES = [
     assign, load, data_of_one, data_of_all, data_in_place, swapped, key_bias, output_projection,
     norm_weight, embedding, head, head_adapter, tied, value_adapter, mlp, activation, router,
-    rotary, rotary_replaced, scaling, weight_norm, pruned, class_of_attention, class_of_linear,
-    forward_of_attention, forward_of_root,
+    rotary, rotary_scaled, rotary_replaced, scaling, weight_norm, pruned, class_of_attention,
+    class_of_linear, forward_of_attention, forward_of_root,
 ]  # fmt: skip

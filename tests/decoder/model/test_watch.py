@@ -18,6 +18,7 @@ from decoder.errors import UserError
 from decoder.model import kernels
 from decoder.model.runner import ModelRunner
 from decoder.model.watch import Watch
+from moesd_kernels.hooks.shadow import unshadow
 
 ops = pytest.importorskip("moesd_kernels.dense.ops")
 IDS = torch.tensor([[9, 4, 33, 7, 12, 9, 50]])
@@ -102,6 +103,27 @@ def test_a_hook_is_heeded_and_forgotten_when_it_goes(model, place, first):
     handle.remove()
     assert torch.equal(forward(runner), unhooked)
     assert first or runner._lean is not None
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["hooked later", "hooked before"])
+def test_a_hook_on_an_activation_is_heeded(model, first):
+    """Of an MLP or of experts, which kernels compute together with the products before it."""
+    names = (name for name, _ in model.named_modules() if name.endswith("act_fn"))
+    test_a_hook_is_heeded_and_forgotten_when_it_goes(model, list(names)[1], first)
+
+
+def test_another_forward_of_an_activation_is_followed(model):
+    runner = ModelRunner(model, 2, 64)
+    before = forward(runner)
+    for name, module in model.named_modules():
+        if name.endswith("act_fn"):
+            module.forward = torch.relu
+    after = forward(runner)
+    assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(after, plain(model), rtol=1e-4, atol=1e-4)
+    exact = copy.deepcopy(model)
+    unshadow(exact)
+    torch.testing.assert_close(plain(model), plain(exact), rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_on_all_modules_are_heeded(model):
