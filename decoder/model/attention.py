@@ -27,7 +27,7 @@ from decoder.round import on_host
 
 from .cache import whole_blocks
 from .kernels import RaggedOp
-from .probe import shown_mask, window_of
+from .probe import LENGTH, shown_mask, window_of
 
 NAME = "moesd_ragged"
 
@@ -106,7 +106,7 @@ def place(
     if op is not None:
         return Placement(rows, positions, length, op, windows)
     identity = on_host(rows.device) and rows.tolist() == list(range(len(rows)))
-    view = min(whole_blocks(length), limit)
+    view = min(whole_blocks(length), max(limit, LENGTH) + 1)  # rows may be shorter than the trial's
     return Placement(None if identity else rows, positions, view, None, windows)
 
 

@@ -262,7 +262,7 @@ class ModelRunner:
 
     def _placed(self, rows: Tensor, positions: Tensor, length: int) -> Placement:
         self.cache.select(rows, positions)
-        return ragged.place(rows, positions, length, self.max_length + 1, self._op, self._windows)
+        return ragged.place(rows, positions, length, self.max_length, self._op, self._windows)
 
     @torch.inference_mode()
     def _probe(self) -> bool:

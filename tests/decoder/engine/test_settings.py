@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from support.tiny import tiny_model
+from support.tiny import greedy_reference, tiny_model
 
-from decoder import SpeculativeDecoder
+from decoder import SamplingParams, SpeculativeDecoder
 from decoder.errors import UserError
 from decoder.model import kernels, support
 
@@ -32,3 +32,13 @@ def test_rows_that_do_not_depend_on_the_batch_are_asked_for(caplog, monkeypatch)
     assert "batch_invariant: not the linear layers of GptOssForCausalLM" in caplog.text
     with pytest.raises(UserError, match="batch_invariant is of moesd's own kernels"):
         SpeculativeDecoder(model, **OPTIONS, kernels=False, batch_invariant=True)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+@pytest.mark.parametrize("attention", ["auto", "portable"])
+def test_rows_may_be_shorter_than_the_trial(attention, length):
+    model = tiny_model("llama")
+    engine = SpeculativeDecoder(model, None, 0, max_length=length, attention=attention)
+    expected = greedy_reference(model, [5], length - 1, eos=False)
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    assert engine.generate([[5]], params)[0].token_ids == expected
