@@ -59,6 +59,7 @@ def test_a_draft_ends_before_what_its_model_left_undefined() -> None:
     assert chain.finish().lengths.tolist() == [2, 1]
 
 
+@torch.inference_mode()
 def test_distributions_of_fewer_steps_are_moved_to_where_graphs_look() -> None:
     """A draft that was cut lies in the same memory, in longer rows."""
     sampler = Sampler(3, 5, torch.device("cpu"))

@@ -24,6 +24,7 @@ from support.hostile.folders import (
 from decoder.drafters import build_drafter
 from decoder.drafters.heads.eagle_loader import load_eagle
 from decoder.engine.loop import SpeculativeDecoder
+from decoder.round import Draft
 
 KEY = "eagle_aux_hidden_state_layer_ids"
 
@@ -212,3 +213,12 @@ def test_a_drafter_that_takes_no_draft_is_given_none(target, monkeypatch):
     for drafter in ("ngram", "self", "none"):
         with refused(target, f"drafter '{drafter}' takes no draft", monkeypatch):
             build_drafter(drafter, None, target)
+
+
+def test_lengths_are_at_most_the_columns() -> None:
+    """A drafter may have cut its tokens and not said so: nothing would follow a last draft."""
+    draft = Draft(torch.tensor([[9], [9], [9]]), None, torch.tensor([4, 1, -2]))
+    limited = draft.limited([3, 3, 3])
+    assert limited is not None and limited.lengths.tolist() == [1, 1, 0]
+    limited = draft.limited([0, 3, 3])
+    assert limited is not None and limited.lengths.tolist() == [0, 1, 0]
