@@ -135,11 +135,11 @@ def _as_stored(spec: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
         group = said.get("group_size") or -1
         linear = expert = bits / 8 + (2 / group if group > 0 else 0.0)
     if linear == expert == plain:
-        return spec.with_weight_bytes(plain)
+        return spec.with_weight_bytes(plain, plain=plain)
     rest = sum(layer.attention + layer.dense for layer in spec.layers)
     heads = spec.head * (plain if head is None else head)
     dense = (heads + rest * linear) / (spec.head + rest)
-    return spec.with_weight_bytes(dense, expert, None if spec.tied else plain)
+    return spec.with_weight_bytes(dense, expert, None if spec.tied else plain, plain)
 
 
 def _integer_bytes(step: Mapping[str, Any]) -> float:

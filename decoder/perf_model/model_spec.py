@@ -177,17 +177,32 @@ class ModelSpec:
         layers = [replace(x, top_k=top_k) if x.num_experts else x for x in self.layers]
         return replace(self, layers=tuple(layers))
 
+    @property
+    def products(self) -> str:
+        """dtype of the matrix products: that of plain numbers, in which caches are kept."""
+        return "fp32" if self.kv_bytes == WEIGHT_BYTES["fp32"] else "bf16"
+
     def with_weight_bytes(
-        self, dense: float, expert: float | None = None, embedding: float | None = None
+        self,
+        dense: float,
+        expert: float | None = None,
+        embedding: float | None = None,
+        plain: float | None = None,
     ) -> ModelSpec:
         """The same model stored with other bytes per parameter (4 fp32, 2 bf16, 1 fp8).
 
         Args:
             dense, embedding: as the fields.
             expert: likewise; None is as dense.
+            plain: of numbers that are not packed, as those in caches are; None is as before.
         """
-        expert = dense if expert is None else expert
-        return replace(self, dense_bytes=dense, expert_bytes=expert, embedding_bytes=embedding)
+        return replace(
+            self,
+            dense_bytes=dense,
+            expert_bytes=dense if expert is None else expert,
+            embedding_bytes=embedding,
+            kv_bytes=self.kv_bytes if plain is None else plain,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; equal layers are stored once with their count."""

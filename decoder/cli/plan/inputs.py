@@ -59,7 +59,7 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
     from decoder.perf_model.activation import IidActivation
     from decoder.perf_model.forward_model import ForwardModel
 
-    machine, profile = _machine(args.machine, args.dtype)
+    profile = _profile(args.machine)
     if profile is not None and not args.target:
         model = profile.model
     else:
@@ -71,8 +71,8 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
             profile.check_target(target)
             model = replace(profile.model, draft=draft if args.draft else profile.model.draft)
         else:
-            products = args.dtype if args.dtype in ("fp16", "fp32") else "bf16"
-            model = ForwardModel(target, machine, draft, dtype=products)
+            products = "fp16" if args.dtype == "fp16" else target.products
+            model = ForwardModel(target, _machine(args.machine, products), draft, dtype=products)
     if args.top_k_experts:
         if model.target.moe is None:
             raise ValueError(f"--top-k-experts needs a model with experts, got {model.target.name}")
@@ -108,9 +108,15 @@ def _ranks(args: argparse.Namespace, target: ModelSpec) -> Ranks | None:
     return ranks
 
 
-def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
-    from decoder.perf_model.hardware.machine import named_machine
+def _profile(machine: str) -> Profile | None:
     from decoder.perf_model.profile import load_profile
+
+    is_file = machine.endswith(".json") or Path(machine).is_file()
+    return load_profile(machine) if machine != _HERE and is_file else None
+
+
+def _machine(name: str, products: str) -> Machine:
+    from decoder.perf_model.hardware.machine import named_machine
 
     if name == _HERE:
         import torch
@@ -120,11 +126,8 @@ def _machine(name: str, dtype: str | None) -> tuple[Machine, Profile | None]:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         # fp8 products are not measured: their weights are, in bytes.
-        return measure_machine(device, DTYPES.get(dtype or "", torch.bfloat16)), None
-    if name.endswith(".json") or Path(name).is_file():
-        profile = load_profile(name)
-        return profile.model.machine, profile
-    return named_machine(name), None
+        return measure_machine(device, DTYPES[products])
+    return named_machine(name)
 
 
 def _spec(name: str, dtype: str | None) -> ModelSpec:
@@ -157,8 +160,8 @@ def _stored_in(spec: ModelSpec, dtype: str | None) -> ModelSpec:
     """The model with weights of this dtype; as it is without one."""
     if dtype is None:
         return spec
-    size = WEIGHT_BYTES[dtype]
-    return spec.with_weight_bytes(2.0 if dtype in EXPERTS_ONLY else size, size)
+    size, plain = WEIGHT_BYTES[dtype], WEIGHT_BYTES["fp32" if dtype == "fp32" else "bf16"]
+    return spec.with_weight_bytes(plain if dtype in EXPERTS_ONLY else size, size, plain=plain)
 
 
 def _draft(args: argparse.Namespace, target: ModelSpec) -> ModelSpec | None:

@@ -70,7 +70,7 @@ def as_in_files(spec: ModelSpec, folder: Path) -> ModelSpec:
         spec: as the folder's configuration describes it.
         folder: with or without weights; whatever cannot be read leaves ``spec`` as it is.
     """
-    plain = spec.embedding_bytes or _PLAIN_BYTES
+    plain = spec.kv_bytes
     try:
         headers = tensor_headers(weight_files(folder))
     except UserError:

@@ -117,6 +117,19 @@ def test_kv_cache_bytes() -> None:
     assert oss.kv_cache_bytes(1128) == 12 * 2 * 8 * 64 * 2 * (1128 + 128)
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    "stored", [{}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}]
+)
+def test_caches_are_kept_in_what_numbers_are_that_are_not_packed(name: str, stored: dict) -> None:
+    fields = {"model_type": "llama", **_SMALL, **stored}
+    half, whole = (spec_from_config({**fields, name: x}) for x in ("bfloat16", "float32"))
+    assert whole.kv_cache_bytes(10) == 2 * half.kv_cache_bytes(10) == 4 * 4 * 2 * 2 * 32 * 10
+    assert (half.products, whole.products) == ("bf16", "fp32")
+    assert eagle_spec(whole).kv_bytes == 4
+    assert ModelSpec.from_json(whole.to_json()).products == "fp32"
+
+
 def test_bytes_follow_the_storage() -> None:
     assert preset_spec("gpt-oss-120b").weight_bytes == pytest.approx(65e9, rel=0.03)  # mxfp4
     assert preset_spec("mixtral-8x7b").weight_bytes == pytest.approx(93.4e9, rel=0.01)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from decoder import smol
 from decoder.__main__ import build_parser, main
@@ -13,6 +14,7 @@ from decoder.cli.plan.inputs import build_model
 from decoder.perf_model.hardware import measure_machine
 from decoder.perf_model.hardware.machine import named_machine
 from decoder.perf_model.model_spec import WEIGHT_BYTES
+from decoder.perf_model.presets import preset_config
 
 pytest.importorskip("gguf", reason="the files are written with it")
 
@@ -41,6 +43,29 @@ def test_the_real_models_draft_is_what_this_machine_would_run(tmp_path, monkeypa
         assert draft.name == smol.draft_path().name
         assert draft.dense_weight_bytes == 2 * (attention + packed)
     assert model_of("--target", "smol", "--dtype", "int4").draft.dense_bytes == WEIGHT_BYTES["int4"]
+
+
+def test_a_model_of_fp32_multiplies_and_caches_in_it(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(_, dtype):
+        measured.append(dtype)
+        return named_machine("h200")
+
+    monkeypatch.setattr(measure_machine, "measure_machine", measure)
+    config = preset_config("olmoe").to_dict() | {"dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["--target", str(tmp_path), "--draft", "none"]
+    for more, products, size in (
+        ([], "fp32", 4),
+        (["--dtype", "fp32"], "fp32", 4),
+        (["--dtype", "fp16"], "fp16", 2),
+        (["--dtype", "int4"], "bf16", 2),
+    ):
+        model = model_of(*flags, "--machine", "h200", *more)
+        assert (model.dtype, model.target.kv_bytes) == (products, size), more
+        assert model_of(*flags, *more).dtype == products
+    assert measured == [torch.float32, torch.float32, torch.float16, torch.bfloat16]
 
 
 def test_experts_and_the_rest_count_as_they_are_stored(tmp_path):
