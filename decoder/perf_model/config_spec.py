@@ -25,13 +25,22 @@ from .model_spec import WEIGHT_BYTES, LayerSpec, ModelSpec
 _RECURRENT = {"linear_attention", "mamba", "conv", "hybrid"}  # hybrid: beside attention
 _ALONE = {"mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # mixers without a feed-forward block
 MXFP4_BYTES = WEIGHT_BYTES["mxfp4"]
+# Of bitsandbytes, absolute maxima in fp32 for 64 weights; of modelopt, scales of each algorithm.
+_BNB_INT4, _BNB_INT8 = 1 / 2 + 4 / 64, 1.0
+_MODELOPT = {
+    "FP8": 1.0,
+    "NVFP4": 1 / 2 + 1 / 16,
+    "W4A16_AWQ": 1 / 2 + 2 / 128,
+    "W4A8_AWQ": 1 / 2 + 2 / 128,
+    "W8A8_SQ_PER_CHANNEL": 1.0,
+}
 
 
 def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
     """Read a transformers config object, or the dict of a ``config.json``.
 
     Raises:
-        NotImplementedError: a kind of layer that is not known here.
+        NotImplementedError: a kind of layer, or of quantised weights, that is not known here.
         ValueError: a field the count needs is missing or no positive integer.
     """
     fields = _fields(config)
@@ -131,15 +140,46 @@ def _as_stored(spec: ModelSpec, fields: Mapping[str, Any]) -> ModelSpec:
             expert = _integer_bytes(step)
             linear = expert if step.get("linears") else linear
         head = linear
-    elif bits := said.get("bits"):  # GPTQ, AWQ and their kin
-        group = said.get("group_size") or -1
-        linear = expert = bits / 8 + (2 / group if group > 0 else 0.0)
+    elif said:
+        linear = expert = _published_bytes(method, said)
     if linear == expert == plain:
         return spec.with_weight_bytes(plain, plain=plain)
     rest = sum(layer.attention + layer.dense for layer in spec.layers)
     heads = spec.head * (plain if head is None else head)
     dense = (heads + rest * linear) / (spec.head + rest)
     return spec.with_weight_bytes(dense, expert, None if spec.tied else plain, plain)
+
+
+def _published_bytes(method: str, said: Mapping[str, Any]) -> float:
+    """Bytes of a weight in a format that others quantise to.
+
+    Raises:
+        NotImplementedError: it is not said in a way that is known here.
+    """
+    if bits := said.get("bits"):  # GPTQ, AWQ and their kin
+        return _grouped_bytes(bits, said.get("group_size"))
+    if method == "bitsandbytes" and (said.get("load_in_4bit") or said.get("load_in_8bit")):
+        return _BNB_INT4 if said.get("load_in_4bit") else _BNB_INT8
+    if said.get("quant_algo") in _MODELOPT:
+        return _MODELOPT[said["quant_algo"]]
+    weights = [group.get("weights") or {} for group in (said.get("config_groups") or {}).values()]
+    sizes = {_compressed_bytes(x) for x in weights if x.get("num_bits")}
+    if len(sizes) == 1:
+        return sizes.pop()
+    what = f"{method!r} with {said['quant_algo']!r}" if said.get("quant_algo") else repr(method)
+    raise NotImplementedError(f"the bytes of a weight of quant_method {what} are not known here")
+
+
+def _compressed_bytes(weights: Mapping[str, Any]) -> float:
+    """Of a group of compressed-tensors; four-bit floats (NVFP4, MXFP4) have scales of a byte."""
+    bits = weights["num_bits"]
+    scale = 1 if (weights.get("type"), bits) == ("float", 4) else 2
+    return _grouped_bytes(bits, weights.get("group_size"), scale)
+
+
+def _grouped_bytes(bits: int, group: int | None, scale: int = 2) -> float:
+    """With a scale of so many bytes for each group; those of rows (none, -1) are next to none."""
+    return bits / 8 + (scale / group if group and group > 0 else 0.0)
 
 
 def _integer_bytes(step: Mapping[str, Any]) -> float:

@@ -144,6 +144,8 @@ def _spec(name: str, dtype: str | None) -> ModelSpec:
             config = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        if dtype is not None and isinstance(config, dict):  # whatever they are stored in
+            config.pop("quantization_config", None)
         folder = name if name in BUILTIN else path.parent.name
         label = folder if path.name == "config.json" else path.stem
         spec = spec_from_config(config, label)

@@ -100,6 +100,57 @@ def test_a_configuration_alone_says_nearly_as_much(tmp_path):
     assert spec_from_config(gptq).expert_bytes == 0.5 + 2 / 128
 
 
+def compressed(*groups: dict[str, Any]) -> dict[str, Any]:
+    named = {f"group_{index}": {"weights": weights} for index, weights in enumerate(groups)}
+    return {"quant_method": "compressed-tensors", "config_groups": named}
+
+
+def says(folder: Path, **said: Any) -> Path:
+    config = preset_config("mixtral-8x7b").to_dict() | {"quantization_config": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [
+        (compressed({"num_bits": 8, "type": "float", "group_size": None}), 1),
+        (compressed({"num_bits": 4, "type": "int", "group_size": 32}), 1 / 2 + 2 / 32),
+        (compressed({"num_bits": 4, "type": "float", "group_size": 16}), 1 / 2 + 1 / 16),
+        (compressed({"num_bits": 8}, {"num_bits": 8, "group_size": -1}), 1),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 1 / 2 + 4 / 64),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, 1),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 1 / 2 + 1 / 16),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 1),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, 1 / 2 + 2 / 64),
+    ],
+)
+def test_what_others_quantise_to(tmp_path, said, size):
+    spec = planned(says(tmp_path, **said))
+    assert spec.expert_bytes == size
+    assert size < spec.dense_bytes < 2 and spec.embedding_bytes == 2, "head and embedding are plain"
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"quant_method": "hqq"}, "'hqq'"),
+        (compressed({"num_bits": 8}, {"num_bits": 4}), "'compressed-tensors'"),
+        (compressed(), "'compressed-tensors'"),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "'MIXED_PRECISION'"),
+        ({"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
+    ],
+)
+def test_a_format_that_is_not_known_is_no_bf16(tmp_path, capsys, said, named):
+    from decoder.__main__ import main
+
+    folder = says(tmp_path, **said)
+    assert main(["plan", "--target", str(folder), "--machine", "h200"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line and "are not known here" in line
+    assert planned(folder, "--dtype", "int8").expert_bytes == WEIGHT_BYTES["int8"], "as it is asked"
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "kinds",
