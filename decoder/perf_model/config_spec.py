@@ -24,6 +24,12 @@ from .model_spec import WEIGHT_BYTES, LayerSpec, ModelSpec
 
 _RECURRENT = {"linear_attention", "mamba", "conv", "hybrid"}  # hybrid: beside attention
 _ALONE = {"mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # mixers without a feed-forward block
+# Two blocks in a layer, experts in attention or of one row, embeddings of each layer, stacks that
+# run repeatedly.
+_NOT_COUNTED = {
+    "longcat_flash", "jetmoe", "deepseek_v4", "gemma4_text", "gemma4_unified_text", "hrm_text",
+    "hy_v4", "moshi", "doge", "bert-generation",
+}  # fmt: skip
 MXFP4_BYTES = WEIGHT_BYTES["mxfp4"]
 # Of bitsandbytes, absolute maxima in fp32 for 64 weights; of modelopt, scales of each algorithm.
 _BNB_INT4, _BNB_INT8 = 1 / 2 + 4 / 64, 1.0
@@ -45,6 +51,8 @@ def spec_from_config(config: Any, name: str | None = None) -> ModelSpec:
     """
     fields = _fields(config)
     kind = fields.get("model_type", "")
+    if kind in _NOT_COUNTED or fields.get("type_vocab_size"):  # which BERT's kin have
+        raise NotImplementedError(f"layers of {kind!r} are not known here")
     num_layers = need(fields, "num_hidden_layers", "n_layer")
     types: Sequence[str | None] = per_layer(fields, "layer_types", num_layers) or ()
     types = types or [None] * num_layers

@@ -7,7 +7,13 @@ from .mixer import Mixer
 
 _UNGROUPED = {"opt", "gpt2", "gpt_neox", "gpt_neo"}  # ignore num_key_value_heads
 _QKV_BIAS = {"qwen2", "qwen2_moe", "qwen1_5_moe"}
-_GATED = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}  # a gate beside each query
+_GATED = {
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "afmoe",
+    "beam",
+}  # a gate beside each query
 
 
 def attention(kind: str, fields: Fields) -> Mixer:

@@ -8,7 +8,9 @@ from .fields import Fields, need, optional, per_layer
 
 _UNGATED = {
     "opt", "gpt2", "gpt_neox", "gpt_neo", "phi", "starcoder2", "falcon", "nemotron", "nemotron_h",
+    "arcee", "nanochat", "apertus", "persimmon", "jais2", "xglm", "biogpt",
 }  # fmt: skip
+_SHARES_ONE = {"llama4_text", "hunyuan_v1_moe"}  # as wide as a routed expert, in no field
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def feed_forward(kind: str, fields: Fields, index: int, layer_type: str | None) 
 
 
 def _num_experts(fields: Fields) -> int:
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if fields.get(name):
             return need(fields, name)
     return 0
@@ -57,6 +59,8 @@ def _num_experts(fields: Fields) -> int:
 def _dense_inner(kind: str, fields: Fields) -> int:
     if kind == "granitemoehybrid":  # a dense one has the block that others share
         return need(fields, "shared_intermediate_size")
+    if kind == "llama4_text":
+        return need(fields, "intermediate_size_mlp")
     inner = need(fields, "intermediate_size", "ffn_dim", "n_inner")
     if kind == "lfm2" and fields.get("block_auto_adjust_ff_dim"):
         scale, unit = fields.get("block_ffn_dim_multiplier"), need(fields, "block_multiple_of")
@@ -72,7 +76,11 @@ def _shared_inner(kind: str, fields: Fields, inner: int) -> int:
         return need(fields, "moe_shared_expert_intermediate_size")
     one = optional(fields, "shared_expert_intermediate_size")
     one += optional(fields, "shared_intermediate_size")
-    return one + optional(fields, "n_shared_experts") * inner
+    if kind in _SHARES_ONE:
+        return inner
+    # One number by several names: families map one to another.
+    names = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+    return one + max(optional(fields, name) for name in names) * inner
 
 
 def _is_sparse(kind: str, fields: Fields, index: int, layer_type: str | None) -> bool:
@@ -84,6 +92,13 @@ def _is_sparse(kind: str, fields: Fields, index: int, layer_type: str | None) ->
     types = per_layer(fields, "mlp_layer_types", need(fields, "num_hidden_layers", "n_layer"))
     if types:
         return types[index] == "sparse"
+    if kind == "llama4_text":
+        return index in (fields.get("moe_layers") or ())
+    if kind == "ernie4_5_moe":
+        last = fields.get("moe_layer_end_index", -1)
+        if index < optional(fields, "moe_layer_start_index") or -1 < last < index:
+            return False
+        return (index + 1) % (optional(fields, "moe_layer_interval") or 1) == 0
     if kind == "jamba":
         period, offset = (
             need(fields, "expert_layer_period"),
