@@ -60,19 +60,15 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
     from decoder.perf_model.forward_model import ForwardModel
 
     profile = _profile(args.machine)
-    if profile is not None and not args.target:
-        model = profile.model
+    if profile is not None:
+        model = _of_profile(args, profile)
+    elif not args.target:
+        raise ValueError("--target is needed unless --machine is a profile")
     else:
-        if not args.target:
-            raise ValueError("--target is needed unless --machine is a profile")
         target = _spec(args.target, args.dtype)
-        draft = _draft(args, target)
-        if profile is not None:
-            profile.check_target(target)
-            model = replace(profile.model, draft=draft if args.draft else profile.model.draft)
-        else:
-            products = "fp16" if args.dtype == "fp16" else target.products
-            model = ForwardModel(target, _machine(args.machine, products), draft, dtype=products)
+        products = "fp16" if args.dtype == "fp16" else target.products
+        machine = _machine(args.machine, products)
+        model = ForwardModel(target, machine, _draft(args, target), dtype=products)
     if args.top_k_experts:
         if model.target.moe is None:
             raise ValueError(f"--top-k-experts needs a model with experts, got {model.target.name}")
@@ -85,6 +81,19 @@ def build_model(args: argparse.Namespace) -> tuple[ForwardModel, Profile | None]
     if args.independent_experts:
         model = replace(model, activation=IidActivation())
     return model, profile
+
+
+def _of_profile(args: argparse.Namespace, profile: Profile) -> ForwardModel:
+    """The model of a fit, with another draft where one is named."""
+    if args.dtype is not None:
+        raise ValueError(
+            f"--dtype does not go with a profile, which is of weights as measured, got {args.dtype}"
+        )
+    if args.target:
+        profile.check_target(_spec(args.target, None))
+    if args.draft is None:
+        return profile.model
+    return replace(profile.model, draft=_draft(args, profile.model.target))
 
 
 def _ranks(args: argparse.Namespace, target: ModelSpec) -> Ranks | None:

@@ -15,6 +15,7 @@ from decoder.perf_model.hardware import measure_machine
 from decoder.perf_model.hardware.machine import named_machine
 from decoder.perf_model.model_spec import WEIGHT_BYTES
 from decoder.perf_model.presets import preset_config
+from decoder.perf_model.profile import Profile
 
 pytest.importorskip("gguf", reason="the files are written with it")
 
@@ -66,6 +67,24 @@ def test_a_model_of_fp32_multiplies_and_caches_in_it(tmp_path, monkeypatch):
         assert (model.dtype, model.target.kv_bytes) == (products, size), more
         assert model_of(*flags, *more).dtype == products
     assert measured == [torch.float32, torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_a_profile_takes_another_draft_and_no_dtype(tmp_path, capsys):
+    fitted = model_of("--target", "olmoe", "--machine", "h200")
+    file = tmp_path / "profile.json"
+    Profile(fitted, points=10, context=512).save(file)
+    for target in ([], ["--target", "olmoe"]):
+        flags = ["--machine", str(file), *target]
+        assert model_of(*flags).draft == fitted.draft
+        assert model_of(*flags, "--draft", "none").draft is None
+        assert model_of(*flags, "--draft", "opt-350m").draft.name == "opt-350m"
+        for more, named in (
+            (["--draft", "/none.json"], "none.json"),
+            (["--dtype", "int4"], "int4"),
+        ):
+            assert main(["plan", *flags, *more]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert named in line
 
 
 def test_experts_and_the_rest_count_as_they_are_stored(tmp_path):
