@@ -71,6 +71,19 @@ def test_our_own_integers(tmp_path, steps, tied):
     assert_as_in_memory(planned(saved(tmp_path, *steps, tie_word_embeddings=tied)), tmp_path)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_what_is_not_packed_of_an_fp32_model_has_four_bytes(tmp_path, tied):
+    folder = saved(tmp_path, {"weight_format": "int4"})
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    specs = []
+    for dtype in ("bfloat16", "float32"):
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+        specs.append(planned(folder))
+    half, whole = specs
+    assert whole.kv_bytes == 4 and whole.expert_bytes == half.expert_bytes
+    assert whole.dense_bytes > half.dense_bytes, "routers"
+
+
 def test_experts_that_no_group_divides_stay_plain(tmp_path):
     folder = saved(tmp_path, {"weight_format": "int4"}, moe_intermediate_size=48)
     assert_as_in_memory(planned(folder), folder)
