@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> None:
     """Fit each target of the lines; print errors, warnings and the worst held-out cells."""
     groups = load_cells(args.lines, args.preset)
     if args.profile and len(groups) > 1:
-        names = ", ".join(group.model.target.name for group in groups)
-        raise ValueError(f"a profile is of one target, the lines hold {names}")
+        names = "; ".join(group.name for group in groups)
+        raise ValueError(f"a profile is of one target run one way, the lines hold {names}")
     for cells in groups:
         fits = fit_cells(cells, args.points, args.design)
         _print(cells, fits, args)
@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _print(cells: Cells, fits: Fits, args: argparse.Namespace) -> None:
     console = Console()
-    name = cells.model.target.name
-    table = Table(title=f"{name}: {len(fits.fitted)} cells fitted ({args.design})")
+    table = Table(title=f"{cells.name}: {len(fits.fitted)} cells fitted ({args.design})")
     for head in ("model", "held out", "median", "p90", "worst", "MSE"):
         table.add_column(head, justify="right")
     for model, error in record_errors(Recorder(args.out), cells, fits, args.design).items():

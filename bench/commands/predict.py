@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         model = load_profile(args.profile).model if args.profile else cells.model
         if args.profile:
             load_profile(args.profile).check_target(cells.model.target)
-        table = Table(title=f"{cells.model.target.name}: measured and predicted speedup")
+        table = Table(title=f"{cells.name}: measured and predicted speedup")
         for head in ("K", "B", "gamma", "measured", "predicted"):
             table.add_column(head, justify="right")
         for o in cells.observations:

@@ -11,7 +11,7 @@ from typing import Any
 from bench.page.runs import largest_run
 from bench.pictures.formats import PLAIN, stored_as
 from bench.pictures.style import of_acceptance
-from bench.runs.cells import DECODE, TRAINED
+from bench.runs.cells import DECODE, TRAINED, apart
 
 Line = dict[str, Any]
 COUNT = 4
@@ -70,6 +70,8 @@ def _speedup(lines: list[Line]) -> Number | None:
     where = f"{best['target']}{sparsity}, B = {best['batch']}, γ = {best['gamma']}"
     if "data" in best:
         where += f", {best['data']}, T = {best['temperature']:g}, {best['drafter']} drafter"
+    if apart(best):
+        where += f", {apart(best)}"
     words = (
         f"speculative over autoregressive decoding at its best: {where}, σ = {best['sigma']:.2f}"
     )

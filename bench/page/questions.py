@@ -17,7 +17,7 @@ from bench.page.runs import largest_run, runs_of
 from bench.pictures import decode, engine, formats, kernels, trained
 from bench.pictures.gallery import Draw
 from bench.pictures.style import Lines, inline_svg
-from bench.runs.cells import TRAINED
+from bench.runs.cells import TRAINED, Setup, setup_of
 
 Choose = Callable[[Lines], Lines]
 
@@ -66,11 +66,11 @@ def _element(svg: str) -> str:
 
 
 def _cells(lines: Lines) -> list[Lines]:
-    """Decode lines of one run, target and weight format each."""
-    cells: dict[tuple[int, str, str], Lines] = defaultdict(list)
+    """Decode lines of one run and setup each."""
+    cells: dict[tuple[int, Setup], Lines] = defaultdict(list)
     for number, run in enumerate(runs_of(lines)):
         for line in run:
-            cells[number, line["target"], formats.stored_as(line)].append(line)
+            cells[number, setup_of(line)].append(line)
     return list(cells.values())
 
 

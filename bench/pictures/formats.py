@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.pictures.style import Lines, axes, ink, legend, of_device, save
+from bench.runs.cells import apart
 
 PLAIN = "plain"
 
@@ -97,7 +98,8 @@ def _model(line: dict[str, Any]) -> str:
     """A target's name without its format: ``smol-q4_0.gguf`` and ``smol-bf16.gguf`` are one."""
     name = line["target"].rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
     name = name.removesuffix(f"-{stored_as(line)}").removesuffix("-bf16")
-    return f"{name} K={line['top_k']}" if line.get("top_k") else name
+    name = f"{name} K={line['top_k']}" if line.get("top_k") else name
+    return " ".join(filter(None, (name, apart(line))))
 
 
 def _model_curves(lines: Lines) -> dict[int, Curve]:

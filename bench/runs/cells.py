@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.gguf.contents import PLAIN
 from bench.measure.record import read_lines
@@ -19,9 +20,49 @@ from decoder.perf_model.observations import Observation
 DECODE, TRAINED = "decode", "trained"
 
 
+class Setup(NamedTuple):
+    """What cells that one model describes have in common; lines lack what was not there yet."""
+
+    target: str | None
+    drafter: str | None
+    weight_format: str
+    draft_format: str
+    offload_budget: float | None
+    ranks: int
+    parallel: str | None
+    dtype: str | None
+    device: str | None
+    threads: int | None
+
+
+def setup_of(line: dict[str, Any]) -> Setup:
+    """How a line's target ran, and where."""
+    env = line.get("env", {})
+    return Setup(
+        line.get("target"),
+        line.get("drafter"),
+        line.get("weight_format") or PLAIN,
+        line.get("draft_format") or PLAIN,
+        line.get("offload_budget"),
+        line.get("ranks") or 1,
+        line.get("parallel"),
+        line.get("model_dtype"),
+        env.get("device"),
+        env.get("threads"),
+    )
+
+
+def apart(line: dict[str, Any]) -> str:
+    """In words, where a target is not in one process's memory as a whole; else nothing."""
+    setup = setup_of(line)
+    words = [] if setup.offload_budget is None else [f"offload {setup.offload_budget:g}"]
+    words += [f"{setup.ranks} ranks {setup.parallel}"] if setup.ranks > 1 else []
+    return ", ".join(words)
+
+
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """All cells of one target and drafter on one machine.
+    """All cells of one target and drafter, run one way on one machine.
 
     Attributes:
         model: the machine's own prediction for that target and draft (nothing fitted).
@@ -32,6 +73,12 @@ class Cells:
     model: ForwardModel
     observations: list[Observation]
     lines: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The target, and where and in what numbers it ran."""
+        setup = setup_of(self.lines[0])
+        return ", ".join(filter(None, (self.model.target.name, setup.dtype, setup.device)))
 
     def by_text(self) -> list[Cells]:
         """Apart by data set and temperature, where the acceptance is a trained pair's own."""
@@ -57,7 +104,9 @@ def setup_fields(
 
 
 def load_cells(paths: Sequence[str | Path], target: str | None = None) -> list[Cells]:
-    """Group lines by target and drafter; lines of one group share the first line's machine.
+    """Group the lines that a model in memory describes; a group has its first line's machine.
+
+    Lines of experts left in files and of several ranks are left out, which is said.
 
     Args:
         paths: files of ``decode`` and ``trained`` lines.
@@ -66,11 +115,16 @@ def load_cells(paths: Sequence[str | Path], target: str | None = None) -> list[C
     Raises:
         ValueError: no such lines, or a line without its setup.
     """
-    lines = [
+    found = [
         line
         for line in read_lines(paths)
-        if line.get("kind") in (DECODE, TRAINED) and target in (None, line["target"])
+        if line.get("kind") in (DECODE, TRAINED) and target in (None, line.get("target"))
     ]
+    lines = [line for line in found if not apart(line)]
+    if len(lines) < len(found):
+        words = "; ".join(sorted({apart(line) for line in found} - {""}))
+        left = f"{len(found) - len(lines)} of {len(found)} lines left out"
+        print(f"{left}, the model is of a target in memory: {words}", file=sys.stderr)
     if not lines:
         of = f" of {target}" if target else ""
         raise ValueError(f"no decode lines{of} in {', '.join(map(str, paths))}")
@@ -78,11 +132,10 @@ def load_cells(paths: Sequence[str | Path], target: str | None = None) -> list[C
 
 
 def group_cells(lines: Iterable[dict[str, Any]]) -> list[Cells]:
-    """Lines as cells, one group per target, drafter and format of the weights of each."""
-    groups: dict[tuple[str | None, ...], list[dict[str, Any]]] = defaultdict(list)
+    """Lines as cells, one group per ``Setup``."""
+    groups: dict[Setup, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        stored = [line.get(name) or PLAIN for name in ("weight_format", "draft_format")]
-        groups[line["target"], line.get("drafter"), *stored].append(line)
+        groups[setup_of(line)].append(line)
     return [_cells(group) for group in groups.values()]
 
 
