@@ -35,7 +35,7 @@ def _table(run: Run, rows: list[Row]) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(row))}</tr>" for row in rows
     )
-    caption = escape(f"{run.target}, {run.drafter} drafter, {run.device}")
+    caption = escape(f"{run.pair}, {run.drafter} drafter, {run.device}")
     return (
         f'<h3>{caption}</h3><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>\n"

@@ -18,6 +18,13 @@ class Run(NamedTuple):
     target: str
     drafter: str
     device: str
+    target_files: str | None
+    draft_files: str | None
+
+    @property
+    def pair(self) -> str:
+        """Its name, and its files' where it is one of several of that name."""
+        return ", ".join(filter(None, (self.target, self.target_files, self.draft_files)))
 
 
 class Row(NamedTuple):
@@ -46,11 +53,12 @@ class Row(NamedTuple):
 
 
 def runs_of(lines: Iterable[Line]) -> dict[Run, list[Line]]:
-    """``trained`` lines by pair, drafter and device; of a cell measured again, the last."""
+    """``trained`` lines by ``Run``; of a cell measured again, the last."""
     runs: dict[Run, dict[tuple[Any, ...], Line]] = defaultdict(dict)
     for line in lines:
         cell = tuple(line[name] for name in ("data", "temperature", "gamma", "batch"))
-        run = Run(line["target"], line["drafter"], line["env"]["device"])
+        files = (line.get("target_files"), line.get("draft_files"))
+        run = Run(line["target"], line["drafter"], line["env"]["device"], *files)
         runs[run][cell] = line
     return {run: [cells[key] for key in sorted(cells)] for run, cells in runs.items()}
 

@@ -6,7 +6,7 @@ are not measured again, so a run that was cut off goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.record import Recorder, read_lines
+from bench.paper.identity import file_identity, pair_identity
 from bench.runs.cells import TRAINED, group_cells
 from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
-from bench.workloads.prompts import prompt_tokens
+from bench.workloads.prompts import prompt_tokens, prompts_file
 from bench.workloads.trained import TrainedPair
 from decoder.perf_model.forward_fit import predict_speedup
 from decoder.sampling.sampler import VerifierName
@@ -63,7 +64,8 @@ def measure_grid(
         The lines of the whole grid, found and measured.
     """
     same = _run_fields(pair, grid, dtype)
-    found = _found(recorder, same, grid)
+    files = {x: file_identity(prompts_file(x, grid.prompts)) for x in grid.datasets}
+    found = _found(recorder, same, grid, files)
     missing = _missing(grid, found)
     if not missing:
         return found
@@ -88,7 +90,7 @@ def measure_grid(
         )
         for cell in pairs:
             fields = cell_fields(pair.name, subject, cell, setup) | memory_speed(cell, setup)
-            place = {"data": data, "temperature": temperature}
+            place = {"data": data, "temperature": temperature, "prompts": files[data]}
             line = same | place | fields
             found.append(recorder.write(TRAINED, **line, **_predicted(line)))
     return found
@@ -99,6 +101,7 @@ def _run_fields(pair: TrainedPair, grid: Grid, dtype: torch.dtype) -> Line:
     return {
         "target": pair.name,
         "drafter": pair.drafter,
+        **pair_identity(pair),
         "verifier": grid.verifier,
         "new_tokens": grid.new_tokens,
         "repetitions": grid.repetitions,
@@ -106,8 +109,15 @@ def _run_fields(pair: TrainedPair, grid: Grid, dtype: torch.dtype) -> Line:
     }
 
 
-def _found(recorder: Recorder, same: Line, grid: Grid) -> list[Line]:
-    """The grid's lines that the file holds, measured alike on this device."""
+def _found(
+    recorder: Recorder, same: Line, grid: Grid, files: Mapping[str, str | None]
+) -> list[Line]:
+    """The grid's lines that the file holds, measured alike on this device.
+
+    Args:
+        files: digest of each data set's file. Prompts of which none is known, of an older line or
+            of a file that is not at hand, are taken for the same.
+    """
     if recorder.path is None or not recorder.path.exists():
         return []
     return [
@@ -117,6 +127,7 @@ def _found(recorder: Recorder, same: Line, grid: Grid) -> list[Line]:
         and line["env"]["device"] == recorder.environment["device"]
         and line["gamma"] in grid.gammas
         and (line["data"], line["temperature"], line["batch"]) in _places(grid)
+        and len({line.get("prompts"), files[line["data"]]} - {None}) < 2
     ]
 
 

@@ -163,7 +163,8 @@ def _name(cells: Cells) -> str:
 def _ran(cells: Cells) -> str:
     """What else a group may differ in."""
     setup = setup_of(cells.lines[0])
-    return f"{setup.dtype}, {setup.device}, {setup.threads} threads, draft {setup.draft_format}"
+    words = f"{setup.dtype}, {setup.device}, {setup.threads} threads, draft {setup.draft_format}"
+    return ", ".join(filter(None, (words, setup.target_files, setup.draft_files)))
 
 
 def _order(line: dict) -> tuple[int, int]:

@@ -41,8 +41,8 @@ def draw_speedups(lines: Lines, out: Path) -> list[Path]:
                 ax.axhline(best, color=ink(), lw=0.8, ls=":", label="paper's best")
         for ax in panels[:, 0]:
             ax.set_ylabel("speculative / autoregressive")
-        _name(figure, panels.flat, f"{run.target}, {run.drafter} drafter", found[0])
-        drawn.append(save(figure, out, f"speedup-{run.target}-{run.drafter}-trained"))
+        _name(figure, panels.flat, f"{run.pair}, {run.drafter} drafter", found[0])
+        drawn.append(save(figure, out, f"speedup-{run.pair}-{run.drafter}-trained"))
     return drawn
 
 
@@ -59,8 +59,8 @@ def draw_acceptance(lines: Lines, out: Path) -> list[Path]:
         right.set(ylabel="target efficiency", ylim=(0.0, None))
         for ax in (left, right):
             ax.legend(fontsize=8, loc="lower left")
-        figure.suptitle(of_device(f"{run.target}, {run.drafter} drafter", cells[0]), fontsize=10)
-        drawn.append(save(figure, out, f"acceptance-{run.target}-{run.drafter}-trained"))
+        figure.suptitle(of_device(f"{run.pair}, {run.drafter} drafter", cells[0]), fontsize=10)
+        drawn.append(save(figure, out, f"acceptance-{run.pair}-{run.drafter}-trained"))
     return drawn
 
 

@@ -25,6 +25,8 @@ class Setup(NamedTuple):
 
     target: str | None
     drafter: str | None
+    target_files: str | None
+    draft_files: str | None
     weight_format: str
     draft_format: str
     offload_budget: float | None
@@ -41,6 +43,8 @@ def setup_of(line: dict[str, Any]) -> Setup:
     return Setup(
         line.get("target"),
         line.get("drafter"),
+        line.get("target_files"),
+        line.get("draft_files"),
         line.get("weight_format") or PLAIN,
         line.get("draft_format") or PLAIN,
         line.get("offload_budget"),
@@ -78,7 +82,8 @@ class Cells:
     def name(self) -> str:
         """The target, and where and in what numbers it ran."""
         setup = setup_of(self.lines[0])
-        return ", ".join(filter(None, (self.model.target.name, setup.dtype, setup.device)))
+        files = (setup.target_files, setup.draft_files)
+        return ", ".join(filter(None, (self.model.target.name, *files, setup.dtype, setup.device)))
 
     def by_text(self) -> list[Cells]:
         """Apart by data set and temperature, where the acceptance is a trained pair's own."""

@@ -16,6 +16,11 @@ DATA_FILES = {"humaneval": "HumanEval.jsonl.gz", "mt_bench": "mt_bench.jsonl"}
 QUESTIONS = {"humaneval": "Complete this function:\n\n```python\n{}\n```"}
 
 
+def prompts_file(source: str, folder: Path = Path()) -> Path:
+    """Where a named data set's file is looked for, or the JSONL file itself."""
+    return folder / DATA_FILES[source] if source in DATA_FILES else Path(source)
+
+
 def load_prompts(source: str, limit: int | None = None, folder: Path = Path()) -> list[str]:
     """Prompt texts of a named data set or of a JSONL file.
 
@@ -28,7 +33,7 @@ def load_prompts(source: str, limit: int | None = None, folder: Path = Path()) -
         FileNotFoundError: the file is not there; says where it was looked for.
         ValueError: a line without prompt.
     """
-    path = folder / DATA_FILES[source] if source in DATA_FILES else Path(source)
+    path = prompts_file(source, folder)
     if not path.exists():
         raise FileNotFoundError(f"no prompts at {path} (--prompts-dir names the data sets' folder)")
     opener = gzip.open if path.suffix == ".gz" else open

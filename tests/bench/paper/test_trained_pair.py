@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from bench.__main__ import main
-from bench.measure.record import read_lines
+from bench.measure.record import Recorder, read_lines
 from bench.paper import grid
 from bench.paper.beside import rows_of, runs_of
-from bench.runs.cells import group_cells, load_cells, setup_fields
+from bench.paper.identity import file_identity
+from bench.runs.cells import group_cells, load_cells, setup_fields, setup_of
 from bench.workloads.trained import TrainedPair
 from decoder.perf_model.config_spec import spec_from_config
 from decoder.perf_model.hardware.machine import named_machine
@@ -156,3 +160,64 @@ def test_automatic_gamma_on_real_prompts(tmp_path, prompts):
     (line,) = read_lines([out], "auto")
     assert (line["data"], line["alpha"], line["target"]) == ("humaneval", None, "embedded")
     assert set(line["seconds"]) == {"0", "0 again", "1", "2", "auto"}
+
+
+def model(folder: Path, weights: bytes) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_lines_of_an_architecture_are_found_for_their_models_and_prompts_only(
+    tmp_path, prompts, monkeypatch
+):
+    mine, tuned = (model(tmp_path / name / "moe", name.encode()) for name in ("mine", "fine"))
+    draft, packed = (model(tmp_path / name / "dense", name.encode()) for name in ("half", "four"))
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "mt_bench.jsonl").write_text(json.dumps({"turns": ["Why?"]}))
+    of = lambda folder: grid.Grid(["mt_bench"], [0], [1], [4], "standard", 8, 1, folder)
+    recorder = Recorder(tmp_path / "lines.jsonl")
+    place = {"data": "mt_bench", "temperature": 0, "batch": 1, "gamma": 4}
+    pair = TrainedPair("qwen2-57b-a14b", "independent", mine, draft)
+    same = grid._run_fields(pair, of(prompts), torch.bfloat16)
+    digest = file_identity(prompts / "mt_bench.jsonl")
+    line = recorder.write("trained", **same, **place, prompts=digest)
+    assert str(tmp_path) not in json.dumps({**line, "env": None})
+    monkeypatch.setattr(TrainedPair, "load_tokenizer", Mock(side_effect=LookupError))
+
+    def found(pair: TrainedPair, folder: Path = prompts) -> bool:
+        try:
+            return bool(grid.measure_grid(pair, of(folder), recorder, torch.bfloat16, "cpu"))
+        except LookupError:  # it is to be measured
+            return False
+
+    assert found(pair)
+    assert found(replace(pair, target=shutil.copytree(mine, tmp_path / "moved" / "moe")))
+    assert found(pair, tmp_path), "shown where the data set is not at hand"
+    assert not found(replace(pair, target=tuned))
+    assert not found(replace(pair, draft=packed)) and not found(replace(pair, draft=None))
+    assert not found(pair, others)
+    assert len(runs_of([line | {"target_files": "moe 1", "env": {"device": "A"}}, line])) == 2
+    assert len({setup_of(line), setup_of(line | {"draft_files": "dense 1"})}) == 2
+
+
+RESULTS = Path(__file__).parents[3] / "bench" / "results"
+
+
+@pytest.mark.parametrize("file", ["xeon-gnr-2c/smol/paper.jsonl", "epyc-zen4-2c/smol/paper.jsonl"])
+def test_committed_lines_of_a_preset_are_found(file, tmp_path, monkeypatch):
+    lines = list(read_lines([RESULTS / file], "trained"))
+    monkeypatch.setattr(TrainedPair, "load_tokenizer", lambda *_: pytest.fail("none is missing"))
+    recorder = Recorder(RESULTS / file)
+    recorder.environment["device"] = lines[0]["env"]["device"]
+    pair = TrainedPair("smol", "independent", tmp_path, tmp_path)
+    one = lambda name: sorted({line[name] for line in lines})
+    tokens, rounds = one("new_tokens")[0], one("repetitions")[0]
+    plan = grid.Grid(
+        one("data"), one("temperature"), one("batch"), one("gamma"), one("verifier")[0],
+        tokens, rounds, tmp_path,
+    )  # fmt: skip
+    found = grid.measure_grid(pair, plan, recorder, torch.bfloat16, "cpu")
+    assert found and all(line in lines for line in found)
