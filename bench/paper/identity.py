@@ -10,7 +10,8 @@ from decoder.checkpoint.folder import model_folder
 
 # What a model's outputs depend on; a card or a licence beside it does not change them.
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
-SAMPLE = 1 << 20  # bytes at each end of a file; weights as a whole would take minutes to read
+# Bytes of a file's parts, and how many; weights as a whole would take minutes to read.
+PART, PARTS = 1 << 16, 64
 
 
 def pair_identity(pair: TrainedPair) -> dict[str, str | None]:
@@ -38,13 +39,13 @@ def _model(path: Path) -> str:
 
 
 def _digest(files: list[Path]) -> str:
-    """Sixteen hexadecimal digits of the files' names, sizes, beginnings and ends."""
+    """Sixteen hexadecimal digits of the files' names and sizes, and of parts all over them."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read(SAMPLE))
+            for begin in range(0, size, max(PART, size // PARTS)):
+                file.seek(begin)
+                digest.update(file.read(PART))
     return digest.hexdigest()[:16]
