@@ -94,9 +94,32 @@ class Recorder:
         """Append one line ``{"kind": kind, **fields, "env": …}`` and return it."""
         line = {"kind": kind, **fields, "env": self.environment}
         if self.path:
+            end_with_a_whole_line(self.path)
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         return line
+
+
+def end_with_a_whole_line(path: Path) -> None:
+    """Cut off what a process that was killed while writing left at a file's end.
+
+    A last line that is whole and lacks its line break only, as editors leave it, is given one.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        content = file.read()
+        begin = content.rfind(b"\n") + 1
+        try:
+            json.loads(content[begin:])
+        except ValueError:
+            file.truncate(begin)
+        else:
+            file.write(b"\n")
 
 
 def read_lines(paths: Iterable[str | Path], kind: str | None = None) -> Iterator[dict[str, Any]]:

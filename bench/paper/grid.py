@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from bench.measure.ceilings import CeilingProbe
-from bench.measure.record import Recorder, read_lines
+from bench.measure.record import Recorder, end_with_a_whole_line, read_lines
 from bench.paper.identity import file_identity, pair_identity
 from bench.runs.cells import TRAINED, group_cells
 from bench.runs.decode import measure_batch
@@ -120,6 +120,7 @@ def _found(
     """
     if recorder.path is None or not recorder.path.exists():
         return []
+    end_with_a_whole_line(recorder.path)
     return [
         line
         for line in read_lines([recorder.path], TRAINED)

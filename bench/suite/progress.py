@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.measure.record import Recorder
+from bench.measure.record import Recorder, end_with_a_whole_line
 
 FILE = "suite.jsonl"
 
@@ -77,6 +76,4 @@ class Lines(Recorder):
 
 def drop_half_a_line(folder: Path) -> None:
     """Cut off what a process that was killed while writing left at the end of the file."""
-    file = folder / FILE
-    if file.exists():
-        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    end_with_a_whole_line(folder / FILE)

@@ -55,6 +55,20 @@ def test_a_broken_line_is_named(tmp_path):
         list(read_lines([path]))
 
 
+def test_a_line_does_not_go_on_where_a_killed_process_stopped(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for left, kept in (
+        ('{"kind": "ker', []),
+        ('{"T": 1}\n{"T', [1]),
+        ('{"T": 1}\n{"T": 2}', [1, 2]),
+    ):
+        path.write_text(left)
+        recorder = Recorder(path)
+        recorder.write("kernel", T=8)
+        recorder.write("kernel", T=9)
+        assert [line["T"] for line in read_lines([path])] == [*kept, 8, 9]
+
+
 def test_variants_are_interleaved_in_rotated_order():
     seen: list[tuple[str, int]] = []
     variants = {name: (lambda round_, n=name: seen.append((n, round_))) for name in ("a", "b", "c")}
