@@ -10,7 +10,7 @@ from typing import Any
 from bench.measure.timer import interleaved, summarize
 from bench.runs.subject import Subject, drafter_for
 from bench.workloads.kept import draft_format
-from bench.workloads.prompts import random_prompts
+from bench.workloads.prompts import first_prompts, random_prompts
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter
 from decoder.engine.profile_rounds import profile_rounds
@@ -46,9 +46,12 @@ def measure_automatic(subject: Subject, batch: int, settings: Settings) -> dict[
 
     Raises:
         RuntimeError: a gamma changed the output.
+        ValueError: the subject's prompts are fewer than the batch.
     """
-    prompts = [list(prompt) for prompt in (subject.prompts or ())[:batch]]
-    prompts = prompts or random_prompts(batch, PROMPT_TOKENS, subject.target.config.vocab_size)
+    if subject.prompts is None:
+        prompts = random_prompts(batch, PROMPT_TOKENS, subject.target.config.vocab_size)
+    else:
+        prompts = first_prompts(subject.prompts, batch, "the data set")
     params = SamplingParams(max_new_tokens=settings.new_tokens, ignore_eos=True)
     length = max(map(len, prompts)) + settings.new_tokens
     plain = _plain(subject, batch, length)

@@ -18,7 +18,7 @@ from bench.peers.llama_cpp import LlamaCpp, mean_length
 from bench.runs.in_vllm import VLLM, InVllm
 from bench.workloads.kept import draft_format
 from bench.workloads.models import RANDOM, draft_like, random_model
-from bench.workloads.prompts import prompt_tokens, random_prompts
+from bench.workloads.prompts import first_prompts, prompt_tokens, random_prompts
 from bench.workloads.trained import TrainedPair
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import ReplayDrafter, build_drafter
@@ -208,9 +208,7 @@ def _prompts(settings: Settings, batch: int) -> list[list[int]]:
         return random_prompts(batch, settings.prompt_tokens, VOCAB_SIZE)
     tokenizer = settings.pair.load_tokenizer()
     prompts = prompt_tokens(tokenizer, settings.prompts, settings.prompts_dir)
-    if len(prompts) < batch:
-        raise ValueError(f"{settings.prompts} has {len(prompts)} prompts, expected {batch}")
-    return prompts[:batch]
+    return first_prompts(prompts, batch, settings.prompts)
 
 
 def _drafter(settings: Settings, target: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def prompt_tokens(tokenizer: Any, source: str, folder: Path = Path()) -> list[li
     chats = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     # The template writes the begin-of-text itself.
     return [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats]
+
+
+def first_prompts(prompts: Sequence[list[int]], batch: int, source: str) -> list[list[int]]:
+    """A prompt for each row of a batch.
+
+    Raises:
+        ValueError: there are fewer, and a line of this batch would be of a smaller one.
+    """
+    if len(prompts) < batch:
+        raise ValueError(f"{source} has {len(prompts)} prompts, expected {batch}")
+    return [list(prompt) for prompt in prompts[:batch]]
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:

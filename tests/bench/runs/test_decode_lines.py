@@ -102,3 +102,11 @@ def test_automatic_lines_say_what_the_draft_was(packed, monkeypatch):
     settings = automatic.Settings([2], new_tokens=4, rounds=1, budget_s=1, cold=True)
     assert measure_automatic(subject, 8, settings)["draft_format"] == "int8"
     assert measure_automatic(subject, 2, settings)["draft_format"] == "q4_1"
+
+
+@pytest.mark.parametrize("prompts", [[], [[5, 6, 7]] * 3])
+def test_no_line_is_of_a_larger_batch_than_its_prompts(prompts):
+    subject = Subject(tiny_llama(), None, None, prompts=prompts)
+    settings = automatic.Settings([2], new_tokens=4, rounds=1, budget_s=1, cold=True)
+    with pytest.raises(ValueError, match=f"{len(prompts)} prompts, expected 4"):
+        measure_automatic(subject, 4, settings)
