@@ -26,7 +26,7 @@ from bench.peers.vllm_generate import VllmGenerate, VllmSetup
 from bench.runs.automatic import Settings, measure_automatic
 from bench.runs.subject import Subject
 from bench.runs.vllm_automatic import TEXTS, measure_vllm_automatic
-from bench.workloads.arguments import add_machine, add_pair, numbers, words
+from bench.workloads.arguments import add_machine, add_pair, numbers, refuse_ignored, words
 from bench.workloads.models import DENSE, RANDOM, load_subject
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
 from bench.workloads.trained import TrainedPair
@@ -148,6 +148,7 @@ def _trained(args: argparse.Namespace) -> dict[str, Subject]:
 
 def _replayed(args: argparse.Namespace) -> dict[str, Subject]:
     """Random weights under each acceptance."""
+    refuse_ignored(args, "imposed acceptance", "drafter")
     target, draft = load_subject(args.target, None, getattr(torch, args.dtype), args.device)
     alphas = map(float, args.alphas.split(","))
     return {f"α = {alpha:g}": Subject(target, draft, alpha) for alpha in alphas}

@@ -18,7 +18,14 @@ from rich.table import Table
 from bench.gguf.contents import PLAIN, require_own_format
 from bench.measure.record import Recorder
 from bench.runs.generate import PEERS, Settings, measure_generate
-from bench.workloads.arguments import add_machine, add_pair, add_target_format, numbers, words
+from bench.workloads.arguments import (
+    add_machine,
+    add_pair,
+    add_target_format,
+    numbers,
+    refuse_ignored,
+    words,
+)
 from bench.workloads.models import RANDOM
 from bench.workloads.trained import TrainedPair
 from decoder.drafters.table import AUTO, drafter_kind
@@ -95,9 +102,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _pair(args: argparse.Namespace) -> TrainedPair | None:
     """The pair of a preset or of paths; a target alone is not drafted for unless asked."""
+    if args.alpha is not None:
+        refuse_ignored(args, "imposed acceptance, at a random draft's cost,", "draft")
     if args.preset:
+        refuse_ignored(args, "a preset", "draft")
         return TrainedPair.of_flags(args)
     if args.target in RANDOM:
+        refuse_ignored(args, f"the random target {args.target}", "draft", "drafter", "prompts")
         return None
     asked = args.draft or args.drafter != AUTO
     drafter = drafter_kind(args.drafter, args.draft).name if asked else "none"

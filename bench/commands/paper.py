@@ -28,7 +28,7 @@ from bench.paper.grid import Grid, measure_grid
 from bench.paper.peak import measure_peak
 from bench.runs.decode_lines import describe_subject
 from bench.runs.subject import Subject
-from bench.workloads.arguments import add_drafting, add_machine, numbers, words
+from bench.workloads.arguments import add_drafting, add_machine, numbers, refuse_ignored, words
 from bench.workloads.paper import (
     ARCHITECTURES,
     BORROWED,
@@ -97,8 +97,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _trained_pair(args: argparse.Namespace) -> TrainedPair | None:
     if args.preset in PAIRS:
+        refuse_ignored(args, f"the pair {args.preset}", "target", "draft")
         return TrainedPair.of_flags(args)
     if not args.target:
+        refuse_ignored(args, "an architecture without --target", "draft", "drafter")
         return None
     drafter = drafter_kind(args.drafter, args.draft).name
     return TrainedPair(args.preset, drafter, args.target, args.draft)

@@ -74,6 +74,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.llama_cpp and self.gguf is None:
             raise ValueError("llama.cpp is a peer on a GGUF file, which must be given, got none")
+        if self.pair is None and self.prompts is not None:
+            raise ValueError(f"a random model's prompts are random, got {self.prompts}")
 
     @property
     def speculative(self) -> bool:

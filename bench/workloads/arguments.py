@@ -43,6 +43,21 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_ignored(args: argparse.Namespace, subject: str, *flags: str) -> None:
+    """Refuse what would change nothing: a line would be taken for a run with it.
+
+    Args:
+        subject: what ignores the flags, which have no default but a drafter's.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    value = lambda flag: getattr(args, flag.replace("-", "_"))
+    given = [f"--{flag} {value(flag)}" for flag in flags if value(flag) not in (None, AUTO)]
+    if given:
+        raise ValueError(f"{subject} takes no {', no '.join(flags)}, got {' '.join(given)}")
+
+
 def add_target_format(parser: argparse.ArgumentParser) -> None:
     """In what format the target's weights are stored before it is measured."""
     parser.add_argument(
