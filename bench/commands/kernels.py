@@ -22,7 +22,7 @@ from bench.measure.record import Recorder
 from bench.peers.vllm_experts import VllmExperts
 from bench.runs.layer import LayerBenchmark
 from bench.runs.layer_record import Settings, efficiency
-from bench.workloads.arguments import add_machine, numbers
+from bench.workloads.arguments import add_dtype, add_machine, at_least, naturals, positives
 from bench.workloads.routing import DEFAULT_UNION_RATIO, ROUTINGS
 from bench.workloads.shapes import CPU_SHAPES, Shape, parse_shape
 from bench.workloads.stored import formats_of
@@ -32,9 +32,11 @@ from moesd_kernels.formats import GROUPS, WEIGHT_FORMATS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench kernels``."""
     parser.add_argument("--shape", action="append", help="name or E,K,H,I (repeatable)")
-    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64,128")
-    parser.add_argument("--gammas", default="1,2,3,4,5,6,7,8")
-    parser.add_argument("--tokens", help="time exactly these T (rows of one token each) instead")
+    parser.add_argument("--batch-sizes", type=positives, default="1,2,4,8,16,32,64,128")
+    parser.add_argument("--gammas", type=naturals, default="1,2,3,4,5,6,7,8")
+    parser.add_argument(
+        "--tokens", type=positives, help="time exactly these T (rows of one token each) instead"
+    )
     parser.add_argument("--max-tokens", type=int, default=640)
     parser.add_argument("--routing", default="uniform", choices=ROUTINGS)
     parser.add_argument("--union-ratio", type=float, default=DEFAULT_UNION_RATIO)
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="on a GPU: folder with vLLM's fused_moe.py and configs/ (bench/peers/README.md)",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add_dtype(parser)
     parser.add_argument(
         "--weight-format",
         default="plain",
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=at_least(1), default=15)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds per point")
 
 
@@ -115,9 +117,9 @@ def run(args: argparse.Namespace) -> None:
 def points(args: argparse.Namespace) -> list[tuple[int, int]]:
     """(batch, rows per sequence) to time, fewest tokens first."""
     if args.tokens:
-        return [(tokens, 1) for tokens in numbers(args.tokens)]
-    rows = [gamma + 1 for gamma in (0, *numbers(args.gammas))]
-    pairs = {(batch, r) for batch in numbers(args.batch_sizes) for r in rows}
+        return [(tokens, 1) for tokens in args.tokens]
+    rows = [gamma + 1 for gamma in (0, *args.gammas)]
+    pairs = {(batch, r) for batch in args.batch_sizes for r in rows}
     return sorted((p for p in pairs if math.prod(p) <= args.max_tokens), key=math.prod)
 
 

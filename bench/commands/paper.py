@@ -28,7 +28,16 @@ from bench.paper.grid import Grid, measure_grid
 from bench.paper.peak import measure_peak
 from bench.runs.decode_lines import describe_subject
 from bench.runs.subject import Subject
-from bench.workloads.arguments import add_drafting, add_machine, numbers, refuse_ignored, words
+from bench.workloads.arguments import (
+    add_drafting,
+    add_dtype,
+    add_machine,
+    at_least,
+    numbers,
+    positives,
+    refuse_ignored,
+    words,
+)
 from bench.workloads.paper import (
     ARCHITECTURES,
     BORROWED,
@@ -61,22 +70,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", type=Path, help="weights of its draft")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the parameters to build")
     parser.add_argument(
-        "--batch-sizes", help=f"default: {TRAINED_BATCHES}; of random weights {RANDOM_BATCHES}"
+        "--batch-sizes",
+        type=positives,
+        help=f"default: {TRAINED_BATCHES}; of random weights {RANDOM_BATCHES}",
     )
-    parser.add_argument("--gammas", default="2,3,4")
-    parser.add_argument("--num-experts-per-token", type=int, help="of random weights: sparsity")
+    parser.add_argument("--gammas", type=positives, default="2,3,4")
+    parser.add_argument(
+        "--num-experts-per-token", type=at_least(1), help="of random weights: sparsity"
+    )
     parser.add_argument(
         "--verifier", choices=VERIFIERS, default=VERIFIERS[0], help="of a trained pair at T > 0"
     )
     parser.add_argument(
         "--new-tokens",
-        type=int,
+        type=at_least(2),
         help=f"default: {TRAINED_TOKENS}; of random weights {RANDOM_TOKENS}",
     )
-    parser.add_argument("--prompt-tokens", type=int, default=32, help="of random prompts")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each run")
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=32, help="of random prompts")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="repetitions of each run")
     add_drafting(parser)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_dtype(parser)
     add_machine(parser)
 
 
@@ -110,8 +123,8 @@ def _run_trained(args: argparse.Namespace, pair: TrainedPair, recorder: Recorder
     grid = Grid(
         datasets=words(args.datasets),
         temperatures=numbers(args.temperatures),
-        batches=numbers(args.batch_sizes or TRAINED_BATCHES),
-        gammas=numbers(args.gammas),
+        batches=args.batch_sizes or positives(TRAINED_BATCHES),
+        gammas=args.gammas,
         verifier=args.verifier,
         new_tokens=args.new_tokens or TRAINED_TOKENS,
         repetitions=args.rounds,
@@ -136,8 +149,8 @@ def _run_random(args: argparse.Namespace, recorder: Recorder) -> None:
     table = _table(f"{args.preset} ({label})", args.hardware, (*TEXT, *HEADS))
     setup: dict[str, Any] = {}
     rows = cells_beside(args.preset, args.hardware)
-    chosen = (words(args.datasets), numbers(args.temperatures), numbers(args.gammas))
-    batches = numbers(args.batch_sizes or RANDOM_BATCHES)
+    chosen = (words(args.datasets), numbers(args.temperatures), args.gammas)
+    batches = args.batch_sizes or positives(RANDOM_BATCHES)
     for cell in chosen_cells(rows, *chosen):
         alpha = float(alpha_from_sigma(cell.sigma, cell.gamma))
         subject = Subject(target, draft, alpha, cell.temperature, verifier="coupled")

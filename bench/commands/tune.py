@@ -21,7 +21,7 @@ from bench.tuning.search import (
     tune_shape,
 )
 from bench.tuning.table import has_entry
-from bench.workloads.arguments import numbers
+from bench.workloads.arguments import at_least, dtype_name, positives
 from bench.workloads.shapes import Shape, parse_shape
 from moesd_kernels.experts.triton.config import model_choice
 from moesd_kernels.experts.triton.device import device_of
@@ -36,10 +36,14 @@ COMPILING = 0.5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench tune``."""
     parser.add_argument("--shape", action="append", required=True, help="name or E,K,H,I")
-    parser.add_argument("--tokens", default=TOKENS, help="values of T to tune")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="per step, the first n")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--tokens", type=positives, default=TOKENS, help="values of T to tune")
+    parser.add_argument(
+        "--dtype", type=dtype_name, default="bfloat16", choices=("bfloat16", "float16")
+    )
+    parser.add_argument(
+        "--candidates", type=at_least(1), default=CANDIDATES, help="per step, the first n"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=ROUNDS)
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for each shape")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the file is written")
     parser.add_argument("--force", action="store_true", help="tune entries the file already has")
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune every shape; entries are written as they are found, so a stopped run can go on."""
-    tokens = numbers(args.tokens)
+    tokens = args.tokens
     shapes = [parse_shape(text) for text in args.shape]
     dtype = getattr(torch, args.dtype)
     if args.dry_run:

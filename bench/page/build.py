@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from bench.measure.record import read_lines
+from bench.measure.fields import whole_lines
 from bench.page.headline import Number, headline, processor
 from bench.page.questions import Answer, answers
 from bench.page.tables import tables
@@ -23,7 +23,7 @@ def render(folder: Path) -> str:
     Raises:
         ValueError: there are none.
     """
-    lines = list(read_lines([folder]))
+    lines = list(whole_lines([folder]))
     if not lines:
         raise ValueError(f"no JSON lines below {folder}")
     measured = [line for line in lines if "env" in line]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.measure.record import read_lines
+from bench.measure.fields import whole_lines
 from bench.pictures import decode, engine, formats, kernels, trained
 from bench.pictures.style import Lines
 from bench.runs.cells import TRAINED
@@ -40,7 +40,7 @@ def draw_all(sources: list[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     for kind, draw in PICTURES.values():
-        lines = list(read_lines(sources, kind))
+        lines = list(whole_lines(sources, kind))
         if lines:
             drawn += draw(lines, out)
     if not drawn:

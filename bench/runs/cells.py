@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.gguf.contents import PLAIN
-from bench.measure.record import read_lines
+from bench.measure.fields import whole_lines
 from decoder.perf_model.forward_model import ForwardModel
 from decoder.perf_model.hardware.machine import Machine
 from decoder.perf_model.model_spec import ModelSpec
@@ -122,8 +122,8 @@ def load_cells(paths: Sequence[str | Path], target: str | None = None) -> list[C
     """
     found = [
         line
-        for line in read_lines(paths)
-        if line.get("kind") in (DECODE, TRAINED) and target in (None, line.get("target"))
+        for line in whole_lines(paths)
+        if line.get("kind") in (DECODE, TRAINED) and target in (None, line["target"])
     ]
     lines = [line for line in found if not apart(line)]
     if len(lines) < len(found):

@@ -3,17 +3,59 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bench.workloads.trained import PAIRS
 from decoder.drafters.table import AUTO, drafter_names
+from decoder.model.loading import DTYPES
 
 
 def numbers(text: str) -> list[int]:
     """``"1,2,8"`` -> ``[1, 2, 8]``."""
     return [int(part) for part in text.split(",")]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The ``type`` of a flag that takes one number."""
+
+    def number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a number from {least} on, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def positives(text: str) -> list[int]:
+    """The ``type`` of a flag that takes batch sizes, draft lengths or the like."""
+    return [at_least(1)(part) for part in text.split(",")]
+
+
+def naturals(text: str) -> list[int]:
+    """The same, with 0."""
+    return [at_least(0)(part) for part in text.split(",")]
+
+
+def draft_length(text: str) -> str:
+    """The ``type`` of a flag that takes a draft length, 0 for none, or ``auto``."""
+    return text if text == AUTO else str(at_least(0)(text))
+
+
+def draft_lengths(text: str) -> list[str]:
+    """The same of several."""
+    return [draft_length(part) for part in text.split(",")]
+
+
+def dtype_name(text: str) -> str:
+    """The ``type`` of ``--dtype``: PyTorch's name of any spelling that ``decoder`` knows."""
+    known = {name: dtype for name, dtype in DTYPES.items() if name != AUTO}
+    if text not in known:
+        names = ", ".join(known)
+        raise argparse.ArgumentTypeError(f"expected one of {names}, got {text!r}")
+    return str(known[text]).removeprefix("torch.")
 
 
 def words(text: str) -> list[str]:
@@ -56,6 +98,11 @@ def refuse_ignored(args: argparse.Namespace, subject: str, *flags: str) -> None:
     given = [f"--{flag} {value(flag)}" for flag in flags if value(flag) not in (None, AUTO)]
     if given:
         raise ValueError(f"{subject} takes no {', no '.join(flags)}, got {' '.join(given)}")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """In what numbers models run, bf16 by default."""
+    parser.add_argument("--dtype", type=dtype_name, default="bfloat16")
 
 
 def add_target_format(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.drafters.table import canonical_name, drafter_kind
-from decoder.model.loading import load_model, load_tokenizer
+from decoder.model.loading import DTYPES, load_model, load_tokenizer
 
 # Packages with ``target_path()`` and ``draft_of(drafter)``, imported when one is asked for.
 PAIRS = {"smol": "decoder.smol", "embedded": "decoder.embedded"}
@@ -55,7 +55,7 @@ class TrainedPair:
     @classmethod
     def of_flags(cls, args: argparse.Namespace) -> TrainedPair:
         """The pair of ``--preset`` and ``--drafter``, to run here on our kernels."""
-        dtype = getattr(torch, args.dtype)
+        dtype = DTYPES[args.dtype]
         run = {"device": args.device, "dtype": dtype, "kernels": True}
         return cls.of_preset(args.preset, args.drafter, **run)
 

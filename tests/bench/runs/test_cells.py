@@ -30,7 +30,14 @@ OTHER_RUNS = [
 def cell(batch: int = 1, gamma: int = 4, **fields: Any) -> dict[str, Any]:
     spec = spec_from_config(moe_310m())
     setup = setup_fields(spec, None, named_machine("h200"), "bf16")
-    seen = {"top_k": 4, "context": 64, "sigma": 0.9, "speedup": 1.5, "env": ENV}
+    seen = {
+        "top_k": 4,
+        "context": 64,
+        "sigma": 0.9,
+        "speedup": 1.5,
+        "target_efficiency": 0.8,
+        "env": ENV,
+    }
     return {"kind": "decode", "target": "moe", "batch": batch, "gamma": gamma, **setup, **seen} | (
         fields
     )

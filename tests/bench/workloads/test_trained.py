@@ -46,6 +46,10 @@ def test_in_other_numbers_or_another_program_it_drafts_from_the_folder(tiny):
         assert pair.draft == smol.draft_path()
 
 
+def test_numbers_may_be_called_as_elsewhere(tiny):
+    assert TrainedPair.of_flags(flags(dtype="bf16")) == TrainedPair.of_flags(flags())
+
+
 def test_the_small_pair_has_one_draft():
     ours = TrainedPair.of_flags(flags(preset="embedded"))
     assert ours == TrainedPair.of_preset("embedded", "auto")
