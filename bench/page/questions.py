@@ -7,11 +7,11 @@ picture shows one of them, never a mixture.
 from __future__ import annotations
 
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.page.runs import largest_run, runs_of
 from bench.pictures import decode, engine, formats, kernels, trained
@@ -20,6 +20,8 @@ from bench.pictures.style import Lines, inline_svg
 from bench.runs.cells import TRAINED, Setup, setup_of
 
 Choose = Callable[[Lines], Lines]
+# What tokens per second depend on beside who decodes: a picture is of one text and length.
+TEXTS = ("target", "dtype", "alpha", "prompts", "new_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,22 @@ def _most_gammas(lines: Lines) -> Lines:
     return most if gammas(most) >= 3 else []
 
 
+def _one_way(lines: Lines) -> Lines:
+    """Of one run, the target and texts with most lines."""
+    ways: dict[tuple[Any, ...], Lines] = defaultdict(list)
+    for number, run in enumerate(runs_of(lines)):
+        for line in run:
+            ways[number, *map(line.get, TEXTS)].append(line)
+    return max(ways.values(), key=len, default=[])
+
+
 def _most_common_target(lines: Lines) -> Lines:
-    targets = Counter(line["target"] for line in lines).most_common(1)
-    return [line for line in lines if line["target"] == targets[0][0]] if targets else []
+    """Of one run, the target with most lines."""
+    targets: dict[tuple[int, str], Lines] = defaultdict(list)
+    for number, run in enumerate(runs_of(lines)):
+        for line in run:
+            targets[number, line["target"]].append(line)
+    return max(targets.values(), key=len, default=[])
 
 
 def _compared(lines: Lines) -> Lines:
@@ -188,7 +203,7 @@ QUESTIONS = (
         "Tokens per second over the batch, same prompts, prompts' cost included.",
         "generate",
         engine.draw_tokens_per_second,
-        _most_common_target,
+        _one_way,
     ),
     Question(
         "How near is the layer to what memory allows?",

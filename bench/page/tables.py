@@ -18,8 +18,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("gb_per_s", "of_roof", "ratio"),
     ),
     "generate": (
-        *("target", "weight_format", "prompts", "B", "variant", "alpha", "gamma", "new_tokens"),
-        *("tokens_per_s", "times_faster_than", "identical_to_ours"),
+        *("target", "weight_format", "int8_activations", "prompts", "B", "variant", "alpha"),
+        *("gamma", "new_tokens", "tokens_per_s", "times_faster_than", "identical_to_ours"),
     ),
     "decode": (
         *("target", "top_k", "batch", "gamma", "alpha", "sigma", "target_efficiency"),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench.pictures.formats import PLAIN, stored_as
 from bench.pictures.style import Lines, axes, ink, legend, log_y, of_acceptance, of_device, save
 
 
@@ -33,9 +34,9 @@ def draw_tokens_per_second(lines: Lines, out: Path) -> list[Path]:
 
 
 def _variant(line: dict[str, Any]) -> str:
-    """Who decodes, and how its weights are stored where they are quantised."""
-    stored = line.get("weight_format", "plain")
-    return line["variant"] if stored == "plain" else f"{line['variant']}, {stored}"
+    """Who decodes, how its weights are stored where they are quantised, and its inputs rounded."""
+    words = [line["variant"]] + [stored_as(line)] * (stored_as(line) != PLAIN)
+    return ", ".join(words + ["int8 activations"] * bool(line.get("int8_activations")))
 
 
 def draw_automatic(lines: Lines, out: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from bench.pictures.style import Lines, axes, ink, legend, of_device, save
 from bench.runs.cells import apart
+from moesd_kernels.formats import GROUPS
 
 PLAIN = "plain"
 
@@ -20,6 +21,14 @@ PLAIN = "plain"
 def stored_as(line: dict[str, Any]) -> str:
     """A line's weight format; lines from before there were several have plain weights."""
     return line.get("weight_format") or PLAIN
+
+
+def stored_words(line: dict[str, Any]) -> str:
+    """The same with the weights that share a scale, where they are not as many as usual."""
+    group = line.get("group", GROUPS[0])
+    if stored_as(line) == PLAIN or group == GROUPS[0]:
+        return stored_as(line)
+    return f"{stored_as(line)} {'row' if group is None else f'group {group}'}"
 
 
 class Curve(NamedTuple):
@@ -49,7 +58,7 @@ def _draw(
     """Pictures of the subjects that were measured in two formats or more."""
     groups: dict[str, dict[str, Lines]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        groups[subject(line)][stored_as(line)].append(line)
+        groups[subject(line)][stored_words(line)].append(line)
     drawn = []
     for words, formats in groups.items():
         curves = {stored: curves_of(measured) for stored, measured in formats.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bench.pictures.formats import PLAIN, stored_as
+from bench.pictures.formats import PLAIN, stored_as, stored_words
 from bench.pictures.style import Lines, axes, heat_map, ink, legend, log_y, of_device, save
 
 LABELS = {
@@ -26,7 +26,7 @@ def _by_layer(lines: Lines) -> dict[str, Lines]:
     layers: dict[str, Lines] = defaultdict(list)
     for line in sorted(lines, key=lambda line: line["T"]):
         words = [",".join(map(str, line["shape"])), line["dtype"], line["routing"]]
-        words += [line["weight_format"]] if stored_as(line) != PLAIN else []
+        words += [stored_words(line)] if stored_as(line) != PLAIN else []
         # A back-end asked for by name and tiles found by tuning are pictures of their own.
         words += [line["backend"]] if line["backend"] != "auto" else []
         words += ["tuned"] if line.get("tuned") else []

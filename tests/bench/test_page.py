@@ -13,8 +13,9 @@ import pytest
 from bench.__main__ import main
 from bench.page.build import render
 from bench.page.headline import headline
-from bench.page.questions import _most_gammas, _one_gamma
+from bench.page.questions import _most_common_target, _most_gammas, _one_gamma, _one_way
 from bench.page.tables import COLUMNS, tables
+from bench.pictures import engine
 
 ENV = {"device": "A CPU, 2 threads", "isa": "AVX512", "commit": "abc1234"}
 
@@ -43,7 +44,7 @@ def layer(tokens: int, of_roof: float, **fields: Any) -> dict[str, Any]:
     return line("kernel", **values | fields, T=tokens, of_roof=of_roof)
 
 
-def generated(variant: str, batch: int, **against: float) -> dict[str, Any]:
+def generated(variant: str, batch: int, new_tokens: int = 32, **against: float) -> dict[str, Any]:
     rates = dict.fromkeys(("median", "p20", "p80"), 10.0 * batch)
     return line(
         "generate",
@@ -51,6 +52,7 @@ def generated(variant: str, batch: int, **against: float) -> dict[str, Any]:
         target="moe",
         B=batch,
         variant=variant,
+        new_tokens=new_tokens,
         tokens_per_s=rates,
         times_faster_than=against,
     )
@@ -209,6 +211,22 @@ def test_a_picture_shows_one_run_and_never_a_mixture():
     assert _most_gammas([*old, *new, *other]) == old
     assert _one_gamma([*old, *new, *other]) == [x for x in new if x["gamma"] == 2]
     assert _most_gammas(new) == [], "two draft lengths are no map"
+
+
+def test_tokens_per_second_are_of_one_run_text_and_rounding(tmp_path, monkeypatch):
+    old = [generated("ours", b) for b in (1, 8)]
+    new = [generated("ours", b, new_tokens=48) for b in (1, 8, 32)]
+    rounded = [x | {"int8_activations": True} for x in new]
+    for x in (*new, *rounded):
+        x["env"] = x["env"] | {"commit": "def5678"}
+    longer = [x | {"new_tokens": 64} for x in new]
+    assert _one_way([*old, *new, *longer, *rounded]) == [*new, *rounded]
+    assert _most_common_target([*old, *new]) == new
+    labels: list[list[str]] = []
+    seen = lambda ax: labels.append(ax.get_legend_handles_labels()[1])
+    monkeypatch.setattr(engine, "legend", seen)
+    engine.draw_tokens_per_second([*new, *rounded], tmp_path)
+    assert labels == [["ours", "ours, int8 activations"]]
 
 
 @pytest.mark.parametrize("content", [None, "\n"])

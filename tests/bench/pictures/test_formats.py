@@ -10,7 +10,7 @@ import pytest
 from bench.page.questions import answers
 from bench.pictures import formats
 from bench.pictures.gallery import draw_all
-from bench.pictures.kernels import draw_peer_ratios
+from bench.pictures.kernels import _by_layer, draw_peer_ratios
 from bench.runs.cells import group_cells
 
 ENV = {"device": "A CPU", "commit": "abc", "command": "python -m bench kernels"}
@@ -90,6 +90,14 @@ def test_a_model_is_one_whatever_its_file_is_called(figures, tmp_path):
     (path,) = formats.draw_model_formats(lines, tmp_path)
     assert path.name == "formats-smol K=2-gamma2"
     assert [label for label, _ in figures[path.name].values()] == ["plain", "q4_0"]
+
+
+def test_weights_that_share_other_scales_are_told_apart():
+    stored = layer("q4_0", 8, 0) | {"weight_format": "int4"}
+    lines = [stored | {"group": group} for group in (32, 128, None)]
+    names = [name.split(" uniform ")[1] for name in _by_layer(lines)]
+    assert names == ["int4", "int4 group 128", "int4 row"]
+    assert [formats.stored_words(line) for line in lines] == names
 
 
 def test_formats_are_not_mixed_elsewhere(tmp_path, monkeypatch):
