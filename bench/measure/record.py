@@ -81,6 +81,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+_BEGINNING = b'{"kind"'  # of every line
+
+
 class Recorder:
     """Appends lines to a file (nowhere when ``path`` is None), each flushed when finished."""
 
@@ -103,7 +106,7 @@ class Recorder:
 def end_with_a_whole_line(path: Path) -> None:
     """Cut off what a process that was killed while writing left at a file's end.
 
-    A last line that is whole and lacks its line break only, as editors leave it, is given one.
+    Another last line that lacks its line break, as editors leave it, is given one.
     """
     if not path.exists() or not path.stat().st_size:
         return
@@ -114,12 +117,19 @@ def end_with_a_whole_line(path: Path) -> None:
         file.seek(0)
         content = file.read()
         begin = content.rfind(b"\n") + 1
-        try:
-            json.loads(content[begin:])
-        except ValueError:
+        last = content[begin:]
+        if (last.startswith(_BEGINNING) or _BEGINNING.startswith(last)) and not _is_json(last):
             file.truncate(begin)
         else:
             file.write(b"\n")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_lines(paths: Iterable[str | Path], kind: str | None = None) -> Iterator[dict[str, Any]]:

@@ -59,14 +59,21 @@ def test_a_line_does_not_go_on_where_a_killed_process_stopped(tmp_path):
     path = tmp_path / "lines.jsonl"
     for left, kept in (
         ('{"kind": "ker', []),
-        ('{"T": 1}\n{"T', [1]),
-        ('{"T": 1}\n{"T": 2}', [1, 2]),
+        ('{"kind": "kernel", "T": 1}\n{"ki', [1]),
+        ('{"kind": "kernel", "T": 1}\n{"kind": "kernel", "T": 2}', [1, 2]),
     ):
         path.write_text(left)
         recorder = Recorder(path)
         recorder.write("kernel", T=8)
         recorder.write("kernel", T=9)
         assert [line["T"] for line in read_lines([path])] == [*kept, 8, 9]
+
+
+def test_what_is_no_half_line_of_ours_is_not_cut_off(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("first\na note of mine")
+    Recorder(path).write("kernel", T=8)
+    assert path.read_text().startswith("first\na note of mine\n{")
 
 
 def test_variants_are_interleaved_in_rotated_order():
