@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from ctypes import c_float
 from dataclasses import dataclass
 
 import torch
@@ -144,5 +145,5 @@ def _top_p(params: SamplingParams) -> float:
 
     2 rather than 1: rounding can bring a cumulative sum to 1 before the last token.
     """
-    rounded = float(torch.tensor(params.top_p, dtype=torch.float32))
+    rounded = c_float(params.top_p).value
     return rounded if not params.greedy and rounded < 1 else 2.0
