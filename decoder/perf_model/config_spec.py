@@ -25,10 +25,10 @@ from .model_spec import WEIGHT_BYTES, LayerSpec, ModelSpec
 _RECURRENT = {"linear_attention", "mamba", "conv", "hybrid"}  # hybrid: beside attention
 _ALONE = {"mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # mixers without a feed-forward block
 # Two blocks in a layer, experts in attention or of one row, embeddings of each layer, stacks that
-# run repeatedly.
+# run repeatedly, recurrent layers that not every release of transformers names.
 _NOT_COUNTED = {
     "longcat_flash", "jetmoe", "deepseek_v4", "gemma4_text", "gemma4_unified_text", "hrm_text",
-    "hy_v4", "moshi", "doge", "bert-generation",
+    "hy_v4", "moshi", "doge", "bert-generation", "recurrent_gemma",
 }  # fmt: skip
 MXFP4_BYTES = WEIGHT_BYTES["mxfp4"]
 # Of bitsandbytes, absolute maxima in fp32 for 64 weights; of modelopt, scales of each algorithm.
