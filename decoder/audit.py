@@ -135,7 +135,7 @@ def audit(
     requests = [speculative.reader.read(i, p, params) for i, p in enumerate(prompts)]
     coupled = speculative.sampler.verifier == "coupled"
     exact = [i for i, r in enumerate(requests) if coupled or r.params.greedy]
-    sampled = [i for i in range(len(requests)) if i not in set(exact)]
+    sampled = sorted(set(range(len(requests))).difference(exact))
     if len(sampled) == 1:
         raise UserError(
             "expected two sampled sequences or more, which are compared in law, got "

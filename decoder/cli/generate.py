@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from decoder.cli.files.prompt_lines import BadLine, LineId, digest
-from decoder.cli.files.prompts import STDIN, arriving_prompts, check_prompts, is_stream
+from decoder.cli.files.prompts import (
+    STDIN,
+    arriving_prompts,
+    check_prompts,
+    descriptor_of,
+    is_stream,
+)
 from decoder.cli.files.results import ResultWriter, RunStopped
 from decoder.engine.metrics import DecoderStats
 from decoder.errors import RankLost, UserError, reason
@@ -170,12 +176,7 @@ def _failed(line: BadLine) -> Output:
 
 def _source(args: argparse.Namespace) -> str | int | None:
     """What prompts come from: a path, or the descriptor of standard input."""
-    if args.prompts != STDIN:
-        return args.prompts
-    try:
-        return sys.stdin.fileno()
-    except (AttributeError, OSError, ValueError):  # closed, or an interpreter's own stand-in
-        return None
+    return args.prompts if args.prompts != STDIN else descriptor_of(sys.stdin)
 
 
 def _prompts(args: argparse.Namespace, may_wait: Callable[[], bool] = lambda: True) -> Prompts:

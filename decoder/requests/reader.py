@@ -102,9 +102,8 @@ class RequestReader:
         if isinstance(prompts, (str, bytes, Mapping)):
             what = "mapping" if isinstance(prompts, Mapping) else "string"
             raise TypeError(f"prompts must be an iterable of prompts, got a single {what}")
-        index = -1
+        index = 0
         for prompt in prompts:
-            index += not isinstance(prompt, NotYet)
             if isinstance(prompt, NotYet):
                 yield prompt
                 continue
@@ -119,6 +118,7 @@ class RequestReader:
                 if not isinstance(error, UserError):
                     error = UserError(f"{name}: {reason(error)}")
                 yield Unreadable(index, request_id, text, error)
+            index += 1
 
     def read_each(
         self, prompts: Iterable[Prompt | Request], params: Params = None
@@ -187,7 +187,8 @@ class RequestReader:
                 f"{request.name}: expected 1 to {longest} new tokens after a prompt of "
                 f"{len(request.prompt_ids)}, got {request.max_new_tokens}"
             )
-        if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
+        ids = request.prompt_ids
+        if min(ids, default=-1) < 0 or max(ids) >= self.vocab_size:
             raise UserError(f"{request.name}: expected token ids below {self.vocab_size}")
         return request
 

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from moesd_kernels.experts.api import fused_experts, needs_grad
+from moesd_kernels.experts.api import fused_experts, in_forward_ad, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
 from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
 from .packed import DOWN_FORMAT, FORMAT, INT8_ACTIVATIONS, StoredExperts, scale_of, stored_experts
-from .shadow import DTYPES, is_watched
+from .shadow import DTYPES, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
     stored = stored_experts(experts)
     if stored.refusal is not None:
         return ModuleSpec(stored.refusal, stored=stored)
-    if is_watched(experts._modules.get("act_fn")):
+    if not _has_plain_activation(experts):
         return ModuleSpec("their activation has a hook or a forward of its own", stored=stored)
     gated = getattr(experts, "has_gate", True)
     interleaved = not getattr(experts, "is_concatenated", True)
@@ -113,12 +112,17 @@ def read_spec(experts: nn.Module) -> ModuleSpec:
 def spec_of(experts: nn.Module) -> ModuleSpec:
     """What the module computes, made at its first use and when its activation has changed."""
     state = experts.__dict__
-    act_fn = experts._modules.get("act_fn")
-    source = (type(experts), act_fn, is_watched(act_fn), *map(state.get, _SOURCES))
+    activation = experts._modules.get("act_fn"), _has_plain_activation(experts)
+    source = (type(experts), *activation, *map(state.get, _SOURCES))
     found = _specs.get(experts)
     if found is None or found[0] != source:
         found = _specs[experts] = source, read_spec(experts)
     return found[1]
+
+
+def _has_plain_activation(experts: nn.Module) -> bool:
+    act_fn = experts._modules.get("act_fn")
+    return act_fn is None or is_plain(act_fn)
 
 
 def settings_of(experts: nn.Module) -> Settings:
@@ -224,7 +228,7 @@ def _hand_over(
     """transformers' ``grouped_mm`` on the same module, or ``batched_mm`` for what that lacks."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    lacks = hidden_states.dtype == torch.float64 or forward_ad._current_level >= 0
+    lacks = hidden_states.dtype == torch.float64 or in_forward_ad()
     name = "batched_mm" if lacks else "grouped_mm"
     if not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)

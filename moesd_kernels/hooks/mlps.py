@@ -14,7 +14,7 @@ from moesd_kernels.experts.spec.activations import FUNCTIONS
 
 from .gates import MAGNITUDES, recognise_gate
 from .packed import linear_classes
-from .shadow import fits, is_watched, shadow_of
+from .shadow import fits, is_plain, shadow_of
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def gated_mlp_forward(module: nn.Module) -> Callable[..., Tensor] | None:
         or type(parts["act_fn"]) not in activations()
     ):
         return None
-    gate = None if is_watched(parts["act_fn"]) else recognise_gate(module, gated=False)
+    gate = recognise_gate(module, gated=False) if is_plain(module.get_submodule("act_fn")) else None
     if gate is None or not _computes_gated(module, gate.activation):
         return None
     return _forward(gate.activation, _kind(parts["act_fn"]))
@@ -75,7 +75,7 @@ def _computes_gated(module: nn.Module, activation: str) -> bool:
 
 def _kind(act_fn: Any) -> tuple[Any, ...]:
     """What tells an activation from another that is put in its place."""
-    return type(act_fn), act_fn.__dict__.get("approximate"), is_watched(act_fn)
+    return type(act_fn), act_fn.__dict__.get("approximate"), is_plain(act_fn)
 
 
 @functools.cache

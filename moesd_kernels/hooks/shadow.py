@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from moesd_kernels.experts.api import in_forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # of weights in quantised formats
@@ -59,13 +60,10 @@ def is_unshadowed(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
-def is_watched(module: nn.Module | None) -> bool:
-    """Whether somebody else looks at a module's calls, changes or replaces what they give."""
-    if module is None:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks:
-        return True
-    return "forward" in vars(module) and not (shadow_of(module) or is_unshadowed(module))
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward, or ours for it, and nothing else."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and (is_unshadowed(module) or shadow_of(module) is not None)
 
 
 def fits(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
@@ -89,7 +87,7 @@ def fits(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
                 or (other is not None and other.requires_grad)
             )
         )
-        and forward_ad._current_level < 0
+        and not in_forward_ad()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

@@ -84,6 +84,14 @@ def is_same_file(path: str | Path | int, other: str | Path | int) -> bool:
     return stat.S_ISREG(first.st_mode) and os.path.samestat(first, second)
 
 
+def descriptor_of(stream: Any) -> int | None:
+    """Of a file or a standard stream, None where it is closed or a stand-in for one."""
+    try:
+        return int(stream.fileno())
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def _is_unnamed_pipe(path: str | Path) -> bool:
     """``<(...)`` of a shell: both ends are open, so that opening it does not wait for the other."""
     try:
@@ -103,7 +111,7 @@ def _lines(path: str | Path, may_wait: Callable[[], bool]) -> Iterator[bytes | N
             file = stack.enter_context(_opened(path))
         first = True
         lines: Iterator[Any] = iter(lambda: file.readline(_LONGEST_LINE) or None, None)
-        if is_stream(path) and (descriptor := _descriptor(file)) is not None:
+        if is_stream(path) and (descriptor := descriptor_of(file)) is not None:
             lines = _arriving(descriptor, may_wait)
         for line in lines:
             if isinstance(line, NotYet):
@@ -133,13 +141,6 @@ def _arriving(descriptor: int, may_wait: Callable[[], bool]) -> Iterator[bytes |
         if not read or sum(map(len, parts)) >= _LONGEST_LINE:
             yield b"".join(parts)
             return
-
-
-def _descriptor(file: Any) -> int | None:
-    try:
-        return int(file.fileno())
-    except (AttributeError, OSError, ValueError):  # an interpreter's own stand-in
-        return None
 
 
 def _opened(path: str | Path) -> IO[Any]:

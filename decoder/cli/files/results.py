@@ -21,10 +21,9 @@ from decoder.errors import UserError, explained, reason
 from decoder.requests.outputs import Output
 
 from .prompt_lines import LineId
-from .prompts import is_same_file
+from .prompts import descriptor_of, is_same_file
 
 _START = re.compile(rb'\s*\{\s*"index"\s*:')  # what no other file begins with
-_OPENINGS = 100  # of a file that others remove, before it is given up
 _OPENINGS = 100  # of a file that others remove, before it is given up
 
 
@@ -59,7 +58,7 @@ class ResultWriter:
         if self._path is None:
             if resume:
                 raise UserError("--resume needs --output, got none")
-            _refuse_prompts(_stdout_descriptor(), prompts, "standard output")
+            _refuse_prompts(descriptor_of(sys.stdout), prompts, "standard output")
             return
         _refuse_prompts(self._path, prompts, f"--output {path}")
         with explained(f"cannot write to {path}"):
@@ -249,13 +248,6 @@ def _is_regular(descriptor: int) -> bool:
 def _is_narrow() -> bool:
     """Whether standard output cannot take every character."""
     return str(getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
-
-
-def _stdout_descriptor() -> int | None:
-    try:
-        return sys.stdout.fileno()
-    except (AttributeError, OSError, ValueError):  # closed, or an interpreter's own stand-in
-        return None
 
 
 def _refuse_prompts(output: Path | int | None, prompts: str | int | None, what: str) -> None:

@@ -14,7 +14,7 @@ from moesd_kernels.experts import triton as kernels
 from moesd_kernels.registered import guarded
 
 from ..experts import settings_of
-from ..shadow import is_unshadowed, shadow_of
+from ..shadow import is_plain, shadow_of
 
 
 @functools.cache
@@ -100,12 +100,6 @@ def states_apart(ours: Tensor, theirs: Tensor) -> float:
     from .device_blocks import rows_apart
 
     return rows_apart(ours, theirs)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward, or ours for it, and nothing else."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and (is_unshadowed(module) or shadow_of(module) is not None)
 
 
 def runs_linear(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from support.model_changes import Halved
 from support.tiny import sparse_model
 from torch import nn
 
@@ -202,17 +203,6 @@ def hook(linear):
 def test_a_change_after_accelerating_is_followed(change, kind):
     actual, expected = changed(change, kind)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-class Halved(nn.Module):
-    """In a layer's place, its own weight out of sight."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return 0.5 * self.inner(x)
 
 
 class HalvedWithMethod(Halved):
