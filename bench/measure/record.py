@@ -21,6 +21,7 @@ ROOMS = ("csrc", "moesd_kernels", "decoder", "bench")
 SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh")
 LIBRARIES = ("torch", "transformers", "triton", "numpy", "scipy")
 VARIABLES = ("MOESD_CPU_ISA", "THP_MEM_ALLOC_ENABLE")  # that change what a command measures
+_BEGINNING = b'{"kind"'  # of every line
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
@@ -79,9 +80,6 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "commit": git_commit(),
         "command": " ".join([*variables, "python -m bench", *sys.argv[1:]]),
     }
-
-
-_BEGINNING = b'{"kind"'  # of every line
 
 
 class Recorder:

@@ -100,22 +100,17 @@ def _most_gammas(lines: Lines) -> Lines:
     return most if gammas(most) >= 3 else []
 
 
-def _one_way(lines: Lines) -> Lines:
-    """Of one run, the target and texts with most lines."""
-    ways: dict[tuple[Any, ...], Lines] = defaultdict(list)
-    for number, run in enumerate(runs_of(lines)):
-        for line in run:
-            ways[number, *map(line.get, TEXTS)].append(line)
-    return max(ways.values(), key=len, default=[])
+def _largest_of(*names: str) -> Choose:
+    """The most lines of one run that have the same in the fields of these names."""
 
+    def choose(lines: Lines) -> Lines:
+        groups: dict[tuple[Any, ...], Lines] = defaultdict(list)
+        for number, run in enumerate(runs_of(lines)):
+            for line in run:
+                groups[number, *map(line.get, names)].append(line)
+        return max(groups.values(), key=len, default=[])
 
-def _most_common_target(lines: Lines) -> Lines:
-    """Of one run, the target with most lines."""
-    targets: dict[tuple[int, str], Lines] = defaultdict(list)
-    for number, run in enumerate(runs_of(lines)):
-        for line in run:
-            targets[number, line["target"]].append(line)
-    return max(targets.values(), key=len, default=[])
+    return choose
 
 
 def _compared(lines: Lines) -> Lines:
@@ -196,14 +191,14 @@ QUESTIONS = (
         "Speed of automatic γ over that of the best fixed γ, none included, known afterwards.",
         "auto",
         engine.draw_automatic,
-        _most_common_target,
+        _largest_of("target"),
     ),
     Question(
         "How fast is it beside others?",
         "Tokens per second over the batch, same prompts, prompts' cost included.",
         "generate",
         engine.draw_tokens_per_second,
-        _one_way,
+        _largest_of(*TEXTS),
     ),
     Question(
         "How near is the layer to what memory allows?",

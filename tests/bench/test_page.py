@@ -13,7 +13,7 @@ import pytest
 from bench.__main__ import main
 from bench.page.build import render
 from bench.page.headline import headline
-from bench.page.questions import _most_common_target, _most_gammas, _one_gamma, _one_way
+from bench.page.questions import TEXTS, _largest_of, _most_gammas, _one_gamma
 from bench.page.tables import COLUMNS, tables
 from bench.pictures import engine
 
@@ -220,8 +220,8 @@ def test_tokens_per_second_are_of_one_run_text_and_rounding(tmp_path, monkeypatc
     for x in (*new, *rounded):
         x["env"] = x["env"] | {"commit": "def5678"}
     longer = [x | {"new_tokens": 64} for x in new]
-    assert _one_way([*old, *new, *longer, *rounded]) == [*new, *rounded]
-    assert _most_common_target([*old, *new]) == new
+    assert _largest_of(*TEXTS)([*old, *new, *longer, *rounded]) == [*new, *rounded]
+    assert _largest_of("target")([*old, *new]) == new
     labels: list[list[str]] = []
     seen = lambda ax: labels.append(ax.get_legend_handles_labels()[1])
     monkeypatch.setattr(engine, "legend", seen)
