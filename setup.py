@@ -1,16 +1,19 @@
 """Builds the C++ operators ahead of time where possible; everything else is in pyproject.toml.
 
 Without torch at build time (an isolated build) the package is pure Python and compiles its
-kernels at first use. To build them here: ``pip install --no-build-isolation -e .``
+kernels at first use, for which their sources are installed in it; so does one that was built for
+another torch. To build them here: ``pip install --no-build-isolation -e .``
 """
 
 import importlib.util
+import shutil
 import sys
 import types
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEVICES = ("cpu", "cuda")
@@ -22,6 +25,17 @@ def load_builder():
     package.__path__ = [str(ROOT / "moesd_kernels")]
     sys.modules.setdefault(package.__name__, package)
     return importlib.import_module("moesd_kernels.library")
+
+
+class WithSources(build_py):
+    """Takes the C++ sources into the package, where ``library.py`` finds them."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # a checkout has them beside it
+            target = Path(self.build_lib) / "moesd_kernels" / "csrc"
+            shutil.rmtree(target, ignore_errors=True)  # an earlier build's
+            shutil.copytree(ROOT / "csrc", target)
 
 
 class Build(build_ext):
@@ -37,7 +51,7 @@ class Build(build_ext):
 
 
 def build_options():
-    """The extensions whose compiler is here, and their build command; nothing without torch."""
+    """The extensions whose compiler is here; nothing without torch."""
     if importlib.util.find_spec("torch") is None:
         print("moesd-kernels: torch is not installed, building without C++ operators")
         return {}
@@ -50,7 +64,7 @@ def build_options():
             print(f"moesd-kernels: building without C++ operators for {device}: {error}")
         else:
             extensions.append(Extension(builder.module_name(device), sources=[]))
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": extensions}
 
 
 setup(
@@ -61,5 +75,6 @@ setup(
         "moesd_kernels": ["py.typed", "**/*.json"],
         "decoder": ["embedded/**/*", "smol/**/*"],
     },
+    cmdclass={"build_py": WithSources, "build_ext": Build},
     **build_options(),
 )

@@ -37,7 +37,9 @@ from .trust import distrust, require_trust
 
 logger = logging.getLogger(__name__)
 
-SOURCE_ROOT = Path(__file__).resolve().parent.parent / "csrc"
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = _PACKAGE / "csrc"  # by setup.py, together with what it built
+SOURCE_ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "csrc"
 _TORCH = Path(torch.__file__).parent
 _KEY = 16  # hexadecimal digits in the name of a library's cache folder
 _SPARE = 4  # libraries of other checkouts or flags that stay when a new one has been compiled
@@ -195,8 +197,8 @@ def module_name(device: str) -> str:
 def built_module(device: str) -> Path | None:
     """The module built beside this file for ``device``.
 
-    None where there is none, one of its sources is newer, others could have written it, or a
-    sanitizer is asked for, which it was built without. Who owns the package is trusted: it runs
+    None where there is none, one of a checkout's sources is newer, others could have written it, or
+    a sanitizer is asked for, which it was built without. Who owns the package is trusted: it runs
     already.
     """
     if _sanitizer_flags():
@@ -210,8 +212,8 @@ def built_module(device: str) -> Path | None:
         logger.warning("the built module is not loaded: %s", reason)
         return None
     built = path.stat().st_mtime
-    current = all(source.stat().st_mtime <= built for source in _source_files(device))
-    return path if current else None
+    sources = [] if SOURCE_ROOT == _INSTALLED else _source_files(device)
+    return path if all(source.stat().st_mtime <= built for source in sources) else None
 
 
 def missing(device: str) -> str | None:

@@ -30,6 +30,19 @@ def test_only_a_current_module_of_this_torch_is_found(device, tmp_path, monkeypa
     assert library.built_module(device) is None, "built for another torch"
 
 
+def test_an_installed_module_is_current_whenever_its_sources_were_unpacked(tmp_path, monkeypatch):
+    sources, name = tmp_path / "csrc", library.module_name("cpu").rpartition(".")[2]
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(library, "SOURCE_ROOT", sources)
+    monkeypatch.setattr(library, "_INSTALLED", sources)
+    sources.mkdir()
+    (sources / "register.cpp").touch()
+    built = tmp_path / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    built.touch()
+    os.utime(built, (1, 1))
+    assert library.built_module("cpu") == built
+
+
 @pytest.mark.parametrize(("device", "other"), [("cpu", "cuda"), ("cuda", "cpu")])
 def test_every_source_of_a_device_is_watched(device, other):
     shared = {path for path in FILES if other not in path.relative_to(library.SOURCE_ROOT).parts}
