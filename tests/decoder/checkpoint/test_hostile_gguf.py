@@ -221,6 +221,12 @@ def test_the_whole_file_is_read(tmp_path):
     assert load_tokenizer(file).encode("abc") == [3, 4]
 
 
+def test_the_only_part_is_the_whole_file(tmp_path):
+    """``llama-gguf-split`` makes one part of a model that fits, NAME-00001-of-00001.gguf."""
+    file = written(tmp_path / "m.gguf", fields(split__count=(U32, 1), split__no=(U32, 0)))
+    assert load_model(file, device="cpu").config.vocab_size == 8
+
+
 @pytest.mark.parametrize(
     "unscaled",
     [

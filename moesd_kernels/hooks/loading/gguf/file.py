@@ -134,7 +134,7 @@ class GgufFile:
             name = _named(cursor, self.fields)
             kind, cursor.what = cursor.number("I"), f"its metadata {name}"
             self.fields[name] = cursor.value(kind)
-        if self.fields.get("split.count", 0) != 0:
+        if self.fields.get("split.count", 0) not in (0, 1):  # one part is the whole
             raise ValueError(
                 f"it is one of {self.fields['split.count']} parts, expected a whole file: "
                 "`llama-gguf-split --merge` makes one of them"
