@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesd_kernels.formats import WEIGHT_FORMATS, QuantizedLinear
+from moesd_kernels.formats import WEIGHT_FORMATS, KeepsScales, QuantizedLinear
 from moesd_kernels.hooks.quantize import hold_quantized
 
 from .config import config_of, end_tokens
@@ -42,6 +42,8 @@ _DOWN = "mlp.experts.down_proj"
 def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A causal LM in evaluation mode; ``accelerate`` it: its forwards unpack at each call without.
 
+    ``save_pretrained`` refuses it, unless all of its weights are plain numbers.
+
     Args:
         file: a GGUF file of a family in ``FAMILIES``.
         dtype: of hidden states, norms, biases and the embedding.
@@ -52,6 +54,8 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
             tensors that are not those of the model that the metadata describes.
     """
     from transformers import AutoModelForCausalLM
+
+    from .kept import KeptBlocks
 
     source = GgufFile(file)
     config, family = config_of(source)
@@ -84,6 +88,8 @@ def load_gguf(file: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         )
     if model.generation_config is not None:
         model.generation_config.eos_token_id = end_tokens(source)
+    if any(isinstance(module, KeepsScales) for module in model.modules()):
+        model.hf_quantizer = KeptBlocks()
     return model.eval()
 
 

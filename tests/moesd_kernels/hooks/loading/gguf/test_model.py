@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.hostile.gguf import Gguf
 from transformers import AutoModelForCausalLM
 
 from decoder import SamplingParams, SpeculativeDecoder
@@ -101,6 +104,21 @@ def test_gate_and_up_in_two_formats_are_unpacked_and_said(tmp_path: Path, caplog
         torch.testing.assert_close(
             model(IDS).logits, unpacked(file)(IDS).logits, rtol=1e-3, atol=1e-3
         )
+
+
+def test_blocks_are_not_saved_as_plain_weights(tmp_path: Path) -> None:
+    file = gguf_file.write_gguf(tmp_path / "a.gguf", "qwen3moe", {"": "q8_0"}, experts=4)
+    packed = load_gguf(file)
+    with pytest.raises(NotImplementedError, match="GGUF blocks were kept cannot be saved"):
+        packed.save_pretrained(tmp_path / "saved")
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(copied(IDS).logits, packed(IDS).logits)
+        assert copied.to(torch.float32).dtype == torch.float32
+    (tmp_path / "b.gguf").write_bytes(Gguf().bytes())
+    plain, few = load_gguf(tmp_path / "b.gguf"), IDS[:, :4] % 8
+    plain.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=False)
+    assert torch.equal(again(few).logits, plain(few).logits)
 
 
 def test_the_decoder_loads_the_file(file: Path) -> None:
