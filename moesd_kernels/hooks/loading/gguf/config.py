@@ -9,6 +9,11 @@ from .families import EMBEDDING, FAMILIES, HEAD, OUTSIDE, Family
 from .file import GgufFile
 
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+# Of the families that are read; all that llama.cpp takes for an end (llama-vocab.cpp).
+_ENDS = {
+    *("</s>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"),
+}
 _LARGEST = {"max_position_embeddings": 2**31 - 1}
 _LARGEST_SIZE = 2**19  # of any other: with three of them a tensor's bytes stay below 2**63
 _LEAST_TENSORS = 9  # of a layer
@@ -57,9 +62,14 @@ def config_of(source: GgufFile) -> tuple[Any, Family]:
 
 
 def end_tokens(source: GgufFile) -> int | list[int] | None:
-    """What ends a text: the end of one, and of a turn where a chat has another."""
-    given = [_token(source, key) for key in ("eos", "eot")]
-    ends = list(dict.fromkeys(token for token in given if token is not None))
+    """What ends a text: its end, that of a turn or a message, and tokens that mean it by name.
+
+    Files name one or two of a chat's ends, and llama.cpp knows the others by their text.
+    """
+    given = [_token(source, key) for key in ("eos", "eot", "eom")]
+    tokens = source.field("tokenizer.ggml.tokens", list, [])
+    named = [index for index, token in enumerate(tokens) if token in _ENDS]
+    ends = list(dict.fromkeys(token for token in [*given, *named] if token is not None))
     return ends[0] if len(ends) == 1 else ends or None
 
 

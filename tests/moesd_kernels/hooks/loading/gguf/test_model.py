@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.hostile.gguf import Gguf
+from support.hostile.gguf import LIST, TEXT, Gguf
 from transformers import AutoModelForCausalLM
 
 from decoder import SamplingParams, SpeculativeDecoder
@@ -156,9 +156,22 @@ def test_frequencies_of_a_file_slow_the_rotary_embedding_down(tmp_path: Path) ->
     assert torch.equal(after, before / factors)
 
 
-def test_a_turn_of_a_chat_ends_a_text_too(tmp_path: Path) -> None:
+def test_turns_and_messages_of_a_chat_end_a_text_too(tmp_path: Path) -> None:
     def ends(writer: Any) -> None:
         writer.add_eot_token_id(7)
+        writer.add_eom_token_id(9)
 
     file = gguf_file.write_gguf(tmp_path / "a.gguf", "llama", {"": "q8_0"}, metadata=ends)
-    assert load_gguf(file).generation_config.eos_token_id == [5, 7]
+    assert load_gguf(file).generation_config.eos_token_id == [5, 7, 9]
+
+
+def test_tokens_end_a_text_by_name_where_the_file_says_one_of_them(tmp_path: Path) -> None:
+    """As in the first files of Llama 3's chats, whose turns end otherwise than their texts."""
+    file, path = Gguf(), tmp_path / "a.gguf"
+    tokens = ["<|end_of_text|>", "a", "b", "ab", "c", "<|start|>", "<|eot_id|>", "<|eom_id|>"]
+    file.fields["tokenizer.ggml.tokens"] = (LIST, (TEXT, tokens))
+    path.write_bytes(file.bytes())
+    assert load_gguf(path).generation_config.eos_token_id == [0, 6, 7]
+    del file.fields["tokenizer.ggml.tokens"]
+    path.write_bytes(file.bytes())
+    assert load_gguf(path).generation_config.eos_token_id == 0
