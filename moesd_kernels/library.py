@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -37,9 +38,8 @@ from .trust import distrust, require_trust
 
 logger = logging.getLogger(__name__)
 
-_PACKAGE = Path(__file__).resolve().parent
-_INSTALLED = _PACKAGE / "csrc"  # by setup.py, together with what it built
-SOURCE_ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "csrc"
+_INSTALLED = Path(__file__).resolve().parent / "csrc"  # by setup.py, with what it built
+SOURCE_ROOT = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "csrc"
 _TORCH = Path(torch.__file__).parent
 _KEY = 16  # hexadecimal digits in the name of a library's cache folder
 _SPARE = 4  # libraries of other checkouts or flags that stay when a new one has been compiled
@@ -99,31 +99,33 @@ def _source_flags(device: str) -> dict[str, tuple[str, ...]]:
     return flags
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(compiler: str, *arguments: str) -> None:
+    done = subprocess.run([*shlex.split(compiler), *arguments], capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{compiler} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
     if done.stderr:
         logger.debug("%s", done.stderr)
 
 
 def find_compiler(device: str) -> str:
-    """A C++20 compiler that takes GCC's flags, or the nvcc that belongs to this torch.
+    """A shell's words of a C++20 compiler with GCC's flags, or of the nvcc of this torch's CUDA.
 
     Raises:
         RuntimeError: there is none.
     """
     if device == "cpu":
-        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-        if not compiler:
-            raise RuntimeError("no C++ compiler found (c++, g++ or $CXX)")
-        return compiler
+        given = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
+        words = [given] if shutil.which(given) else shlex.split(given)  # or "ccache c++"
+        if not words or shutil.which(words[0]) is None:
+            raise RuntimeError(f"no C++ compiler found (c++, g++ or $CXX, which is {given!r})")
+        return shlex.join(words)
     if torch.version.cuda is None:
         raise RuntimeError("torch is built without CUDA")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     compiler = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if not compiler:
         raise RuntimeError(f"no nvcc found (on the path or in {home}/bin, which is $CUDA_HOME)")
+    compiler = shlex.quote(compiler)
     release = re.search(r"release (\d+)", _version(compiler))
     if release is None or release[1] != torch.version.cuda.partition(".")[0]:
         found = "unknown" if release is None else release[1]
@@ -132,7 +134,8 @@ def find_compiler(device: str) -> str:
 
 
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    command = [*shlex.split(compiler), "--version"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def _link_flags(device: str) -> list[str]:
@@ -173,7 +176,7 @@ def compile_library(device: str, target: Path, compiler: str, objects: Path | No
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             parts = list(pool.map(compiled, sources))
         linked = Path(folder) / target.name
-        _run([compiler, "-o", str(linked), *parts, *_link_flags(device)])
+        _run(compiler, "-o", str(linked), *parts, *_link_flags(device))
         linked.chmod(0o755)  # whatever the umask: nobody else may write to code
         os.replace(linked, target)
 
@@ -184,7 +187,7 @@ def _compiled(name: str, flags: Sequence[str], compiler: str, folder: Path) -> P
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = made.with_suffix(f".{os.getpid()}")
-        _run([compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(part)])
+        _run(compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(part))
         os.replace(part, made)
     return made
 

@@ -92,6 +92,30 @@ def test_what_sees_nothing_of_torch_is_compiled_once_for_every_torch(tmp_path, m
     assert len(list((tmp_path / "objects").iterdir())) == 1, "those of before are gone"
 
 
+def test_a_compiler_may_be_several_words_and_its_path_have_spaces(tmp_path, monkeypatch):
+    folder, calls = tmp_path / "my tools", tmp_path / "calls"
+    folder.mkdir()
+    for name in ("ccache", "c++"):
+        (folder / name).write_text(
+            f'#!/bin/sh\necho "{name} $*" >> {calls}\n'
+            'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo object > "$2"; shift; done\n'
+        )
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for given, begins in (
+        ("ccache g++ -pipe", "ccache g++ -pipe -"),
+        (str(folder / "c++"), "c++ -"),
+        ("", "c++ -"),
+    ):
+        monkeypatch.setenv("CXX", given)
+        calls.unlink(missing_ok=True)
+        library.compile_library("cpu", tmp_path / "l.so", library.find_compiler("cpu"))
+        assert all(line.startswith(begins) for line in calls.read_text().splitlines()), given
+    monkeypatch.setenv("CXX", "none g++")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler found .* is 'none g\+\+'"):
+        library.find_compiler("cpu")
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_builds_anew_when_any_source_changes():
     root = library.SOURCE_ROOT.parent
