@@ -20,8 +20,11 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from decoder.checkpoint.config import read_config
 from decoder.checkpoint.folder import model_folder
-from moesd_kernels import load_gguf
+from decoder.model import loading
+from moesd_kernels import keep_quantized
+from moesd_kernels.formats import KeepsScales
 
 INIT_STD = 0.05
 # Queries and keys three times as large as a normalised input's make attention sharp. With flat
@@ -184,7 +187,7 @@ def load_subject(
         model = random_model(config, dtype, device)
     else:
         override = {"num_experts_per_tok": top_k} if top_k else {}
-        model = load_model(target, dtype, device, **override)
+        model = require_known_format(load_model(target, dtype, device, **override), target)
     return model, load_draft(draft, model, dtype, device)
 
 
@@ -209,16 +212,35 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device | str, **conf
     """A causal LM from disk, in evaluation mode; ``config`` overrides its configuration.
 
     Raises:
-        ValueError: an override for a GGUF file, whose configuration is its own.
+        ValueError: nothing that can be loaded, or an override for a GGUF file, whose configuration
+            is its own.
     """
+    if not config:
+        return loading.load_model(path, dtype=dtype, device=device)
     if path.endswith(".gguf"):
-        if config:
-            raise ValueError(f"{path} is run as it is, got {config}")
-        return load_gguf(Path(path), dtype).to(device)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        model_folder(path), dtype=dtype, trust_remote_code=False, use_safetensors=True, **config
-    )
+        raise ValueError(f"{path} is run as it is, got {config}")
+    folder = model_folder(path)
+    with keep_quantized(others=False):
+        read_config(folder, tensors=0)  # whether its weights are what transformers takes them for
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **config
+        )
     return model.to(device).eval()
+
+
+def require_known_format(model: Any, path: str | Path) -> Any:
+    """``model``, a target, where a line can say how its weights are stored.
+
+    Raises:
+        ValueError: a folder of our own integers: they would be called plain, and transformers
+            would be timed unpacking them at every step.
+    """
+    packed = any(isinstance(module, KeepsScales) for module in model.modules())
+    if packed and not str(path).endswith(".gguf"):
+        raise ValueError(
+            f"{path} holds quantised weights, expected plain ones, which --weight-format quantises"
+        )
+    return model
 
 
 def parameter_count(model: PreTrainedModel) -> int:

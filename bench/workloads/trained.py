@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from bench.workloads.models import require_known_format
 from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.drafters.table import canonical_name, drafter_kind
 from decoder.model.loading import DTYPES, load_model, load_tokenizer
@@ -60,9 +61,10 @@ class TrainedPair:
         return cls.of_preset(args.preset, args.drafter, **run)
 
     def load_target(self, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """The target."""
+        """The target; ValueError as of ``require_known_format``."""
         disable_progress_bar()
-        return load_model(self.target, dtype=dtype, device=device)
+        target = load_model(self.target, dtype=dtype, device=device)
+        return require_known_format(target, self.target)
 
     def load_draft(self, target: Any) -> Any:
         """A draft model, an ``EagleCheckpoint``, or the drafter's name where it reads neither."""

@@ -98,11 +98,17 @@ def hastened(draft: torch.nn.Module, rows: int) -> torch.nn.Module:
     return suit_processor(draft, rows, tiles=cpu_isa() == "amx")
 
 
-def keeping_quantized() -> AbstractContextManager[None]:
-    """A block in which transformers leaves FP8, MXFP4 and our own weights as they are stored."""
-    import moesd_kernels
+def keeping_quantized(others: bool) -> AbstractContextManager[None]:
+    """A block in which transformers reads our own integers, which it cannot unpack.
 
-    return moesd_kernels.keep_quantized()
+    Args:
+        others: leave FP8 and MXFP4 as they are stored, too.
+    """
+    try:
+        import moesd_kernels
+    except ImportError:
+        return nullcontext()
+    return moesd_kernels.keep_quantized(others=others)
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> Any:

@@ -7,7 +7,7 @@ is refused, and so are weights in any format but safetensors and GGUF (``docs/se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def load_model(
             GGUF file.
         device: CUDA when there is one, by default.
         experts: transformers' ``experts_implementation``, or its default.
-        packed: leave FP8, MXFP4 and our own integers as they are stored where we can read them.
+        packed: leave FP8 and MXFP4 as they are stored where we can read them, as our own integers
+            and a GGUF file's blocks always are.
         offload: how to run with experts that do not fit; by default they are loaded.
         divide: transformers' ``DistributedConfig`` of a configuration: this process is one of
             several, and loads its part, which stays where that puts it.
@@ -82,8 +83,7 @@ def load_model(
             require_content(Path(path))
             return load_gguf(Path(path), torch.bfloat16 if wanted == "auto" else wanted).to(device)
     folder = model_folder(path)
-    keeping = keeping_quantized() if packed else nullcontext()
-    with explained(f"cannot load model {str(path)!r}"), keeping:
+    with explained(f"cannot load model {str(path)!r}"), keeping_quantized(others=packed):
         model = _load_safetensors(folder, wanted, device, experts, offload, divide)
         eos_ids(model)
         return (model if divide is not None else model.to(device)).eval()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from decoder.requests.outputs import Output, SequenceStats
 from decoder.requests.reader import Request
 from decoder.sampling import Sampler
 from decoder.sampling import sampler as sampler_module
+from moesd_kernels import quantize
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +237,15 @@ def test_command_prints_json_and_repeats_prompts(folders, capsys):
     assert main(arguments(folders, "--json", "--temperature", "1", "--samples", "3")) == 0
     record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert record["passed"] and record["law"]["sequences"] == 18 and record["exact"] == 0
+
+
+def test_command_has_a_reference_of_quantised_weights(folders, pair, capsys):
+    quantize(copy.deepcopy(pair[0]), "int8").save_pretrained(folders / "own")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders / "target" / name, folders / "own")
+    more = ("--target", str(folders / "own"), "--temperature", "1", "--samples", "2")
+    assert main(arguments(folders, *more)) == 0
+    assert "passed" in capsys.readouterr().out
 
 
 def test_command_fails_on_something_unexplained(folders, capsys, monkeypatch):

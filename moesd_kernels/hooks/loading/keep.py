@@ -17,7 +17,7 @@ from .own import own_mappings
 
 
 @contextmanager
-def keep_quantized() -> Iterator[None]:
+def keep_quantized(*, others: bool = True) -> Iterator[None]:
     """Within this block ``from_pretrained`` keeps FP8 and MXFP4 weights packed on a CPU.
 
     It also loads models that ``quantize`` made and ``save_pretrained`` saved, on any device.
@@ -25,12 +25,17 @@ def keep_quantized() -> Iterator[None]:
     ``accelerate`` the model after it: nothing else computes with FP8 and MXFP4 on a CPU. With a
     GPU, and for every other way to quantise, nothing changes. The block is for one thread at a
     time.
+
+    Args:
+        others: False lets transformers unpack FP8 and MXFP4 as it would without this; it has no way
+            to unpack ours.
     """
     from transformers.quantizers import auto
 
     known: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     makers = {"fp8": _fp8_quantizer, "mxfp4": mxfp4_quantizer}
-    theirs = {} if torch.cuda.is_available() else {n: known[n] for n in makers if n in known}
+    kept = others and not torch.cuda.is_available()
+    theirs = {name: known[name] for name in makers if name in known} if kept else {}
     told = own_mappings()
     told["AUTO_QUANTIZER_MAPPING"] |= {name: makers[name](one) for name, one in theirs.items()}
     tables = [(getattr(auto, table), entries) for table, entries in told.items()]

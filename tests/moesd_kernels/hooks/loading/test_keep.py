@@ -89,6 +89,8 @@ def test_outside_the_block_nothing_has_changed(checkpoint: tuple[str, Path]) -> 
     with keep_quantized():
         pass
     assert all(p.dtype == torch.bfloat16 for p in load(folder).parameters())
+    with keep_quantized(others=False):
+        assert all(p.dtype == torch.bfloat16 for p in load(folder).parameters())
 
 
 def test_squares_that_are_not_ours_are_said(tmp_path: Path) -> None:
