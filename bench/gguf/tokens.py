@@ -6,7 +6,10 @@ import json
 from typing import Any
 
 # How text is split before tokens are merged, as ``tokenizers`` describes it, and llama.cpp's name.
-_DIGITS_ALONE = [("Digits", {"individual_digits": True}), ("ByteLevel", {"use_regex": True})]
+_DIGITS_ALONE = [
+    ("Digits", {"individual_digits": True}),
+    ("ByteLevel", {"use_regex": True, "add_prefix_space": False}),
+]
 _SPLITS = {"smollm": _DIGITS_ALONE}
 
 
@@ -20,6 +23,9 @@ def add_tokens(writer: Any, tokenizer: Any | None, vocab_size: int) -> bool:
 
     Returns:
         Whether tokens were added.
+
+    Raises:
+        ValueError: a token beyond the model's.
     """
     from gguf import TokenType
 
@@ -28,12 +34,17 @@ def add_tokens(writer: Any, tokenizer: Any | None, vocab_size: int) -> bool:
     if tokenizer is None or split is None:
         writer.add_tokenizer_model("none")
         return False
-    special = {token["id"] for token in description["added_tokens"] if token["special"]}
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}")
+    whole = {
+        token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        for token in description["added_tokens"]
+    }
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     kinds = [TokenType.UNUSED] * vocab_size
     for token, index in tokenizer.get_vocab().items():
         tokens[index] = token
-        kinds[index] = TokenType.CONTROL if index in special else TokenType.NORMAL
+        kinds[index] = whole.get(index, TokenType.NORMAL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)

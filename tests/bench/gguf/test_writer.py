@@ -97,17 +97,20 @@ def test_transformers_reads_a_qwen3_moe_back(tmp_path):
         assert torch.equal(back(ids).logits, model(ids).logits)
 
 
-def test_tokens_only_where_llama_cpp_splits_text_alike(tmp_path):
+def four_tokens(prefix=False):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<s>": 0, "a": 1, "b": 2, "ab": 3}
     text = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
     text.add_special_tokens(["<s>"])
-    splits = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    splits = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=prefix)]
     text.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, bos_token="<s>")
-    model = mixtral()
+    return PreTrainedTokenizerFast(tokenizer_object=text, bos_token="<s>")
+
+
+def test_tokens_only_where_llama_cpp_splits_text_alike(tmp_path):
+    tokenizer, model = four_tokens(), mixtral()
     assert write_gguf(model, tmp_path / "m.gguf", tokenizer)
     fields, _ = read(tmp_path / "m.gguf")
     assert fields["tokenizer.ggml.pre"] == "smollm" and fields["tokenizer.ggml.bos_token_id"] == 0
@@ -117,6 +120,18 @@ def test_tokens_only_where_llama_cpp_splits_text_alike(tmp_path):
     assert len(fields["tokenizer.ggml.tokens"]) == 96
     assert not write_gguf(model, tmp_path / "m.gguf", load_tokenizer(embedded.target_path()))
     assert read(tmp_path / "m.gguf")[0]["tokenizer.ggml.model"] == "none"
+    assert not write_gguf(model, tmp_path / "m.gguf", four_tokens(prefix=True))
+
+
+def test_tokens_that_were_added_are_found_whole(tmp_path):
+    tokenizer, file = four_tokens(), tmp_path / "m.gguf"
+    tokenizer.add_tokens(["ba b", "<a>"])
+    assert write_gguf(mixtral(), file, tokenizer)
+    text = "abba b<a>ab<s>"
+    assert load_tokenizer(file).encode(text) == tokenizer.encode(text) == [3, 4, 5, 3, 0]
+    tokenizer.add_tokens([f"<{index}>" for index in range(96)])
+    with pytest.raises(ValueError, match="the tokenizer has 102 tokens, the model 96"):
+        write_gguf(mixtral(), file, tokenizer)
 
 
 @pytest.mark.parametrize(
