@@ -19,19 +19,19 @@ import logging
 import os
 import platform
 import re
-import shlex
 import shutil
-import subprocess
 import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from .cache import cache_folder, drop_unused, keep, locked
+from .compiler import find_compiler, run, version_of
 from .fakes import register_fakes
 from .registered import register_kernels
 from .trust import distrust, require_trust
@@ -99,45 +99,6 @@ def _source_flags(device: str) -> dict[str, tuple[str, ...]]:
     return flags
 
 
-def _run(compiler: str, *arguments: str) -> None:
-    done = subprocess.run([*shlex.split(compiler), *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{compiler} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
-    if done.stderr:
-        logger.debug("%s", done.stderr)
-
-
-def find_compiler(device: str) -> str:
-    """A shell's words of a C++20 compiler with GCC's flags, or of the nvcc of this torch's CUDA.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    if device == "cpu":
-        given = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
-        words = [given] if shutil.which(given) else shlex.split(given)  # or "ccache c++"
-        if not words or shutil.which(words[0]) is None:
-            raise RuntimeError(f"no C++ compiler found (c++, g++ or $CXX, which is {given!r})")
-        return shlex.join(words)
-    if torch.version.cuda is None:
-        raise RuntimeError("torch is built without CUDA")
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    compiler = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    if not compiler:
-        raise RuntimeError(f"no nvcc found (on the path or in {home}/bin, which is $CUDA_HOME)")
-    compiler = shlex.quote(compiler)
-    release = re.search(r"release (\d+)", _version(compiler))
-    if release is None or release[1] != torch.version.cuda.partition(".")[0]:
-        found = "unknown" if release is None else release[1]
-        raise RuntimeError(f"torch is built for CUDA {torch.version.cuda}, nvcc is of CUDA {found}")
-    return compiler
-
-
-def _version(compiler: str) -> str:
-    command = [*shlex.split(compiler), "--version"]
-    return subprocess.run(command, capture_output=True, text=True).stdout
-
-
 def _link_flags(device: str) -> list[str]:
     libraries = str(_TORCH / "lib")
     flags = ["-shared", f"-L{libraries}", "-Xlinker", f"-rpath={libraries}"]
@@ -165,7 +126,7 @@ def compile_library(device: str, target: Path, compiler: str, objects: Path | No
         places = dict.fromkeys(sources, Path(folder))
         if objects is not None:
             apart = {k: v for k, v in sources.items() if str(_TORCH / "include") not in v}
-            kept = objects / _digest(device, _version(compiler), apart)
+            kept = objects / _digest(device, version_of(compiler), apart)
             for old in {*objects.glob("*")} - {kept}:
                 shutil.rmtree(old)
             places |= dict.fromkeys(apart, kept)
@@ -176,7 +137,7 @@ def compile_library(device: str, target: Path, compiler: str, objects: Path | No
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             parts = list(pool.map(compiled, sources))
         linked = Path(folder) / target.name
-        _run(compiler, "-o", str(linked), *parts, *_link_flags(device))
+        run(compiler, "-o", str(linked), *parts, *_link_flags(device))
         linked.chmod(0o755)  # whatever the umask: nobody else may write to code
         os.replace(linked, target)
 
@@ -187,7 +148,7 @@ def _compiled(name: str, flags: Sequence[str], compiler: str, folder: Path) -> P
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = made.with_suffix(f".{os.getpid()}")
-        _run(compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(part))
+        run(compiler, *flags, "-c", str(SOURCE_ROOT / name), "-o", str(part))
         os.replace(part, made)
     return made
 
@@ -239,7 +200,7 @@ def _source_files(device: str) -> list[Path]:
 
 def _cache_key(device: str, compiler: str) -> str:
     flags = _source_flags(device), _link_flags(device)
-    return _digest(device, torch.__version__, _version(compiler), *flags)
+    return _digest(device, torch.__version__, version_of(compiler), *flags)
 
 
 def _digest(device: str, *facts: object) -> str:
@@ -260,7 +221,8 @@ def compiled_library(device: str) -> Path:
     while not keep(folder := cache_folder(key)):
         pass  # dropped between the two calls: made anew
     library = folder / f"moesd_{device}.so"
-    with locked(folder):
+    # One that is there needs no lock, which a cache that is only read would refuse.
+    with nullcontext() if library.exists() else locked(folder):
         if not library.exists():
             started = time.perf_counter()
             compile_library(device, library, compiler)

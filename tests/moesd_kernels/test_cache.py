@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -40,6 +42,15 @@ def test_the_few_that_were_used_last_stay(root, monkeypatch):
     assert sorted(path.name for path in root.iterdir()) == sorted(
         folder.name for folder in [*folders[:4], new]
     )
+
+
+def test_a_library_in_a_cache_that_is_only_read_is_taken(root, monkeypatch):
+    folder = compiled("0" * 16, monkeypatch)
+    refused = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(cache, "open", Mock(side_effect=refused), raising=False)
+    assert compiled("0" * 16, monkeypatch) == folder
+    with pytest.raises(OSError, match="Read-only"):
+        compiled("1" * 16, monkeypatch)
 
 
 def test_what_is_not_a_librarys_stays(root, monkeypatch):
