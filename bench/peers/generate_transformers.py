@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 
 class TransformersGenerate:
@@ -16,8 +16,9 @@ class TransformersGenerate:
         self.model: Any = model
         if hasattr(model.config, "num_experts") or hasattr(model.config, "num_local_experts"):
             model.set_experts_implementation(experts)
-        # An end of sequence is a token like others, as it is for us: none is held back.
-        self.model.generation_config.eos_token_id = None
+        # No end of sequence, and none of the penalties and limits that a checkpoint may bring: as
+        # for us, a token is the likeliest.
+        self.model.generation_config = GenerationConfig()
 
     def run(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[float, list[list[int]]]:
         """Seconds of one call, and the new tokens of each prompt."""
