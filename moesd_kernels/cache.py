@@ -35,7 +35,8 @@ def cache_folder(name: str) -> Path:
     root = os.environ.get("MOESD_CACHE_DIR") or (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesd"
     )
-    return own_folder(Path(root), name)
+    # Whoever sets it in a file rather than a shell writes ~, too.
+    return own_folder(Path(root).expanduser(), name)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,14 @@ def test_the_few_that_were_used_last_stay(root, monkeypatch):
     )
 
 
+def test_a_home_that_no_shell_has_filled_in_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOESD_CACHE_DIR", "~/kept")
+    assert cache.cache_folder("a") == tmp_path / "home" / "kept" / "a"
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_library_in_a_cache_that_is_only_read_is_taken(root, monkeypatch):
     folder = compiled("0" * 16, monkeypatch)
     refused = OSError(errno.EROFS, "Read-only file system")
