@@ -28,7 +28,14 @@ _POSITIVE = (
 )
 _NO_LIMIT = {"max_position_embeddings": -1}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_k",
+)
 # Any other may name a kernel on the model hub, which transformers would fetch and run.
 _ATTENTION = (None, "eager", "sdpa")
 _EXPERTS_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
@@ -72,6 +79,17 @@ def read_config(folder: Path, tensors: int) -> Any:
         _check_numbers(config.get_text_config(decoder=True), file)
         _forget_implementations(config)
     return config
+
+
+def experts_per_token(config: Any) -> list[Any]:
+    """The router's K under whichever name the family uses: one for all layers, or one for each.
+
+    Empty where the configuration, of text alone, names none.
+    """
+    found = _first(config, _TOP_K)
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [found]
 
 
 def require_described(config: Any, headers: Mapping[str, TensorHeader], file: Path) -> None:
@@ -138,11 +156,12 @@ def _check_numbers(config: Any, file: Path) -> None:
             f"{file}: num_attention_heads must be a multiple of num_key_value_heads, got {heads} "
             f"and {kv_heads}"
         )
-    experts, top_k = (_first(config, names) for names in (_EXPERTS, _TOP_K))
-    if not isinstance(experts, int) or experts == 0 or top_k is None:
+    experts = _first(config, _EXPERTS)
+    if not isinstance(experts, int) or experts == 0:
         return  # a dense model, or one whose layers differ
-    if not is_positive(top_k) or top_k > experts:
-        raise UserError(f"{file}: experts per token must be in [1, {experts}], got {top_k!r}")
+    for top_k in experts_per_token(config):
+        if not is_positive(top_k) or top_k > experts:
+            raise UserError(f"{file}: experts per token must be in [1, {experts}], got {top_k!r}")
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from decoder.checkpoint.config import experts_per_token
 from decoder.errors import UserError
 from decoder.round import Draft, StepState
 
@@ -91,16 +92,6 @@ class ReducedRouting:
             yield
 
 
-def experts_per_token(model: Any) -> int | None:
-    """The router's K from the model configuration, under whichever name the family uses."""
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    for key in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
 class SelfDrafter(StatelessDrafter):
     """Draft with the target itself at ``top_k`` experts per token.
 
@@ -123,10 +114,10 @@ class SelfDrafter(StatelessDrafter):
                 f"self-drafting needs a target with routed experts behind transformers' experts "
                 f"interface, got {type(runner.model).__name__}"
             )
-        full = experts_per_token(runner.model)
+        full = max(experts_per_token(runner.config), default=0)
         if self.top_k is None:
-            self.top_k = max(1, (full or 2) // 2)
-        if full is not None and self.top_k >= full:
+            self.top_k = max(1, full // 2)
+        if 0 < full <= self.top_k:
             raise UserError(
                 f"self-draft top_k must be below the target's {full} experts per token, "
                 f"got {self.top_k}"

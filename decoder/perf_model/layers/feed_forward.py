@@ -32,6 +32,7 @@ def feed_forward(kind: str, fields: Fields, index: int, layer_type: str | None) 
     Raises:
         ValueError: a field is missing or no positive integer.
     """
+    fields = _of_layer(fields, index)
     hidden = need(fields, "hidden_size", "n_embd")
     matrices = 2 if kind in _UNGATED else 3
     if not _is_sparse(kind, fields, index, layer_type):
@@ -47,6 +48,13 @@ def feed_forward(kind: str, fields: Fields, index: int, layer_type: str | None) 
         num_experts=experts,
         top_k=need(fields, "num_experts_per_tok", "moe_topk", "top_k_experts"),
     )
+
+
+def _of_layer(fields: Fields, index: int) -> Fields:
+    """HunYuan's have, of what experts are, a number for all layers or a list of each layer's."""
+    names = ("num_experts", "num_experts_per_tok", "moe_topk", "moe_intermediate_size")
+    lists = {name: fields[name] for name in names if isinstance(fields.get(name), list | tuple)}
+    return {**fields, **{name: v[index] for name, v in lists.items() if index < len(v)}}
 
 
 def _num_experts(fields: Fields) -> int:

@@ -8,6 +8,7 @@ import pytest
 from support.hostile.folders import edited, tensors, together, whole
 from support.tiny import tiny_model
 from torch import nn
+from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from decoder.checkpoint.config import read_config
 from decoder.checkpoint.folder import inside
@@ -49,6 +50,20 @@ def test_a_context_without_limit(tmp_path):
     model = tiny_model("llama")
     model.config.max_position_embeddings = -1
     assert context_length(model) == 2**15
+
+
+def test_experts_per_token_of_each_layer(tmp_path):
+    """As HunYuan-A13B's configuration has them."""
+    sizes = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "head_dim": 8, "num_experts": 8, "moe_topk": [4, 2],
+    }  # fmt: skip
+    model = HunYuanMoEV1ForCausalLM(HunYuanMoEV1Config(**sizes)).eval()
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path, device="cpu").config.moe_topk == [4, 2]
+    edited("config.json", moe_topk=[4, 9])(tmp_path)
+    with pytest.raises(UserError, match=r"must be in \[1, 8\], got 9"):
+        load_model(tmp_path, device="cpu")
 
 
 def test_what_older_checkpoints_and_tied_heads_have_or_lack(tmp_path):

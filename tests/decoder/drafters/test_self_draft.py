@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,20 @@ def test_refuses_what_saves_nothing() -> None:
         bound(tiny_model("llama"))
     with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
         SelfDrafter(0)
+
+
+def test_the_routers_count_by_every_name_that_it_has() -> None:
+    """Gemma 4's is ``top_k_experts``, HunYuan's may be a list of all layers'."""
+    gemma = tiny_model("gemma2").config
+    gemma.top_k_experts = 4
+    model = tiny_model("qwen3_moe")
+    for config in (gemma, SimpleNamespace(moe_topk=[4, 3])):
+        runner: Any = SimpleNamespace(model=model, config=config, max_length=9, dtype=model.dtype)
+        drafter, greedy = SelfDrafter(), GreedySampler(VOCAB)
+        drafter.bind(runner, greedy, 2)  # type: ignore[arg-type]
+        assert drafter.top_k == 2
+        with pytest.raises(UserError, match="below the target's 4 experts per token, got 4"):
+            SelfDrafter(4).bind(runner, greedy, 2)  # type: ignore[arg-type]
 
 
 def test_two_decoders_need_two() -> None:

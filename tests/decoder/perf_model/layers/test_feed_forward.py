@@ -66,3 +66,8 @@ def test_experts_and_shared_ones_of_every_name() -> None:
     llama = spec_from_config(AutoConfig.for_model("llama4_text", **fields, **more))
     assert [layer.num_experts for layer in llama.layers] == [0, 8, 0, 8]
     assert [layer.dense for layer in llama.layers[:2]] == [3 * 64 * 128, 3 * 64 * 96 + 8 * 64]
+    more = {"num_experts": 8, "moe_topk": [1, 2, 3, 4], "moe_intermediate_size": [96] * 4}
+    hunyuan = spec_from_config(AutoConfig.for_model("hunyuan_v1_moe", **fields, **more))
+    assert [(layer.num_experts, layer.top_k) for layer in hunyuan.layers] == [
+        (8, k) for k in (1, 2, 3, 4)
+    ]
