@@ -7,10 +7,12 @@ docstring, are continued as plain text.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
 
+from training.checkpoint import save_checkpoint
 from training.teacher import BOUNDARY
 
 SEED = 21
@@ -113,8 +115,15 @@ class Writer:
 
 
 def write_answers(writer: Writer, path: Path, budget) -> None:
-    """Append conversations to the JSON-lines file ``path`` until the budget is spent."""
-    done = read_answers(path)
+    """Append conversations to the JSON-lines file ``path`` until the budget is spent.
+
+    What earlier parts have spent of it is in a file beside ``path``.
+    """
+    _end_with_a_whole_line(path)
+    done, spent = read_answers(path), path.with_suffix(".pt")
+    if spent.exists():
+        state = torch.load(spent, weights_only=True)
+        budget.tokens_done, budget.seconds_before = state["tokens"], state["seconds"]
     first = (max((line["index"] for line in done), default=-1) // CHUNK + 1) * CHUNK
     while budget.progress < 1.0:
         torch.manual_seed(SEED + first)
@@ -122,7 +131,14 @@ def write_answers(writer: Writer, path: Path, budget) -> None:
         with path.open("a") as file:  # one write: an interrupted chunk leaves at most one half line
             file.write("".join(json.dumps(line) + "\n" for line in written))
         budget.tokens_done += sum(len(line["token_ids"]) for line in written)
+        save_checkpoint({"tokens": budget.tokens_done, "seconds": budget.seconds}, spent)
         first += CHUNK
+
+
+def _end_with_a_whole_line(path: Path) -> None:
+    """Cut off what an interruption has left half written: the next line would go on in it."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_answers(path: Path) -> list[dict]:

@@ -19,16 +19,20 @@ from training.upcycle.texts import build_texts
 TEMPLATE = "{% for m in messages %}def {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
-class Twice:
-    """A budget of two chunks."""
+class Chunks:
+    """A budget of some chunks, of a minute each."""
 
-    tokens_done = 0
-    chunks = 0
+    def __init__(self, most: int) -> None:
+        self.most, self.tokens_done, self.seconds_before, self.chunks = most, 0, 0.0, -1
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + 60.0 * (self.chunks + 1)
 
     @property
     def progress(self) -> float:
         self.chunks += 1
-        return float(self.chunks > 2)
+        return min(1.0, self.seconds_before / 60 / self.most + self.chunks / self.most)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def test_conversations_are_written_and_go_on(
     monkeypatch.setattr(answers, "MAX_ANSWER", 8)
     monkeypatch.setattr(answers, "MAX_PROMPT", 24)
     file = tmp_path / "answers.jsonl"
-    write_answers(writer, file, Twice())
+    write_answers(writer, file, Chunks(2))
     lines = read_answers(file)
     # A completion in each eight needs no question; questions that do not end are left out.
     assert [line["index"] for line in lines if line["kind"] == "completion"] == [5, 13]
@@ -56,6 +60,12 @@ def test_conversations_are_written_and_go_on(
     with file.open("a") as cut_short:
         cut_short.write(json.dumps(lines[-1])[:20])
     assert read_answers(file) == lines
+    more = Chunks(3)  # of which two are spent
+    write_answers(writer, file, more)
+    longer = read_answers(file)
+    assert longer[: len(lines)] == lines
+    assert {line["index"] // 8 for line in longer} == {0, 1, 2}
+    assert more.tokens_done == sum(len(line["token_ids"]) for line in longer)
 
 
 def test_every_document_is_on_one_side(tmp_path: Path) -> None:
