@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from training.checkpoint import save_checkpoint
 from training.data import build_corpus
 from training.optim import Budget
 from training.tokenizer import encode, train_tokenizer
@@ -40,7 +41,7 @@ def load_tokens(run_dir: Path):
         tokens = encode(tokenizer, corpus)
         counts = {f"{p}_{k}_tokens": sum(map(len, tokens[p][k])) for p in tokens for k in tokens[p]}
         (run_dir / "corpus.json").write_text(json.dumps({**corpus.summary(), **counts}, indent=1))
-        torch.save(tokens, cached)
+        save_checkpoint(tokens, cached)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
     for trace in ("is_local", "local_files_only"):  # of where it was loaded from; would be saved
         tokenizer.init_kwargs.pop(trace, None)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from training import experts
+from training.checkpoint import save_checkpoint
 from training.data import SEED, TokenStream
 from training.optim import Budget
 
@@ -180,7 +181,7 @@ def build_rows(
             bar.n = 100 * budget.progress
             bar.set_postfix_str(f"{budget.tokens_done / 1e6:.2f}M tokens")
     joined = {kind: Rows.joined(parts).tensors() for kind, parts in rows.items() if parts}
-    torch.save(joined, run_dir / "rows.pt")
+    save_checkpoint(joined, run_dir / "rows.pt")
 
 
 def draw_prompts(pools: dict[str, list[list[int]]], random: torch.Generator) -> list[list[int]]:

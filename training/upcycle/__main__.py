@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from training.__main__ import keep_freed_memory
+from training.checkpoint import save_checkpoint
 from training.optim import Budget
 
 # Minutes of `all`, by stage; `texts` only reads.
@@ -51,7 +52,7 @@ def texts(run_dir: Path, budget: Budget, device: str) -> None:
 
     sources = build_sources()
     ids = build_texts(sources, run_dir / "answers.jsonl", load_tokenizer(dense_path()))
-    torch.save(ids, run_dir / "texts.pt")
+    save_checkpoint(ids, run_dir / "texts.pt")
     (run_dir / "sources.json").write_text(json.dumps(sources.summary(), indent=1))
 
 

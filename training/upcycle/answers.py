@@ -7,12 +7,11 @@ docstring, are continued as plain text.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 
-from training.checkpoint import save_checkpoint
+from training.checkpoint import end_with_a_whole_line, save_checkpoint
 from training.teacher import BOUNDARY
 
 SEED = 21
@@ -119,7 +118,7 @@ def write_answers(writer: Writer, path: Path, budget) -> None:
 
     What earlier parts have spent of it is in a file beside ``path``.
     """
-    _end_with_a_whole_line(path)
+    end_with_a_whole_line(path)
     done, spent = read_answers(path), path.with_suffix(".pt")
     if spent.exists():
         state = torch.load(spent, weights_only=True)
@@ -133,12 +132,6 @@ def write_answers(writer: Writer, path: Path, budget) -> None:
         budget.tokens_done += sum(len(line["token_ids"]) for line in written)
         save_checkpoint({"tokens": budget.tokens_done, "seconds": budget.seconds}, spent)
         first += CHUNK
-
-
-def _end_with_a_whole_line(path: Path) -> None:
-    """Cut off what an interruption has left half written: the next line would go on in it."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_answers(path: Path) -> list[dict]:

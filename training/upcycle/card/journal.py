@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.checkpoint import end_with_a_whole_line
+
 
 class Journal:
     """Cells by what was measured; a last line cut short by an interruption is measured again.
@@ -25,9 +27,8 @@ class Journal:
         self._known: dict[str, dict[str, Any]] = {}
         self.cells: list[dict[str, Any]] = []
         if path.exists():
-            whole = [t for t in path.read_text().splitlines(keepends=True) if t.endswith("\n")]
-            path.write_text("".join(whole))
-            for line in map(json.loads, whole):
+            end_with_a_whole_line(path)
+            for line in map(json.loads, path.read_text().splitlines()):
                 self._known[_name(line["what"])] = line["values"]
 
     def cell(

@@ -77,7 +77,7 @@ class Lessons:
 
     @vocabulary.setter
     def vocabulary(self, ids: torch.Tensor) -> None:
-        torch.save(ids, self.folder / "vocabulary.pt")
+        save_checkpoint(ids, self.folder / "vocabulary.pt")
 
     def without(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """Those of ``rows`` that are not among the lessons."""
