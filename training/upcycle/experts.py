@@ -26,8 +26,9 @@ class LowRank(nn.Module):
         rows, columns = weight.shape
         # |left @ right| of independent normal entries is std_l * std_r * sqrt(out * in * r).
         std = (START * weight.float().norm() / (rows * columns * RANK) ** 0.5).sqrt().item()
-        self.left = nn.Parameter(torch.randn(NUM_EXPERTS, rows, RANK) * std)
-        self.right = nn.Parameter(torch.randn(NUM_EXPERTS, RANK, columns) * std)
+        left, right = (NUM_EXPERTS, rows, RANK), (NUM_EXPERTS, RANK, columns)
+        self.left = nn.Parameter(torch.randn(left, device=weight.device) * std)
+        self.right = nn.Parameter(torch.randn(right, device=weight.device) * std)
 
     def narrow(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, in]`` -> ``[T, E * r]``."""
@@ -57,8 +58,8 @@ class UpcycledFFN(nn.Module):
     def __init__(self, mlp: nn.Module, norm: torch.Tensor):
         super().__init__()
         self.dense: Any = mlp
-        router = torch.randn(NUM_EXPERTS, len(norm)) * (START_LOGITS / norm.float().norm())
-        self.router = nn.Parameter(router)
+        router = torch.randn(NUM_EXPERTS, len(norm), device=norm.device)
+        self.router = nn.Parameter(router * (START_LOGITS / norm.float().norm()))
         self.differences: Any = nn.ModuleDict(
             {m: LowRank(getattr(mlp, f"{m}_proj").weight) for m in MATRICES}
         )

@@ -57,6 +57,14 @@ def test_what_is_built_of_it_computes_the_same(tmp_path: Path) -> None:
     assert (found - expected).norm() < 0.05 * (found - plain).norm()
 
 
+def test_what_is_added_lies_where_the_model_does() -> None:
+    model = tiny_llama()
+    with torch.device("meta"):  # what a tensor's device is that nobody names: not the model's
+        layers = upcycle(model, seed=0)
+    devices = {p.device.type for layer in layers for p in layer.parameters()}
+    assert devices == {"cpu"}
+
+
 def test_experts_differ_and_their_number_matters() -> None:
     model = tiny_llama()
     layers = upcycle(model, seed=0)
