@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import build_corpus
 from training.optim import Budget
 from training.tokenizer import encode, train_tokenizer
@@ -45,7 +45,7 @@ def load_tokens(run_dir: Path):
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
     for trace in ("is_local", "local_files_only"):  # of where it was loaded from; would be saved
         tokenizer.init_kwargs.pop(trace, None)
-    return tokenizer, torch.load(cached, weights_only=True)
+    return tokenizer, load_checkpoint(cached)
 
 
 def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:

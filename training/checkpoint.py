@@ -8,10 +8,15 @@ import torch
 
 
 def save_checkpoint(state: Any, path: Path) -> None:
-    """Write what ``torch.load`` reads with ``weights_only``; the one before stays until it is."""
+    """Write what ``load_checkpoint`` reads; the one before stays until it is there."""
     unfinished = path.with_suffix(".unfinished")
     torch.save(state, unfinished)
     os.replace(unfinished, path)
+
+
+def load_checkpoint(path: Path) -> Any:
+    """What ``save_checkpoint`` wrote, in host memory, whichever device it was written from."""
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def end_with_a_whole_line(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from training import experts
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import SEED, TokenStream
 from training.optim import Budget, Optimizers
 
@@ -94,7 +94,7 @@ def train_target(
     stream = TokenStream(tokens["train"], SHARES, tokenizer.eos_token_id)
     checkpoint = run_dir / "target.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = load_checkpoint(checkpoint)
         model.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         stream.load_state_dict(state["stream"])

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from training import experts
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import SEED, TokenStream
 from training.optim import Budget
 
@@ -195,7 +195,7 @@ class TeacherBatches:
     """Training batches for the students: a share of the target's own text, the rest corpus."""
 
     def __init__(self, run_dir: Path, own_share: float = 0.6, seed: int = SEED):
-        rows = torch.load(run_dir / "rows.pt", weights_only=True)
+        rows = load_checkpoint(run_dir / "rows.pt")
         self.rows = {kind: Rows(*t) for kind, t in rows.items()}
         self.own_share = own_share
         self.random = torch.Generator().manual_seed(seed)

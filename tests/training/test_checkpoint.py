@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training import __main__ as stages
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import Corpus
 from training.upcycle.eagle.lessons import Lessons
 
@@ -25,7 +25,16 @@ def test_the_one_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "save", half_written)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint({"steps": 2}, file)
-    assert torch.load(file, weights_only=True) == {"steps": 1}
+    assert load_checkpoint(file) == {"steps": 1}
+
+
+def test_what_a_gpu_wrote_is_read_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        save_checkpoint({"weight": torch.arange(3)}, tmp_path / "stage.pt")
+    assert load_checkpoint(tmp_path / "stage.pt")["weight"].tolist() == [0, 1, 2]
 
 
 def test_tokens_are_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from training.__main__ import keep_freed_memory
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.optim import Budget
 
 # Minutes of `all`, by stage; `texts` only reads.
@@ -61,7 +61,7 @@ def target(run_dir: Path, budget: Budget, device: str) -> None:
     from training.upcycle.install import dense_path, install_target
     from training.upcycle.target import Trainer
 
-    ids = torch.load(run_dir / "texts.pt", weights_only=True)
+    ids = load_checkpoint(run_dir / "texts.pt")
     trainer = Trainer(_model(dense_path(), device), ids["train"], run_dir, budget)
     trainer.train()
     install_target(trainer.checkpoint)
@@ -88,7 +88,7 @@ def eagle(run_dir: Path, budget: Budget, device: str) -> None:
     from training.upcycle.eagle.train import Run
     from training.upcycle.install import dense_path, install_eagle
 
-    ids = torch.load(run_dir / "texts.pt", weights_only=True)
+    ids = load_checkpoint(run_dir / "texts.pt")
     built = accelerate(_model(target_path(), device))
     run = Run(built, _model(dense_path(), device), ids, run_dir, budget, device)
     run.train()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import end_with_a_whole_line, save_checkpoint
+from training.checkpoint import end_with_a_whole_line, load_checkpoint, save_checkpoint
 from training.teacher import BOUNDARY
 
 SEED = 21
@@ -121,7 +121,7 @@ def write_answers(writer: Writer, path: Path, budget) -> None:
     end_with_a_whole_line(path)
     done, spent = read_answers(path), path.with_suffix(".pt")
     if spent.exists():
-        state = torch.load(spent, weights_only=True)
+        state = load_checkpoint(spent)
         budget.tokens_done, budget.seconds_before = state["tokens"], state["seconds"]
     first = (max((line["index"] for line in done), default=-1) // CHUNK + 1) * CHUNK
     while budget.progress < 1.0:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import is_held_out
 from training.optim import Budget
 from training.upcycle.answers import read_answers
@@ -120,7 +120,7 @@ class Trainer:
         random.Random(SEED).shuffle(self.rows)
         self.next_row = 0
         if self.checkpoint.exists():
-            self._load(torch.load(self.checkpoint, weights_only=True))
+            self._load(load_checkpoint(self.checkpoint))
 
     def train(self) -> None:
         """Until the budget is spent; a checkpoint every few minutes and at the end."""

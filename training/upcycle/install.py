@@ -14,6 +14,7 @@ from decoder.smol.head import write_head
 from decoder.smol.recipe import ASSETS, Recipe, shipped
 from decoder.smol.tuned import write_changes
 from moesd_kernels.hooks.loading.gguf.families import LAYER, K, Q
+from training.checkpoint import load_checkpoint
 from training.upcycle.experts import MATRICES
 
 
@@ -36,7 +37,7 @@ def install_target(checkpoint: Path) -> None:
     Args:
         checkpoint: from ``training.upcycle.target``.
     """
-    layers = torch.load(checkpoint, weights_only=True)["layers"]
+    layers = load_checkpoint(checkpoint)["layers"]
     write_difference(_asset("difference"), factors(layers))
     record(shipped())
 
@@ -60,7 +61,7 @@ def install_draft(checkpoint: Path, config: Any) -> None:
         checkpoint: from ``training.upcycle.draft``.
         config: the dense Llama's.
     """
-    state = torch.load(checkpoint, weights_only=True)
+    state = load_checkpoint(checkpoint)
     write_changes(_asset("draft"), changes(state["layers"], state["units"], config))
     record(shipped())
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import TokenStream
 from training.optim import Budget
 from training.upcycle.experts import UpcycledFFN, balance_loss, upcycle
@@ -84,7 +84,7 @@ class Trainer:
             weight_decay=0.0,
         )
         if self.checkpoint.exists():
-            self._load(torch.load(self.checkpoint, weights_only=True))
+            self._load(load_checkpoint(self.checkpoint))
 
     def train(self) -> None:
         """Until the budget is spent; a checkpoint every few minutes and at the end."""

@@ -22,6 +22,7 @@ import torch
 from decoder.model.loading import load_model, load_tokenizer
 from decoder.sampling import VERIFIERS
 from training import experts
+from training.checkpoint import load_checkpoint
 
 from .acceptance import (
     GAMMA,
@@ -179,7 +180,7 @@ def evaluation(args: argparse.Namespace) -> dict[str, Any]:
     """All cells, of which those that the journal does not have are measured, and the versions."""
     tokenizer = load_tokenizer(args.target)
     separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
-    held_out = torch.load(args.run_dir / "texts.pt", weights_only=True)["held_out"]
+    held_out = load_checkpoint(args.run_dir / "texts.pt")["held_out"]
     outside = {
         name: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
         for name, documents in outside_texts(args.outside).items()

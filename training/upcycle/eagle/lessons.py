@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 from .accept import answered
 from .data import Batch, grouped
@@ -73,7 +73,7 @@ class Lessons:
     def vocabulary(self) -> torch.Tensor | None:
         """int64 ``[draft vocabulary]``, the target's ids of it; ``None`` before it is set."""
         path = self.folder / "vocabulary.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
+        return load_checkpoint(path) if path.exists() else None
 
     @vocabulary.setter
     def vocabulary(self, ids: torch.Tensor) -> None:

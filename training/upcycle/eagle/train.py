@@ -11,7 +11,7 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from training.checkpoint import save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import SEED
 from training.optim import Budget, Optimizers
 
@@ -165,7 +165,7 @@ class Run:
 
     def restore(self) -> None:
         """Go on from the checkpoint."""
-        state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
+        state = load_checkpoint(self.checkpoint)
         self.head.load_state_dict(state["head"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.steps, self.begun = state["steps"], state["begun"]
