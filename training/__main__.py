@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 
+from decoder.cli import flag_types as flag
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import build_corpus
 from training.optim import Budget
 from training.tokenizer import encode, train_tokenizer
 
+MINUTES = flag.number(0.001, 10**6)  # as a flag
 # Shares of the minutes of `all`.
 SHARES = {"target": 0.60, "teacher": 0.10, "draft": 0.17, "eagle": 0.13}
 ALONE = ["mtp"]  # not part of `all`
@@ -58,7 +60,8 @@ def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:
 
     run_dir = args.run_dir
     if stage == "evaluate":
-        print(json.dumps(evaluate_directory(args.assets or run_dir, tokenizer, tokens), indent=1))
+        results = evaluate_directory(args.assets or run_dir, tokenizer, tokens, args.device)
+        print(json.dumps(results, indent=1))
         return
     if stage == "install":
         install(run_dir, Path("decoder/embedded/assets"))
@@ -96,7 +99,7 @@ def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:
     (run_dir / f"{stage}.json").write_text(json.dumps(record))
 
 
-def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
+def evaluate_directory(path: Path, tokenizer, tokens, device: str = "cpu") -> dict:
     """Evaluate the pair saved under ``path`` (its bf16 weights, computed in fp32)."""
     from transformers import AutoModelForCausalLM
 
@@ -109,12 +112,14 @@ def evaluate_directory(path: Path, tokenizer, tokens) -> dict:
     if (path / "draft").exists():
         draft = AutoModelForCausalLM.from_pretrained(
             path / "draft", dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        ).eval()
-    target = load_teacher(path / "target")
+        )
+        draft = draft.eval().to(device)
+    target = load_teacher(path / "target", device)
     heads = {"eagle": load_eagle(path / "eagle")} if (path / "eagle").exists() else {}
     if (path / "mtp").exists():
         heads["mtp"] = load_mtp(target.config, path / "mtp")
-    return evaluate(target, load_writer(path / "target"), draft, heads, tokens, tokenizer)
+    heads = {name: head.to(device) for name, head in heads.items()}
+    return evaluate(target, load_writer(path / "target", device), draft, heads, tokens, tokenizer)
 
 
 def install(run_dir: Path, assets: Path) -> None:
@@ -148,11 +153,15 @@ def main(argv: list[str] | None = None) -> int:
         help="all results",
     )
     parser.add_argument(
-        "--minutes", type=float, default=60.0, help="wall-clock budget (default: %(default)s)"
+        "--minutes", type=MINUTES, default=60.0, help="wall-clock budget (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=int, help="token budget of one stage, instead of minutes")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=flag.whole(1, 10**12), help="budget of one stage, instead of minutes"
+    )
+    parser.add_argument("--device", type=flag.device, default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--threads", type=flag.threads, default=2, help="CPU threads (default: %(default)s)"
+    )
     parser.add_argument(
         "--preview", type=Path, help="also write the target here at every checkpoint"
     )

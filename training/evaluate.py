@@ -37,7 +37,7 @@ def held_out_loss(model, documents: list[list[int]], eos: int, max_tokens: int =
     stream = torch.tensor([t for d in documents for t in (*d, eos)][:max_tokens])
     rows = stream[: (len(stream) - 1) // WINDOW * WINDOW + 1].unfold(0, WINDOW + 1, WINDOW)
     losses = []
-    for part in rows.split(8):
+    for part in rows.to(model.device).split(8):
         logits = model(input_ids=part[:, :-1], use_cache=False).logits.float()
         losses.append(
             F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
@@ -59,7 +59,7 @@ def held_out_prompts(tokens, tokenizer) -> dict[str, list[list[int]]]:
 @torch.no_grad()
 def target_text(model, writer, prompts: list[list[int]], temperature: float, pad: int) -> Text:
     """Let the target continue the prompts, then read its features and logits in one pass."""
-    ids = continuations(writer, prompts, temperature, NEW_TOKENS, pad)
+    ids = continuations(writer, prompts, temperature, NEW_TOKENS, pad).to(model.device)
     features = model.model(input_ids=ids, use_cache=False).last_hidden_state
     generated = ids != pad
     generated[:, :-NEW_TOKENS] = False

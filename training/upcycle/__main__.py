@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from training.__main__ import keep_freed_memory
+from decoder.cli import flag_types as flag
+from training.__main__ import MINUTES, keep_freed_memory
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.optim import Budget
 
@@ -115,10 +116,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=["all", *SHARES])
     parser.add_argument("--run-dir", type=Path, default=Path("outputs/upcycle"))
     parser.add_argument(
-        "--minutes", type=float, default=60.0, help="wall-clock budget (default: %(default)s)"
+        "--minutes", type=MINUTES, default=60.0, help="wall-clock budget (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--device", type=flag.device, default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--threads", type=flag.threads, default=2, help="CPU threads (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     keep_freed_memory()
     torch.set_num_threads(args.threads)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from decoder.cli import flag_types as flag
 from decoder.model.loading import load_model, load_tokenizer
 from decoder.sampling import VERIFIERS
 from training import experts
@@ -215,11 +216,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--outside", action="append", default=[], metavar="NAME=PATH", help="another text, unseen"
     )
-    parser.add_argument("--windows", type=int, default=8, help="per text (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=flag.whole(2, flag.MAX_COUNT), default=8, help="per text (default: 8)"
+    )
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="default: the built-in ones")
-    parser.add_argument("--new-tokens", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--new-tokens", type=flag.positive, default=128, help="default: %(default)s"
+    )
+    parser.add_argument("--device", type=flag.device, default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--threads", type=flag.threads, default=2, help="CPU threads (default: %(default)s)"
+    )
     parser.add_argument("--record", type=Path, default=HOME / "assets" / "upcycle.json")
     parser.add_argument("--card", type=Path, default=HOME / "MODEL_CARD.md")
     args = parser.parse_args(argv)
