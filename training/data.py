@@ -171,6 +171,8 @@ class TokenStream:
         self.epochs[kind] += 1
         order = torch.randperm(len(self.documents[kind]), generator=self.random).tolist()
         stream = torch.tensor([t for i in order for t in (*self.documents[kind][i], self.eos)])
+        if len(stream) <= length:
+            raise ValueError(f"expected more than {length} tokens of {kind}, got {len(stream)}")
         windows = stream.unfold(0, length + 1, length)
         self.windows[kind] = list(windows[torch.randperm(len(windows), generator=self.random)])
 

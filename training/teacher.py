@@ -162,8 +162,9 @@ def build_rows(
     with tqdm(
         total=100.0, desc="teacher", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
     ) as bar:
-        while budget.progress < 1.0:
-            own = budget.progress < OWN_TIME
+        # Some of both, however little time: the students draw from both.
+        while budget.progress < 1.0 or not all(rows.values()):
+            own = budget.progress < OWN_TIME or not rows["own"]
             if own:
                 done = len(rows["own"]) * SLICE
                 temperature = TEMPERATURES[done // GENERATION_BATCH % len(TEMPERATURES)]

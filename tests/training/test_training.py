@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from training import experts
+from decoder import embedded
+from training import experts, teacher
 from training.data import HELD_OUT_SHARE, TokenStream, docstrings, is_held_out, source_files
 from training.eagle import Eagle
 from training.optim import Budget, orthogonalize
-from training.teacher import continuations, load_writer
+from training.teacher import Rows, TeacherBatches, continuations, load_writer
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,38 @@ def test_stream_goes_on_from_a_file_of_tensors(tmp_path):
     for _ in range(5):
         assert torch.equal(first.batch(4, 16), second.batch(4, 16))
     assert first.epochs == second.epochs
+
+
+def test_a_stream_of_too_little_text_says_so():
+    with pytest.raises(ValueError, match="expected more than 16 tokens of chat, got 3"):
+        TokenStream({"chat": [[7, 8]]}, {"chat": 1.0}, eos=0).batch(1, 16)
+
+
+@pytest.mark.parametrize("spent", [0, 9, 10])
+def test_rows_are_of_both_kinds_however_small_the_budget(tmp_path, monkeypatch, spent):
+    """Another stage draws from both."""
+
+    def annotated(model, ids):
+        parts = (
+            ids.short(),
+            ids[..., None].bfloat16(),
+            ids[..., None].short(),
+            ids[..., None].half(),
+        )
+        return Rows(*parts)
+
+    def continued(writer, prompts, *settings, seed):
+        return torch.tensor(prompts)[:, :1].expand(-1, teacher.ROW)
+
+    monkeypatch.setattr(teacher, "annotate", annotated)
+    monkeypatch.setattr(teacher, "continuations", continued)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.target_path())
+    tokens = {"train": {kind: [list(range(5, 900))] for kind in teacher.SHARES}}
+    tokens["train"]["code"] += [tokenizer("def f(x):\n" * 200)["input_ids"]]
+    budget = Budget(None, 10)
+    budget.tokens_done = spent
+    teacher.build_rows(None, None, tokens, tokenizer, tmp_path, budget)
+    assert len(TeacherBatches(tmp_path).batch(5).ids) == 5
 
 
 def test_sorted_experts_equal_eager_with_gradients():

@@ -89,9 +89,12 @@ class Run:
         ]
 
     def annotate(self) -> None:
-        """Have the target read rows that it has not read, as far as the budget goes."""
+        """Have the target read rows that it has not read, as far as the budget goes.
+
+        Some of them even if it does not: there is nothing to learn from otherwise.
+        """
         for start in tqdm(range(0, len(self.unseen), PART_ROWS), desc="annotating", unit="part"):
-            if self.budget.progress > ANNOTATING:
+            if self.lessons.tokens and self.budget.progress > ANNOTATING:
                 break
             part = self.unseen[start : start + PART_ROWS]
             self.lessons.append(self.annotated(part), self.rows)

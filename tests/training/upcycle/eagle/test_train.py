@@ -79,6 +79,12 @@ def test_only_rows_that_are_new_are_annotated(run: Run, dense, own_text) -> None
     assert len(Run(dense, dense, more, run.folder, Budget(None, 1), "cpu").unseen) == 1
 
 
+def test_some_rows_are_annotated_however_little_is_left(run: Run) -> None:
+    run.budget.tokens_done = 11_000
+    run.annotate()
+    assert run.lessons.tokens > 0
+
+
 def test_measured_acceptance_is_that_of_drafting(run: Run, dense, own_text) -> None:
     """On the target's own greedy text, over every place at once, and by the decoder's rounds.
 
