@@ -19,7 +19,7 @@ def load_checkpoint(path: Path) -> Any:
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
-def end_with_a_whole_line(path: Path) -> None:
+def cut_half_line(path: Path) -> None:
     """Cut off what an interruption has left half written: the next line would go on in it."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import end_with_a_whole_line, load_checkpoint, save_checkpoint
+from training.checkpoint import cut_half_line, load_checkpoint, save_checkpoint
 from training.teacher import BOUNDARY
 
 SEED = 21
@@ -118,7 +118,7 @@ def write_answers(writer: Writer, path: Path, budget) -> None:
 
     What earlier parts have spent of it is in a file beside ``path``.
     """
-    end_with_a_whole_line(path)
+    cut_half_line(path)
     done, spent = read_answers(path), path.with_suffix(".pt")
     if spent.exists():
         state = load_checkpoint(spent)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import end_with_a_whole_line
+from training.checkpoint import cut_half_line
 
 
 class Journal:
@@ -27,7 +27,7 @@ class Journal:
         self._known: dict[str, dict[str, Any]] = {}
         self.cells: list[dict[str, Any]] = []
         if path.exists():
-            end_with_a_whole_line(path)
+            cut_half_line(path)
             for line in map(json.loads, path.read_text().splitlines()):
                 self._known[_name(line["what"])] = line["values"]
 
