@@ -118,10 +118,11 @@ def _load_safetensors(
         copied = files if offload.folder is None else weight_files(offload.folder)
         apart = ExpertsApart(config, copied, offload, device)
     loader: Any = AutoModelForCausalLM if apart is None else apart.model_class
+    own = config if apart is None else apart.config
     with quiet():  # what it would report is raised here
         loaded: Any = loader.from_pretrained(
             folder,
-            config=config,
+            config=own,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,

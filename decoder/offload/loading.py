@@ -52,6 +52,7 @@ class ExpertsApart:
         device: that computes them.
 
     Attributes:
+        config: of what is made: the text part, where a causal LM is no more of a model.
         model_class: whose ``from_pretrained`` loads everything else; what is wrong with the experts
             or the budget it says before that.
 
@@ -71,6 +72,8 @@ class ExpertsApart:
         self._store: ExpertStore | None = None
         with torch.device("meta"):
             own: Any = type(AutoModelForCausalLM.from_config(config))
+        is_part = own.config_class is config.sub_configs.get("text_config")
+        self.config: Any = config.get_text_config() if is_part else config
         take_off = self._take_off
 
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import build
 from support.hostile.folders import copied, tensors
 from support.offload import PAGES, expert_bytes, experts_bytes, fused, places, saved
 from support.tiny import random_prompts, save_tokenizer, tiny_model
@@ -101,6 +102,13 @@ def test_families(tmp_path, family):
     wanted, _ = decoded(load_model(tmp_path, device="cpu"))
     offload = Offload(10**9)
     assert decoded(load_model(tmp_path, device="cpu", offload=offload))[0] == wanted
+
+
+def test_the_text_part_of_a_model_that_also_sees(tmp_path):
+    """Whose configuration has that of the text in it."""
+    build("Qwen3_5MoeForConditionalGeneration").save_pretrained(tmp_path)
+    wanted, _ = decoded(load_model(tmp_path, device="cpu"))
+    assert decoded(load_model(tmp_path, device="cpu", offload=Offload(10**9)))[0] == wanted
 
 
 def test_a_decoder_from_paths(folder, tmp_path):
