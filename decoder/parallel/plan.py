@@ -14,6 +14,8 @@ from .shards import EXPERTS, STYLES, style_of
 
 _ROWS = ("colwise", "packed_colwise")  # styles that divide a weight's outputs
 _COLUMNS = ("rowwise", "packed_rowwise")  # and its inputs
+# What transformers may do to a rank's part of a file's tensor: it divides first, and then converts.
+_DIVISIBLE = {"MergeModulelist", "Concatenate"}
 
 
 def distributed_config(config: Any, mode: Mode, size: int) -> Any:
@@ -74,6 +76,7 @@ def _check_tensors(model: Any, size: int) -> None:
     name, plan = type(model).__name__, model.tp_plan
     if not model.base_model.config.base_model_tp_plan:
         raise UserError(f"transformers has no tensor-parallel plan for {name}")
+    cut = _cut_in_loading(model)
     heads_divided = False
     for path, module in model.named_modules():
         style = style_of(path, plan)
@@ -84,8 +87,18 @@ def _check_tensors(model: Any, size: int) -> None:
             )
         if style == EXPERTS and getattr(module, "has_bias", False):
             raise UserError(f"{path} of {name} has biases, which parts of an expert cannot share")
+        if getattr(module, "activation_sparsity", 0):  # Gemma 3n
+            raise UserError(
+                f"{path} of {name} sets activations to zero by the mean and deviation of all of "
+                "them, of which a rank has a part"
+            )
         for key, parameter in module.named_parameters(recurse=False):
             style = style_of(f"{path}.{key}", plan) or style_of(path, plan)
+            if style in (*_ROWS, *_COLUMNS) and any(end in f"{path}.{key}" for end in cut):
+                raise UserError(
+                    f"{path}.{key} of {name} lies in files joined with others, which transformers "
+                    "cannot divide among ranks"
+                )
             if parameter.ndim > 1 and style in (*_ROWS, *_COLUMNS):
                 width = parameter.shape[-2 if style in _ROWS else -1]
                 width //= 1 + (style in ("packed_colwise", "packed_rowwise"))
@@ -103,6 +116,18 @@ def _check_tensors(model: Any, size: int) -> None:
                 f"{heads} {what[4:].replace('_', ' ')} of {name} cannot be divided evenly among "
                 f"{size} ranks"
             )
+
+
+def _cut_in_loading(model: Any) -> set[str]:
+    """Ends of names of parameters that transformers cuts out of tensors when it loads them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return {
+        target
+        for entry in get_model_conversion_mapping(model)
+        if {type(one).__name__ for one in getattr(entry, "operations", ())} - _DIVISIBLE
+        for target in entry.target_patterns
+    }
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.families import build
 from support.tiny import tiny_model
+from support.versions import needs_the_transformers_of_the_families_page
 
 from decoder.errors import UserError
 from decoder.parallel.plan import distributed_config
@@ -45,6 +47,19 @@ def test_what_a_plan_has_that_is_not_known_is_named() -> None:
     config.base_model_tp_plan = {"layers.*.mlp.experts": "moe_tp_experts"}
     with pytest.raises(UserError, match=r"layers.0.mlp.experts of GptOssForCausalLM has biases"):
         distributed_config(config, "tensor", 2)
+
+
+@needs_the_transformers_of_the_families_page
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("Gemma3nForCausalLM", r"layers.0.mlp of .* by the mean and deviation of all of them"),
+        ("HrmTextForCausalLM", r"self_attn.q_proj.weight of .* lies in files joined with others"),
+    ],
+)
+def test_what_parts_would_compute_otherwise_is_refused(family: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        distributed_config(build(family).config, "tensor", 2)
 
 
 def test_quantised_weights_are_refused() -> None:
