@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from .files import OpenFiles
+from .files import Extent, OpenFiles
 from .layout import Layout, files_of
 from .memory import ExpertMemory
 from .residency import Key
@@ -41,11 +41,12 @@ class FileStore(ExpertStore):
         self._files.forget()
 
     def _start(self, key: Key) -> None:
-        self._reading[key] = self._readers.submit(self._read, *key)
-
-    def _read(self, layer: int, expert: int) -> None:
-        for projection, memory in zip(self._layers[layer], self._memories[layer], strict=True):
-            self._files.read_all(projection.experts[expert], memory.place(expert))
+        layer, expert = key
+        parts = [
+            (projection.experts[expert], memory.place(expert))
+            for projection, memory in zip(self._layers[layer], self._memories[layer], strict=True)
+        ]
+        self._reading[key] = self._readers.submit(_read, self._files, parts)
 
     def _settle(self) -> list[BaseException]:
         """See ``ExpertStore``.
@@ -68,6 +69,12 @@ class FileStore(ExpertStore):
             memory.drop(key[1])
 
 
+def _read(files: OpenFiles, parts: list[tuple[tuple[Extent, ...], memoryview]]) -> None:
+    """Not of the store's: one that is given up would end in the thread that it has to wait for."""
+    for extents, into in parts:
+        files.read_all(extents, into)
+
+
 def _close(readers: ThreadPoolExecutor, files: OpenFiles) -> None:
-    readers.shutdown()
+    readers.shutdown(cancel_futures=True)
     files.close()

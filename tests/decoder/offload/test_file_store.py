@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,26 @@ def test_an_interrupt_loses_nothing(file, truth, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             decode(store, random_runs(8, 4, seed=place + 1), truth)
     decode(store, runs, truth)
+
+
+def test_a_store_given_up_while_it_reads_closes_its_files(file, tmp_path, monkeypatch):
+    going, may_end = threading.Event(), threading.Event()
+    preadv = os.preadv
+
+    def slow(*arguments: Any) -> int:
+        going.set()
+        may_end.wait(10)
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    copy = copied(file, tmp_path)
+    store = store_of(copy, 9)
+    store._start((0, 1))
+    assert going.wait(10)
+    threading.Timer(0.1, may_end.set).start()
+    del store
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert str(copy) not in opened
 
 
 def test_what_is_read_leaves_the_page_cache(file, monkeypatch):
