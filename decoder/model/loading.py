@@ -115,7 +115,7 @@ def _load_safetensors(
         options["distributed_config"] = divide(config)
     apart = None
     if offload is not None:
-        copied = files if offload.folder is None else weight_files(offload.folder)
+        copied = files if offload.folder is None else weight_files(Path(offload.folder))
         apart = ExpertsApart(config, copied, offload, device)
     loader: Any = AutoModelForCausalLM if apart is None else apart.model_class
     own = config if apart is None else apart.config

@@ -90,7 +90,7 @@ def test_layouts_of_files(folder, tmp_path, layout):
         source = tmp_path / "sharded"
         assert len(list(source.glob("*.safetensors"))) > 3
     else:
-        offload = Offload(offload.budget, copied(folder, tmp_path / "copy"))
+        offload = Offload(offload.budget, str(copied(folder, tmp_path / "copy")))
     assert decoded(load_model(source, device="cpu", offload=offload))[0] == wanted
 
 
@@ -233,6 +233,8 @@ def test_what_cannot_be_offloaded_is_refused(folder, tmp_path):
     config["quantization_config"] = {"quant_method": "fp8"}
     (quantized / "config.json").write_text(json.dumps(config))
     everything = Offload(10**9)
+    with pytest.raises(UserError, match=r"must be an integer, got 8000000000\.0"):
+        Offload(8e9)  # type: ignore[arg-type]
     for path, options, said in (
         (dense, {}, "LlamaForCausalLM has no routed experts to offload"),
         (quantized, {}, "quantised"),
