@@ -38,7 +38,7 @@ class Ranks:
         rank, size: this one, and how many there are.
         device: that this rank computes on.
         commands: the group over which rank 0 tells the others what to do.
-        is_inside: whether this rank is in the middle of what all of them do.
+        is_inside: whether this rank is in the middle of what all of them do, or was left there.
 
     Raises:
         UserError: the process was not started as one of several, there is no such device, or the
@@ -73,6 +73,8 @@ class Ranks:
         self.commands = dist.new_group(backend="gloo", timeout=_IDLE)
         self._timeout = timeout
         self.is_inside = False
+        self._turn = threading.RLock()
+        self._over = ""  # why nothing can be run together any more
         atexit.register(self.leave)
 
     def require_same(self, what: dict[str, Any]) -> None:
@@ -106,25 +108,32 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """A block that every rank runs: what fails in it, on any of them, ends the run.
 
-        Nothing can be tried again by one rank, for the others are in the middle of a sum with it.
-        A refusal of the model is the same on all ranks, and stays what it is.
+        Threads take turns: the other ranks run one block after the other. Nothing can be tried
+        again by one rank, for the others are in the middle of a sum with it. A refusal of the
+        model is the same on all ranks, and stays what it is.
 
         Raises:
             RankLost: in place of any other exception.
         """
-        self.is_inside = True
-        try:
-            yield
-        except UserError as error:
-            with suppress(Exception):
-                self._store.set(_left(self.rank), reason(error))
-            raise
-        except (Exception, RankLost) as error:
-            raise self._lost(error) from error
-        except BaseException:  # an interrupt, which says what there is to say
-            self._claim()
-            raise
-        self.is_inside = False
+        with self._turn:
+            if self._over:
+                raise RankLost(self._over)
+            self.is_inside = True
+            try:
+                yield
+            except UserError as error:
+                with suppress(Exception):
+                    self._store.set(_left(self.rank), reason(error))
+                raise
+            except (Exception, RankLost) as error:
+                lost = self._lost(error)
+                self._over = str(lost)
+                raise lost from error
+            except BaseException:  # an interrupt, which says what there is to say
+                self._over = "the run was interrupted in what all ranks do; start them again"
+                self._claim()
+                raise
+            self.is_inside = False
 
     def leave(self) -> None:
         """Leave the run; ranks that are still in it lose this one."""

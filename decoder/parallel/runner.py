@@ -55,13 +55,16 @@ class Leader:
         atexit.register(self.end)
 
     def open(self, runner: ModelRunner, *numbers: int) -> int:
-        """Have a runner made on every rank, and those forgotten that are gone here."""
+        """Have a runner made on the other ranks, and those forgotten that are gone here.
+
+        Inside of what all ranks do together: they try it at once, as this one has to.
+        """
         # Not when the collector finds them: that may be in the middle of another message.
         while self._dropped:
-            self.send(Command(CLOSE, self._dropped.pop()))
+            self.tell(Command(CLOSE, self._dropped.pop()))
         self._opened += 1
         weakref.finalize(runner, self._dropped.append, self._opened)
-        self.send(Command(OPEN, self._opened, numbers))
+        self.tell(Command(OPEN, self._opened, numbers))
         return self._opened
 
     def send(self, command: Command) -> None:
@@ -124,8 +127,8 @@ class RankedRunner(ModelRunner):
             )
         self._leader = _leaders[model]
         place = ATTENTION.index(attention)
-        self._number = self._leader.open(self, max_batch_size, max_length, place)
         with self._leader.ranks.together():
+            self._number = self._leader.open(self, max_batch_size, max_length, place)
             super().__init__(model, max_batch_size, max_length, attention, False, longest_draft)
         # Whoever has met undefined numbers has the cache scrub their row. Weakly: no circle.
         scrub = partial(self._leader.scrub, self._number, weakref.proxy(self.cache))

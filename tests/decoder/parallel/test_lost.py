@@ -72,6 +72,19 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     assert first["lost"] == second["lost"] == "rank 1 failed: no room for 3 GiB"
 
 
+def test_an_interrupted_forward_is_not_gone_on_from(tmp_path: Path) -> None:
+    """The others are in the middle of its sums, and would take those of the next for them."""
+    path = tmp_path / "model"
+    tiny_model("qwen3_moe").save_pretrained(path)
+    began = time.monotonic()
+    start = ranks.start(2, rank_work.interrupt_in_forward, tmp_path, str(path), tmp_path)
+    assert ranks.join(start) == [0, 0], ranks.printed(tmp_path, 0)
+    refusal = "RankLost: the run was interrupted in what all ranks do; start them again"
+    assert ranks.reported(tmp_path, 0)["said"] == ["KeyboardInterrupt: ", refusal]
+    assert ranks.reported(tmp_path, 1)["said"] == ["rank 0 is gone"]
+    assert time.monotonic() - began < 20
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -91,3 +91,10 @@ def test_sums_are_in_order_and_experts_elsewhere_cost_nothing(
     found = [ranks.reported(tmp_path, rank) for rank in range(2)]
     assert [one["flops"] for one in found] == [one["expected"] for one in found]
     assert all(one["flops"] > 0 for one in found)
+
+
+def test_decoders_in_two_threads_share_a_target(saved: dict[str, str], tmp_path: Path) -> None:
+    """Other ranks run one forward after the other: sums of two must not meet."""
+    start = ranks.start(2, rank_work.decode_in_threads, tmp_path, saved["qwen3_moe"], tmp_path)
+    assert ranks.join(start) == [0, 0], ranks.printed(tmp_path, 0)
+    assert ranks.reported(tmp_path, 0)["right"] == [True, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,48 @@ def count_expert_work(path: str, folder: Path) -> None:
     pairs = int((ids // held == ranks.rank).sum())
     per_pair = 2 * 32 * 2 * width + 2 * width * 32
     report(folder, ranks.rank, flops=counter.get_total_flops(), expected=pairs * per_pair)
+
+
+def decode_in_threads(path: str, folder: Path) -> None:
+    """Two decoders on one target at once; report whether each decodes what one does alone."""
+    ranks = Ranks(timeout=20)
+    model = load_part(path, "expert", ranks, dtype=torch.float32)
+    if ranks.rank:
+        serve(model, ranks)
+        return
+    leader = lead(model, ranks)
+    alone = decoded(model)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(decoded, model, "ngram", gamma) for gamma in (2, 3)]
+    report(folder, 0, right=[one.result() == alone for one in both])
+    leader.end()
+
+
+def interrupt_in_forward(path: str, folder: Path) -> None:
+    """Rank 0 is interrupted between two sums of a forward, and tries to go on."""
+    ranks = Ranks(timeout=20)
+    model = load_part(path, "expert", ranks, dtype=torch.float32)
+    said = []
+    try:
+        if ranks.rank:
+            serve(model, ranks)
+        else:
+            lead(model, ranks)
+            calls = iter(range(100))
+
+            def interrupt(*_: Any) -> None:
+                if next(calls) == 12:
+                    raise KeyboardInterrupt
+
+            model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+            for _ in range(2):
+                try:
+                    decoded(model, "ngram", 2)
+                except (KeyboardInterrupt, RankLost) as error:
+                    said.append(f"{type(error).__name__}: {error}")
+    except RankLost as lost:
+        said.append(str(lost))
+    report(folder, ranks.rank, said=said)
 
 
 def fail_in_forward(path: str, folder: Path) -> None:
