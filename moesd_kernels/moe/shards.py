@@ -42,8 +42,8 @@ class Header(NamedTuple):
 class Shards:
     """The tensors of one safetensors file, or of a folder of them; nothing is read before ``read``.
 
-    A folder's index, where it has one, says which file to open for a tensor, unless there is a
-    ``model.safetensors``: that one is newer, and the one that transformers reads.
+    Of a folder, ``model.safetensors`` where there is one, whatever lies beside it: that is what
+    transformers reads. Else its index says which file to open for a tensor; without, all are read.
 
     Args:
         path: a safetensors file or a folder.
@@ -57,10 +57,10 @@ class Shards:
         self._stack = ExitStack()
         self._opened: dict[Path, tuple[Any, frozenset[str]]] = {}
         whole, self._index = path / "model.safetensors", path / "model.safetensors.index.json"
-        if not self._index.is_file():
-            self._files = self._listed(path)
+        if not whole.exists() and self._index.is_file():
+            self._files = self._indexed()
         else:
-            self._files = self._listed(whole) if whole.exists() else self._indexed()
+            self._files = self._listed(whole if whole.exists() else path)
 
     def __enter__(self) -> Shards:
         return self

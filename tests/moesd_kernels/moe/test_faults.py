@@ -158,6 +158,14 @@ def test_a_whole_file_is_newer_than_an_index_beside_it(
     assert torch.equal(loaded.experts.down_proj, again)
 
 
+def test_variants_beside_a_whole_file_are_left_alone(sharded: Path, tmp_path: Path) -> None:
+    """As repositories have them for other types: ``model.fp16.safetensors``."""
+    AutoModelForCausalLM.from_pretrained(sharded).save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "model.fp16.safetensors")
+    again, wanted = (MoE.from_safetensors(path, layer=1) for path in (tmp_path, sharded))
+    assert torch.equal(again.experts.down_proj, wanted.experts.down_proj)
+
+
 GATE_UP = f"{BLOCK}experts.gate_up_proj"
 CODES = torch.zeros(8, 64, 2, 16, dtype=torch.uint8)
 TENSORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
