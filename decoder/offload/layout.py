@@ -19,7 +19,7 @@ from decoder.errors import UserError
 from .files import Extent, tensor_extents
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # What joins tensors, and along which axis that leaves each of them in one piece.
 _JOINING = {("MergeModulelist", 0), ("Concatenate", 1)}
 

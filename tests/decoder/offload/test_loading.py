@@ -104,6 +104,12 @@ def test_families(tmp_path, family):
     assert decoded(load_model(tmp_path, device="cpu", offload=offload))[0] == wanted
 
 
+def test_experts_in_double_precision(tmp_path):
+    tiny_model("qwen3_moe", torch.float64).save_pretrained(tmp_path)
+    wanted, _ = decoded(load_model(tmp_path, device="cpu"))
+    assert decoded(load_model(tmp_path, device="cpu", offload=Offload(10**9)))[0] == wanted
+
+
 def test_the_text_part_of_a_model_that_also_sees(tmp_path):
     """Whose configuration has that of the text in it."""
     build("Qwen3_5MoeForConditionalGeneration").save_pretrained(tmp_path)
