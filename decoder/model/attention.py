@@ -9,7 +9,7 @@ Three forms, one meaning (query at position p sees positions max(0, p - window +
 * the op of ``moesd_kernels`` when there is one (no copy, no mask),
 * ``packed``: SDPA with the query heads of a group folded into the query axis, so that grouped keys
   are not copied per head,
-* ``reference``: plain fp32 arithmetic, also for sinks and score caps.
+* ``reference``: plain arithmetic, also for sinks and score caps.
 """
 
 from __future__ import annotations
@@ -193,20 +193,26 @@ def reference_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """``ragged_attention`` in plain fp32 (fp64 stays fp64); keys and values ``[B, S, Hkv, D]``."""
-    group = query.shape[2] // keys.shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    expanded = keys.to(dtype).repeat_interleave(group, dim=2)
-    scores = torch.einsum("bqhd,bshd->bhqs", query.to(dtype), expanded) * scale
+    """``ragged_attention`` in plain arithmetic; keys and values ``[B, S, Hkv, D]``.
+
+    On a CPU in fp64: how a library's product rounds depends on how many queries and positions it
+    has, and so on the batch, which results of fewer bits then do not show.
+    """
+    on_cpu = query.device.type == "cpu"
+    dtype = torch.float64 if on_cpu else torch.promote_types(query.dtype, torch.float32)
+    B, Q, Hq, _ = query.shape
+    grouped = query.to(dtype).unflatten(2, (keys.shape[2], -1))  # [B, Q, Hkv, g, D]
+    packed = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, g * Q, D]
+    scores = (packed @ keys.to(dtype).permute(0, 2, 3, 1) * scale).view(B, Hq, Q, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
-        column = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        column = sinks.to(dtype).view(1, -1, 1, 1).expand(B, -1, Q, 1)
         scores = torch.cat([scores, column], dim=-1)
-    probs = scores.softmax(-1)[..., : keys.shape[1]]
-    out = torch.einsum("bhqs,bshd->bqhd", probs, values.to(dtype).repeat_interleave(group, dim=2))
-    return out.to(query.dtype)
+    probs = scores.softmax(-1)[..., : keys.shape[1]].reshape(*packed.shape[:3], -1)
+    out = probs @ values.to(dtype).transpose(1, 2)  # [B, Hkv, g * Q, Dv]
+    return out.view(B, Hq, Q, -1).transpose(1, 2).to(query.dtype)
 
 
 def _selected(slab: Tensor, placement: Placement) -> Tensor:

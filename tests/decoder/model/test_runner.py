@@ -1,5 +1,6 @@
 """The runner against the model's own cacheless forward, and the KV audit."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from support.tiny import MOE_VOCAB, ragged_prompts, tiny_moe
 
 from decoder.errors import UserError
 from decoder.model.attention import Placement, ragged_attention, reference_attention
+from decoder.model.cache import whole_blocks
 from decoder.model.prefill import prefill_parts
 from decoder.model.runner import ModelRunner
 
@@ -129,6 +131,22 @@ def test_packed_attention_equals_the_reference(window, group):
     torch.testing.assert_close(out[0], expected[0])
     torch.testing.assert_close(out[1, :2], expected[1, :2])
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_capped_query_is_computed_alike_in_any_batch(dtype):
+    """Gemma 2's, which no kernel of ours takes."""
+    torch.manual_seed(0)
+    q = torch.randn(4, 5, 8, 64, dtype=dtype)
+    keys, values = torch.randn(2, 4, 256, 4, 64, dtype=dtype).unbind(0)
+    positions = torch.tensor([[7], [60], [130], [200]]) + torch.arange(5)
+    call = partial(ragged_attention, keys=keys, values=values, scale=0.5, softcap=30.0)
+    together = call(q, placement=Placement(None, positions, 256))
+    for b, row in enumerate(positions):
+        for i, position in enumerate(row):
+            length = whole_blocks(int(position) + 1)
+            alone = Placement(torch.tensor([b]), position.view(1, 1), length)
+            assert torch.equal(call(q[b : b + 1, i : i + 1], placement=alone)[0, 0], together[b, i])
 
 
 def test_sinks_take_probability_and_give_nothing():
