@@ -271,7 +271,9 @@ def _mean_log_prob(model: Any, request: Request, output: Output) -> float:
     """Mean log-probability per output token under ``model``, unprocessed."""
     count = len(output.token_ids)
     ids = torch.tensor([request.prompt_ids + output.token_ids], device=model.device)
-    logits = model(input_ids=ids, logits_to_keep=count + 1).logits[0, :-1].float()
+    # Some models, Qwen3-Omni's thinker among them, keep all.
+    kept = model(input_ids=ids, logits_to_keep=count + 1).logits[0, -count - 1 : -1]
+    logits = kept.float()
     chosen = logits.log_softmax(dim=-1).gather(-1, ids[0, -count:, None])
     return float(chosen.mean())
 

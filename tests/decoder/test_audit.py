@@ -118,6 +118,23 @@ def test_sampled_output_is_compared_in_law(pair, verifier):
     assert result.passed and abs(result.law.difference) < 3 * result.law.half_width
 
 
+def test_the_law_is_that_of_the_output_where_a_model_keeps_all_logits(pair):
+    """As Qwen3-Omni's thinker does, whatever it is asked for."""
+    target = pair[0]
+
+    class KeepsAll:
+        device = target.device
+
+        def __call__(self, input_ids, logits_to_keep):
+            return target(input_ids=input_ids)
+
+    arguments = PROMPTS, SamplingParams(temperature=1.0, seed=1, max_new_tokens=8)
+    expected = audit(*decoders(pair), *arguments, lambda: target).law
+    law = audit(*decoders(pair), *arguments, KeepsAll).law
+    assert law.difference == pytest.approx(expected.difference, abs=1e-6)
+    assert law.half_width == pytest.approx(expected.half_width, abs=1e-6)
+
+
 def test_the_law_check_catches_a_sampler_that_keeps_every_draft(pair, monkeypatch):
     def lenient(target_probs, draft, uniforms):
         return draft.lengths.clone()
