@@ -16,7 +16,7 @@ class PhaseClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
     def start(self) -> None:
@@ -41,5 +41,5 @@ class PhaseClock:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # not that of the current device
         return event

@@ -32,11 +32,15 @@ def captured() -> int:
     return _captured
 
 
-def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
+def capture(
+    run: Callable[[], Result], pool: Any = None, device: torch.device | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
     """Warm ``run`` up, and capture it.
 
     Args:
         pool: of an earlier graph, whose memory is shared.
+        device: that ``run`` computes on, by default the current one. A graph of another device's
+            stream would be empty, and a replay of it nothing.
 
     Returns:
         The graph, and what ``run`` returned inside it; the first replay uploads the graph.
@@ -45,6 +49,12 @@ def capture(run: Callable[[], Result], pool: Any = None) -> tuple[torch.cuda.CUD
         RuntimeError: ``run`` cannot be captured, and why; the current stream and the device are as
             before.
     """
+    with torch.cuda.device(device):
+        return _captured_there(run, pool)
+
+
+def _captured_there(run: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """``capture`` on the current device."""
     device = torch.cuda.current_device()
     stream = _STREAMS.get(device) or _STREAMS.setdefault(device, torch.cuda.Stream())
     stream.wait_stream(torch.cuda.current_stream())
@@ -158,7 +168,7 @@ class CapturedCalls:
             def run() -> None:
                 _copied(list(function(*entry.buffers)), results)
 
-            entry.graph, _ = capture(run, self._pool)
+            entry.graph, _ = capture(run, self._pool, entry.buffers[0].device)
         except RuntimeError as error:
             error.add_note("decoding is captured in CUDA graphs; static=False runs without them")
             raise

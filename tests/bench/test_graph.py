@@ -6,7 +6,7 @@ fails: its end raises, and the stream it captured on stays the current one.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class Device:
 
     def install(self, monkeypatch):
         for name in (
-            *("stream", "graph", "get_sync_debug_mode", "set_sync_debug_mode"),
+            *("device", "stream", "graph", "get_sync_debug_mode", "set_sync_debug_mode"),
             *("current_stream", "current_device", "_sleep", "Event", "Stream", "CUDAGraph"),
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
@@ -42,6 +42,9 @@ class Device:
 
     def Stream(self):
         return Stream("side")
+
+    def device(self, device):
+        return nullcontext()
 
     def current_device(self):
         return 0

@@ -1,5 +1,8 @@
 """The start-up profile: measured with the decoder itself, leaving no trace but the costs."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from support.tiny import ragged_prompts, tiny_moe
 
@@ -8,6 +11,7 @@ from decoder.drafters import ReplayDrafter
 from decoder.drafters.base import StatelessDrafter, empty_draft
 from decoder.drafters.independent import IndependentDrafter
 from decoder.engine import profile_rounds as profiling
+from decoder.engine.phases import PhaseClock
 from decoder.gamma.step_cost import CorrectedCost
 
 torch.set_num_threads(1)
@@ -73,3 +77,18 @@ def test_a_full_round_that_captured_a_graph_is_left_out(monkeypatch):
         assert (place in log.capturing) == made
     log.observe(2, 2, [2] * 2, [1] * 2, {"verify": 9.0})
     assert log.full(3) == [(12, {"verify": 3.0})], "of the others, the first warms up"
+
+
+def test_phases_are_timed_on_the_stream_of_the_models_device(monkeypatch):
+    """The current device may be another one, whose stream has nothing to do."""
+    recorded = []
+    event = SimpleNamespace(
+        record=recorded.append, synchronize=lambda: None, elapsed_time=lambda later: 2.0
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = PhaseClock(torch.device("cuda", 1))
+    clock.start()
+    clock.mark("verify")
+    assert clock.stop()["verify"] == pytest.approx(0.002)
+    assert recorded == ["stream of cuda:1"] * 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,15 @@ def test_a_released_runner_leaves_no_graph_behind(monkeypatch):
     assert [graph() for graph in graphs] == [None, None]
 
 
+def test_a_graph_is_captured_on_the_device_of_its_model(monkeypatch):
+    runner = ModelRunner(tiny_moe(dtype=F32), 2, 40, attention="portable", static=True)
+    fake_capture(monkeypatch)
+    runner._graphs._calls.capture = True
+    position = torch.zeros(1, 1).long()
+    runner.forward(position, torch.zeros(1).long(), position)
+    assert list(capture._STREAMS) == [str(runner.device)]
+
+
 def test_a_step_that_cannot_be_captured_says_what_to_do(monkeypatch):
     runner = ModelRunner(tiny_moe(dtype=F32), 2, 40, attention="portable", static=True)
     fake_capture(monkeypatch)
@@ -128,6 +138,7 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]
     graphs: list[Any] = []
     shared: list[Any] = []
     streams: list[Any] = []
+    current = ["another device"]
 
     class Graph:
         replays = 0
@@ -150,6 +161,12 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]
         shared.append((pool, streams.index(stream)))
         return Nothing()
 
+    @contextmanager
+    def of_device(device: Any) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
     def new_stream() -> Any:
         streams.append(SimpleNamespace(wait_stream=lambda other: None))
         return streams[-1]
@@ -158,7 +175,8 @@ def fake_capture(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "Stream", new_stream)
     monkeypatch.setattr(capture, "_STREAMS", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", of_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=print))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: Nothing())
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)

@@ -76,7 +76,9 @@ def fake_graphs(patch: pytest.MonkeyPatch) -> list[FakeGraph]:
     made: list[FakeGraph] = []
     new_calls = CapturedCalls.__init__
 
-    def capture(run: Callable[[], Any], pool: Any = None) -> tuple[FakeGraph, Any]:
+    def capture(
+        run: Callable[[], Any], pool: Any = None, device: Any = None
+    ) -> tuple[FakeGraph, Any]:
         run()
         graph = FakeGraph()
         with graph, pytest.MonkeyPatch.context() as strict:
