@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
+        if str(getattr(args, "device", "")).startswith("cuda:"):
+            _make_current(args.device)
         return int(args.run(args) or 0)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"python -m bench {args.command}: {error}", file=sys.stderr)
@@ -53,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished lines are kept", file=sys.stderr)
         return 130
+
+
+def _make_current(device: str) -> None:
+    """Timers' events and graphs are of the current device: what ran on another would take none."""
+    import torch
+
+    torch.cuda.set_device(device)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from bench.__main__ import main
 from bench.measure.fields import FIELDS
@@ -110,3 +111,20 @@ def test_a_folder_in_place_of_a_file_is_one_clear_line(tmp_path, capsys):
     results = Path(__file__).parents[3] / "bench" / "results" / "epyc-zen4-2c" / "gammas"
     assert main(["predict", str(results), "--profile", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """Events, streams and graphs of timers are of that one."""
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    monkeypatch.setattr("bench.commands.roofline.run", lambda args: None)
+    assert main(["roofline", "--device", "cuda:1"]) == 0
+    assert made_current == ["cuda:1"]
+
+
+def test_a_device_that_is_not_here_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["roofline", "--device", "cuda:7"])
+    assert "CUDA device of this machine" in capsys.readouterr().err
