@@ -72,12 +72,14 @@ def explained(what: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says; its class as well where the message alone says too little."""
+    """What an exception says, with what was added to it on its way; its class as well where the
+    message alone says too little."""
     message = str(error).strip()
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if not message or isinstance(error, LookupError):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    message = "; ".join([message, *getattr(error, "__notes__", ())])
     return message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
 
 

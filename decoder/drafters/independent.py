@@ -70,7 +70,7 @@ class IndependentDrafter:
             self.model,
             runner.max_batch_size,
             self._limit,
-            static=runner.static,
+            static=runner.asked_static,
             longest_draft=max_gamma,
         )
         # A recurrent state takes in what it is fed once and no more.

@@ -59,7 +59,7 @@ class SpeculativeDecoder:
         batch_invariant: on a GPU compute every row in one order whatever it is decoded beside, so
             that the target's bits do not depend on the batch; a CPU's kernels always do.
         attention: ``"auto"`` or ``"portable"``.
-        static: run steps in fixed-size buffers, as CUDA graphs on a GPU; ``"auto"`` does so there.
+        static: steps in fixed-size buffers, on a GPU as CUDA graphs; ``"auto"``: where they can be.
 
     Raises:
         UserError: a path, a combination or an architecture that cannot work.

@@ -6,6 +6,7 @@ which the arguments are copied.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -24,6 +27,8 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 # Calls kept. A run of a hundred rows that end one by one has some sixty shapes of rounds, of four
 # calls each; what is dropped is captured again when it comes back.
 MAX_ENTRIES = 256
+# Of what torch says where something waits for the device, or else may not stand in a graph.
+_NO_GRAPH = ("synchronizing", "captur")
 _captured = 0
 
 
@@ -97,10 +102,12 @@ class CapturedCalls:
     Args:
         capture: replay CUDA graphs; otherwise call the function on the padded buffers each time,
             which does the same on any device.
+        insist: raise where a function cannot be captured; otherwise nothing more is captured, and
+            the log says why.
     """
 
-    def __init__(self, capture: bool) -> None:
-        self.capture = capture
+    def __init__(self, capture: bool, insist: bool = True) -> None:
+        self.capture, self._insist = capture, insist
         self._entries: dict[Hashable, _Entry] = {}  # the least recently used first
         self._pool: Any = None
 
@@ -141,7 +148,8 @@ class CapturedCalls:
             next call overwrites, and nothing else.
 
         Raises:
-            RuntimeError: it cannot be captured, and why; nothing has changed.
+            RuntimeError: it cannot be captured, and why; nothing has changed. Only where that is
+                insisted on, or what went wrong is something else.
         """
         shapes = tuple((x.shape[1:], x.dtype) for x in inputs)
         place = key, batch, shapes
@@ -170,6 +178,10 @@ class CapturedCalls:
 
             entry.graph, _ = capture(run, self._pool, entry.buffers[0].device)
         except RuntimeError as error:
+            if not self._insist and any(word in str(error) for word in _NO_GRAPH):
+                self.capture = False
+                logger.warning("decoding goes on without CUDA graphs, slower: %s", _first(error))
+                return
             error.add_note("decoding is captured in CUDA graphs; static=False runs without them")
             raise
         global _captured
@@ -238,3 +250,8 @@ class _Entry:
 def _copied(sources: list[Tensor], targets: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
+
+
+def _first(error: RuntimeError) -> str:
+    """The first line of a message, behind which torch explains itself at length."""
+    return str(error).partition("\n")[0]

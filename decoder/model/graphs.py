@@ -27,15 +27,18 @@ class StepGraphs:
         max_batch_size: largest batch.
         max_view: positions of a cache row, a multiple of 64.
         capture: replay CUDA graphs; otherwise call the functions on padded buffers each time.
+        insist: on graphs of every step (``CapturedCalls``).
 
     Attributes:
         spare_row: the row of padding in tables of the rows, which have it for this alone.
     """
 
-    def __init__(self, max_batch_size: int, max_view: int, capture: bool) -> None:
+    def __init__(
+        self, max_batch_size: int, max_view: int, capture: bool, insist: bool = True
+    ) -> None:
         self.spare_row = max_batch_size
         self._max_view = max_view
-        self._calls = CapturedCalls(capture)
+        self._calls = CapturedCalls(capture, insist)
 
     def __len__(self) -> int:
         return len(self._calls)

@@ -51,8 +51,7 @@ class ModelRunner:
         static: bool | Literal["auto"] = "auto",
         longest_draft: int = 0,
     ) -> None:
-        self.model = model
-        self.config = model.config.get_text_config(decoder=True)
+        self.model, self.config = model, model.config.get_text_config(decoder=True)
         states = recurrent_states(model, max_batch_size, max(longest_draft + 1, probe.TRIED))
         self._cache_argument = cache_argument(self.model)
         self._head, self._base = self.model.get_output_embeddings(), self.model.base_model
@@ -60,7 +59,7 @@ class ModelRunner:
         self.dtype, self.vocab_size = hidden_dtype(self.model), int(self._head.weight.shape[0])
         self.max_batch_size, self.max_length = max_batch_size, max_length
         cuda = self.device.type == "cuda"
-        self.static = cuda if static == "auto" else bool(static)
+        self.asked_static, self.static = static, cuda if static == "auto" else bool(static)
         # Growing would move the slabs under captured graphs.
         whole = max_length if self.static else None
         self.cache = RaggedCache(max_batch_size, max_length, whole, states)
@@ -80,7 +79,8 @@ class ModelRunner:
             self._split_head = self._probe()
         self.attention_op = self._op  # also for heads of this model's kind of layer
         fixed = self.static and states is None and not looks_at_positions(model)
-        self._graphs = StepGraphs(max_batch_size, self.cache.row_length, cuda) if fixed else None
+        captured = self.cache.row_length, cuda, static is True
+        self._graphs = StepGraphs(max_batch_size, *captured) if fixed else None
         self._proven = self._split_head, self._lean is not None
         support.warn_of_library_products(model, self._lean is not None and self._lean.whole)
         self._watch = self._look()

@@ -7,6 +7,7 @@ from support.tiny import MOE_VOCAB, ragged_prompts, tiny_moe
 
 from decoder import SamplingParams, SpeculativeDecoder
 from decoder.drafters import DraftOptions, build_drafter
+from decoder.errors import RequestFailed
 from decoder.model.capture import CapturedCalls
 from decoder.model.graphs import StepGraphs
 from decoder.model.runner import ModelRunner
@@ -148,6 +149,38 @@ def test_a_call_that_cannot_be_captured_changes_nothing(monkeypatch):
         assert "static=False" in caught.value.__notes__[0]
     assert len(calls) == 0 and counters.table[:SPARE].sum() == 0
     assert call(calls, counters, [3], [4])[0].tolist() == [4]
+
+
+def test_where_graphs_are_not_insisted_on_what_waits_runs_without(monkeypatch, caplog):
+    graphs, calls = fake_graphs(monkeypatch), CapturedCalls(True, insist=False)
+    x = torch.tensor([[3]])
+    calls("one more", lambda x: [x + 1], [x], 2, [0])
+
+    def waits(x: torch.Tensor) -> list[torch.Tensor]:
+        return [x + int(x.max())]
+
+    for key in ("waits", "waits", "again"):
+        assert calls(key, waits, [x], 2, [0])[0].tolist() == [[6]]
+    assert calls("one more", lambda x: [x + 1], [x + 1], 2, [0])[0].tolist() == [[5]]
+    assert [graph.replays for graph in graphs] == [2], "what is captured is replayed"
+    said = [record.getMessage() for record in caplog.records if "CUDA graphs" in record.message]
+    assert len(said) == 1 and "synchronizing" in said[0]
+
+
+def test_a_model_that_waits_for_the_device_decodes_without_graphs(monkeypatch):
+    """transformers' eager experts look at their tokens."""
+    options = {"max_batch_size": 3, "max_length": 60, "kernels": False, "attention": "portable"}
+    prompts, params = ragged_prompts(4), SamplingParams(max_new_tokens=6)
+    target = tiny_moe()
+    target.set_experts_implementation("eager")
+    expected = SpeculativeDecoder(target, None, **options).generate(prompts, params)
+    fake_graphs(monkeypatch)
+    decoder = SpeculativeDecoder(target, None, static=True, **options)
+    with pytest.raises(RequestFailed, match="static=False"):
+        decoder.generate(prompts, params)
+    decoder.runner._graphs._calls._insist = False  # as "auto" has it on a GPU
+    outputs = decoder.generate(prompts, params)
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
 
 
 def test_a_replayed_forward_is_the_plain_one(monkeypatch):

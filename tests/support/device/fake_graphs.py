@@ -88,7 +88,9 @@ def fake_graphs(patch: pytest.MonkeyPatch) -> list[FakeGraph]:
         return graph, result
 
     patch.setattr(captures, "capture", capture)
-    patch.setattr(CapturedCalls, "__init__", lambda self, capture: new_calls(self, True))
+    patch.setattr(
+        CapturedCalls, "__init__", lambda self, _, insist=True: new_calls(self, True, insist)
+    )
     patch.setattr(decoder.round, "HOST_DEVICES", frozenset())
     return made
 
