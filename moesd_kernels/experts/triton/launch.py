@@ -65,11 +65,13 @@ def fused_experts_add_norm(
     """``fused_experts_triton``, and in its last launch what follows it in a decoder layer.
 
     Args:
-        x: ``[T, H]``, rows contiguous, T > 0 and T * K <= ``MAX_PAIRS``.
+        x: ``[T, H]``, rows contiguous, T * K <= ``MAX_PAIRS``.
 
     Returns:
         ``after.stream`` with the block's output, and its norm, both ``[T, H]``.
     """
+    if x.shape[0] == 0:
+        return torch.empty_like(x), torch.empty_like(x)
     with _device_guard(x.device):
         done = Layer(weights, spec).run(
             x, routing.ids, routing.weights, torch.empty_like(x), batch_invariant, None, after

@@ -178,3 +178,19 @@ def test_a_head_that_the_kernel_does_not_take_runs_without_it(monkeypatch):
     monkeypatch.setattr("moesd_kernels.dense.triton.attention.ragged_attention", refuse)
     runner = ModelRunner(build("Qwen2"), 4, 62, static=True)
     assert runner._op is None and runner._lean is None
+
+
+@pytest.mark.parametrize("family", ["Qwen2Moe", "Qwen3Moe"])
+def test_tokens_are_read_without_logits(family):
+    """As a draft model catches up with a text: its last layer then has no token."""
+    model = build(family)
+    ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+    runner = ModelRunner(model, 4, 62, static=False)
+    rows, columns = torch.arange(2), torch.arange(9).expand(2, -1)
+    nothing = torch.zeros(2, 0, dtype=torch.int64)
+    logits = runner.forward(ids[:, :8], rows, columns[:, :8], logits_positions=nothing).logits
+    assert logits.shape == (2, 0, 50)
+    logits = runner.forward(ids[:, 8:], rows, columns[:, 8:].contiguous()).logits
+    torch.testing.assert_close(logits, expected[:, 8:], rtol=1e-4, atol=1e-4)
