@@ -27,8 +27,8 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 # Calls kept. A run of a hundred rows that end one by one has some sixty shapes of rounds, of four
 # calls each; what is dropped is captured again when it comes back.
 MAX_ENTRIES = 256
-# Of what torch says where something waits for the device, or else may not stand in a graph.
-_NO_GRAPH = ("synchronizing", "captur")
+# Of what torch says where something waits for the device. Other failures may be another thread's.
+_WAITS = "synchronizing"
 _captured = 0
 
 
@@ -102,8 +102,8 @@ class CapturedCalls:
     Args:
         capture: replay CUDA graphs; otherwise call the function on the padded buffers each time,
             which does the same on any device.
-        insist: raise where a function cannot be captured; otherwise nothing more is captured, and
-            the log says why.
+        insist: raise where a function waits for the device; otherwise nothing more is captured,
+            and the log says why.
     """
 
     def __init__(self, capture: bool, insist: bool = True) -> None:
@@ -148,8 +148,7 @@ class CapturedCalls:
             next call overwrites, and nothing else.
 
         Raises:
-            RuntimeError: it cannot be captured, and why; nothing has changed. Only where that is
-                insisted on, or what went wrong is something else.
+            RuntimeError: it cannot be captured, and why; nothing has changed.
         """
         shapes = tuple((x.shape[1:], x.dtype) for x in inputs)
         place = key, batch, shapes
@@ -178,7 +177,7 @@ class CapturedCalls:
 
             entry.graph, _ = capture(run, self._pool, entry.buffers[0].device)
         except RuntimeError as error:
-            if not self._insist and any(word in str(error) for word in _NO_GRAPH):
+            if not self._insist and _WAITS in str(error):
                 self.capture = False
                 logger.warning("decoding goes on without CUDA graphs, slower: %s", _first(error))
                 return
