@@ -99,6 +99,8 @@ def measure(session: Session) -> None:
     """
     failed = []
     for batch, gammas in session.sizes.cells:
+        if not session.begin(f"B={batch} gammas={gammas}"):
+            continue
         done = {line["gamma"] for line in session.lines.find("decode", batch=batch)}
         missing = [gamma for gamma in gammas if gamma not in done]
         if not missing:
@@ -109,6 +111,8 @@ def measure(session: Session) -> None:
             _measure_batch(session, name, measured, setup, batch, missing)
         except (RuntimeError, ValueError) as error:
             failed.append(f"B={batch}: {type(error).__name__}: {error}"[:300])
+            if not session.usable():
+                break
     if failed:
         raise RuntimeError("; ".join(failed))
 

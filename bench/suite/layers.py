@@ -41,6 +41,8 @@ def measure(name: str, backend: str, session: Session) -> None:
     our_calls = {name: all_calls[name] for name in (OURS, INVARIANT) if name in all_calls}
     failed = []
     for batch, rows in points:
+        if not session.begin(f"{name} {backend} B={batch} rows={rows}"):
+            continue
         session.need(POINT_S)
         with session.lines.marked(tuned=tuned):
             try:

@@ -70,8 +70,16 @@ class Lines(Recorder):
 
     def states_of_this_start(self) -> dict[str, dict[str, Any]]:
         """The same since the last ``start`` line."""
+        return {line["name"]: line for line in self._pieces_of_this_start()}
+
+    def lost_in_this_start(self, name: str | None = None) -> list[str]:
+        """Points of a piece, or of all, at which a process has lost the device."""
+        lost = [line for line in self._pieces_of_this_start() if "lost_at" in line]
+        return [line["lost_at"] for line in lost if name in (None, line["name"])]
+
+    def _pieces_of_this_start(self) -> list[dict[str, Any]]:
         last = max((i for i, line in enumerate(self.seen) if line["kind"] == "start"), default=0)
-        return {x["name"]: x for x in self.seen[last:] if x["kind"] == "piece"}
+        return [line for line in self.seen[last:] if line["kind"] == "piece"]
 
 
 def drop_half_a_line(folder: Path) -> None:

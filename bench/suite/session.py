@@ -36,6 +36,8 @@ class Session:
             thing that cannot stop in between.
         tuned: whether the back-end looks into the folder's tiles.
         kept: what pieces hold for the next one, such as a model; dropped by ``release``.
+        point: of the running piece, what it measures now: left out when the piece goes on, should
+            the device be lost to it.
     """
 
     device: torch.device
@@ -47,6 +49,7 @@ class Session:
     grace_s: float = 45.0
     tuned: bool = False
     kept: dict[str, Any] = field(default_factory=dict)
+    point: str | None = None
 
     @property
     def cuda(self) -> bool:
@@ -83,6 +86,20 @@ class Session:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+    def usable(self) -> bool:
+        """Whether the device still answers: after an illegal access it never does in a process."""
+        try:
+            if self.cuda:
+                torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
+
+    def begin(self, point: str) -> bool:
+        """Take up a point; False where the device was lost at it in this start."""
+        self.point = point
+        return point not in self.lines.lost_in_this_start()
 
     def free_bytes(self) -> int:
         """Memory of the device that nobody holds; on a CPU a size no preset fits."""

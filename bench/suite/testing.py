@@ -62,13 +62,18 @@ class Outcomes:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Tests that passed in an earlier start need not run again."""
-        passed = {x["test"] for x in self.session.lines.find("test", outcome="passed")}
-        items[:] = in_turns([item for item in items if item.nodeid not in passed])
+        lines = self.session.lines
+        settled = {x["test"] for x in lines.find("test", outcome="passed")}
+        settled.update(lines.lost_in_this_start())
+        items[:] = in_turns([item for item in items if item.nodeid not in settled])
 
     def pytest_runtest_setup(self, item: Any) -> None:
-        """Stop between two tests when the piece's time is up."""
+        """Stop between two tests when the piece's time is up, or the device is lost."""
         import pytest
 
+        if self.failed and not self.session.usable():
+            pytest.exit("the device is lost", returncode=1)
+        self.session.point = item.nodeid
         if self.session.left() < 1.0:
             self.out_of_time = True
             pytest.exit("out of time", returncode=0)

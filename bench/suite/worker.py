@@ -6,8 +6,6 @@ import time
 import traceback
 from collections.abc import Sequence
 
-import torch
-
 from bench.suite.progress import Lines
 from bench.suite.session import OutOfTimeError, Piece, Session
 from bench.suite.supervisor import RESTART
@@ -16,6 +14,8 @@ from bench.suite.supervisor import RESTART
 LEAST_S = 3.0
 # A piece stops itself at its limit, between two points; so much later it hangs.
 HARD = 1.5
+# A piece may lose the device at so many of its points; another process goes on behind each.
+LOSSES = 2
 
 
 def work(session: Session, pieces: Sequence[Piece], seconds: float, scale: float = 1.0) -> None:
@@ -55,7 +55,7 @@ def run_piece(session: Session, piece: Piece, seconds: float) -> None:
     if seconds < LEAST_S:
         return
     begin = time.monotonic()
-    session.piece_end = begin + seconds
+    session.piece_end, session.point = begin + seconds, None
     hard = round(HARD * seconds + session.grace_s, 1)
     lines.write("piece", name=piece.name, state="begun", limit_s=round(seconds, 1), hard_s=hard)
     print(f"=== {piece.name}", flush=True)
@@ -67,16 +67,12 @@ def run_piece(session: Session, piece: Piece, seconds: float) -> None:
     except Exception as error:  # whatever it is, the next piece must have its turn
         outcome = {"state": "failed", "reason": f"{type(error).__name__}: {error}"[:600]}
         traceback.print_exc()
+    lost = outcome["state"] == "failed" and not session.usable()
+    before = lines.lost_in_this_start(piece.name)
+    if lost and session.point is not None and len(before) < LOSSES:
+        outcome |= {"state": "lost", "lost_at": session.point}
+    elif before and outcome["state"] == "done":
+        outcome = {"state": "failed", "reason": f"lost the device at {', '.join(before)}"}
     lines.write("piece", name=piece.name, **outcome, took_s=round(time.monotonic() - begin, 1))
-    if outcome["state"] == "failed" and not _usable(session):
+    if lost:
         raise SystemExit(RESTART)
-
-
-def _usable(session: Session) -> bool:
-    """Whether the device still answers: after an illegal access it never does in this process."""
-    try:
-        if session.cuda:
-            torch.cuda.synchronize(session.device)
-    except RuntimeError:
-        return False
-    return True

@@ -16,8 +16,10 @@ import torch
 from bench.__main__ import main
 from bench.suite.progress import FILE, Lines, drop_half_a_line
 from bench.suite.runbook import run_book
+from bench.suite.session import Session
 from bench.suite.sizes import DRY, FULL, fitting_preset
 from bench.suite.supervisor import supervise
+from bench.suite.testing import Outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 # A worker with pieces of its own: they write a line each time they run.
@@ -46,7 +48,16 @@ def point_by_point():
             raise OutOfTimeError
         session.lines.write("ran", name="long")
 
+def loses_the_device(session):
+    for point in "abcd":
+        if session.begin(point) and not session.lines.find("ran", name=point):
+            if point in "bd":
+                Session.usable = lambda session: False
+                raise RuntimeError("illegal access")
+            session.lines.write("ran", name=point)
+
 pieces = [
+    Piece("loses", 9, loses_the_device),
     Piece("good", 9, ran("good")),
     Piece("bad", 9, ran("bad", fail)),
     Piece("refused", 9, ran("refused"), lambda session: "no such tool"),
@@ -76,6 +87,7 @@ def test_no_piece_stops_the_next(fakes):
     folder, trouble = fakes
     states = {name: line["state"] for name, line in Lines(folder).states().items()}
     assert states == {
+        "loses": "failed",
         "good": "done",
         "bad": "failed",
         "refused": "not run",
@@ -84,7 +96,7 @@ def test_no_piece_stops_the_next(fakes):
         "long": "done",
         "last": "done",
     }
-    assert trouble.keys() == {"bad", "dies", "hangs"}
+    assert trouble.keys() == {"bad", "dies", "hangs", "loses"}
     assert trouble["bad"] == "ValueError: told so"
     assert "code 3" in trouble["dies"] and trouble["hangs"].startswith("hung")
     assert "told so" in (folder / "suite.log").read_text()
@@ -95,12 +107,39 @@ def test_within_a_start_nothing_runs_twice_but_what_was_cut(fakes):
     ran = [line["name"] for line in Lines(folder).find("ran")]
     assert ran.count("long") == 3  # begun twice, and its one point
     assert sorted(name for name in ran if name != "long") == [
+        "a",
         "bad",
+        "c",
         "dies",
         "good",
         "hangs",
         "last",
     ]
+
+
+def test_a_point_at_which_the_device_is_lost_costs_no_other(fakes):
+    folder, trouble = fakes
+    lines = [line for line in Lines(folder).find("piece", name="loses") if line["state"] != "begun"]
+    assert [line.get("lost_at") for line in lines[:3]] == ["b", "d", None]
+    assert trouble["loses"] == "lost the device at b, d"
+
+
+def test_tests_end_where_the_device_is_lost_and_go_on_behind_it(tmp_path):
+    lines = Lines(tmp_path)
+    lines.write("start")
+    lines.write("test", test="t::passed", outcome="passed")
+    lines.write("piece", name="tests", state="lost", lost_at="t::lost")
+    session = Session(torch.device("cpu"), DRY, lines, tmp_path)
+    names = ("t::passed", "t::lost", "t::other")
+    items = [SimpleNamespace(nodeid=x, get_closest_marker=lambda name: None) for x in names]
+    outcomes = Outcomes(session)
+    outcomes.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["t::other"]
+    outcomes.pytest_runtest_setup(items[0])
+    outcomes.failed, session.usable = ["t::other"], lambda: False
+    with pytest.raises(pytest.exit.Exception, match="lost"):
+        outcomes.pytest_runtest_setup(SimpleNamespace(nodeid="t::next"))
+    assert session.point == "t::other"
 
 
 def test_a_second_start_tries_what_failed_again_and_nothing_else(fakes):
