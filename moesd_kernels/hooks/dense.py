@@ -23,6 +23,7 @@ from .gated_norms import gated_norm_forward, recognise_gated_norm
 from .mlps import activations, gated_mlp_forward
 from .norms import NormRule, recognise_norm
 from .packed import StoredWeight, linear_classes, stored_weight
+from .products import with_our_products
 from .routers import RouterRule, correction_of, recognise_router, router_logits
 from .shadow import DTYPES, fits, is_unshadowed, rows_apart, shadow, shadow_of
 
@@ -69,16 +70,13 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
         return mlp
     if type(module) in linear_classes() - {nn.Linear}:
         return _stored_forward if _readable(stored_weight(module)) else None
-    if (
-        type(weight) is not nn.Parameter
-        or weight.dtype not in DTYPES
-        or weight.device.type != "cpu"
-        or not weight.is_contiguous()
-    ):
+    name = type(module).__name__
+    if name.lower().endswith(("router", "moegate")):
+        return _router_replacement(module)
+    if not _is_ours(weight):
         return None
     if type(module) is nn.Linear:
         return _column_forward if module.out_features == 1 else _linear_forward
-    name = type(module).__name__
     if name.endswith("RMSNorm"):
         norm = recognise_norm(module)
         if norm is not None:
@@ -87,11 +85,24 @@ def _replacement(module: nn.Module) -> Callable[..., Any] | None:
         gated = recognise_gated_norm(module)
         if gated is not None:
             return gated_norm_forward(gated)
-    if name.lower().endswith(("topkrouter", "moegate")):
-        rule = recognise_router(module)
-        if rule is not None:
-            return _router_forward(rule, _fusable(rule, module), _choices(module))
     return None
+
+
+def _is_ours(weight: Any) -> bool:
+    """Whether our kernels read a weight where it lies."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype in DTYPES
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+    )
+
+
+def _router_replacement(router: nn.Module) -> Callable[..., Any]:
+    rule = recognise_router(router) if _is_ours(getattr(router, "weight", None)) else None
+    if rule is None:  # MiniMax-M2, LFM2, LongCat
+        return with_our_products
+    return _router_forward(rule, _fusable(rule, router), _choices(router))
 
 
 def _fusable(rule: RouterRule, router: nn.Module) -> bool:
