@@ -74,8 +74,10 @@ def end_tokens(source: GgufFile) -> int | list[int] | None:
 
 
 def _token(source: GgufFile, name: str) -> int | None:
+    """The id of a token with a role, unless it is beyond the vocabulary, as in llama.cpp."""
     key = f"tokenizer.ggml.{name}_token_id"
-    return source.field(key, int) if key in source.fields else None
+    token: int = source.field(key, int, -1)
+    return token if 0 <= token < source.tensors[OUTSIDE[EMBEDDING]].shape[0] else None
 
 
 def _size(source: GgufFile, architecture: str, name: str, key: str) -> int | float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.hostile.gguf import LIST, TEXT, Gguf
+from support.hostile.gguf import LIST, TEXT, U32, Gguf
 from transformers import AutoModelForCausalLM
 
 from decoder import SamplingParams, SpeculativeDecoder
@@ -175,3 +175,13 @@ def test_tokens_end_a_text_by_name_where_the_file_says_one_of_them(tmp_path: Pat
     del file.fields["tokenizer.ggml.tokens"]
     path.write_bytes(file.bytes())
     assert load_gguf(path).generation_config.eos_token_id == 0
+
+
+def test_a_role_beyond_the_vocabulary_is_no_tokens(tmp_path: Path) -> None:
+    """Padding, say, that a tokenizer has and the embedding has not."""
+    file, path = Gguf(), tmp_path / "a.gguf"
+    for role in ("padding", "bos", "eot"):
+        file.fields[f"tokenizer.ggml.{role}_token_id"] = (U32, 8)
+    path.write_bytes(file.bytes())
+    config = load_gguf(path).config
+    assert (config.vocab_size, config.pad_token_id, config.bos_token_id) == (8, None, None)
