@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from decoder.cli import flag_types as flag
+from decoder.embedded import ASSETS
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import build_corpus
 from training.optim import Budget
@@ -29,6 +30,7 @@ MINUTES = flag.number(0.001, 10**6)  # as a flag
 SHARES = {"target": 0.60, "teacher": 0.10, "draft": 0.17, "eagle": 0.13}
 ALONE = ["mtp"]  # not part of `all`
 STAGES = ["data", *SHARES, "evaluate", "install"]
+PARTS = ("target", "draft", "eagle", "tokenizer")  # of what is installed
 
 
 def load_tokens(run_dir: Path):
@@ -64,7 +66,7 @@ def run_stage(stage: str, args: argparse.Namespace, tokenizer, tokens) -> None:
         print(json.dumps(results, indent=1))
         return
     if stage == "install":
-        install(run_dir, Path("decoder/embedded/assets"))
+        install(run_dir, ASSETS)
         return
     if stage == "data":
         return
@@ -123,8 +125,17 @@ def evaluate_directory(path: Path, tokenizer, tokens, device: str = "cpu") -> di
 
 
 def install(run_dir: Path, assets: Path) -> None:
-    """Copy the finished pair into the package."""
-    for part in ("target", "draft", "eagle", "tokenizer"):
+    """Copy the finished pair into the package: the whole of it, since its parts fit each other.
+
+    Raises:
+        FileNotFoundError: a part has not been made; the package is as it was.
+    """
+    missing = [part for part in PARTS if not (run_dir / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{run_dir} must hold {', '.join(PARTS)}, got no {', '.join(missing)}"
+        )
+    for part in PARTS:
         shutil.copytree(run_dir / part, assets / part, dirs_exist_ok=True)
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from decoder import embedded
 from training import experts, teacher
+from training.__main__ import PARTS, install
 from training.data import HELD_OUT_SHARE, TokenStream, docstrings, is_held_out, source_files
 from training.eagle import Eagle
 from training.optim import Budget, orthogonalize
@@ -191,3 +192,20 @@ def test_rows_depend_on_the_seed_and_on_what_was_drawn() -> None:
     torch.testing.assert_close(two.batch(6, 3), one.batch(6, 3))
     known = {t for kind in documents.values() for text in kind for t in text} | {99}
     assert first.shape == (6, 4) and set(first.flatten().tolist()) <= known
+
+
+def test_an_unfinished_pair_is_not_installed(tmp_path) -> None:
+    """A new target beside the old draft and tokenizer would be a package that fits nowhere."""
+    run_dir, assets = tmp_path / "run", tmp_path / "assets"
+    for root, parts, text in ((run_dir, ("target", "tokenizer"), "new"), (assets, PARTS, "old")):
+        for part in parts:
+            (root / part).mkdir(parents=True)
+            (root / part / "file").write_text(text)
+    with pytest.raises(FileNotFoundError, match="got no draft, eagle"):
+        install(run_dir, assets)
+    assert [(assets / part / "file").read_text() for part in PARTS] == ["old"] * 4
+    for part in ("draft", "eagle"):
+        (run_dir / part).mkdir()
+        (run_dir / part / "file").write_text("new")
+    install(run_dir, assets)
+    assert [(assets / part / "file").read_text() for part in PARTS] == ["new"] * 4
