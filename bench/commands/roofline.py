@@ -14,16 +14,13 @@ from rich.table import Table
 from bench.measure.ceilings import measure_ceilings
 from bench.measure.machine import machine_with_kernels
 from bench.measure.record import Recorder
-from decoder.cli.flag_types import device as device_name
+from bench.workloads.arguments import add_machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench roofline``."""
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device_name, default=here)
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--machine", type=Path, help="write the machine description to this JSON")
-    parser.add_argument("--out", help="append a JSON line to this file")
+    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from bench.suite.progress import Lines
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if Lines(args.out).find("start", dry_run=not args.dry_run):
         kinds = ("a dry run's", "a GPU's") if args.dry_run else ("a GPU's", "a dry run's")
         raise ValueError(f"--out must be empty or hold {kinds[0]} lines, got {kinds[1]}")
+    if not args.dry_run and not torch.cuda.is_available():
+        raise ValueError("suite needs a CUDA device, found none; --dry-run needs none")
     command = [sys.executable, "-m", "bench", "suite", "--out", str(args.out)]
     command += ["--minutes", str(args.minutes), *(["--dry-run"] if args.dry_run else [])]
     if args.fused_moe_source:
@@ -62,8 +65,6 @@ def _work(args: argparse.Namespace) -> int:
     """The worker's side; what it needs is imported by it alone."""
     if args.dry_run:  # Triton reads it when it is first imported
         os.environ["TRITON_INTERPRET"] = "1"
-    import torch
-
     from bench.suite import machine, tuning
     from bench.suite.runbook import MINUTES, run_book
     from bench.suite.session import Session

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bench.workloads.trained import PAIRS
-from decoder.cli.flag_types import device as device_name
+from decoder.cli.flag_types import device, threads
 from decoder.drafters.table import AUTO, drafter_names
 from decoder.model.loading import DTYPES
 
@@ -119,6 +119,8 @@ def add_target_format(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Where to measure, with how many threads, and where the lines go."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device_name, default=here)
-    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument(
+        "--device", type=device, default=here, help="default: cuda when there is one"
+    )
+    parser.add_argument("--threads", type=threads, help="torch.set_num_threads")
     parser.add_argument("--out", help="append JSON lines to this file")

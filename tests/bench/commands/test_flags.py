@@ -69,6 +69,10 @@ def test_a_flag_that_would_be_ignored_is_refused(command, said, capsys):
         ("kernels --batch-sizes 0", "--batch-sizes"),
         ("tune --shape olmoe --tokens 0", "--tokens"),
         ("tune --shape olmoe --dtype fp32", "--dtype"),
+        ("kernels --device cuda:9", "--device"),
+        ("decode --device gpu", "--device"),
+        ("generate --threads 0", "--threads"),
+        ("roofline --device cuda:9", "--device"),
     ],
 )
 def test_a_value_that_cannot_be_measured_is_refused(command, flag, capsys):
@@ -77,6 +81,12 @@ def test_a_value_that_cannot_be_measured_is_refused(command, flag, capsys):
     assert ended.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {flag}: " in said
+
+
+def test_a_gpus_minutes_are_not_begun_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["suite", "--out", str(tmp_path / "out")]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["kernels --gammas 0,4", "generate --gamma 0,auto"])
