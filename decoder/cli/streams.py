@@ -50,7 +50,8 @@ def standard_streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     original, forgiving = sys.stderr, _Forgiving(sys.stderr)
     sys.stderr = forgiving
-    if hasattr(sys.stdout, "reconfigure") and sys.stdout.errors == "strict":
+    # In the C locale the handler is "surrogateescape", which fails on what ASCII does not have.
+    if hasattr(sys.stdout, "reconfigure") and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

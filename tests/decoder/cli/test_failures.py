@@ -1,5 +1,6 @@
 """The one place that turns failures into lines, and streams that cannot be written to."""
 
+import io
 import os
 import signal
 import sys
@@ -95,3 +96,12 @@ def test_signals_unwind_unless_somebody_handles_them():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second in the C locale
+def test_a_terminal_without_greek_gets_escapes(monkeypatch, errors):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(PLAN) == 0
+    stream.flush()
+    assert rb"\u03b3" in stream.buffer.getvalue()
