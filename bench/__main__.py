@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from decoder.cli.streams import silence_stdout, standard_streams
 from decoder.errors import RankLost
 
 COMMANDS = {
@@ -27,12 +28,44 @@ COMMANDS = {
 }
 
 
+# Packages that ours does not depend on.
+OPTIONAL = {"gguf", "matplotlib"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` and run one sub-command; returns the process exit code."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler narrates every start and stop
+    argv = list(sys.argv[1:] if argv is None else argv)
+    what = f"python -m bench {argv[0]}" if argv else "python -m bench"
+    with standard_streams():
+        try:
+            args = _parse(argv)
+            if str(getattr(args, "device", "")).startswith("cuda:"):
+                _make_current(args.device)
+            return int(args.run(args) or 0)
+        except BrokenPipeError:
+            return 141
+        except (ValueError, OSError, NotImplementedError) as error:
+            print(f"{what}: {error}", file=sys.stderr)
+            return 2
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] not in OPTIONAL:
+                raise
+            print(f"{what}: {error}; pip install {error.name} brings it", file=sys.stderr)
+            return 2
+        except RankLost as lost:
+            print(f"{what}: {lost}; finished lines are kept", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted; finished lines are kept", file=sys.stderr)
+            return 130
+        finally:
+            silence_stdout()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="what")
-    argv = list(sys.argv[1:] if argv is None else argv)
     # Only the module that is asked for is imported: `bench plot` must not need torch to start.
     wanted = [name for name in COMMANDS if name in argv[:1]] or list(COMMANDS)
     for name in wanted:
@@ -41,20 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"bench.commands.{name}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    try:
-        if str(getattr(args, "device", "")).startswith("cuda:"):
-            _make_current(args.device)
-        return int(args.run(args) or 0)
-    except (ValueError, OSError, NotImplementedError) as error:
-        print(f"python -m bench {args.command}: {error}", file=sys.stderr)
-        return 2
-    except RankLost as lost:
-        print(f"python -m bench {args.command}: {lost}; finished lines are kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; finished lines are kept", file=sys.stderr)
-        return 130
+    return parser.parse_args(argv)
 
 
 def _make_current(device: str) -> None:

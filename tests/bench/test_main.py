@@ -1,0 +1,48 @@
+"""What ends a benchmark is one line: packages and streams that are not as they should be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results" / "epyc-zen4-2c" / "offload"
+
+
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_a_package_that_is_not_installed_is_named(command, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("bench.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([command, str(RESULTS), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install matplotlib" in error
+
+
+def test_a_terminal_without_the_characters_gets_the_rest():
+    """``bench fit`` and others print Greek letters, at the end of what may have taken an hour."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = (
+        "from bench import __main__ as bench; from argparse import Namespace;"
+        "bench._parse = lambda argv: Namespace(run=lambda args: print(chr(0x3b3), 2));"
+        "raise SystemExit(bench.main(['fit']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **plain}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"\\u03b3 2\n"), done.stderr
+
+
+def test_a_reader_that_went_away_is_no_mistake(monkeypatch, capsys):
+    def gone(argv):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("bench.__main__._parse", gone)
+    assert main(["plot"]) == 141
+    assert capsys.readouterr().err == ""
