@@ -32,21 +32,31 @@ def load_prompts(source: str, limit: int | None = None, folder: Path = Path()) -
 
     Raises:
         FileNotFoundError: the file is not there; says where it was looked for.
-        ValueError: a line without prompt.
+        ValueError: a line that is no JSON object, or holds no prompt.
     """
     path = prompts_file(source, folder)
     if not path.exists():
         raise FileNotFoundError(f"no prompts at {path} (--prompts-dir names the data sets' folder)")
     opener = gzip.open if path.suffix == ".gz" else open
     prompts = []
-    with opener(path, "rt") as file:
+    with opener(path, "rt", encoding="utf-8-sig") as file:  # whatever the locale's encoding is
         for number, text in enumerate(file, start=1):
-            line = json.loads(text)
-            prompt = line.get("prompt") or (line.get("turns") or [None])[0]
-            if prompt is None:
-                raise ValueError(f"{path}:{number} needs prompt or turns, got {sorted(line)}")
-            prompts.append(prompt)
+            if text.strip():
+                prompts.append(_prompt(text, f"{path}:{number}"))
     return prompts[:limit]
+
+
+def _prompt(text: str, place: str) -> str:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    if not isinstance(line, dict):
+        raise ValueError(f"{place} must be a JSON object, got a {type(line).__name__}")
+    prompt = line.get("prompt") or (line.get("turns") or [None])[0]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{place} needs prompt or turns that are text, got {sorted(line)}")
+    return prompt
 
 
 def prompt_tokens(tokenizer: Any, source: str, folder: Path = Path()) -> list[list[int]]:

@@ -140,6 +140,17 @@ def test_prompts_of_both_kinds_of_line(tmp_path):
         load_prompts(str(path))
 
 
+def test_prompt_files_as_other_programs_write_them(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"prompt": "é"}\r\n\r\n{"turns": ["b"]}\r\n\n'.encode())
+    assert load_prompts(str(path)) == ["é", "b"]
+    for line, said in (("[1]", "a JSON object, got a list"), ("{", "is not JSON"),
+                       ('{"prompt": ["a"]}', "that are text")):  # fmt: skip
+        path.write_text('{"prompt": "a"}\n' + line)
+        with pytest.raises(ValueError, match=rf"prompts.jsonl:2 .*{said}"):
+            load_prompts(str(path))
+
+
 def test_random_prompts_are_seeded():
     assert random_prompts(3, 5, 100) == random_prompts(3, 5, 100)
     assert random_prompts(3, 5, 100) != random_prompts(3, 5, 100, seed=1)
