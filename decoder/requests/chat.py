@@ -110,7 +110,10 @@ def prompt_form(prompt: Mapping[str, Any]) -> str:
     found = [form for form in FORMS if prompt.get(form) is not None]
     if len(found) != 1:
         listed = ", ".join(f'"{form}"' for form in FORMS)
-        raise ValueError(f"expected exactly one of {listed}, got {' and '.join(found) or 'none'}")
+        got = " and ".join(found) or "none"
+        if others := [key for key, value in prompt.items() if value is not None and not found]:
+            got = f"none beside {shown(others)}"
+        raise ValueError(f"expected exactly one of {listed}, got {got}")
     beside = [key for key in CHAT_KEYS if prompt.get(key) is not None]
     if beside and found != ["messages"]:
         raise ValueError(f"{beside[0]} is read with messages only, got {found[0]}")

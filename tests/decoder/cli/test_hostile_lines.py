@@ -35,6 +35,8 @@ LINES = [
     (b'{"prompt": "", "metadata": ' + b"[" * 40 + b"]" * 40 + b"}", "must not be nested more than"),
     (b'{"a": ' * DEEP, "nested too deeply"),
     (b"{}", 'expected exactly one of "prompt", "token_ids", "messages", got none'),
+    (b'{"text": "a"}', """got none beside ['text']"""),
+    (b'{"turns": ["a"], "question_id": 81}', """got none beside ['turns', 'question_id']"""),
     (b'{"id": "x"}', "got none"),
     (b'{"prompt": null}', "got none"),
     (b'{"prompt": "a", "token_ids": [1]}', "got prompt and token_ids"),
