@@ -73,6 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if name in argv[:1]:
             module = importlib.import_module(f"bench.commands.{name}")
             module.add_arguments(sub)
+            _tell_defaults(sub)
             sub.set_defaults(run=module.run)
     return parser.parse_args(argv)
 
@@ -82,6 +83,14 @@ def _make_current(device: str) -> None:
     import torch
 
     torch.cuda.set_device(device)
+
+
+def _tell_defaults(parser: argparse.ArgumentParser) -> None:
+    """Put into each flag's help what it is when it is not given, where its module does not."""
+    for action in parser._actions:
+        told = action.help or ""
+        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in told:
+            action.help = f"{told} (default: %(default)s)".strip()
 
 
 if __name__ == "__main__":

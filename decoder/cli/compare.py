@@ -152,7 +152,9 @@ def add_parser(subparsers: Any) -> None:
     )
     group.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
     add_chat_argument(group)
-    group.add_argument("--repetitions", type=positive, default=3, metavar="N")
+    group.add_argument(
+        "--repetitions", type=positive, default=3, metavar="N", help="default: %(default)s"
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
     add_sampling_arguments(parser)

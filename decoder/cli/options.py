@@ -105,7 +105,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--gamma", "--num-speculative-tokens", "--spec-tokens", "--num-assistant-tokens",
-        type=types.gamma, default=GAMMA_AUTO, metavar=f"N|{GAMMA_AUTO}", help="draft length",
+        type=types.gamma, default=GAMMA_AUTO, metavar=f"N|{GAMMA_AUTO}",
+        help="draft length (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--max-gamma", type=types.whole(1, types.MAX_GAMMA), metavar="N",
@@ -113,7 +114,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--verifier", "--rejection-sample-method", choices=VERIFIERS, default=VERIFIERS[0],
-        help="how drafts are accepted",
+        help="how drafts are accepted (default: %(default)s)",
     )  # fmt: skip
     _add_draft_options(group)
     group.add_argument(
@@ -171,7 +172,7 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--batch-size", "--max-num-seqs", type=types.whole(1, types.MAX_BATCH), default=16,
-        metavar="B", help="sequences decoded at once",
+        metavar="B", help="sequences decoded at once (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--max-length", "--max-model-len", type=types.integer, metavar="N",

@@ -46,3 +46,11 @@ def test_a_reader_that_went_away_is_no_mistake(monkeypatch, capsys):
     monkeypatch.setattr("bench.__main__._parse", gone)
     assert main(["plot"]) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_help_says_what_is_measured_when_nothing_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["decode", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--gammas GAMMAS (default: 2,4)" in told
+    assert "acceptance of the replay drafter (default: 0.947)" in told

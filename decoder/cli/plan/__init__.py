@@ -31,25 +31,29 @@ def add_parser(subparsers: Any) -> None:
         description="Predicted target efficiency, speedup and best draft length per batch size.",
     )
     parser.add_argument(
-        "--target",
-        "--model",
-        type=types.path,
+        "--target", "--model", type=types.path,
         help="architecture name, config.json, model folder, GGUF file or built-in model",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--draft", "--assistant-model", type=types.path,
         help="same, or 'eagle', or 'none' (free drafts); default: what the paper pairs, or eagle",
     )  # fmt: skip
-    parser.add_argument("--alpha", type=float, default=0.8, help="acceptance rate per draft token")
-    parser.add_argument("--batch-sizes", default="1..256", help="1,8,32 or 1..256 (doubling)")
-    parser.add_argument("--gammas", "--num-speculative-tokens", default="0..8", help="0..8 or 2,4")
+    parser.add_argument(
+        "--alpha", type=float, default=0.8,
+        help="acceptance rate per draft token (default: %(default)s)",
+    )  # fmt: skip
+    sizes = "1,8,32, or doubling (default: %(default)s)"
+    parser.add_argument("--batch-sizes", default="1..256", help=sizes)
+    lengths = "2,4, or a range (default: %(default)s)"
+    parser.add_argument("--gammas", "--num-speculative-tokens", default="0..8", help=lengths)
     parser.add_argument(
         "--machine", type=types.path, default="this",
-        help="h200, 2xa800, …; 'this' (measured now); or a profile JSON of `bench fit`",
+        help="h200, 2xa800, …; 'this' (default: measured now); or a profile JSON of `bench fit`",
     )  # fmt: skip
     parser.add_argument(
-        "--context", type=types.whole(1, _MAX_CONTEXT), default=512, help="tokens in each cache"
-    )
+        "--context", type=types.whole(1, _MAX_CONTEXT), default=512,
+        help="tokens in each cache (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--top-k-experts", type=types.positive, help="experts per token, if not the model's"
     )
