@@ -8,6 +8,7 @@ row was live are counted, so neither admission nor a shrinking tail blurs a cell
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from typing import Any
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             target, draft = load(top_k)
         subject = Subject(target, draft, None if args.no_replay else args.alpha)
         for batch in tqdm(args.batch_sizes, desc=f"K={subject.top_k}", disable=None):
-            for pair in measure_batch(
+            pairs = measure_batch(
                 subject,
                 batch,
                 args.gammas,
@@ -92,7 +93,12 @@ def run(args: argparse.Namespace) -> None:
                 new_tokens=args.new_tokens,
                 repetitions=args.rounds,
                 read=probe.read if probe else None,
-            ):
+            )
+            if unmeasured := set(args.gammas) - {pair.gamma for pair in pairs}:
+                shown = ", ".join(map(str, sorted(unmeasured)))
+                few = f"--new-tokens {args.new_tokens} are too few for a round of all rows"
+                print(f"B = {batch}, gamma = {shown}: not measured, {few}", file=sys.stderr)
+            for pair in pairs:
                 line = recorder.write(
                     "decode",
                     **cell_fields(args.target, subject, pair, setup),

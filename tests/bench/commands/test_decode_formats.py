@@ -35,3 +35,13 @@ def test_lines_say_how_the_target_is_stored(tmp_path, monkeypatch):
 def test_a_file_is_run_as_it_is(tmp_path, capsys):
     assert main(["decode", f"--target={tmp_path / 'm.gguf'}", "--weight-format=int8"]) == 2
     assert "m.gguf has a format of its own, got int8" in capsys.readouterr().err
+
+
+def test_draft_lengths_that_were_not_measured_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(decode, "describe_subject", lambda *subject: {})
+    monkeypatch.setattr(decode, "measure_batch", lambda *subject, **more: [])
+    monkeypatch.setattr(decode, "CeilingProbe", lambda dtype: type("Probe", (), {"read": None}))
+    flags = [f"--target={embedded.target_path()}", "--batch-sizes=2", "--gammas=2,6"]
+    assert main(["decode", *flags, "--new-tokens=4", "--device=cpu"]) == 0
+    said = "B = 2, gamma = 2, 6: not measured, --new-tokens 4 are too few"
+    assert said in capsys.readouterr().err
