@@ -15,7 +15,13 @@ def save_checkpoint(state: Any, path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Any:
-    """What ``save_checkpoint`` wrote, in host memory, whichever device it was written from."""
+    """What ``save_checkpoint`` wrote, in host memory, whichever device it was written from.
+
+    Raises:
+        SystemExit: there is none, and says so.
+    """
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: an earlier stage of training makes it")
     return torch.load(path, weights_only=True, map_location="cpu")
 
 

@@ -115,7 +115,11 @@ def quantize(
     step = {"weight_format": weight_format, "group": group, "linears": linears}
     _record(model, step | {"of": type(model).__name__})
     if left:
-        logger.warning("%d modules stay as they were, the first is %s", len(left), left[0])
+        logger.warning(
+            "%d modules stay as they were, with depths that %d does not divide or experts that are "
+            "not fused; the first is %s",
+            *(len(left), GROUPS[0], left[0]),
+        )
     return model
 
 

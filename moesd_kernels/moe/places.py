@@ -89,7 +89,7 @@ def _listed(prefixes: Iterable[str]) -> str:
         ranges = f"{{{_ranges(found)}}}" if len(found) > 1 else "".join(map(str, found))
         shown.append(f"{before}{ranges}{after}" or "''")
     more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-    return f"there are experts below {', '.join(shown[:4])}{more}" if shown else "it has no experts"
+    return f"there are experts below {', '.join(shown[:4])}{more}" if shown else "none has experts"
 
 
 def _ranges(numbers: list[int]) -> str:

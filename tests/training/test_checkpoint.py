@@ -26,6 +26,8 @@ def test_the_one_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint({"steps": 2}, file)
     assert load_checkpoint(file) == {"steps": 1}
+    with pytest.raises(SystemExit, match=r"rows\.pt is not there: an earlier stage"):
+        load_checkpoint(tmp_path / "rows.pt")
 
 
 def test_what_a_gpu_wrote_is_read_without_one(

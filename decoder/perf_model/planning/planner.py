@@ -148,6 +148,8 @@ def _check_grid(batches: Sequence[int], gammas: Sequence[int]) -> None:
         wrong = [value for value in (min(values), max(values)) if not low <= value <= high]
         if wrong:
             raise ValueError(f"{name} must be at least {low} and at most {high}, got {wrong[0]}")
+    if not any(gammas):
+        raise ValueError("gammas must have one that drafts, got 0 alone")
     if len(batches) * len(gammas) > _MAX_CELLS:
         raise ValueError(
             f"batch sizes times gammas must be at most {_MAX_CELLS} cells, got "

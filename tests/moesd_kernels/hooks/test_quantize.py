@@ -152,7 +152,8 @@ def test_what_does_not_fit_stays_and_is_said(caplog):
     model = model_of(moe_intermediate_size=24)
     with caplog.at_level(logging.WARNING, logger="moesd_kernels"):
         quantize(model, "int8")
-    assert "2 modules stay as they were, the first is model.layers.0.mlp.experts" in caplog.text
+    assert "2 modules stay as they were, with depths that 32 does not divide" in caplog.text
+    assert "the first is model.layers.0.mlp.experts" in caplog.text
     assert type(model.lm_head) is QuantizedLinear
     with pytest.raises(ValueError, match=r"has no weights that can be int8.*'model\.layers\.0"):
         quantize_experts(model_of(moe_intermediate_size=24), "int8")

@@ -109,13 +109,18 @@ TENSORS = {
         f"no place for {expert(10**15)}",
     ),
 }
+
+
+def twice(folder):
+    """In files of other names: beside model.safetensors no other counts."""
+    (folder / FILE).rename(folder / "a.safetensors")
+    save_file(tensors(), folder / "b.safetensors")
+
+
 FILES = {
     "empty": (lambda folder: (folder / FILE).write_bytes(b""), "cannot read"),
     "garbled": (lambda folder: (folder / FILE).write_bytes(b"x" * 99), "cannot read"),
-    "twice": (
-        lambda folder: save_file(tensors(), folder / "again.safetensors"),
-        "is also in again.safetensors",
-    ),
+    "twice": (twice, "is also in a.safetensors"),
     "an index that leads up": (indexed({f"{PREFIX}a": "../b.safetensors"}), "of its folder"),
     "an index with a whole path": (indexed({f"{PREFIX}a": "/b.safetensors"}), "of its folder"),
     "an index of a pickle": (indexed({f"{PREFIX}a": "b.bin"}), "of its folder"),

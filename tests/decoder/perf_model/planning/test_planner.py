@@ -198,6 +198,7 @@ def test_memory_notes() -> None:
         ([], [1], "batch sizes must be at least one, got none"),
         ([2**20 + 1], [1], "batch sizes must be at least 1 and at most 1048576, got 1048577"),
         ([1], [-1], "gammas must be at least 0 and at most 1024, got -1"),
+        ([1], [0], "gammas must have one that drafts, got 0 alone"),
         ([1], [10**30], "gammas must be at least 0 and at most 1024"),
         (range(1, 100), range(100), "at most 4096 cells, got 99 x 100"),
     ],
