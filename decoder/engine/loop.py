@@ -163,18 +163,19 @@ class SpeculativeDecoder:
         return request
 
     def cancel(self, request: Request) -> Output | None:
-        """Give a request up; its row is free for the next step.
+        """Give a request up; its row is free for the next step. Waits for one on another thread.
 
         Returns:
             What it has so far, with finish reason ``"cancelled"``; ``None`` when it has none: it
             was waiting, or is no longer in the decoder.
         """
-        for sequence in self._rounds.batch.sequences:
-            if sequence.request is request:
+        with self._turns.lock:
+            if request in self._waiting:
+                self._waiting.remove(request)  # in place: another thread may be adding
+            for sequence in (s for s in self._rounds.batch.sequences if s.request is request):
                 sequence.finish_reason = "cancelled"
                 self._rounds.drop([sequence])
                 return output_of(sequence)
-        self._waiting = deque(waiting for waiting in self._waiting if waiting is not request)
         return None
 
     def step(self) -> list[Progress]:
@@ -198,9 +199,8 @@ class SpeculativeDecoder:
 
     def _step(self) -> list[Progress]:
         batch = self._rounds.batch
-        count = min(self._startable(), len(self._waiting))
         failed: list[ActiveSequence] = []
-        if count:
+        if count := min(self._startable(), len(self._waiting)):
             group = [self._waiting.popleft() for _ in range(count)]
             failed = self._rounds.admit(group, self.controller, self.stats)
         elif len(batch):
@@ -208,8 +208,7 @@ class SpeculativeDecoder:
         gained = [(sequence, sequence.take_new()) for sequence in (*batch.sequences, *failed)]
         finished = [sequence for sequence in batch.sequences if sequence.finish_reason is not None]
         self._rounds.drop(finished)
-        self.stats.sequences += len(finished)
-        self.stats.tokens += sum(len(sequence.token_ids) for sequence in finished)
+        self.stats.end([len(sequence.token_ids) for sequence in finished])
         return [
             Progress(sequence.request, new, output_of(sequence) if sequence.finish_reason else None)
             for sequence, new in gained
@@ -222,8 +221,9 @@ class SpeculativeDecoder:
 
     def clear(self) -> None:
         """Give up every request."""
-        self._waiting.clear()
-        self._rounds.clear()
+        with self._turns.lock:
+            self._waiting.clear()
+            self._rounds.clear()
 
     def generate(
         self,

@@ -87,6 +87,11 @@ class DecoderStats:
                 self._reached[position] += 1
                 self._passed[position] += position < kept
 
+    def end(self, lengths: Sequence[int]) -> None:
+        """Add finished outputs of so many tokens."""
+        self.sequences += len(lengths)
+        self.tokens += sum(lengths)
+
     @property
     def decided(self) -> int:
         """Drafts accepted or rejected; what stands behind a rejected one is neither."""

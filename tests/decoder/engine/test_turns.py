@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -96,3 +98,49 @@ def test_threads_that_begin_where_others_end_never_get_outputs_of_others():
     found = set().union(*from_threads(lambda: own(next(names))))
     assert "own" in found
     assert found <= {"own", "expected an idle decoder, got one that is still streaming"}
+
+
+def test_a_request_cancelled_in_the_middle_of_a_step_costs_no_other_anything(expected):
+    """A client of a server goes away, on another thread than the one that steps."""
+    engine = decoder(model_of("llama"), "ngram", 2)
+    requests = [engine.add(prompt, PARAMS) for prompt in PROMPTS]
+    cancelled: list[Any] = []
+    leaving = threading.Thread(target=lambda: cancelled.append(engine.cancel(requests[0])))
+
+    def commit(*args: Any) -> None:
+        if leaving.ident is None:
+            leaving.start()
+            leaving.join(0.2)
+
+    engine.drafter.commit = commit
+    outputs = {}
+    while not engine.is_idle():
+        outputs |= {p.request: p.output.token_ids for p in engine.step() if p.output is not None}
+        if leaving.ident is not None:
+            leaving.join()
+    assert [outputs[request] for request in requests[1:]] == expected[1:]
+    (output,) = cancelled
+    assert requests[0] not in outputs and output.finish_reason == "cancelled"
+    assert output.token_ids == expected[0][: len(output.token_ids)]
+
+
+def test_what_is_added_while_another_thread_cancels_is_decoded():
+    engine = decoder(model_of("llama"), None, 0)
+    short = SamplingParams(max_new_tokens=1)
+    kept: list[Any] = [engine.add(PROMPTS[0], short) for _ in range(500)]
+
+    def clients() -> None:
+        for _ in range(200):
+            kept.append(engine.add(PROMPTS[0], short))
+            engine.cancel(engine.add(PROMPTS[1], short))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        from_threads(clients)
+    finally:
+        sys.setswitchinterval(interval)
+    ended = set()
+    while not engine.is_idle():
+        ended |= {progress.request for progress in engine.step()}
+    assert ended == set(kept)
