@@ -41,6 +41,7 @@ class LiveBatch:
         # By row, the length at which nothing is left to draft: one token is still to come.
         self.last = zeros(max_batch_size + 1)
         self.state = StepState(empty, empty, empty, empty, self._history, [], [])
+        self._idled = 0  # rows that were free, summed over the rounds since the last admission
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -54,14 +55,15 @@ class LiveBatch:
         """Requests to start now: as many as rows are free, or none while they are few.
 
         A prefill costs about a round, an idle row costs 1 / B of every round it waits; with L
-        rounds per sequence the sum is least at B * sqrt(2 / L) rows at a time.
+        rounds per sequence the sum is least at B * sqrt(2 / L) rows at a time. No longer than idle
+        rows have cost that prefill, or what runs on far beyond the average would block the others.
 
         Args:
             rounds: L, that a sequence takes on average.
         """
         free, size = len(self.free_rows), self.max_batch_size
         enough = max(1, int(size * math.sqrt(2.0 / max(rounds, 2.0))))
-        return free if free >= enough or not len(self) else 0
+        return free if free >= enough or self._idled >= size or not len(self) else 0
 
     def take_rows(self, count: int) -> list[int]:
         """Reserve the lowest free rows: the portable attention need not copy leading rows."""
@@ -102,6 +104,7 @@ class LiveBatch:
             old.host_rows + [sequence.row for sequence in sequences],
         )
         self.state, self.sequences = state, [*self.sequences, *sequences]
+        self._idled = 0
 
     def advance(self, verdict: Verdict, host_accepted: Sequence[int]) -> None:
         """Commit a round: ``lengths += accepted + 1``, and that is the whole rollback."""
@@ -134,6 +137,7 @@ class LiveBatch:
         self.state = StepState(
             old.rows, lengths, current, previous, self._history, host_lengths, old.host_rows
         )
+        self._idled += len(self.free_rows)
 
     def remove(self, sequences: Sequence[ActiveSequence]) -> None:
         """Drop sequences; their rows are free now."""

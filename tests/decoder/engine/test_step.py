@@ -93,6 +93,22 @@ def test_requests_wait_until_a_row_is_free(target, prompts):
     assert set(client.outputs) == set(requests[:-1])
 
 
+def test_long_outputs_do_not_keep_short_ones_waiting(target, prompts):
+    """After many short outputs a few rows are not worth a prefill, unless they stay idle."""
+    client = Client(decoder(target, None, 0, max_batch_size=8))
+    short, long = (SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 60))
+    for _ in range(50):
+        client.engine.add(prompts[0], short)
+    client.finish()
+    for prompt in prompts[:5]:
+        client.engine.add(prompt, long)
+    client.step()
+    request = client.engine.add(prompts[5], short)
+    for _ in range(4):
+        client.step()
+    assert request in client.streamed, "three rows idle for three rounds cost more than a prefill"
+
+
 def test_a_cancelled_row_is_free_at_once(target, prompts):
     client = Client(decoder(target, "ngram", 3, max_batch_size=1))
     first, second = (client.engine.add(prompt, GREEDY) for prompt in prompts[:2])
