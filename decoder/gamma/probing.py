@@ -18,6 +18,9 @@ _DOUBT = 2
 # where all draft lengths are equally good it loses nothing, which is no reason to go on probing.
 _FLOOR = 0.05
 _OVERDRAWN = 2.0  # a probe is charged at most this many times what it was expected to lose
+# Rounds over which books are forgotten. Kept for ever, what a long past lost on probes would forbid
+# them, or what it saved would pay for many, for a part of its time when something has changed.
+_HORIZON = 1000
 _CATCH_UPS = 4  # timings kept of a drafter catching up
 
 
@@ -43,8 +46,9 @@ class ProbeBudget:
     """Keeps the books: time spent, time lost to probes, time a drafter needs to catch up."""
 
     def __init__(self) -> None:
-        self._elapsed = 0.0
+        self._elapsed = 0.0  # of late, as all that is lost
         self._lost = 0.0
+        self._since = 0.0  # seconds since the last probe: however dear one is, it comes
         self._expected = 0.0  # loss per round of the probe allowed last
         self._plain_rounds = math.inf  # since the last draft; a new drafter has seen no prompt
         # Seconds that a draft after plain rounds takes longer, per token a row missed.
@@ -52,16 +56,20 @@ class ProbeBudget:
 
     @property
     def lost_share(self) -> float:
-        """Share of the time spent that probing has lost."""
+        """Share of the time spent of late that probing has lost."""
         return self._lost / self._elapsed if self._elapsed else 0.0
 
     def spend(self, gamma: int, seconds: float) -> None:
         """Book one finished round."""
-        self._elapsed += seconds
+        keep = 1.0 - 1.0 / _HORIZON
+        self._lost *= keep
+        self._elapsed = keep * self._elapsed + seconds
+        self._since += seconds
         self._plain_rounds = 0 if gamma else self._plain_rounds + 1
 
     def charge(self, seconds: float, worth: float) -> None:
         """Book a round that was a probe, whose tokens would otherwise have taken ``worth``."""
+        self._since = 0.0
         least = _FLOOR * worth
         self._lost += min(max(seconds - worth, least), max(_OVERDRAWN * self._expected, least))
 
@@ -79,8 +87,8 @@ class ProbeBudget:
         catch_up = median_low(self._catch_ups or (0.0,)) * self._missed(context)
         loss = probe.loss + (catch_up if probe.gamma else 0.0)
         self._expected = loss / probe.rounds
-        share = _SHARE * probe.promise**_DOUBT
-        return self._elapsed > 0 and self._lost + loss <= probe.credit + share * self._elapsed
+        earned = _SHARE * probe.promise**_DOUBT * max(self._elapsed, self._since)
+        return self._elapsed > 0 and self._lost + loss <= probe.credit + earned
 
     def _missed(self, context: int) -> float:
         """Tokens that a drafter has to catch up on in a row: never more than the row holds.

@@ -86,3 +86,19 @@ def test_a_draft_after_plain_rounds_is_a_timing_where_there_is_nothing_to_catch_
         controller.observe(1, 4, [1] * 4, [1] * 4, {"total": 1.0})
     controller._learn()
     assert controller._costs.observations(4, 1) == timed
+
+
+@pytest.mark.parametrize("rounds", [100, 50_000])
+def test_what_was_lost_long_ago_forbids_no_probe(rounds: int) -> None:
+    """A server drafts for long, probing all that it may; then plain decoding becomes the best."""
+    budget, neighbour = spent(1.0), COSTLY._replace(loss=0.02, promise=0.98)
+    for _ in range(rounds):
+        budget.spend(4, 1.0)
+        if budget.allows(neighbour, CONTEXT):
+            budget.charge(1.02, worth=1.0)
+    assert budget.lost_share < 0.0055
+    waited, doubtful = 0, COSTLY._replace(loss=0.4, promise=0.6)
+    while not budget.allows(doubtful, CONTEXT):
+        budget.spend(0, 1.0)
+        waited += 1
+    assert waited < 1500
