@@ -21,6 +21,7 @@ _OVERDRAWN = 2.0  # a probe is charged at most this many times what it was expec
 # Rounds over which books are forgotten. Kept for ever, what a long past lost on probes would forbid
 # them, or what it saved would pay for many, for a part of its time when something has changed.
 _HORIZON = 1000
+_STALLED = 10.0  # a round counts as this many usual ones at most: a pause has earned no probes
 _CATCH_UPS = 4  # timings kept of a drafter catching up
 
 
@@ -46,7 +47,8 @@ class ProbeBudget:
     """Keeps the books: time spent, time lost to probes, time a drafter needs to catch up."""
 
     def __init__(self) -> None:
-        self._elapsed = 0.0  # of late, as all that is lost
+        self._rounds = 0.0  # of late, as all that is spent and lost
+        self._elapsed = 0.0
         self._lost = 0.0
         self._since = 0.0  # seconds since the last probe: however dear one is, it comes
         self._expected = 0.0  # loss per round of the probe allowed last
@@ -61,7 +63,10 @@ class ProbeBudget:
 
     def spend(self, gamma: int, seconds: float) -> None:
         """Book one finished round."""
+        if self._rounds:
+            seconds = min(seconds, _STALLED * self._elapsed / self._rounds)
         keep = 1.0 - 1.0 / _HORIZON
+        self._rounds = keep * self._rounds + 1.0
         self._lost *= keep
         self._elapsed = keep * self._elapsed + seconds
         self._since += seconds

@@ -102,3 +102,15 @@ def test_what_was_lost_long_ago_forbids_no_probe(rounds: int) -> None:
         budget.spend(0, 1.0)
         waited += 1
     assert waited < 1500
+
+
+def test_a_pause_earns_no_probes() -> None:
+    """A process that was stopped for hours: one round took as long as a million others."""
+    budget, doubtful = spent(1.0), COSTLY._replace(loss=0.4, promise=0.6)
+    probes = 0
+    for seconds in [1.0] * 300 + [1e6] + [1.0] * 1000:
+        budget.spend(0, seconds)
+        if budget.allows(doubtful, CONTEXT):
+            budget.charge(1.4, worth=1.0)
+            probes += 1
+    assert 0 < probes < 20
