@@ -21,7 +21,7 @@ class DecoderStats:
         tokens: tokens in outputs.
         rounds: verify forwards.
         row_rounds: rows summed over rounds.
-        drafted, accepted: over all rows.
+        drafted, accepted: over all rows; accepted ones may lie past the end of an output.
         seconds: phase to seconds; ``"host"`` is what the loop itself costs.
         wall: seconds spent in steps.
         offload: what reading experts came to, where they do not all stay in memory.
@@ -124,9 +124,9 @@ class DecoderStats:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Output tokens over the time of the rounds alone."""
+        """Output tokens but the first, which are of prefill, over the time of the rounds alone."""
         seconds = sum(value for phase, value in self.seconds.items() if phase != "prefill")
-        return self.tokens / seconds if seconds else None
+        return (self.tokens - self.sequences) / seconds if seconds else None
 
     def forward_ms(self, batch: int, gamma: int) -> float | None:
         """Mean milliseconds of a target forward of ``batch * (gamma + 1)`` tokens."""

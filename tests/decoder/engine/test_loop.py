@@ -225,6 +225,8 @@ def test_statistics_add_up(target, prompts, oracle):
     assert stats.acceptance_length > 3
     # The first token of every sequence comes from prefill, the rest from rounds.
     assert stats.accepted + stats.row_rounds == stats.tokens - len(prompts)
+    rounds = sum(stats.ms_per_round().values()) * stats.rounds / 1e3
+    assert stats.decode_tokens_per_second * rounds == pytest.approx(stats.tokens - len(prompts))
     assert engine.stats.as_dict()["alpha_by_position"] == [1.0, 1.0, 1.0]
 
 
