@@ -22,6 +22,7 @@ import re
 import shutil
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -243,6 +244,9 @@ def _other_libraries(folder: Path) -> set[Path]:
     return {other for other in found - {folder} if named.fullmatch(other.name)}
 
 
+_loading = threading.Lock()  # threads may come at once: what is registered twice is refused
+
+
 @functools.cache
 def load(device: str, /) -> str | None:
     """Registers the ``torch.ops.moesd`` operators of a device; the CPU's first.
@@ -250,13 +254,14 @@ def load(device: str, /) -> str | None:
     Returns:
         None when they can be called, otherwise why not; the reason is logged once.
     """
-    try:
-        torch.ops.load_library(str(built_module(device) or compiled_library(device)))
-    except (RuntimeError, OSError) as error:
-        reason = f"C++ {device.upper()} kernels unavailable: {error}"
-        logger.warning("%s", reason)
-        return reason
-    if device == "cpu":
-        register_fakes()
-        register_kernels()
-    return None
+    with _loading:
+        try:
+            torch.ops.load_library(str(built_module(device) or compiled_library(device)))
+        except (RuntimeError, OSError) as error:
+            reason = f"C++ {device.upper()} kernels unavailable: {error}"
+            logger.warning("%s", reason)
+            return reason
+        if device == "cpu":
+            register_fakes()
+            register_kernels()
+        return None

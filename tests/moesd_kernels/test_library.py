@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -117,6 +120,22 @@ def test_a_compiler_may_be_several_words_and_its_path_have_spaces(tmp_path, monk
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.skipif(library.load("cpu") is not None, reason=str(library.load("cpu")))
+def test_threads_that_load_at_once_register_once(monkeypatch):
+    registered = []
+
+    @functools.cache
+    def register() -> None:
+        time.sleep(0.1)
+        registered.append(True)
+
+    monkeypatch.setattr(library, "register_fakes", register)
+    library.load.cache_clear()
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        assert list(pool.map(library.load, ["cpu"] * 4)) == [None] * 4
+    assert registered == [True]
+
+
 def test_make_builds_anew_when_any_source_changes():
     root = library.SOURCE_ROOT.parent
     command = ["make", "--print-data-base", "--question", ".venv/.ready"]
