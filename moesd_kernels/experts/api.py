@@ -70,7 +70,7 @@ def fused_experts(
     if spec is None:
         spec = _make_spec(**options) if options else DEFAULT_SPEC
     quick = _quick.get(backend)
-    if quick is not None and out is None and not in_forward_ad():
+    if quick is not None and out is None and not is_transformed():
         result = quick(*tensors, *spec.op_options, *scales)
         if result is not None:
             return result
@@ -113,14 +113,19 @@ _make_spec = functools.lru_cache(maxsize=256)(ExpertsSpec)
 _quick: dict[str, QuickRun] = {}
 
 
-def in_forward_ad() -> bool:
-    """Whether derivatives are being carried forward, of which no kernel knows."""
-    return forward_ad._current_level >= 0
+def is_transformed() -> bool:
+    """Whether derivatives are being carried forward or a transform of ``torch.func`` runs.
+
+    No kernel knows of either, and a tensor inside may say that it asks for no gradient.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return not is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
-    return in_forward_ad() or (
+    return is_transformed() or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     )
 

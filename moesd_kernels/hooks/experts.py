@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moesd_kernels.experts.api import fused_experts, in_forward_ad, needs_grad
+from moesd_kernels.experts.api import fused_experts, is_transformed, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
 
 from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
@@ -228,7 +228,7 @@ def _hand_over(
     """transformers' ``grouped_mm`` on the same module, or ``batched_mm`` for what that lacks."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    lacks = hidden_states.dtype == torch.float64 or in_forward_ad()
+    lacks = hidden_states.dtype == torch.float64 or is_transformed()
     name = "batched_mm" if lacks else "grouped_mm"
     if not torch.compiler.is_compiling() and reason not in _said:
         _said.add(reason)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesd_kernels.experts.api import in_forward_ad
+from moesd_kernels.experts.api import is_transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # of weights in quantised formats
@@ -87,7 +87,7 @@ def fits(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
                 or (other is not None and other.requires_grad)
             )
         )
-        and not in_forward_ad()
+        and not is_transformed()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

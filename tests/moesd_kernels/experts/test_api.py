@@ -74,6 +74,22 @@ def test_calls_the_quick_way_does_not_serve_go_the_long_way():
         fused_experts(x, w_gate_up, w_down, ids[:2], weights)
 
 
+def test_transforms_of_torch_func_differentiate_after_a_plain_call():
+    x, *rest = make_case(4, 2, 3, 32, 16).tensors
+
+    def total(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        return fused_experts(x, *rest, backend=backend).square().sum()
+
+    total(x)
+    wanted = torch.func.grad(lambda x: total(x, "reference"))(x)
+    torch.testing.assert_close(torch.func.grad(total)(x), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vjp(total, x)[1](torch.tensor(1.0))[0], wanted)
+    if "cpu" in HERE:
+        total(x, "cpu")
+        with pytest.raises(RuntimeError, match="no backward pass"):
+            torch.func.grad(lambda x: total(x, "cpu"))(x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_accurate_as_eager(backend, shape, dtype):

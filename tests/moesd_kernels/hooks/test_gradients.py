@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny import sparse_model
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call, grad, jvp, vmap
 
 from moesd_kernels import accelerate, available_backends, fused_experts
 from moesd_kernels.formats import WEIGHT_FORMATS, QuantizedLinear, quantize
@@ -81,6 +81,25 @@ def test_forward_mode(kind: str) -> None:
 def at(value: Tensor) -> tuple[tuple[Tensor], tuple[Tensor]]:
     """Where to take a derivative, and along what."""
     return (value,), (torch.ones_like(value),)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_under_vmap(kind: str) -> None:
+    x, modules = torch.randn(3, 5, 32), accelerated(kind)
+    total = lambda v, m: vmap(lambda rows: logits(m(rows)).square().sum())(v).sum()
+    torch.testing.assert_close(*(grad(total)(x, m) for m in modules))
+
+
+def test_parts_of_a_layer_under_vmap() -> None:
+    plain = sparse_model("qwen2_moe").requires_grad_(False)
+    layers = [m.model.layers[0] for m in (plain, accelerate(copy.deepcopy(plain)))]
+    x = torch.randn(2, 1, 12, 32)
+    for name in ("input_layernorm", "mlp"):
+        parts = [getattr(layer, name) for layer in layers]
+        torch.testing.assert_close(*(vmap(m)(x) for m in parts), rtol=1e-4, atol=1e-5)
+        total = lambda v, m: vmap(lambda rows: m(rows).square().sum())(v).sum()
+        grads = [grad(total)(x, m) for m in parts]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
 def test_forward_mode_through_a_model() -> None:
