@@ -30,7 +30,7 @@ def fused_experts_cpu(
     avx512_bf16 round the activation to bf16. ``batch_invariant`` is always true of these kernels.
 
     Raises:
-        ValueError: shapes do not fit together, or weights or biases are not contiguous.
+        ValueError: shapes do not fit together, or weights are not contiguous.
         TypeError: a dtype is not supported or does not match.
     """
     fits = out is not None and out.is_contiguous()

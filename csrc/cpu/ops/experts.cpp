@@ -32,10 +32,11 @@ private:
     std::optional<at::RecordFunction> scope_;
 };
 
-// The layer's sizes and weights.
+// The layer's sizes, weights and biases.
 struct Weights {
     int64_t experts, inter;
     StoredWeights gate_up, down;
+    OptTensor gate_up_bias, down_bias;  // contiguous
 
     bool have_integers() const { return has_integers(gate_up.format) && has_integers(down.format); }
 };
@@ -44,6 +45,15 @@ struct Weights {
 int64_t decoded_elements(const Weights& w, int threads, int64_t depth) {
     return std::max(decoded_elements(w.gate_up, threads, depth),
                     decoded_elements(w.down, threads, depth));
+}
+
+// Copied where it is not contiguous: a bias is small beside its weights.
+OptTensor checked_bias(const OptTensor& bias, const char* name, at::IntArrayRef sizes,
+                       const Tensor& hidden) {
+    if (!bias) return std::nullopt;
+    const Tensor rows = bias->contiguous();
+    check_like(rows, name, sizes, hidden, "hidden");
+    return rows;
 }
 
 Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down,
@@ -67,15 +77,14 @@ Weights checked_weights(const Tensor& hidden, const Tensor& w_gate_up, const Ten
         return transposed ? std::vector<int64_t>{experts, depth, rows}
                           : std::vector<int64_t>{experts, rows, depth};
     };
-    const Weights weights{experts, inter,
+    const Weights weights{experts,
+                          inter,
                           stored_weights(w_gate_up, "w_gate_up", gate_up_scale, "gate_up_scale",
                                          format, sizes(up_rows, hidden_size), hidden, "hidden"),
                           stored_weights(w_down, "w_down", down_scale, "down_scale", down_format,
-                                         sizes(hidden_size, inter), hidden, "hidden")};
-    if (gate_up_bias) {
-        check_like(*gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden, "hidden");
-    }
-    if (down_bias) check_like(*down_bias, "down_bias", {experts, hidden_size}, hidden, "hidden");
+                                         sizes(hidden_size, inter), hidden, "hidden"),
+                          checked_bias(gate_up_bias, "gate_up_bias", {experts, up_rows}, hidden),
+                          checked_bias(down_bias, "down_bias", {experts, hidden_size}, hidden)};
     check_like(out, "out", hidden.sizes(), hidden, "hidden");
     return weights;
 }
@@ -199,8 +208,8 @@ void experts(const Tensor& hidden, const Tensor& w_gate_up, const Tensor& w_down
     args.num_active = plan.num_active;
     args.x = x.const_data_ptr();
     args.w_gate_up = weights.gate_up, args.w_down = weights.down;
-    args.gate_up_bias = gate_up_bias ? gate_up_bias->const_data_ptr() : nullptr;
-    args.down_bias = down_bias ? down_bias->const_data_ptr() : nullptr;
+    const auto data = [](const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; };
+    args.gate_up_bias = data(weights.gate_up_bias), args.down_bias = data(weights.down_bias);
     args.active = plan.active, args.offsets = plan.offsets;
     args.sorted_token = plan.sorted_token, args.sorted_weight = plan.sorted_weight;
     args.packed_x = memory, args.packed_act = memory + packed_x,

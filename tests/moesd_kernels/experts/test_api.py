@@ -150,6 +150,16 @@ def test_non_contiguous_activations_and_routing(backend):
     check_experts(run(case, backend), case, backend)
 
 
+def test_biases_may_be_strided(backend):
+    case = make_case(6, 2, 4, 32, 16, bias=True)
+    given = {name: case.options[name] for name in ("gate_up_bias", "down_bias")}
+    strided = {name: bias.T.contiguous().T for name, bias in given.items()}
+    assert not any(bias.is_contiguous() for bias in strided.values())
+    case = case._replace(options=case.options | strided)
+    check_experts(run(case, backend), case, backend)
+    check_experts(fused_experts(*case.tensors, **case.options, backend=backend), case, backend)
+
+
 def test_out_may_be_strided(backend):
     case = make_case(6, 2, 4, 32, 16)
     out = torch.full((6, 64), float("nan"))
