@@ -13,6 +13,8 @@ from bench.runs.cells import Cells, load_cells
 from bench.runs.fitting import DESIGNS, Fits, fit_cells, record_errors
 from bench.workloads.trained import PAIRS
 
+WORST = 8  # held-out cells that are listed
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench fit``."""
@@ -56,11 +58,11 @@ def _print(cells: Cells, fits: Fits, args: argparse.Namespace) -> None:
     console.print(_residual_table(fits))
 
 
-def _residual_table(fits: Fits, rows: int = 8) -> Table:
+def _residual_table(fits: Fits) -> Table:
     """The held-out cells on which the improved model errs most."""
     predict = fits.improved.predict
     error = lambda o: abs(predict(o) / o.speedup - 1)
-    worst = sorted(fits.held_out, key=error, reverse=True)[:rows]
+    worst = sorted(fits.held_out, key=error, reverse=True)[:WORST]
     table = Table(title="largest held-out residuals of the improved model")
     for head in ("K", "B", "gamma", "measured", "predicted", "error"):
         table.add_column(head, justify="right")

@@ -23,18 +23,12 @@ REPEATS = 9
 CURVE_SHAPES = {"cpu": Shape(32, 4, 512, 512), "cuda": Shape(32, 4, 2048, 1024)}
 
 
-def machine_with_kernels(
-    device: torch.device | str, dtype: torch.dtype, shape: Shape | None = None
-) -> Machine:
-    """``measure_machine`` with the linear and expert operations that the decoder runs.
-
-    Args:
-        shape: layer on which the expert kernel's row curve is taken.
-    """
+def machine_with_kernels(device: torch.device | str, dtype: torch.dtype) -> Machine:
+    """``measure_machine`` with the linear and expert operations that the decoder runs."""
     device = torch.device(device)
     ours = device.type == "cpu" and ops.unavailable() is None
     linear: Linear = ops.linear if ours else torch.nn.functional.linear
-    curve = expert_curve(shape or CURVE_SHAPES[device.type], dtype, device)
+    curve = expert_curve(CURVE_SHAPES[device.type], dtype, device)
     return measure_machine(device, dtype, linear=linear, expert_curve=curve)
 
 

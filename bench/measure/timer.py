@@ -17,7 +17,7 @@ import torch
 
 from decoder.perf_model.hardware.gpu_timer import event_seconds
 
-CACHE_FLUSH_BYTES = 96 * 2**20  # above any last-level cache we measure on; see flush_cache
+CACHE_FLUSH_BYTES = 96 * 2**20  # above any last-level cache we measure on
 
 
 @dataclass(frozen=True, slots=True)

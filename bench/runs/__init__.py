@@ -1,1 +1,1 @@
-"""What sub-commands measure: a point of the layer, a batch of the decoder, tiles, fits."""
+"""What sub-commands measure: a point of the layer, a batch of the decoder, fits."""

@@ -41,10 +41,10 @@ def _device(lines: Lines) -> str:
     return names[-1] if names else "no device was described"
 
 
-def layers(lines: Lines, backend: str = "auto") -> list[Line]:
-    """The layer's lines of the back-end's best: after tuning where there are both."""
+def layers(lines: Lines) -> list[Line]:
+    """The layer's lines of the back-end that was chosen; of a point measured twice, the faster."""
     points: dict[tuple[Any, ...], Line] = {}
-    for line in lines.find("kernel", backend=backend):
+    for line in lines.find("kernel", backend="auto"):
         key = (*line["shape"], line["B"], line["gamma"])
         if key not in points or line["seconds"]["moesd"]["median"] < _ours(points[key]):
             points[key] = line

@@ -57,7 +57,7 @@ def tune_shape(
     """Tune a shape on a device; each result is written to ``<folder>/<device>.json`` at once.
 
     Prints nothing. ``moesd_kernels.experts.triton.tuned.use_folder`` makes the selector read
-    the file. ``compile_candidates`` beforehand saves most of the time.
+    the file. Compiling ``candidate_jobs`` beforehand saves most of the time.
 
     Args:
         shape: the layer; several sets of its weights are made.

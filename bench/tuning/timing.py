@@ -50,10 +50,11 @@ class TilesBench:
             calls = (partial(self.output, batch, config) for batch in batches[: self.rounds])
             return statistics.median(seconds_of(call, self.device)[0] for call in calls)
         captured = CapturedStack(_caller(config), self.layers, batches[0])
-        count = len(self.layers)
-        turns = [[batches[(r + i) % len(batches)] for i in range(count)] for r in range(9)]
-        times = [captured.seconds(turns[r % len(turns)]) for r in range(self.rounds)]
-        return statistics.median(times)
+        turns = (
+            [batches[(r + i) % len(batches)] for i in range(len(self.layers))]
+            for r in range(self.rounds)
+        )
+        return statistics.median(map(captured.seconds, turns))
 
 
 def _caller(config: LayerTiles) -> Callable[[Layer, Tensor, Tensor, Tensor], Tensor]:

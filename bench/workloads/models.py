@@ -106,14 +106,14 @@ def dense_like(moe: Qwen3MoeConfig) -> Qwen3Config:
     return Qwen3Config(intermediate_size=width, **{name: getattr(moe, name) for name in shared})
 
 
-def draft_like(target: PreTrainedConfig, hidden_size: int = 256) -> Qwen3Config:
+def draft_like(target: PreTrainedConfig) -> Qwen3Config:
     """A one-layer dense draft with the target's vocabulary; run for its cost, not its proposals."""
     return Qwen3Config(
         num_hidden_layers=1,
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(1, hidden_size // 128),
+        hidden_size=256,
+        intermediate_size=768,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=64,
         vocab_size=target.vocab_size,
         max_position_embeddings=target.max_position_embeddings,
@@ -150,7 +150,7 @@ def random_model(
                 std = ATTENTION_GAIN * parameter.shape[-1] ** -0.5
             for part in parameter if parameter.dim() == 3 else (parameter,):
                 part.normal_(0.0, std, generator=generator)
-        _restore_buffers(model, config)
+        _restore_buffers(model)
     model.tie_weights()
     return model.eval()
 
@@ -161,7 +161,7 @@ def _vector_fill(name: str) -> float:
     return ATTENTION_GAIN if "q_norm" in name or "k_norm" in name else 1.0
 
 
-def _restore_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+def _restore_buffers(model: PreTrainedModel) -> None:
     """Rotary tables are computed, not loaded: ``to_empty`` left them uninitialised."""
     for module in model.modules():
         if hasattr(module, "inv_freq") and hasattr(module, "config"):
@@ -241,8 +241,3 @@ def require_known_format(model: Any, path: str | Path) -> Any:
             f"{path} holds quantised weights, expected plain ones, which --weight-format quantises"
         )
     return model
-
-
-def parameter_count(model: PreTrainedModel) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())

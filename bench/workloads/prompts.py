@@ -22,12 +22,11 @@ def prompts_file(source: str, folder: Path = Path()) -> Path:
     return folder / DATA_FILES[source] if source in DATA_FILES else Path(source)
 
 
-def load_prompts(source: str, limit: int | None = None, folder: Path = Path()) -> list[str]:
+def load_prompts(source: str, folder: Path = Path()) -> list[str]:
     """Prompt texts of a named data set or of a JSONL file.
 
     Args:
         source: ``humaneval``, ``mt_bench`` or a path; a line holds ``prompt`` or ``turns``.
-        limit: first prompts only.
         folder: where the files of the named sets are.
 
     Raises:
@@ -43,7 +42,7 @@ def load_prompts(source: str, limit: int | None = None, folder: Path = Path()) -
         for number, text in enumerate(file, start=1):
             if text.strip():
                 prompts.append(_prompt(text, f"{path}:{number}"))
-    return prompts[:limit]
+    return prompts
 
 
 def _prompt(text: str, place: str) -> str:

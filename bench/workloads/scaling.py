@@ -59,14 +59,14 @@ def _scaled_heads(fields: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def random_eagle(target: Any, seed: int = 2) -> EagleCheckpoint:
+def random_eagle(target: Any) -> EagleCheckpoint:
     """An EAGLE-1 head of the target's own width with random weights, run for its cost."""
     config = target.config
     heads, hidden = config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", heads)
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     inner = config.intermediate_size
-    generator = torch.Generator(target.device).manual_seed(seed)
+    generator = torch.Generator(target.device).manual_seed(2)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         out = torch.empty(rows, columns, dtype=target.dtype, device=target.device)

@@ -132,7 +132,6 @@ def test_prompts_of_both_kinds_of_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"turns": ["b", "c"]}))
     assert load_prompts(str(path)) == ["a", "b"]
-    assert load_prompts(str(path), limit=1) == ["a"]
     with pytest.raises(FileNotFoundError, match="--prompts-dir"):
         load_prompts("humaneval", folder=tmp_path)
     path.write_text(json.dumps({"text": "a"}))
