@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with standard_streams():
         try:
             args = _parse(argv)
-            if str(getattr(args, "device", "")).startswith("cuda:"):
-                _make_current(args.device)
+            _set_up(args)
             return int(args.run(args) or 0)
         except BrokenPipeError:
             return 141
@@ -78,11 +77,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _make_current(device: str) -> None:
-    """Timers' events and graphs are of the current device: what ran on another would take none."""
+def _set_up(args: argparse.Namespace) -> None:
+    """Threads and device, of the commands that take them."""
+    if not hasattr(args, "threads"):
+        return
     import torch
 
-    torch.cuda.set_device(device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Timers' events and graphs are of the current device: what ran on another would take none.
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
 
 
 def _tell_defaults(parser: argparse.ArgumentParser) -> None:

@@ -66,8 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every (alpha, B), print ratios, append lines to ``--out``."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     recorder = Recorder(args.out, args.device)
     name = args.preset or args.target
     measure = _in_vllm(args) if args.vllm_python else _here(args)

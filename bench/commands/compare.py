@@ -48,8 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Decode every data set both ways, print the counts and ratios, append lines to ``--out``."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     recorder = Recorder(args.out, args.device)
     pair = TrainedPair.of_flags(args)
     tokenizer = pair.load_tokenizer()

@@ -62,8 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every (K, B, gamma), print a table, append lines to ``--out``."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     require_own_format(args.target, args.weight_format)
     dtype = getattr(torch, args.dtype)
     load = partial(_load, args, dtype)

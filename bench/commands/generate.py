@@ -71,8 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print tokens per second and ratios, append lines to ``--out``."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     require_own_format(args.target, args.weight_format)
     settings = Settings(
         pair=_pair(args),

@@ -80,8 +80,6 @@ def _weight_format(text: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every requested shape; print a table and append lines to ``--out``."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     shapes = [parse_shape(text) for text in args.shape or CPU_SHAPES]
     settings = Settings(

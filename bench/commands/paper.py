@@ -33,7 +33,7 @@ from bench.workloads.arguments import (
     add_dtype,
     add_machine,
     at_least,
-    numbers,
+    naturals,
     positives,
     refuse_ignored,
     words,
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=presets, default=presets[0])
     parser.add_argument("--hardware", default="2xa800", help="whose sigma and speedups to use")
     parser.add_argument("--datasets", default=",".join(DATA_FILES))
-    parser.add_argument("--temperatures", default="0,1")
+    parser.add_argument("--temperatures", type=naturals, default="0,1")
     parser.add_argument("--target", type=Path, help="an architecture's weights, where they are")
     parser.add_argument("--draft", type=Path, help="weights of its draft")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the parameters to build")
@@ -95,8 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure every wanted row of the preset; print the table and append lines."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if unknown := set(words(args.datasets)) - DATA_FILES.keys():
         known = ", ".join(DATA_FILES)
         raise ValueError(f"--datasets must be of {known}, got {', '.join(sorted(unknown))}")
@@ -122,7 +120,7 @@ def _trained_pair(args: argparse.Namespace) -> TrainedPair | None:
 def _run_trained(args: argparse.Namespace, pair: TrainedPair, recorder: Recorder) -> None:
     grid = Grid(
         datasets=words(args.datasets),
-        temperatures=numbers(args.temperatures),
+        temperatures=args.temperatures,
         batches=args.batch_sizes or positives(TRAINED_BATCHES),
         gammas=args.gammas,
         verifier=args.verifier,
@@ -149,7 +147,7 @@ def _run_random(args: argparse.Namespace, recorder: Recorder) -> None:
     table = _table(f"{args.preset} ({label})", args.hardware, (*TEXT, *HEADS))
     setup: dict[str, Any] = {}
     rows = cells_beside(args.preset, args.hardware)
-    chosen = (words(args.datasets), numbers(args.temperatures), args.gammas)
+    chosen = (words(args.datasets), args.temperatures, args.gammas)
     batches = args.batch_sizes or positives(RANDOM_BATCHES)
     for cell in chosen_cells(rows, *chosen):
         alpha = float(alpha_from_sigma(cell.sigma, cell.gamma))

@@ -25,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     ceilings = measure_ceilings(device)
     machine = machine_with_kernels(device, torch.bfloat16)

@@ -9,25 +9,14 @@ from pathlib import Path
 import torch
 
 from bench.workloads.trained import PAIRS
-from decoder.cli.flag_types import device, threads
+from decoder.cli import flag_types as flag
 from decoder.drafters.table import AUTO, drafter_names
 from decoder.model.loading import DTYPES
 
 
-def numbers(text: str) -> list[int]:
-    """``"1,2,8"`` -> ``[1, 2, 8]``."""
-    return [int(part) for part in text.split(",")]
-
-
 def at_least(least: int) -> Callable[[str], int]:
     """The ``type`` of a flag that takes one number."""
-
-    def number(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a number from {least} on, got {text!r}")
-        return int(text)
-
-    return number
+    return flag.whole(least, flag.MAX_COUNT)
 
 
 def positives(text: str) -> list[int]:
@@ -120,7 +109,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     """Where to measure, with how many threads, and where the lines go."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--device", type=device, default=here, help="default: cuda when there is one"
+        "--device", type=flag.device, default=here, help="default: cuda when there is one"
     )
-    parser.add_argument("--threads", type=threads, help="torch.set_num_threads")
+    parser.add_argument("--threads", type=flag.threads, help="torch.set_num_threads")
     parser.add_argument("--out", help="append JSON lines to this file")
