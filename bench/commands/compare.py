@@ -24,14 +24,15 @@ from bench.workloads.arguments import (
     words,
 )
 from bench.workloads.prompts import DATA_FILES, prompt_tokens
-from bench.workloads.trained import PAIRS, TrainedPair
+from bench.workloads.trained import TrainedPair
+from decoder.builtin import BUILTIN
 from decoder.sampling import VERIFIERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench compare``."""
     add_pair(parser)
-    parser.set_defaults(preset=next(iter(PAIRS)))
+    parser.set_defaults(preset=next(iter(BUILTIN)))
     parser.add_argument("--datasets", default=",".join(DATA_FILES), help="or JSONL files")
     parser.add_argument("--limit", type=at_least(1), help="first prompts only")
     parser.add_argument("--gamma", type=draft_length, default="4", help="draft length, or auto")

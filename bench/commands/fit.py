@@ -11,7 +11,7 @@ from rich.table import Table
 from bench.measure.record import Recorder
 from bench.runs.cells import Cells, load_cells
 from bench.runs.fitting import DESIGNS, Fits, fit_cells, record_errors
-from bench.workloads.trained import PAIRS
+from decoder.builtin import BUILTIN
 
 WORST = 8  # held-out cells that are listed
 
@@ -19,7 +19,7 @@ WORST = 8  # held-out cells that are listed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench fit``."""
     parser.add_argument("lines", nargs="+", type=Path, help="JSONL of bench decode or paper")
-    parser.add_argument("--preset", choices=PAIRS, help="only the lines of this trained pair")
+    parser.add_argument("--preset", choices=BUILTIN, help="only the lines of this trained pair")
     parser.add_argument("--points", type=int, default=21)
     parser.add_argument("--design", choices=DESIGNS, default="d-optimal", help="which cells to fit")
     parser.add_argument("--profile", type=Path, help="write the improved fit for the controller")

@@ -46,7 +46,8 @@ from bench.workloads.paper import (
     random_pair,
 )
 from bench.workloads.prompts import DATA_FILES
-from bench.workloads.trained import PAIRS, TrainedPair
+from bench.workloads.trained import TrainedPair
+from decoder.builtin import BUILTIN
 from decoder.drafters.table import drafter_kind
 from decoder.perf_model.paper_tables import PaperCell
 from decoder.perf_model.theory import alpha_from_sigma
@@ -61,7 +62,7 @@ HEADS = ("sigma", "paper's x", "our x", "at B", "predicted x", "eff.")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench paper``."""
-    presets = (*ARCHITECTURES, *PAIRS)
+    presets = (*ARCHITECTURES, *BUILTIN)
     parser.add_argument("--preset", choices=presets, default=presets[0])
     parser.add_argument("--hardware", default="2xa800", help="whose sigma and speedups to use")
     parser.add_argument("--datasets", default=",".join(DATA_FILES))
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _trained_pair(args: argparse.Namespace) -> TrainedPair | None:
-    if args.preset in PAIRS:
+    if args.preset in BUILTIN:
         refuse_ignored(args, f"the pair {args.preset}", "target", "draft")
         return TrainedPair.of_flags(args)
     if not args.target:

@@ -13,7 +13,7 @@ from rich.table import Table
 from bench.measure.record import Recorder
 from bench.runs.cells import Cells, load_cells
 from bench.runs.fitting import Choice, best_gammas
-from bench.workloads.trained import PAIRS
+from decoder.builtin import BUILTIN
 from decoder.perf_model.fit_report import evaluate
 from decoder.perf_model.forward_fit import predict_speedup
 from decoder.perf_model.profile import load_profile
@@ -22,7 +22,7 @@ from decoder.perf_model.profile import load_profile
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench predict``."""
     parser.add_argument("lines", nargs="+", type=Path, help="JSONL of bench decode or paper")
-    parser.add_argument("--preset", choices=PAIRS, help="only the lines of this trained pair")
+    parser.add_argument("--preset", choices=BUILTIN, help="only the lines of this trained pair")
     parser.add_argument("--profile", type=Path, help="default: the machine alone, nothing fitted")
     parser.add_argument("--out", help="append JSON lines to this file")
 

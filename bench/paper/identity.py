@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from bench.workloads.trained import PAIRS, TrainedPair
+from bench.workloads.trained import TrainedPair
+from decoder.builtin import BUILTIN
 from decoder.checkpoint.folder import model_folder
 
 # What a model's outputs depend on; a card or a licence beside it does not change them.
@@ -21,7 +22,7 @@ def pair_identity(pair: TrainedPair) -> dict[str, str | None]:
         UserError: there is no model at a path.
     """
     files = {"target_files": pair.target, "draft_files": pair.draft}
-    given = pair.name not in PAIRS
+    given = pair.name not in BUILTIN
     return {name: _model(path) if given and path else None for name, path in files.items()}
 
 

@@ -8,7 +8,6 @@ a matrix's rows are no multiple of a type's block it takes another type; which, 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 
 from bench.gguf.writer import write_gguf
 from bench.workloads.models import moe_310m, random_model
-from bench.workloads.trained import PAIRS
+from decoder.builtin import BUILTIN
 from decoder.model.loading import load_model, load_tokenizer
 
 RANDOM = "moe-310m"
@@ -30,7 +29,7 @@ RANDOM = "moe-310m"
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files and say what is in them; returns the process exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers.gguf_files", description=__doc__)
-    parser.add_argument("model", help=f"{', '.join(PAIRS)}, {RANDOM}, or a folder")
+    parser.add_argument("model", help=f"{', '.join(BUILTIN)}, {RANDOM}, or a folder")
     parser.add_argument("file", type=Path, help="the bf16 file, such as smol-bf16.gguf")
     parser.add_argument("--types", default="", help="for example Q8_0,Q4_0,Q4_K")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama-quantize, for --types")
@@ -56,7 +55,7 @@ def load(name: str) -> tuple[Any, Any | None]:
     """A model in bf16 and its tokenizer; a random one has none."""
     if name == RANDOM:  # llama.cpp always has the weights of a token's experts sum to one
         return random_model(moe_310m(norm_topk_prob=True)), None
-    folder = importlib.import_module(PAIRS[name]).target_path() if name in PAIRS else Path(name)
+    folder = BUILTIN[name].target_path() if name in BUILTIN else Path(name)
     return load_model(folder, dtype=torch.bfloat16, device="cpu"), load_tokenizer(folder)
 
 

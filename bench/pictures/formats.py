@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.gguf.contents import PLAIN
 from bench.pictures.style import Lines, axes, ink, legend, of_device, save
 from bench.runs.cells import apart
 from moesd_kernels.formats import GROUPS
-
-PLAIN = "plain"
 
 
 def stored_as(line: dict[str, Any]) -> str:

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.measure.record import ROOT
 from bench.suite.session import OutOfTimeError, Session
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYER_TESTS = "tests/moesd_kernels/experts/triton/test_gpu.py"
 FORMAT_TESTS = "tests/moesd_kernels/experts/triton/test_formats_gpu.py"
 RECURRENT_TESTS = "tests/moesd_kernels/dense/triton/recurrent/test_gpu.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench.workloads.trained import PAIRS
+from decoder.builtin import BUILTIN
 from decoder.cli import flag_types as flag
 from decoder.drafters.table import AUTO, drafter_names
 from decoder.model.loading import DTYPES
@@ -55,7 +55,9 @@ def words(text: str) -> list[str]:
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
     """``--preset``: a trained pair by its name, and ``add_drafting`` for it."""
-    parser.add_argument("--preset", choices=PAIRS, help="a trained pair, on its data sets' prompts")
+    parser.add_argument(
+        "--preset", choices=BUILTIN, help="a trained pair, on its data sets' prompts"
+    )
     add_drafting(parser)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench.workloads.models import require_known_format
+from decoder.builtin import BUILTIN
 from decoder.drafters.heads.eagle_loader import is_eagle_checkpoint, load_eagle
 from decoder.drafters.table import canonical_name, drafter_kind
 from decoder.model.loading import DTYPES, load_model, load_tokenizer
-
-# Packages with ``target_path()`` and ``draft_of(drafter)``, imported when one is asked for.
-PAIRS = {"smol": "decoder.smol", "embedded": "decoder.embedded"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class TrainedPair:
 
     @classmethod
     def of_preset(cls, name: str, drafter: str, **run: Any) -> TrainedPair:
-        """The pair of a name in ``PAIRS``, built first where it is built at its first use.
+        """The pair of a name in ``BUILTIN``, built first where it is built at its first use.
 
         Args:
             name: of the pair.
@@ -49,7 +46,7 @@ class TrainedPair:
         Raises:
             UserError: it cannot be had here, and why.
         """
-        package = importlib.import_module(PAIRS[name])
+        package = BUILTIN[name]
         target, draft = package.target_path(), package.draft_of(canonical_name(drafter), **run)
         return cls(name, drafter_kind(drafter, draft).name, Path(target), draft)
 
