@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from training.data import SEED
-from training.optim import Budget, Optimizers
+from training.optim import Budget, Optimizers, spend
 from training.teacher import TeacherBatches, agreement, distillation_loss
 
 BATCH_ROWS = 8
@@ -41,9 +40,9 @@ def draft_config(vocab_size: int, eos: int, pad: int):
     )
 
 
-def principal(embedding: torch.Tensor, size: int = HIDDEN) -> torch.Tensor:
-    """The target's embedding ``[V, H]`` along its ``size`` strongest directions: ``[V, size]``."""
-    directions = torch.linalg.svd(embedding, full_matrices=False).Vh[:size]
+def principal(embedding: torch.Tensor) -> torch.Tensor:
+    """The target's embedding ``[V, H]`` along its strongest directions: ``[V, HIDDEN]``."""
+    directions = torch.linalg.svd(embedding, full_matrices=False).Vh[:HIDDEN]
     return embedding @ directions.T
 
 
@@ -58,24 +57,19 @@ def train_draft(target_embedding, tokenizer, run_dir: Path, budget: Budget, devi
         model.get_input_embeddings().weight.copy_(principal(target_embedding))
     optimizers = Optimizers(model, adam_lr=1e-3)
     batches = TeacherBatches(run_dir)
-    log = (run_dir / "draft.log").open("w")
-    with tqdm(
-        total=100.0, desc="draft", bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
-    ) as bar:
-        while budget.progress < 1.0:
-            rows = batches.batch(BATCH_ROWS, device)
-            with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-                logits = model(input_ids=rows.ids, use_cache=False).logits.float()
-            real = rows.ids != tokenizer.pad_token_id
-            loss = distillation_loss(logits, rows.top_ids, rows.top_probs, real)
-            loss.backward()
-            optimizers.step(budget.lr_factor(decay_from=0.3))
-            budget.tokens_done += rows.ids.numel()
-            agree = agreement(logits, rows.top_ids, real)
-            log.write(f"{budget.tokens_done} {budget.seconds:.0f} {loss.item():.4f} {agree:.4f}\n")
-            log.flush()
-            bar.n = 100 * budget.progress
-            bar.set_postfix_str(
-                f"loss {loss.item():.3f} agree {agree:.3f} tokens {budget.tokens_done / 1e6:.2f}M"
-            )
+
+    def step() -> dict[str, float]:
+        rows = batches.batch(BATCH_ROWS, device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            logits = model(input_ids=rows.ids, use_cache=False).logits.float()
+        real = rows.ids != tokenizer.pad_token_id
+        loss = distillation_loss(logits, rows.top_ids, rows.top_probs, real)
+        loss.backward()
+        optimizers.step(budget.lr_factor(decay_from=0.3))
+        budget.tokens_done += rows.ids.numel()
+        return {"loss": loss.item(), "agree": agreement(logits, rows.top_ids, real)}
+
+    log = run_dir / "draft.log"
+    log.unlink(missing_ok=True)
+    spend(budget, log, step)
     return model

@@ -13,11 +13,10 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from training.attention import RMSNorm, chain_attention
 from training.data import SEED
-from training.optim import Budget, Optimizers
+from training.optim import Budget, Optimizers, spend
 from training.teacher import Rows, TeacherBatches, agreement, distillation_loss
 
 BATCH_ROWS = 8
@@ -167,7 +166,6 @@ def train_head(
     run_dir: Path,
     budget: Budget,
     device: str = "cpu",
-    batch_rows: int = BATCH_ROWS,
 ) -> Head:
     """Smooth L1 on features plus cross entropy against the target, over DEPTHS depths.
 
@@ -178,25 +176,20 @@ def train_head(
     optimizers = Optimizers(model)
     batches = TeacherBatches(run_dir)
     lm_head = teacher.get_output_embeddings().weight
-    log = (run_dir / f"{kind}.log").open("w")
-    with tqdm(
-        total=100.0, desc=kind, bar_format="{l_bar}{bar}| {elapsed} {postfix}", mininterval=5
-    ) as bar:
-        while budget.progress < 1.0:
-            rows = batches.batch(batch_rows, device)
-            # Shallow first: deeper depths only make sense once the first one predicts something.
-            depths = min(DEPTHS, 1 + int(budget.progress * DEPTHS))
-            loss, agree = eagle_loss(model, rows, lm_head, depths, tokenizer.pad_token_id)
-            loss.backward()
-            optimizers.step(budget.lr_factor(decay_from=0.3))
-            budget.tokens_done += rows.ids.numel()
-            agreed = " ".join(map(str, agree))
-            log.write(f"{budget.tokens_done} {budget.seconds:.0f} {loss.item():.4f} {agreed}\n")
-            log.flush()
-            bar.n = 100 * budget.progress
-            bar.set_postfix_str(
-                f"loss {loss.item():.3f} agree {agree} tokens {budget.tokens_done / 1e6:.2f}M"
-            )
+
+    def step() -> dict[str, float]:
+        rows = batches.batch(BATCH_ROWS, device)
+        # Shallow first: deeper depths only make sense once the first one predicts something.
+        depths = min(DEPTHS, 1 + int(budget.progress * DEPTHS))
+        loss, agree = eagle_loss(model, rows, lm_head, depths, tokenizer.pad_token_id)
+        loss.backward()
+        optimizers.step(budget.lr_factor(decay_from=0.3))
+        budget.tokens_done += rows.ids.numel()
+        return {"loss": loss.item()} | {f"agree {d}": share for d, share in enumerate(agree, 1)}
+
+    log = run_dir / f"{kind}.log"
+    log.unlink(missing_ok=True)
+    spend(budget, log, step)
     return model
 
 

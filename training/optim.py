@@ -1,8 +1,14 @@
-"""Optimizer and schedule: Muon for the hidden matrices (per expert), AdamW for the rest."""
+"""Muon for the hidden matrices (per expert), AdamW for the rest; steps until a budget is spent."""
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
+CHECKPOINT_SECONDS = 180
+BAR = "{l_bar}{bar}| {elapsed} {postfix}"
 
 
 def orthogonalize(grad: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -120,3 +126,36 @@ class Budget:
         if p < warmup:
             return 0.05 + 0.95 * p / warmup
         return 1.0 if p < decay_from else max(0.01, (1 - p) / (1 - decay_from))
+
+
+def spend(
+    budget: Budget,
+    log: Path,
+    step: Callable[[], dict[str, float]],
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Train; a checkpoint every few minutes and at the end.
+
+    Args:
+        budget: how long.
+        log: appended a line to at each step: tokens and seconds so far, and what ``step`` returns.
+        step: one update; returns its numbers by name.
+        save: writes a checkpoint.
+    """
+    saved = time.monotonic()
+    with (
+        log.open("a") as file,
+        tqdm(total=100.0, desc=log.stem, bar_format=BAR, mininterval=5) as bar,
+    ):
+        while budget.progress < 1.0:
+            numbers = {name: f"{value:.4f}" for name, value in step().items()}
+            line = [f"{budget.tokens_done}", f"{budget.seconds:.0f}", *numbers.values()]
+            file.write(" ".join(line) + "\n")
+            file.flush()
+            bar.n = 100 * budget.progress
+            told = [f"{name} {value}" for name, value in numbers.items()]
+            bar.set_postfix_str(" ".join([*told, f"tokens {budget.tokens_done / 1e6:.2f}M"]))
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save()
+                saved = time.monotonic()
+    save()

@@ -1,21 +1,19 @@
 """Train the sparse-MoE target (Qwen3-MoE architecture, fine-grained experts) on the corpus."""
 
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from training import experts
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import SEED, TokenStream
-from training.optim import Budget, Optimizers
+from training.optim import Budget, Optimizers, spend
 
 SHARES = {"code": 0.8, "prose": 0.2}
 BATCH_TOKENS = 4096
 SHORT, LONG = 256, 512  # row lengths: short while most is learnt, then long
 LONG_FROM = 0.65  # progress at which rows become long
-CHECKPOINT_SECONDS = 300
 
 
 def target_config(vocab_size: int, eos: int, pad: int):
@@ -99,42 +97,28 @@ def train_target(
         optimizers.load_state_dict(state["optimizers"])
         stream.load_state_dict(state["stream"])
         budget.tokens_done, budget.seconds_before = state["tokens"], state["seconds"]
-    log = (run_dir / "target.log").open("a")
-    saved = time.monotonic()
-    with tqdm(
-        total=100.0,
-        desc="target",
-        unit="%",
-        mininterval=5,
-        bar_format="{l_bar}{bar}| {elapsed} {postfix}",
-    ) as bar:
-        while budget.progress < 1.0:
-            loss, aux, norm = training_step(model, stream, optimizers, budget, device)
-            bar.n = 100 * budget.progress
-            bar.set_postfix_str(
-                f"loss {loss:.3f} aux {aux:.2f} tokens {budget.tokens_done / 1e6:.2f}M"
-            )
-            log.write(
-                f"{budget.tokens_done} {budget.seconds:.0f} {loss:.4f} {aux:.4f} {norm:.3f}\n"
-            )
-            log.flush()
-            if time.monotonic() - saved > CHECKPOINT_SECONDS or budget.progress >= 1.0:
-                saved = time.monotonic()
-                state = {
-                    "model": model.state_dict(),
-                    "optimizers": optimizers.state_dict(),
-                    "stream": stream.state_dict(),
-                }
-                save_checkpoint(
-                    {**state, "tokens": budget.tokens_done, "seconds": budget.seconds}, checkpoint
-                )
-                if preview is not None:
-                    save_bf16(model, tokenizer, preview)
+
+    def save() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizers": optimizers.state_dict(),
+            "stream": stream.state_dict(),
+            "tokens": budget.tokens_done,
+            "seconds": budget.seconds,
+        }
+        save_checkpoint(state, checkpoint)
+        if preview is not None:
+            save_bf16(model, tokenizer, preview)
+
+    step = partial(training_step, model, stream, optimizers, budget, device)
+    spend(budget, run_dir / "target.log", step, save)
     return model
 
 
-def training_step(model, stream: TokenStream, optimizers: Optimizers, budget: Budget, device: str):
-    """One batch, one update; returns (cross entropy, load-balancing loss, gradient norm)."""
+def training_step(
+    model, stream: TokenStream, optimizers: Optimizers, budget: Budget, device: str
+) -> dict[str, float]:
+    """One batch, one update; cross entropy, load-balancing loss, gradient norm."""
     length = LONG if budget.progress >= LONG_FROM else SHORT
     batch = stream.batch(BATCH_TOKENS // length, length).to(device)
     with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
@@ -145,4 +129,4 @@ def training_step(model, stream: TokenStream, optimizers: Optimizers, budget: Bu
         (loss + model.config.router_aux_loss_coef * out.aux_loss).backward()
     norm = optimizers.step(budget.lr_factor())
     budget.tokens_done += batch.shape[0] * length
-    return loss.item(), out.aux_loss.item(), norm
+    return {"loss": loss.item(), "aux": out.aux_loss.item(), "norm": norm}

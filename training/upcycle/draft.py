@@ -16,9 +16,8 @@ from torch import nn
 
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import is_held_out
-from training.optim import Budget
+from training.optim import Budget, spend
 from training.upcycle.answers import read_answers
-from training.upcycle.loop import spend
 
 SEED = 23
 BLOCK = 32

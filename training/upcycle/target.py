@@ -8,9 +8,8 @@ from torch import nn
 
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import TokenStream
-from training.optim import Budget
+from training.optim import Budget, spend
 from training.upcycle.experts import UpcycledFFN, balance_loss, upcycle
-from training.upcycle.loop import spend
 
 SEED = 22
 SEPARATOR = 0  # <|endoftext|>, between two documents
