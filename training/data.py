@@ -107,13 +107,13 @@ def docstrings(source: str) -> list[str]:
     return found
 
 
-def build_corpus(stdlib: Path | None = None) -> Corpus:
+def build_corpus() -> Corpus:
     """Read the corpus of this Python installation; equal installations give equal corpora."""
     from pydoc_data.topics import topics
 
     corpus = Corpus()
     seen: set[str] = set()
-    for name, text in source_files(stdlib or Path(sysconfig.get_paths()["stdlib"])):
+    for name, text in source_files(Path(sysconfig.get_paths()["stdlib"])):
         held_out = is_held_out(name)
         part = corpus.held_out if held_out else corpus.train
         (corpus.held_out_names if held_out else corpus.train_names).append(name)

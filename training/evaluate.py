@@ -11,6 +11,7 @@ from training.eagle import Eagle
 from training.teacher import boundary_prompts, continuations, random_prompts
 
 WINDOW = 512
+LOSS_TOKENS = 60_000  # of a kind of document, the first
 PROMPT = 128
 NEW_TOKENS = 256
 PROMPTS = 48
@@ -32,9 +33,9 @@ class Text:
 
 
 @torch.no_grad()
-def held_out_loss(model, documents: list[list[int]], eos: int, max_tokens: int = 60_000) -> float:
+def held_out_loss(model, documents: list[list[int]], eos: int) -> float:
     """Mean cross entropy (nats per token) over the joined documents, by WINDOW tokens."""
-    stream = torch.tensor([t for d in documents for t in (*d, eos)][:max_tokens])
+    stream = torch.tensor([t for d in documents for t in (*d, eos)][:LOSS_TOKENS])
     rows = stream[: (len(stream) - 1) // WINDOW * WINDOW + 1].unfold(0, WINDOW + 1, WINDOW)
     losses = []
     for part in rows.to(model.device).split(8):

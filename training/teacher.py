@@ -25,6 +25,7 @@ TOP = 32
 ARGMAX_WEIGHT = 0.3
 TEMPERATURES = (0.0, 0.7, 0.0, 1.0)  # in turn: half of the continuations are greedy
 CODE_SHARE = 0.75
+OWN_SHARE = 0.6  # of a student's batch, the target's own text
 SHARES = {"code": CODE_SHARE, "prose": 1 - CODE_SHARE}
 OWN_TIME = 0.8
 BOUNDARY = re.compile(
@@ -195,15 +196,14 @@ def draw_prompts(pools: dict[str, list[list[int]]], random: torch.Generator) -> 
 class TeacherBatches:
     """Training batches for the students: a share of the target's own text, the rest corpus."""
 
-    def __init__(self, run_dir: Path, own_share: float = 0.6, seed: int = SEED):
+    def __init__(self, run_dir: Path):
         rows = load_checkpoint(run_dir / "rows.pt")
         self.rows = {kind: Rows(*t) for kind, t in rows.items()}
-        self.own_share = own_share
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = torch.Generator().manual_seed(SEED)
 
     def batch(self, count: int, device: str = "cpu") -> Rows:
         """``count`` rows on ``device``, widened."""
-        own = round(count * self.own_share)
+        own = round(count * OWN_SHARE)
         counts = {"own": own, "corpus": count - own}
         drawn = Rows.joined([self.rows[k].draw(n, self.random) for k, n in counts.items()])
         return Rows(*(t.to(device) for t in drawn.tensors()))

@@ -190,7 +190,7 @@ def fit_paper(
     """Fit the ten parameters to speedups by trust region reflective least squares.
 
     The paper gives no starting point; ``starts`` seeded ones are tried and the best kept.
-    Parameters are scaled by ``_to_unit`` inside, since seconds and the base s differ by 1e9.
+    Parameters are scaled by ``_Scale`` inside, since seconds and the base s differ by 1e9.
 
     Raises:
         ValueError: fewer than 10 observations with a speedup.

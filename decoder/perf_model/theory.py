@@ -1,6 +1,6 @@
 """The formulas of the MoESD paper (arXiv 2505.19645), one small function each.
 
-Names follow DESIGN.md: ``E`` experts, ``K`` experts per token, ``B`` sequences, ``gamma`` drafted
+Names: ``E`` experts, ``K`` experts per token, ``B`` sequences, ``gamma`` drafted
 tokens, ``alpha`` acceptance rate, ``sigma`` emitted tokens / possible tokens. The paper's ``N`` and
 ``T_exp`` are spelled out as active experts and tokens per active expert. Everything accepts scalars
 or numpy arrays and broadcasts. It contains no machine constants: see ``machine`` for those.
@@ -168,20 +168,6 @@ def speedup_alg1_as_printed(
     ar_time = np.asarray(ar_time, dtype=np.float64)
     denominator = np.asarray(draft_time) + ar_time + np.asarray(verify_time)
     return sigma * (gamma + 1.0) * ar_time / (denominator + np.asarray(reject_time))
-
-
-def break_even_tokens(
-    gamma: Values,
-    *,
-    ar_time: Values,
-    draft_time: Values,
-    verify_time: Values,
-    reject_time: Values = 0.0,
-) -> Array:
-    """Tokens a round must emit for Eq. 4 to give 1: the round's cost in autoregressive steps."""
-    round_time = np.asarray(gamma, dtype=np.float64) * np.asarray(draft_time)
-    round_time = round_time + np.asarray(verify_time) + np.asarray(reject_time)
-    return round_time / np.asarray(ar_time, dtype=np.float64)
 
 
 def break_even_alpha(gamma: Values, needed_tokens: Values) -> Array:

@@ -113,9 +113,9 @@ class Machine:
             return self.flops[dtype]
         return self.flops.get("bf16", max(self.flops.values()))
 
-    def ridge_point(self, dtype: str = "bf16", bytes_per_param: float = 2.0) -> float:
-        """Rows at which a matrix product turns compute-bound: the paper's RP in tokens."""
-        return self.peak(dtype) * bytes_per_param / (2.0 * self.bandwidth)
+    def ridge_point(self, dtype: str = "bf16") -> float:
+        """Rows at which a 16-bit matrix product turns compute-bound: the paper's RP in tokens."""
+        return self.peak(dtype) / self.bandwidth  # two operations and two bytes a weight
 
     def parallel(self, devices: int, sync: float = 25e-6) -> Machine:
         """``devices`` of this machine in tensor parallel, seen as one.

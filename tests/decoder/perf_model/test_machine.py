@@ -12,7 +12,7 @@ def test_h200_is_the_measured_one() -> None:
     h200 = named_machine("H200")
     assert h200.bandwidth == pytest.approx(4.3e12)
     assert h200.peak("bf16") == pytest.approx(790e12)
-    assert h200.ridge_point() == pytest.approx(184, abs=1)  # rows per expert, paper.md section 1
+    assert h200.ridge_point() == pytest.approx(184, abs=1)  # rows per expert
     assert h200.peak("fp8") == pytest.approx(2 * 790e12)
     assert h200.peak("int4") == h200.peak("bf16")
 

@@ -26,7 +26,7 @@ def paper_grid() -> list[Observation]:
 
 
 def test_stride_picks_the_papers_21_cells() -> None:
-    """paper.md section 2 lists them as (K rank, gamma rank, B)."""
+    """The paper's Table 3 lists them, here as (K rank, gamma rank, B)."""
     cells = paper_grid()
     ranks = [1, 2, 4, 8, 16, 32]
     picked = [
