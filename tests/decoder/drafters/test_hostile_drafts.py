@@ -18,6 +18,7 @@ from support.hostile.folders import (
     tensors,
     together,
     whole,
+    without,
     written,
 )
 
@@ -31,10 +32,6 @@ KEY = "eagle_aux_hidden_state_layer_ids"
 
 def config(said="EAGLE config", **changes):
     return edited("config.json", **changes), said
-
-
-def without(part):
-    return tensors(lambda held: {n: t for n, t in held.items() if part not in n})
 
 
 def put(**more):

@@ -20,6 +20,7 @@ from decoder.drafters.independent import IndependentDrafter
 from decoder.engine.target import unwrapped
 from decoder.errors import UserError
 from decoder.model.runner import ModelRunner
+from moesd_kernels import accelerate
 
 PROMPTS = random_prompts(3, low=4)
 OPTIONS = {"gamma": 2, "max_batch_size": 2, "max_length": 40}
@@ -122,8 +123,7 @@ def test_an_interrupt_leaves_the_model_as_found():
 
 
 def test_what_its_owner_had_accelerated_stays_so():
-    moesd_kernels = pytest.importorskip("moesd_kernels")
-    model = moesd_kernels.accelerate(build(), backend="torch")
+    model = accelerate(build(), backend="torch")
     found = state(model)
     with pytest.raises(UserError):
         SpeculativeDecoder(model, SelfDrafter(100), **OPTIONS)

@@ -16,9 +16,11 @@ from support.hostile.folders import (
     header,
     refused,
     removed,
+    renamed,
     tensors,
     together,
     whole,
+    without,
     written,
 )
 
@@ -45,14 +47,6 @@ def bomb(name):
         (folder / name).write_bytes(pickle.dumps(Bomb(folder.parent / "ran")))
 
     return change
-
-
-def renamed(old, new):
-    return tensors(lambda held: {name.replace(old, new): tensor for name, tensor in held.items()})
-
-
-def without(part):
-    return tensors(lambda held: {n: t for n, t in held.items() if part not in n})
 
 
 def sharded(**names):

@@ -9,9 +9,10 @@ from support.tiny import MOE_VOCAB, ragged_prompts
 
 from decoder.model import kernels, probe
 from decoder.model.runner import ModelRunner
+from moesd_kernels.dense import ops
 from moesd_kernels.hooks.walk.joined import joined
 
-ops = pytest.importorskip("moesd_kernels.dense.ops")
+pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 torch.set_num_threads(1)
 
 SHAPE = {
@@ -29,13 +30,6 @@ FAMILIES = {
     "Qwen3Moe": {**EXPERTS, "head_dim": 16},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernels():
-    reason = ops.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def build(family, dtype, **changes):

@@ -18,18 +18,12 @@ from decoder.errors import UserError
 from decoder.model import kernels
 from decoder.model.runner import ModelRunner
 from decoder.model.watch import Watch
+from moesd_kernels.dense import ops
 from moesd_kernels.hooks.shadow import unshadow
 
-ops = pytest.importorskip("moesd_kernels.dense.ops")
+pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 IDS = torch.tensor([[9, 4, 33, 7, 12, 9, 50]])
 SIZES = {"head_dim": 8, "attn_implementation": "sdpa", "attention_bias": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _needs_kernels():
-    reason = ops.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

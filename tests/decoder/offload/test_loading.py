@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build
-from support.hostile.folders import copied, tensors
+from support.hostile.folders import copied, renamed, tensors, without
 from support.offload import PAGES, expert_bytes, experts_bytes, fused, places, saved
 from support.tiny import random_prompts, save_tokenizer, tiny_model
 
@@ -178,14 +178,6 @@ def test_decoders_in_two_threads_share_a_model(folder):
         assert [list(o.token_ids) for o in outputs.result()] == wanted
 
 
-def rename(old: str, new: str) -> Any:
-    return tensors(lambda held: {n.replace(old, new): t for n, t in held.items()})
-
-
-def without(part: str) -> Any:
-    return tensors(lambda held: {n: t for n, t in held.items() if part not in n})
-
-
 def cut(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -203,7 +195,7 @@ SPOILED = {
     "one expert is missing": (without("1.mlp.experts.3.up_proj"), "missing: "),
     "one projection is missing": (without("1.mlp.experts.3."), "missing: "),
     "all of a layer are missing": (without("1.mlp.experts."), "have no "),
-    "other names": (rename("experts.", "sages."), "have no "),
+    "other names": (renamed("experts.", "sages."), "have no "),
     "another type": (stored_as(".experts.", torch.bfloat16), "BF16"),
     "another type of a projection": (stored_as("down_proj", torch.float16), "F16"),
     "no router": (without("mlp.gate.weight"), "missing: "),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from support.oracle import assert_as_accurate
 
 from moesd_kernels.dense import ops
+from moesd_kernels.experts.spec.activations import FUNCTIONS
 
 pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
@@ -93,15 +94,9 @@ def test_rms_norm_rows_do_not_depend_on_the_batch():
 
 
 @DTYPES
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("activation", FUNCTIONS)
 def test_act_and_mul(activation, dtype):
-    act = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "relu": F.relu,
-        "relu2": lambda x: F.relu(x).square(),
-    }[activation]
+    act = FUNCTIONS[activation]
     gate, up = randn(3, 5, 37, dtype=dtype) * 3, randn(3, 5, 37, dtype=dtype, seed=1)
     actual = ops.act_and_mul(gate, up, activation)
     exact = act(gate.double()) * up.double()

@@ -8,22 +8,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.oracle import assert_as_accurate
 
 from moesd_kernels import library
 from moesd_kernels.experts.cpu import fused_experts_cpu
 from moesd_kernels.experts.spec import ExpertsSpec, ExpertsWeights, TopK
+from moesd_kernels.experts.spec.activations import FUNCTIONS
 
 pytestmark = pytest.mark.skipif(library.load("cpu") is not None, reason=str(library.load("cpu")))
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 def make(T, E, K, H, I, dtype, *, gated=True, transposed=False, bias=False, seed=0):
@@ -76,7 +68,7 @@ def eager(data, dtype, *, activation="silu", gated=True, interleaved=False, tran
         if activation_alpha is not None:
             h = (up + 1) * (gate * torch.sigmoid(gate * activation_alpha))
         else:
-            h = ACTIVATIONS[activation](gate)
+            h = FUNCTIONS[activation](gate)
             h = h if up is None else h * up
         y = h @ w2.T
         if "down_bias" in data:
@@ -111,7 +103,7 @@ def test_matches_fp64(shape, dtype):
     check(make(*shape, dtype), dtype)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations(activation, gated):
     for dtype in (torch.bfloat16, torch.float32):

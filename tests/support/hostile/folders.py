@@ -95,6 +95,16 @@ def tensors(edit: Callable[[dict[str, Tensor]], Any]) -> Change:
     return change
 
 
+def without(part: str) -> Change:
+    """Drops the tensors in whose names this is."""
+    return tensors(lambda held: {n: t for n, t in held.items() if part not in n})
+
+
+def renamed(old: str, new: str) -> Change:
+    """Calls tensors otherwise."""
+    return tensors(lambda held: {n.replace(old, new): t for n, t in held.items()})
+
+
 def header(
     fields: Mapping[str, Any] | bytes, data: bytes = b"", length: int | None = None
 ) -> bytes:

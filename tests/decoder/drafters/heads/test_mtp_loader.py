@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.eagle_reference import split_files
 from support.heads.mtp import NAMES, save_published, save_with_heads, target_of
-from support.hostile.folders import WEIGHTS, copied, refused, removed, tensors, together, written
+from support.hostile.folders import (
+    WEIGHTS,
+    copied,
+    refused,
+    removed,
+    tensors,
+    together,
+    without,
+    written,
+)
 from support.tiny import tiny_model, tiny_moe
 from torch import Tensor
 
@@ -39,10 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, target: Any) -> Path:
     path = tmp_path_factory.mktemp("heads") / "checkpoint"
     save_with_heads(path, target, "deepseek", first_k_dense_replace=0)
     return path
-
-
-def without(part: str) -> Callable[[Path], Any]:
-    return tensors(lambda held: {n: t for n, t in held.items() if part not in n})
 
 
 def put(name: str, tensor: Tensor) -> Callable[[Path], Any]:

@@ -5,24 +5,18 @@ That what it runs is bit-identical to the modules is tested with the decoder's l
 
 import pytest
 import torch
+import transformers
 
 import moesd_kernels
+from moesd_kernels.dense import ops
 
-ops = pytest.importorskip("moesd_kernels.dense.ops")
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(ops.unavailable() is not None, reason=str(ops.unavailable()))
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-
-
-@pytest.fixture(autouse=True)
-def _needs_kernels():
-    reason = ops.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def mlp_of(family, accelerate=True, **changes):

@@ -19,7 +19,9 @@ from decoder.model.loading import load_model
 from moesd_kernels import accelerate, available_backends, load_gguf
 from moesd_kernels.formats import QuantizedLinear
 
-gguf_file = pytest.importorskip("support.formats.gguf_file")
+pytest.importorskip("gguf", reason="the files are written with it")
+from support.formats import gguf_file
+
 pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason="the CPU kernels cannot run here"
 )
