@@ -1,10 +1,10 @@
-"""What a drafter asks of a head, whatever its layout."""
+"""What a drafter asks of a head, whatever its layout, and what heads are made of."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoder.model.attention import Placement
 from decoder.model.cache import RaggedCache
@@ -33,3 +33,12 @@ class Head(Protocol):
 
     def logits(self, hidden: Tensor, vocab_size: int) -> Tensor:
         """``[B, Q, H]`` to logits ``[B, Q, any]`` over the target's ids, ``vocab_size`` of them."""
+
+
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A frozen layer around these tensors."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made

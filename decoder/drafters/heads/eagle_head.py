@@ -22,6 +22,7 @@ from decoder.errors import UserError, explained
 from decoder.model.attention import Placement, ragged_attention
 from decoder.model.cache import RaggedCache
 
+from .base import linear_of
 from .eagle_config import EagleCheckpoint, EagleConfig
 
 
@@ -30,16 +31,11 @@ def _part(weights: dict[str, Tensor], name: str, eps: float) -> nn.Module | None
     weight = weights.get(f"{name}.weight")
     if weight is None:
         return None
-    module: nn.Module
-    if weight.ndim == 1:
-        module = nn.RMSNorm(weight.shape[0], eps=eps, device="meta")
-    else:
-        bias = weights.get(f"{name}.bias")
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        if bias is not None:
-            module.bias = nn.Parameter(bias, requires_grad=False)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    return module
+    if weight.ndim > 1:
+        return linear_of(weight, weights.get(f"{name}.bias"))
+    norm = nn.RMSNorm(weight.shape[0], eps=eps, device="meta")
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm
 
 
 class HeadLayer(nn.Module):

@@ -19,6 +19,8 @@ from decoder.model.attention import Placement
 from decoder.model.cache import RaggedCache, cache_argument
 from decoder.model.support import attention_configs, attention_named
 
+from .base import linear_of
+
 
 class MtpHead(nn.Module):
     """One head.
@@ -45,13 +47,15 @@ class MtpHead(nn.Module):
             {
                 "embedding_norm": _norm_like(base.norm, weights["embedding_norm.weight"]),
                 "hidden_norm": _norm_like(base.norm, weights["hidden_norm.weight"]),
-                "projection": _linear(weights["projection.weight"], weights.get("projection.bias")),
+                "projection": linear_of(
+                    weights["projection.weight"], weights.get("projection.bias")
+                ),
             }
         )
         if "embedding.weight" in weights:
             self.around["embedding"] = _embedding(weights["embedding.weight"])
         if "lm_head.weight" in weights:
-            self.around["lm_head"] = _linear(weights["lm_head.weight"], None)
+            self.around["lm_head"] = linear_of(weights["lm_head.weight"])
         self._hidden_first = hidden_first
         # Not registered: the target's own modules would be owned twice.
         self._target = target.get_input_embeddings(), target.get_output_embeddings()
@@ -103,12 +107,4 @@ def _norm_like(norm: nn.Module, weight: Tensor) -> nn.Module:
 def _embedding(weight: Tensor) -> nn.Embedding:
     made = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
-    return made
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias, requires_grad=False)
     return made

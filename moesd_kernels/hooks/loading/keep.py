@@ -33,7 +33,7 @@ def keep_quantized(*, others: bool = True) -> Iterator[None]:
     from transformers.quantizers import auto
 
     known: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
-    makers = {"fp8": _fp8_quantizer, "mxfp4": mxfp4_quantizer}
+    makers = {"fp8": _on_cpu, "mxfp4": lambda theirs: mxfp4_quantizer(_on_cpu(theirs))}
     kept = others and not torch.cuda.is_available()
     theirs = {name: known[name] for name in makers if name in known} if kept else {}
     told = own_mappings()
@@ -51,8 +51,8 @@ def keep_quantized(*, others: bool = True) -> Iterator[None]:
                 del table[name]
 
 
-def _fp8_quantizer(theirs: Any) -> Any:
-    """transformers' quantizer of FP8 checkpoints, which does not ask for a GPU."""
+def _on_cpu(theirs: Any) -> Any:
+    """transformers' quantizer, which does not ask for a GPU where weights come packed."""
 
     class OnCpu(theirs):
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:

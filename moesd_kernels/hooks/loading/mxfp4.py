@@ -20,11 +20,7 @@ _PROJECTIONS = ("gate_up_proj", "down_proj")
 def mxfp4_quantizer(theirs: Any) -> Any:
     """transformers' quantizer of MXFP4 checkpoints, with experts that hold what the files do."""
 
-    class OnCpu(theirs):
-        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-            if not self.pre_quantized:
-                super().validate_environment(*args, **kwargs)
-
+    class Kept(theirs):
         def param_needs_quantization(self, *args: Any, **kwargs: Any) -> bool:
             return False
 
@@ -41,7 +37,7 @@ def mxfp4_quantizer(theirs: Any) -> Any:
                 "a model whose MXFP4 weights were kept cannot be saved; its files are what it is"
             )
 
-    return OnCpu
+    return Kept
 
 
 def _empty(experts: Any, name: str) -> tuple[Tensor, Tensor]:
