@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from bench.measure.ceilings import CeilingProbe
 from bench.measure.machine import machine_with_kernels
 from bench.runs.cells import setup_fields
@@ -15,10 +13,10 @@ from bench.runs.decode import Pair
 from bench.runs.subject import Subject
 from bench.workloads.kept import spec_as_kept
 from decoder.drafters.heads.eagle_config import EagleCheckpoint
+from decoder.perf_model.hardware.measure_machine import DTYPE_NAMES
 from decoder.perf_model.model_spec import ModelSpec, eagle_spec
 
 PROBES = 3
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def describe_subject(
@@ -36,7 +34,7 @@ def describe_subject(
     # The machine's curves are the fastest seen, so the reference is, too.
     reference = {"machine_read_bandwidth": max(reads)} if reads else {}
     draft = draft_spec(subject.draft, target)
-    return setup_fields(target, draft, machine, DTYPES[dtype]) | reference
+    return setup_fields(target, draft, machine, DTYPE_NAMES[dtype]) | reference
 
 
 def draft_spec(draft: Any, target: ModelSpec) -> ModelSpec | None:

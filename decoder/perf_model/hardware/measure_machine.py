@@ -21,7 +21,7 @@ from .measure_gpu import Linear, measure_gpu
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _WIDTH = 1024
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def measure_machine(
@@ -61,7 +61,7 @@ def measure_machine(
     return Machine(
         name=_device_name(device),
         bandwidth=bandwidth,
-        flops={_DTYPES[dtype]: best},
+        flops={DTYPE_NAMES[dtype]: best},
         launch=launch,
         cache_bytes=cache,
         dense_curve=curve,
