@@ -101,7 +101,8 @@ class Rounds:
         seconds = self._clock.stop()
         expected = sum(stats.output_to_expect(sequence.remaining) for sequence in sequences)
         stats.seconds["prefill"] += seconds["prefill"] + seconds["draft"]
-        admitted = partial(controller.admitted, expected, seconds["draft"])
+        prompts = sum(sequence.stats.prompt_tokens for sequence in sequences)
+        admitted = partial(controller.admitted, expected, seconds["draft"], prompts)
         self._tolerance.call("the controller's admitted", admitted, None)
 
     @torch.inference_mode()

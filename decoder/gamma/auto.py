@@ -15,15 +15,14 @@ nothing: rounds are kept as they come and learnt from when a decision is due.
 from __future__ import annotations
 
 import math
-from collections import deque
 from itertools import accumulate
-from statistics import median_low
 from typing import NamedTuple
 
 from .acceptance import AcceptanceEstimator
 from .base import DEFAULT_MAX_GAMMA, Counts, Times
 from .learned_cost import LearnedCost
 from .probing import Probe, ProbeBudget
+from .prompt_costs import PromptCosts
 from .step_cost import CorrectedCost, RoundCost, bucket_of
 
 _SWITCH_GAIN = 0.02  # relative goodput that another gamma must add: less could be noise
@@ -40,7 +39,6 @@ _WARM_TRIES = 8  # rounds a batch size may spend on first timings
 _WARM_REACH = 4  # a verification counts as timed if one within this factor of its tokens was
 _TRUSTED = 3  # rounds of an arm from which its measured loss is believed
 _NOISE = 1.2  # a round within this factor of its expected time has taken no longer than usual
-_ADMISSIONS = 4  # groups of requests whose prompts' cost to the drafter is remembered
 _STEEP = 1.75  # if a round of gamma 1 takes more plain steps than this, long drafts are hopeless
 
 
@@ -98,9 +96,7 @@ class AutoGamma:
         self._probe_left = 0
         self._probing = False  # the round asked for last is a probe
         self._budget = ProbeBudget()
-        # Seconds the drafter spent on new prompts per token of their outputs, kept apart by whether
-        # plain decoding was asked for (True: it may put prompts off) or drafts were (False).
-        self._prompt_costs = {plain: deque[float](maxlen=_ADMISSIONS) for plain in (True, False)}
+        self._prompts = PromptCosts()
         self._reason = "no round has run yet"
 
     def use_costs(self, costs: RoundCost) -> None:
@@ -175,17 +171,15 @@ class AutoGamma:
             )
         )
 
-    def admitted(self, tokens: float, seconds: float) -> None:
+    def admitted(self, tokens: float, seconds: float, prompt_tokens: int) -> None:
         """Take note of new requests.
 
-        A drafter that may put prompts off while plain decoding goes on saves their time. What it
-        spends more when it drafts is a cost of drafting, and weighs most where outputs are short.
-
         Args:
-            tokens: that the requests are expected to emit.
+            tokens: that they are expected to emit.
             seconds: that the drafter spent on their prompts.
+            prompt_tokens: of these.
         """
-        self._prompt_costs[self._asked == 0].append(seconds / max(tokens, 1.0))
+        self._prompts.add(self._asked == 0, prompt_tokens, tokens, seconds)
 
     def _learn(self) -> None:
         """Give the rounds since the last decision to the estimates and to the budget."""
@@ -217,8 +211,7 @@ class AutoGamma:
         """Tokens per second of the whole batch for gamma = 0..max_gamma."""
         tokens = self.acceptance.expected_tokens()
         seconds = [self._costs.seconds(batch, gamma, context) for gamma in range(len(tokens))]
-        plain, drafting = (median_low(self._prompt_costs[key] or (0.0,)) for key in (True, False))
-        prompts = batch * max(drafting - plain, 0.0)  # seconds per token that a row emits
+        prompts = batch * self._prompts.per_token()  # seconds per token that a row emits
         seconds[1:] = [s + prompts * n for s, n in zip(seconds[1:], tokens[1:], strict=True)]
         # A longer draft cannot be cheaper: where it seems so, the shorter one's rounds stalled.
         least = list(accumulate(reversed(seconds), min))[::-1]

@@ -21,7 +21,7 @@ class Controller(Protocol):
         self, gamma: int, batch: int, drafted: Counts, accepted: Counts, times: Times
     ) -> None: ...
 
-    def admitted(self, tokens: float, seconds: float) -> None: ...
+    def admitted(self, tokens: float, seconds: float, prompt_tokens: int) -> None: ...
 
     def explain(self) -> str: ...
 
@@ -44,7 +44,7 @@ class FixedGamma:
     ) -> None:
         """Ignore the round: nothing depends on it."""
 
-    def admitted(self, tokens: float, seconds: float) -> None:
+    def admitted(self, tokens: float, seconds: float, prompt_tokens: int) -> None:
         """Ignore the requests, too."""
 
     def explain(self) -> str:

@@ -29,7 +29,7 @@ class Script:
     def observe(self, gamma, batch, drafted, accepted, times) -> None:
         self.rounds.append((gamma, batch, drafted, accepted, times))
 
-    def admitted(self, tokens: float, seconds: float) -> None:
+    def admitted(self, tokens: float, seconds: float, prompt_tokens: int) -> None:
         raise AssertionError("what a drafter spends on prompts is not seen in vLLM")
 
     def explain(self) -> str:

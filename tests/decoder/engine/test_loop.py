@@ -92,9 +92,10 @@ class Script:
         assert all(k <= n <= gamma for k, n in zip(accepted, drafted, strict=True))
         assert set(times) >= {"draft", "verify", "sample", "host"}
 
-    def admitted(self, tokens, seconds):
+    def admitted(self, tokens, seconds, prompt_tokens):
         assert tokens > 0
         assert seconds >= 0
+        assert prompt_tokens > 0
 
     def explain(self):
         return "scripted"

@@ -34,7 +34,7 @@ def test_short_outputs_do_not_repay_a_drafters_prompts(seconds: float, worth_it:
     """Plain decoding takes 0.125 s per token, drafting 0.04 s and ``seconds / 80`` for prompts."""
     controller = speculating()
     for _ in range(4):
-        controller.admitted(80.0, seconds)
+        controller.admitted(80.0, seconds, 100)
     assert (run(controller, 100)[-1] > 0) == worth_it
 
 
@@ -42,11 +42,25 @@ def test_prompts_that_an_idle_drafter_reads_as_well_are_no_cost_of_drafting() ->
     controller = AutoGamma(4)
     controller.use_costs(COSTS)
     for _ in range(4):
-        controller.admitted(80.0, 20.0)  # before any draft
+        controller.admitted(80.0, 20.0, 100)  # before any draft
     run(controller, 200)
     for _ in range(4):
-        controller.admitted(80.0, 20.0)
+        controller.admitted(80.0, 20.0, 100)
     assert run(controller, 100)[-1] > 0
+
+
+@pytest.mark.parametrize(("outputs", "prompts"), [(1.0, 100), (80.0, 2000)])
+def test_prompts_that_do_not_repay_a_drafter_stop_it_no_longer_than_they_come(
+    outputs: float, prompts: int
+) -> None:
+    """Then chats come again, whose prompts a drafter that does not draft never reads."""
+    controller = speculating()
+    for _ in range(4):
+        controller.admitted(outputs, 0.01 * prompts, prompts)
+    assert run(controller, 100)[-1] == 0
+    for _ in range(16):
+        controller.admitted(800.0, 0.0, 10)
+    assert run(controller, 200)[-1] > 0
 
 
 def test_outputs_that_still_run_count_for_the_length_to_expect() -> None:
