@@ -9,6 +9,7 @@ from typing import Any
 
 from decoder.offload import OffloadStats, store_of
 
+_REMEMBERED = 256.0  # finished outputs whose lengths say what the next will be like
 PHASES = ("prefill", "draft", "verify", "sample", "host")
 
 
@@ -41,6 +42,10 @@ class DecoderStats:
     _passed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _forwards: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
     _emitted_speculating: int = 0
+    # Of late, for expectations: a server's outputs need not be like those of another day.
+    _late_sequences: float = 0.0
+    _late_rows: float = 0.0
+    _late_emitted: float = 0.0
 
     @classmethod
     def begun(cls, target: Any) -> DecoderStats:
@@ -51,15 +56,15 @@ class DecoderStats:
     def output_to_expect(self, most: float) -> float:
         """Tokens to expect of an output that has ``most`` at most.
 
-        All tokens so far by finished outputs. Of those that run together the short ones finish
+        All tokens of late by finished outputs. Of those that run together the short ones finish
         first, and a mean of finished ones alone would be theirs.
         """
-        emitted = self.accepted + self.row_rounds
-        return min(1 + emitted / self.sequences, most) if self.sequences else most
+        finished = self._late_sequences
+        return min(1 + self._late_emitted / finished, most) if finished else most
 
     def mean_rounds(self, otherwise: float) -> float:
-        """Mean rounds of a finished output; ``otherwise`` before the first one."""
-        return self.row_rounds / self.sequences if self.sequences else otherwise
+        """Mean rounds of an output of late; ``otherwise`` before the first has finished."""
+        return self._late_rows / self._late_sequences if self._late_sequences else otherwise
 
     def observe(
         self,
@@ -74,6 +79,8 @@ class DecoderStats:
         self.row_rounds += rows
         self.drafted += sum(drafted)
         self.accepted += sum(accepted)
+        self._late_rows += rows
+        self._late_emitted += rows + sum(accepted)
         for phase, value in seconds.items():
             self.seconds[phase] += value
         count, total = self._forwards.get((rows, gamma), (0, 0.0))
@@ -91,6 +98,11 @@ class DecoderStats:
         """Add finished outputs of so many tokens."""
         self.sequences += len(lengths)
         self.tokens += sum(lengths)
+        finished = self._late_sequences + len(lengths)
+        keep = min(1.0, _REMEMBERED / finished) if finished else 1.0
+        self._late_sequences = keep * finished
+        self._late_rows *= keep
+        self._late_emitted *= keep
 
     @property
     def decided(self) -> int:

@@ -69,6 +69,16 @@ def test_outputs_that_still_run_count_for_the_length_to_expect() -> None:
     assert stats.output_to_expect(256.0) == 256.0
     for _ in range(7):
         stats.observe(0, [0] * 17, [0] * 17, {"verify": 1.0})
-    stats.sequences, stats.tokens = 1, 8
+    stats.end([8])
     assert stats.output_to_expect(256.0) == 1 + 7 * 17
     assert stats.output_to_expect(100.0) == 100.0
+
+
+def test_the_length_to_expect_is_that_of_late() -> None:
+    """A server that answered shortly for days now writes at length."""
+    stats = DecoderStats()
+    for length, count in ((10, 20_000), (500, 1000)):
+        for _ in range(count):
+            stats.observe(length - 2, [length - 2], [length - 2], {"verify": 1.0})
+            stats.end([length])
+        assert stats.output_to_expect(512.0) == pytest.approx(length, rel=0.05)
