@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 GROUP = 32  # adjacent activations of a row that share a scale
 _MOST_DEPTH = 65536  # up to which sums of products of bytes fit into 32 bits
@@ -54,7 +55,9 @@ def round_straight_through(x: Tensor, group: int = GROUP) -> Tensor:
     That of rounding is zero almost everywhere, which would leave what lies before with none but the
     scale's. Source: Bengio et al. 2013, section 4 (the straight-through estimator).
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    # A tensor of vmap does not say that a transform around it asks for a gradient.
+    transformed = not is_compiling() and torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() and (x.requires_grad or transformed):
         return _StraightThrough.apply(x, group)
     return round_to_int8(x, group)
 
@@ -73,3 +76,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].to(ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].float()

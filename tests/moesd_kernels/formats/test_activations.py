@@ -108,5 +108,9 @@ def test_a_gradient_passes_straight_through(dtype):
 
 def test_a_gradient_passes_straight_through_functions_of_functions():
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    ones = torch.func.vmap(torch.func.grad(lambda row: round_straight_through(row).sum()))(x)
+    total = lambda row: round_straight_through(row).sum()
+    assert torch.equal(torch.func.vmap(torch.func.grad(total))(x), torch.ones(3, 64))
+    ones = torch.func.grad(lambda rows: torch.func.vmap(total)(rows).sum())(x)
     assert torch.equal(ones, torch.ones(3, 64))
+    rounded, moved = torch.func.jvp(round_straight_through, (x,), (2 * x,))
+    assert torch.equal(rounded, round_to_int8(x)) and torch.equal(moved, 2 * x)
