@@ -59,7 +59,8 @@ const KernelTable& choose() {
     Candidate candidates[] = {
 #ifdef MOESD_X86_KERNELS
         {&kAmxTable, has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
-                         __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
+                         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+                         may_use_tiles()},
         {&kAvx512Bf16Table, has_avx512_bf16()},
         {&kAvx512Table, has_avx512()},
         {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

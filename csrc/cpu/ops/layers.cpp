@@ -119,10 +119,10 @@ public:
         const Tensor& ids, const Tensor& positions, const Tensor& rows, const Tensor& embedding,
         const Tensor& norm, double eps, const Tensor& head, const Tensor& cos, const Tensor& sin,
         const std::vector<Tensor>& keys, const std::vector<Tensor>& values, int64_t count) const {
-        TORCH_CHECK_VALUE(
-            ids.dim() == 2 && ids.sizes() == positions.sizes() && rows.numel() == ids.size(0),
-            "expected ids and positions [B, W] and rows [B], got ", ids.sizes(), ", ",
-            positions.sizes(), " and ", rows.sizes());
+        TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(1) > 0 && ids.sizes() == positions.sizes() &&
+                              rows.numel() == ids.size(0),
+                          "expected ids and positions [B, W > 0] and rows [B], got ", ids.sizes(),
+                          ", ", positions.sizes(), " and ", rows.sizes());
         TORCH_CHECK_VALUE(!keys.empty(), "expected the slabs of at least one layer, got none");
         const int64_t batch = ids.size(0);
         Tensor tokens = fresh({batch, count}, at::kLong);

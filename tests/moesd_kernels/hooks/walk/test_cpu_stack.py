@@ -121,4 +121,9 @@ def test_a_position_beyond_a_row_is_refused_before_another_row_is_written():
         stack_of_one().continue_greedily(
             *places, weights, weights[0], 1e-6, weights, table, table, [keys], [values], 1
         )
+    nothing = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0).long(), torch.zeros(1).long()
+    with pytest.raises(ValueError, match=r"ids and positions \[B, W > 0\].*got \[1, 0\]"):
+        stack_of_one().continue_greedily(
+            *nothing, weights, weights[0], 1e-6, weights, table, table, [keys], [values], 1
+        )
     assert not keys.any() and not values.any()
