@@ -20,7 +20,8 @@ from .strict_json import kind, parse_object, unknown_key
 _PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 _PROMPT = dict.fromkeys([*FORMS, *CHAT_KEYS])  # in order, each once
 _OWN = (*_PROMPT, "id", "task_id", "metadata")
-# What well-known data sets have beside their prompts. Of no use here, and no mistake either.
+# What well-known data sets have beside their prompts. Of no use here, but for the first of turns,
+# and no mistake either.
 _IGNORED = {
     "HumanEval": ("canonical_solution", "entry_point", "test"),
     "HumanEval+": ("atol", "base_input", "contract", "plus_input"),
@@ -102,7 +103,7 @@ def digest(prompt: Mapping[str, Any]) -> str:
 def _prompt(values: dict[str, Any], index: int) -> dict[str, Any]:
     _check_keys(values)
     # Null says nothing, as if the key were not there.
-    given = {key: value for key, value in values.items() if value is not None}
+    given = _with_first_turn({key: value for key, value in values.items() if value is not None})
     for key in _NESTED:
         if _is_deeper(given.get(key), _DEEPEST):
             raise ValueError(f'"{key}" must not be nested more than {_DEEPEST} levels')
@@ -118,6 +119,14 @@ def _prompt(values: dict[str, Any], index: int) -> dict[str, Any]:
     prompt = {key: value for key, value in given.items() if key in _PROMPT} | parameters
     line_id = LineId(index, _name(values), digest(prompt), given.get("metadata"))
     return {**prompt, "id": line_id}
+
+
+def _with_first_turn(given: dict[str, Any]) -> dict[str, Any]:
+    """MT-bench's first question as the prompt; the next would need the answer to it."""
+    match given:
+        case {"turns": [str(first), *_]} if not any(form in given for form in FORMS):
+            return {**given, "prompt": first}
+    return given
 
 
 def _check_keys(values: dict[str, Any]) -> None:

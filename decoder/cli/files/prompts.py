@@ -27,8 +27,9 @@ def read_prompts(path: str | Path) -> Iterator[dict[str, Any] | BadLine]:
     """Yield the prompts of a JSONL file (``.gz`` too, ``-`` is standard input).
 
     Every line holds ``"prompt"``, ``"token_ids"`` or ``"messages"`` (a chat), optionally ``"id"``
-    (or ``"task_id"``), ``"metadata"`` and sampling parameters of its own. Fields of well-known
-    data sets are ignored. A line that is none of this takes its number, too.
+    (or ``"task_id"``), ``"metadata"`` and sampling parameters of its own. Of MT-bench's
+    ``"turns"`` the first is the prompt; other fields of well-known data sets are ignored. A line
+    that is none of this takes its number, too.
 
     Raises:
         UserError: the file cannot be read, or not to its end.

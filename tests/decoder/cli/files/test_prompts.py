@@ -33,13 +33,15 @@ def test_reads_text_tokens_parameters_and_ignores_fields_of_data_sets(tmp_path):
         "",
         '{"token_ids": [1, 2], "task_id": "two", "entry_point": "f", "top_k": null}',
         '{"prompt": "b", "id": null, "question_id": 7}',
+        '{"question_id": 81, "category": "writing", "turns": ["ask", "and again"]}',
     )
     assert list(read_prompts(path)) == [
         {"prompt": "a", "temperature": 0.5, "id": LineId(0, "one")},
         {"token_ids": [1, 2], "id": LineId(1, "two")},
         {"prompt": "b", "id": LineId(2, None)},
+        {"prompt": "ask", "id": LineId(3, None)},
     ]
-    assert check_prompts(path) == 3
+    assert check_prompts(path) == 4
 
 
 def test_a_chat_is_read_whole_and_known_by_what_its_template_is_given(tmp_path):
