@@ -88,10 +88,8 @@ class ProbeBudget:
         Args:
             context: tokens per row.
         """
-        # The lower of few catch-ups, and of one alone little: a stalled round is none.
+        # The lower of few catch-ups: a stalled round is none.
         catch_up = median_low(self._catch_ups or (0.0,)) * self._missed(context)
-        if len(self._catch_ups) == 1:
-            catch_up = min(catch_up, probe.loss)
         loss = probe.loss + (catch_up if probe.gamma else 0.0)
         self._expected = loss / probe.rounds
         earned = _SHARE * probe.promise**_DOUBT * max(self._elapsed, self._since)

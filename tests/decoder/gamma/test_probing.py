@@ -75,21 +75,6 @@ def test_catching_up_never_costs_more_than_the_row_is_long():
     assert budget.allows(COSTLY, CONTEXT)
 
 
-@pytest.mark.parametrize(("second", "allowed"), [(0.01, True), (60.0, False)])
-def test_one_stalled_catch_up_does_not_end_all_drafting(second: float, allowed: bool) -> None:
-    """A minute for one token, once, would be feared as hours for the row that it stands in."""
-    budget = spent(1000.0)
-    for seconds in (60.0, second):
-        budget.spend(0, 0.1)
-        assert budget.allows(COSTLY, CONTEXT)
-        budget.spend(2, 0.1)
-        budget.spend(0, 0.1)
-        budget.observe_catch_up(seconds, CONTEXT)
-        for _ in range(200):
-            budget.spend(0, 0.1)
-    assert budget.allows(COSTLY, CONTEXT) == allowed
-
-
 @pytest.mark.parametrize(("context", "timed"), [(100, 1), (0, 2)])
 def test_a_draft_after_plain_rounds_is_a_timing_where_there_is_nothing_to_catch_up_on(
     context: int, timed: int
