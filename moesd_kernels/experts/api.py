@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from moesd_kernels.transforms import is_transformed
 
 from .backends import CallTraits, QuickRun, choose_backend
 from .spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec, ExpertsWeights, TopK
@@ -111,16 +112,6 @@ _make_spec = functools.lru_cache(maxsize=256)(ExpertsSpec)
 # By the name it was asked for: the quick way of the back-end that was chosen before. It is tried
 # first from then on, and says itself that a call is not its own.
 _quick: dict[str, QuickRun] = {}
-
-
-def is_transformed() -> bool:
-    """Whether derivatives are being carried forward or a transform of ``torch.func`` runs.
-
-    No kernel knows of either, and a tensor inside may say that it asks for no gradient.
-    """
-    if forward_ad._current_level >= 0:
-        return True
-    return not is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

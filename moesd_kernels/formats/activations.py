@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+
+from moesd_kernels.transforms import in_torch_func
 
 GROUP = 32  # adjacent activations of a row that share a scale
 _MOST_DEPTH = 65536  # up to which sums of products of bytes fit into 32 bits
@@ -55,9 +56,7 @@ def round_straight_through(x: Tensor, group: int = GROUP) -> Tensor:
     That of rounding is zero almost everywhere, which would leave what lies before with none but the
     scale's. Source: Bengio et al. 2013, section 4 (the straight-through estimator).
     """
-    # A tensor of vmap does not say that a transform around it asks for a gradient.
-    transformed = not is_compiling() and torch._C._are_functorch_transforms_active()
-    if torch.is_grad_enabled() and (x.requires_grad or transformed):
+    if torch.is_grad_enabled() and (x.requires_grad or in_torch_func()):
         return _StraightThrough.apply(x, group)
     return round_to_int8(x, group)
 

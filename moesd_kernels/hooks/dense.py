@@ -23,7 +23,7 @@ from .gated_norms import gated_norm_forward, recognise_gated_norm
 from .mlps import activations, gated_mlp_forward
 from .norms import NormRule, recognise_norm
 from .packed import StoredWeight, linear_classes, stored_weight
-from .products import with_our_products
+from .products import linear, takes, with_our_products
 from .routers import RouterRule, correction_of, recognise_router, router_logits
 from .shadow import DTYPES, fits, is_unshadowed, rows_apart, shadow, shadow_of
 
@@ -119,12 +119,9 @@ def _fusable(rule: RouterRule, router: nn.Module) -> bool:
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     weight, bias = self.weight, self.bias
-    if type(self) is not nn.Linear or not fits(input, weight, bias) or not weight.is_contiguous():
+    if type(self) is not nn.Linear or not takes(input, weight, bias):
         return type(self).forward(self, input)
-    if input.dim() == 2:
-        return torch.ops.moesd.linear.default(input, weight, bias)
-    rows = input.reshape(-1, input.shape[-1])
-    return torch.ops.moesd.linear.default(rows, weight, bias).view(*input.shape[:-1], -1)
+    return linear(input, weight, bias)
 
 
 def _stored_forward(self: Any, input: Tensor) -> Tensor:

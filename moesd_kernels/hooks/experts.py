@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moesd_kernels.experts.api import fused_experts, is_transformed, needs_grad
+from moesd_kernels.experts.api import fused_experts, needs_grad
 from moesd_kernels.experts.spec import DEFAULT_SPEC, OPTIONS, ExpertsSpec
+from moesd_kernels.transforms import is_transformed
 
 from .gates import ALPHA_NAMES, LIMIT_NAMES, recognise_gate
 from .packed import DOWN_FORMAT, FORMAT, INT8_ACTIVATIONS, StoredExperts, scale_of, stored_experts

@@ -1,7 +1,7 @@
-"""torch's linear layers within a module's own forward, on our kernels.
+"""Linear layers on our kernel, also those that a module's own forward calls torch for.
 
-For routers that compute in a way of their own: their experts are then chosen by the same numbers
-whatever a token is computed beside.
+The latter for routers that compute in a way of their own: their experts are then chosen by the same
+numbers whatever a token is computed beside.
 """
 
 from __future__ import annotations
@@ -20,6 +20,19 @@ from .shadow import DTYPES, fits, rows_apart
 _CURVES = (torch.sigmoid, Tensor.sigmoid, F.softplus, torch.tanh, Tensor.tanh)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` on our kernel; ``takes`` says of what."""
+    if x.dim() == 2:
+        return torch.ops.moesd.linear.default(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.ops.moesd.linear.default(rows, weight, bias).view(*x.shape[:-1], -1)
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether ``linear`` can compute this call."""
+    return weight.dtype in DTYPES and weight.is_contiguous() and fits(x, weight, bias)
+
+
 def with_our_products(self: nn.Module, *args: Any, **named: Any) -> Any:
     """The forward of the module's class, as a shadow."""
     if torch.compiler.is_compiling():
@@ -36,15 +49,8 @@ class _OurProducts(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if function is F.linear and not kwargs and _takes(*args):
-            x, weight, *bias = args
-            rows = x.reshape(-1, x.shape[-1])
-            out = torch.ops.moesd.linear.default(rows, weight, *(bias or [None]))
-            return out.view(*x.shape[:-1], -1)
+        if function is F.linear and not kwargs and takes(*args):
+            return linear(*args)
         if function in _CURVES and fits(args[0], args[0]):
             args = (rows_apart(args[0]), *args[1:])
         return function(*args, **(kwargs or {}))
-
-
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    return weight.dtype in DTYPES and weight.is_contiguous() and fits(x, weight, bias)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesd_kernels.experts.api import is_transformed
+from moesd_kernels.transforms import is_transformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED = (torch.uint8, torch.int8, torch.float8_e4m3fn)  # of weights in quantised formats
